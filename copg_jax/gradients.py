@@ -1,0 +1,156 @@
+"""Closed-form gradients of the objectives, written down from the paper and independent of `losses.py`.
+
+Everything is a coefficient on ∇ln π: a sample-based gradient is Σ_i w_i ∇ln π(y_i), and the functions here return the
+w_i (the derivative with respect to the log-ratio λ_i, since ln π_ref is constant). In order below:
+
+1. `regularized_reward`, Eq. (1);
+2. sample gradients: `copg_gradient` (Eq. 9 and 16, any K), `rloo_gradient`, `pg_gradient`, `ipo_gradient`, `dpo_gradient`;
+3. population gradients of a bandit: `population_copg_gradient` (Eq. 7), `population_pg_gradient`.
+
+That autodiff of the losses agrees with these is tested, so it is a theorem and not a tautology.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+
+def regularized_reward(log_ratio: Array, reward: Array, *, beta: ArrayLike) -> Array:
+    """R^π_β(y) = R(y) − β ln(π(y)/π_ref(y)), Eq. (1).
+
+    Args:
+        log_ratio: ln π − ln π_ref, nats; [..., K].
+        reward: reward units; [..., K].
+        beta: KL coefficient β > 0; scalar.
+
+    Returns:
+        Reward units; [..., K].
+    """
+    chex.assert_equal_shape([log_ratio, reward])
+    return reward - beta * log_ratio
+
+
+def copg_gradient(log_ratio: Array, reward: Array, *, beta: ArrayLike) -> Array:
+    """∂ℓ_CoPG/∂λ_i of a group, Eq. (9) and (16) averaged over the partners of i; ascent direction.
+
+    Sums Eq. (9) over the k − 1 pairs that contain i and divides by k − 1:
+    ``w_i = 1/(k−1) Σ_{j≠i} (R^π_β(y_i) − R^π_β(y_j))``. The full R^π_β appears, not R^π_{β/2}.
+
+    Args:
+        log_ratio: nats; [..., K].
+        reward: reward units; [..., K].
+        beta: KL coefficient β > 0; scalar.
+
+    Returns:
+        Coefficients of ∇ln π(y_i), reward units; [..., K].
+    """
+    value = regularized_reward(log_ratio, reward, beta=beta)
+    pair = value[..., :, None] - value[..., None, :]
+    return pair.sum(-1) / (value.shape[-1] - 1)
+
+
+def rloo_gradient(log_ratio: Array, reward: Array, *, beta: ArrayLike) -> Array:
+    """RLOO-k coefficients R^π_β(y_i) − mean_{j≠i} R^π_β(y_j) (proof of Prop. 2); ascent direction.
+
+    Args and returns are those of `copg_gradient`; it equals that function (Prop. 2).
+    """
+    value = regularized_reward(log_ratio, reward, beta=beta)
+    leave_one_out = (value.sum(-1, keepdims=True) - value) / (value.shape[-1] - 1)
+    return value - leave_one_out
+
+
+def pg_gradient(
+    log_ratio: Array, reward: Array, *, beta: ArrayLike, baseline: ArrayLike
+) -> Array:
+    """Policy gradient coefficients R^π_β(y_i) − b (Eq. 3; ∇ℓ_PG of Sec. 5); ascent direction.
+
+    Args:
+        log_ratio: nats; [..., K].
+        reward: reward units; [..., K].
+        beta: KL coefficient β > 0; scalar.
+        baseline: b, reward units; scalar or [...].
+
+    Returns:
+        Coefficients of ∇ln π(y_i), reward units; [..., K].
+    """
+    value = regularized_reward(log_ratio, reward, beta=beta)
+    return value - jnp.broadcast_to(jnp.asarray(baseline), value.shape[:-1])[..., None]
+
+
+def ipo_gradient(log_ratio: Array, reward: Array, *, beta: ArrayLike) -> Array:
+    """∂/∂λ of the IPO loss (½ − βΔ)² of a pair (proof of Prop. 3); descent is along its negative.
+
+    The paper's Prop. 3 lacks a ∇ on its right-hand side and its proof once writes −¼ for the preferred reward; with
+    both mended, this is −2β times Eq. (9) at R = ±¼.
+
+    Args:
+        log_ratio: nats; [..., 2].
+        reward: only its order matters; a tie gives 0; [..., 2].
+        beta: KL coefficient β > 0; scalar.
+
+    Returns:
+        Coefficients of ∇ln π; [..., 2].
+    """
+    chex.assert_axis_dimension(log_ratio, -1, 2)
+    sign = jnp.sign(reward[..., 0] - reward[..., 1])
+    gap = sign * (log_ratio[..., 0] - log_ratio[..., 1])
+    first = -2.0 * beta * sign * (0.5 - beta * gap)
+    return jnp.stack([first, -first], axis=-1)
+
+
+def dpo_gradient(log_ratio: Array, reward: Array, *, beta: ArrayLike) -> Array:
+    """∂/∂λ of the DPO loss −ln σ(βΔ) of a pair: −β σ(−βΔ) on the winner; descent is along its negative.
+
+    Args and returns are those of `ipo_gradient`.
+    """
+    chex.assert_axis_dimension(log_ratio, -1, 2)
+    sign = jnp.sign(reward[..., 0] - reward[..., 1])
+    gap = sign * (log_ratio[..., 0] - log_ratio[..., 1])
+    first = -beta * sign * jax.nn.sigmoid(-beta * gap)
+    return jnp.stack([first, -first], axis=-1)
+
+
+def population_copg_gradient(
+    log_ratio: Array, reward: Array, mu1: Array, mu2: Array, *, beta: ArrayLike
+) -> Array:
+    """∂L/∂ln π(a) of every arm, Eq. (7); ascent direction.
+
+    ``μ1(a)(R^π_β(a) − E_μ2[R^π_β]) + μ2(a)(R^π_β(a) − E_μ1[R^π_β])``: each distribution's baseline is the expected
+    regularised reward under the *other* one.
+
+    Args:
+        log_ratio: ln π(a) − ln π_ref(a), nats; [..., A].
+        reward: reward units; [..., A].
+        mu1: sampling distribution of y; [..., A].
+        mu2: sampling distribution of y'; [..., A].
+        beta: KL coefficient β > 0; scalar.
+
+    Returns:
+        Coefficients of ∇ln π(a), summed (not averaged) over arms to give ∇L; [..., A].
+    """
+    chex.assert_equal_shape([log_ratio, reward, mu1, mu2])
+    value = regularized_reward(log_ratio, reward, beta=beta)
+    mean1 = (mu1 * value).sum(-1, keepdims=True)
+    mean2 = (mu2 * value).sum(-1, keepdims=True)
+    return mu1 * (value - mean2) + mu2 * (value - mean1)
+
+
+def population_pg_gradient(
+    log_ratio: Array, reward: Array, mu: Array, *, beta: ArrayLike, baseline: ArrayLike
+) -> Array:
+    """E_{y∼μ}[(R^π_β(y) − b) ∇ln π(y)] as coefficients on every arm (Eq. 3 with μ in place of π); ascent direction.
+
+    Args:
+        log_ratio: nats; [..., A].
+        reward: reward units; [..., A].
+        mu: sampling distribution; [..., A]. With μ = π it is ∇J for any baseline; otherwise the baseline matters.
+        beta: KL coefficient β > 0; scalar.
+        baseline: b, reward units; scalar or [...].
+
+    Returns:
+        Coefficients of ∇ln π(a); [..., A].
+    """
+    chex.assert_equal_shape([log_ratio, reward, mu])
+    return mu * pg_gradient(log_ratio, reward, beta=beta, baseline=baseline)

@@ -1,0 +1,95 @@
+"""From hidden states to log-probabilities of completions, in float32.
+
+1. `predictive_hidden` lines up, for every completion token, the hidden state that predicts it;
+2. `token_logp` applies the output matrix there, and only there: logits are [B, K, C, V], never [B, T, V];
+3. `seq_logp` sums over the tokens of each completion.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def predictive_hidden(last_prompt: Array, completion: Array) -> Array:
+    """Returns the hidden state that predicts each completion token.
+
+    The last prompt token predicts the first token of all K completions; token c predicts token c + 1.
+
+    Args:
+        last_prompt: hidden state of each prompt's last token; [B, D].
+        completion: hidden states of the completion tokens; [B, K, C, D].
+
+    Returns:
+        [B, K, C, D].
+    """
+    chex.assert_rank([last_prompt, completion], [2, 4])
+    b, k, _, d = completion.shape
+    first = jnp.broadcast_to(last_prompt[:, None, None, :], (b, k, 1, d))
+    return jnp.concatenate([first, completion[:, :, :-1]], axis=2)
+
+
+def token_logp(
+    hidden: Array, output_matrix: Array, tokens: Array, *, chunk: int | None = None
+) -> Array:
+    """ln softmax(hidden @ output_matrix)[token], accumulated and normalised in float32.
+
+    Args:
+        hidden: hidden states that predict `tokens`, compute dtype; [B, K, C, D].
+        output_matrix: output embedding, cast to the dtype of `hidden`; [D, V].
+        tokens: token ids in [0, V); out-of-range ids give NaN; [B, K, C].
+        chunk: number of positions of C whose logits exist at a time (recomputed in the backward pass); it bounds
+            memory to B·K·chunk·V floats. None computes all at once. Chunking along C leaves the sharded B whole.
+
+    Returns:
+        Log-probabilities, nats, float32; [B, K, C].
+    """
+    chex.assert_rank([hidden, output_matrix, tokens], [4, 2, 3])
+    chex.assert_shape(tokens, hidden.shape[:-1])
+    matrix = output_matrix.astype(hidden.dtype)
+
+    def logp(hidden: Array, tokens: Array) -> Array:
+        logits = jnp.einsum("...d,dv->...v", hidden, matrix, preferred_element_type=jnp.float32)
+        chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+        return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+    length = tokens.shape[2]
+    if chunk is None or chunk >= length:
+        return logp(hidden, tokens)
+    num_chunks = -(-length // chunk)
+    padding = num_chunks * chunk - length
+    hidden = jnp.pad(hidden, ((0, 0), (0, 0), (0, padding), (0, 0)))
+    tokens = jnp.pad(tokens, ((0, 0), (0, 0), (0, padding)))
+    split = lambda x: jnp.moveaxis(
+        x.reshape(*x.shape[:2], num_chunks, chunk, *x.shape[3:]), 2, 0
+    )
+    pieces = jax.lax.map(lambda piece: jax.checkpoint(logp)(*piece), (split(hidden), split(tokens)))
+    joined = jnp.moveaxis(pieces, 0, 2)
+    return joined.reshape(*joined.shape[:2], num_chunks * chunk)[:, :, :length]
+
+
+def length_mask(length: Array, size: int) -> Array:
+    """True at positions before `length`.
+
+    Args:
+        length: number of valid positions; [...].
+        size: size of the new last axis.
+
+    Returns:
+        Boolean [..., size].
+    """
+    return jax.lax.broadcasted_iota(jnp.int32, (*length.shape, size), length.ndim) < length[..., None]
+
+
+def seq_logp(token_logp: Array, length: Array) -> Array:
+    """ln π(y|x): the sum of the log-probabilities of the first `length` tokens.
+
+    Args:
+        token_logp: nats; [..., C].
+        length: number of tokens, EOS included; [...].
+
+    Returns:
+        Nats, float32; [...]. An absent completion (length 0) has 0.
+    """
+    chex.assert_shape(length, token_logp.shape[:-1])
+    return jnp.where(length_mask(length, token_logp.shape[-1]), token_logp, 0.0).sum(-1)

@@ -1,0 +1,220 @@
+"""Objectives and losses on groups of K completions of one prompt, as pure functions of arrays.
+
+Every policy objective takes the log-ratios λ_i = ln π(y_i|x) − ln π_ref(y_i|x) and the rewards R_i of a group and
+returns one number a group. In order below:
+
+1. `copg_objective`, the paper's Eq. (5) for any K ≥ 2, in O(K);
+2. the direct alignment losses on the same rewards, `dpo_loss` and `ipo_loss`;
+3. the policy gradient surrogates `pg_objective` (a given baseline) and `rloo_objective`;
+4. the supervised losses `bradley_terry_loss` (reward model) and `nll_loss` (SFT).
+
+A name ending in `_objective` is maximised, one ending in `_loss` is minimised. Log-ratios are *sums* over the tokens
+of a completion, in nats, never averages. `mask` marks the completions that are present; an absent one changes
+neither value nor gradient, whatever its numbers are.
+"""
+
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+
+def _present(mask: Array | None, like: Array) -> Array:
+    """Returns `mask`, or all-true of the shape of `like` where no mask is given."""
+    if mask is None:
+        return jnp.ones(like.shape, bool)
+    chex.assert_equal_shape([mask, like])
+    return mask.astype(bool)
+
+
+def _masked(values: Array, mask: Array) -> Array:
+    """Zeroes absent entries; `where` on the values keeps NaN in absent slots out of the gradient."""
+    return jnp.where(mask, values, 0.0)
+
+
+def _centred(values: Array, mask: Array) -> Array:
+    """Subtracts the mean over the present completions of each group; absent entries are 0."""
+    values = _masked(values, mask)
+    count = jnp.maximum(mask.sum(-1, keepdims=True), 1)
+    return _masked(values - values.sum(-1, keepdims=True) / count, mask)
+
+
+def _num_others(mask: Array) -> Array:
+    """Returns k − 1 per group, at least 1 so that it can divide."""
+    return jnp.maximum(mask.sum(-1) - 1, 1)
+
+
+def copg_objective(
+    log_ratio: Array, reward: Array, *, beta: ArrayLike, mask: Array | None = None
+) -> Array:
+    """CoPG objective of each group, Eq. (5) summed over pairs; maximised.
+
+    For a pair, with Δ = λ_1 − λ_2 and ΔR = R_1 − R_2, Eq. (5) is ``ΔR·Δ − (β/2)·Δ²``. A group of k is the sum over
+    its pairs divided by k − 1, which needs no pairs at all:
+
+        1/(k−1) Σ_{i<j} ℓ(y_i, y_j) = k/(k−1) Σ_i [(R_i − R̄)(λ_i − λ̄) − (β/2)(λ_i − λ̄)²]
+
+    Args:
+        log_ratio: ln π − ln π_ref of each completion, nats, summed over tokens; [..., K].
+        reward: reward of each completion, reward units; [..., K].
+        beta: KL coefficient β > 0, reward units per nat; scalar.
+        mask: true where a completion is present; [..., K]. None means all are.
+
+    Returns:
+        The objective; [...]. Groups of fewer than two present completions give 0.
+
+    Note:
+        The gradient must flow through the weight R^π_{β/2} as well. Stopping it there solves the problem of
+        temperature β/2 instead of β.
+    """
+    chex.assert_equal_shape([log_ratio, reward])
+    mask = _present(mask, log_ratio)
+    gap, reward_gap = _centred(log_ratio, mask), _centred(reward, mask)
+    scale = mask.sum(-1) / _num_others(mask)
+    return scale * (reward_gap * gap - 0.5 * beta * gap**2).sum(-1)
+
+
+def copg_loss(
+    log_ratio: Array, reward: Array, *, beta: ArrayLike, mask: Array | None = None
+) -> Array:
+    """Negative `copg_objective`; minimised. Same arguments, [..., K] → [...]."""
+    return -copg_objective(log_ratio, reward, beta=beta, mask=mask)
+
+
+def preferences(reward: Array, mask: Array | None = None) -> Array:
+    """Marks the ordered pairs in which completion i is strictly preferred to j, i.e. R_i > R_j.
+
+    Args:
+        reward: reward units; [..., K].
+        mask: true where a completion is present; [..., K].
+
+    Returns:
+        Boolean [..., K, K]; ties and absent completions are in no pair.
+    """
+    mask = _present(mask, reward)
+    reward = _masked(reward, mask)
+    both = mask[..., :, None] & mask[..., None, :]
+    return both & (reward[..., :, None] > reward[..., None, :])
+
+
+def _mean_over_preferences(gap_loss: Callable[[Array], Array], score: Array, preferred: Array):
+    """Averages `gap_loss(score_winner − score_loser)` over the preferred pairs of each group; 0 without any."""
+    score = _masked(score, preferred.any(-1) | preferred.any(-2))
+    gap = jnp.where(preferred, score[..., :, None] - score[..., None, :], 0.0)
+    total = jnp.where(preferred, gap_loss(gap), 0.0).sum((-2, -1))
+    return total / jnp.maximum(preferred.sum((-2, -1)), 1)
+
+
+def dpo_loss(
+    log_ratio: Array, reward: Array, *, beta: ArrayLike, mask: Array | None = None
+) -> Array:
+    """DPO loss −ln σ(βΔ) with the preference read off the rewards (Rafailov et al. 2023, Eq. 7); minimised.
+
+    Args:
+        log_ratio: nats, summed over tokens; [..., K].
+        reward: only its order within a group matters; [..., K].
+        beta: KL coefficient β > 0; scalar.
+        mask: true where a completion is present; [..., K].
+
+    Returns:
+        Mean over the strictly ordered pairs of each group; [...]. A group of ties gives 0: leave it out of averages.
+    """
+    chex.assert_equal_shape([log_ratio, reward])
+    return _mean_over_preferences(
+        lambda gap: -jax.nn.log_sigmoid(beta * gap), log_ratio, preferences(reward, mask)
+    )
+
+
+def ipo_loss(
+    log_ratio: Array, reward: Array, *, beta: ArrayLike, mask: Array | None = None
+) -> Array:
+    """IPO loss (½ − βΔ)² with the preference read off the rewards (the paper's form, Prop. 3); minimised.
+
+    Its gradient is −2β times the gradient of Eq. (5) at R = ±¼. TRL's `loss_type="ipo"` is another function:
+    (Δ̄ − 1/(2β))² on log-ratios *averaged* over tokens, i.e. divided by β² and blind to length.
+
+    Args and returns are those of `dpo_loss`.
+    """
+    chex.assert_equal_shape([log_ratio, reward])
+    return _mean_over_preferences(
+        lambda gap: (0.5 - beta * gap) ** 2, log_ratio, preferences(reward, mask)
+    )
+
+
+def pg_objective(
+    log_ratio: Array,
+    reward: Array,
+    *,
+    beta: ArrayLike,
+    baseline: ArrayLike,
+    mask: Array | None = None,
+) -> Array:
+    """Policy gradient surrogate Σ_i sg[R^π_β(y_i) − b]·λ_i, whose gradient is the paper's ∇ℓ_PG (Sec. 5); maximised.
+
+    Only its gradient means something, and only where the y_i are samples of π: off-policy it converges elsewhere.
+
+    Args:
+        log_ratio: nats, summed over tokens; [..., K].
+        reward: reward units; [..., K].
+        beta: KL coefficient β > 0; scalar.
+        baseline: b, reward units; scalar or [...].
+        mask: true where a completion is present; [..., K].
+
+    Returns:
+        The surrogate; [...].
+    """
+    chex.assert_equal_shape([log_ratio, reward])
+    mask = _present(mask, log_ratio)
+    baseline = jnp.broadcast_to(jnp.asarray(baseline), log_ratio.shape[:-1])[..., None]
+    advantage = _masked(reward - beta * log_ratio, mask) - baseline
+    return (jax.lax.stop_gradient(_masked(advantage, mask)) * _masked(log_ratio, mask)).sum(-1)
+
+
+def rloo_objective(
+    log_ratio: Array, reward: Array, *, beta: ArrayLike, mask: Array | None = None
+) -> Array:
+    """RLOO-k surrogate Σ_i sg[R^π_β(y_i) − mean_{j≠i} R^π_β(y_j)]·λ_i (Ahmadian et al. 2024); maximised.
+
+    Its gradient equals that of `copg_objective` (Prop. 2), its value does not.
+
+    Args and returns are those of `copg_objective`.
+    """
+    chex.assert_equal_shape([log_ratio, reward])
+    mask = _present(mask, log_ratio)
+    regularized = _masked(reward - beta * log_ratio, mask)
+    others = (regularized.sum(-1, keepdims=True) - regularized) / _num_others(mask)[..., None]
+    advantage = _masked(regularized - others, mask & (mask.sum(-1, keepdims=True) > 1))
+    return (jax.lax.stop_gradient(advantage) * _masked(log_ratio, mask)).sum(-1)
+
+
+def bradley_terry_loss(score: Array, reward: Array, *, mask: Array | None = None) -> Array:
+    """Reward model loss −ln σ(s⁺ − s⁻) (paper Sec. 6, ℓ_RM); minimised.
+
+    Args:
+        score: the reward model's output, reward units; [..., K].
+        reward: human labels, larger is preferred; [..., K].
+        mask: true where a completion is present; [..., K].
+
+    Returns:
+        Mean over the strictly ordered pairs of each group; [...].
+    """
+    chex.assert_equal_shape([score, reward])
+    return _mean_over_preferences(
+        lambda gap: -jax.nn.log_sigmoid(gap), score, preferences(reward, mask)
+    )
+
+
+def nll_loss(seq_logp: Array, *, mask: Array | None = None) -> Array:
+    """Negative log-likelihood −Σ_i ln π(y_i|x) of the completions of each group (SFT); minimised.
+
+    Args:
+        seq_logp: ln π of each completion, nats, summed over tokens; [..., K].
+        mask: true where a completion is present; [..., K].
+
+    Returns:
+        Nats, summed over completions; [...]. Divide by the number of tokens for the usual average.
+    """
+    return -_masked(seq_logp, _present(mask, seq_logp)).sum(-1)
