@@ -1,0 +1,186 @@
+"""Numbers of a run, from the loop to disk and screen.
+
+1. On resume, drop the lines that the interrupted run wrote after the step we restart from.
+2. Each `log` appends one JSON line to metrics.jsonl and, on request, TensorBoard scalars.
+3. The console shows a progress bar on a terminal, otherwise a plain line every few steps.
+"""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from copg_jax.errors import InputError
+from copg_jax.runtime import is_main_process
+
+FILE_NAME = "metrics.jsonl"
+
+
+class MetricsLogger:
+    """Context manager that logs a run's metrics; does nothing on processes other than 0.
+
+    Args:
+      output_dir: Folder of metrics.jsonl and of TensorBoard's files.
+      total_steps: Number of steps of the whole run, for the progress bar and the time left.
+      log_every: Steps between console lines; "eval/" metrics and the last step always show.
+      tensorboard: Also write TensorBoard event files (the `tensorboard` extra).
+      quiet: No console output.
+      resume_step: Last step already done, None for a fresh start. Lines of later steps are removed
+        first, so that an interrupted and resumed run leaves the file of an uninterrupted one.
+
+    Raises:
+      InputError: TensorBoard was asked for and is not installed.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        *,
+        total_steps: int,
+        log_every: int = 10,
+        tensorboard: bool = False,
+        quiet: bool = False,
+        resume_step: int | None = None,
+    ) -> None:
+        self._total_steps = total_steps
+        self._log_every = log_every
+        self._enabled = is_main_process()
+        self._file = None
+        self._writer = None
+        self._progress = None
+        self._console = None if quiet else Console(soft_wrap=True, highlight=False)
+        self._last_step = resume_step or 0
+        self._last_time = time.monotonic()
+        if not self._enabled:
+            return
+        if tensorboard:
+            self._writer = _tensorboard_writer(Path(output_dir), resume_step)
+        path = Path(output_dir) / FILE_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _keep_until(path, resume_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> Self:
+        if self._enabled and self._console is not None and self._console.is_terminal:
+            columns = (
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[pace]}"),
+                TimeRemainingColumn(),
+            )
+            self._progress = Progress(*columns, console=self._console)
+            self._task = self._progress.add_task(
+                "", total=self._total_steps, completed=self._last_step, pace=""
+            )
+            self._progress.start()
+        self._last_time = time.monotonic()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        if self._writer is not None:
+            self._writer.close()
+        if self._file is not None:
+            self._file.close()
+
+    def log(
+        self, step: int, values: Mapping[str, float], *, text: Mapping[str, str] | None = None
+    ) -> None:
+        """Log scalars, and texts such as samples, of one step; NaN and infinities become null.
+
+        Args:
+          step: Steps done, counted from 1 (0 for numbers from before training).
+          values: Metric name to scalar.
+          text: Name to text, kept under the key "text".
+        """
+        if self._file is None:
+            return
+        numbers = {name: float(value) for name, value in values.items()}
+        line: dict[str, Any] = {"step": int(step), "time": time.time()}
+        line |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        if text:
+            line["text"] = dict(text)
+        self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in numbers.items():
+                self._writer.add_scalar(name, value, step)
+            for name, value in (text or {}).items():
+                self._writer.add_text(name, value, step)
+        if self._console is not None:
+            self._show(self._console, step, numbers, text or {})
+
+    def _show(
+        self, console: Console, step: int, numbers: Mapping[str, float], text: Mapping[str, str]
+    ) -> None:
+        is_evaluation = any(name.startswith("eval/") for name in numbers)
+        due = step % self._log_every == 0 or step >= self._total_steps or is_evaluation
+        pace = ""
+        if due and step > self._last_step:
+            now = time.monotonic()
+            seconds = (now - self._last_time) / (step - self._last_step)
+            pace = f"{seconds:.3g} s/step"
+            if self._progress is None:  # the bar shows the time left itself
+                pace += f"  ETA {_duration(seconds * (self._total_steps - step))}"
+            self._last_step, self._last_time = step, now
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+            if pace:
+                self._progress.update(self._task, pace=pace)
+        if due:
+            parts = [f"step {step}/{self._total_steps}"]
+            parts += [f"{name} {value:.4g}" for name, value in numbers.items()]
+            parts += [pace] if pace and self._progress is None else []
+            console.print("  ".join(parts), markup=False)
+        for name, value in text.items():
+            console.print(f"  {name}: {value}", markup=False)
+
+
+def _keep_until(path: Path, resume_step: int | None) -> None:
+    """Drop the lines after `resume_step`, and a last line that was cut short; all when None."""
+    if not path.exists():
+        return
+    kept = []
+    if resume_step is not None:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                step = json.loads(line)["step"]
+            except (ValueError, KeyError, TypeError):
+                continue
+            if step <= resume_step:
+                kept.append(line + "\n")
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _tensorboard_writer(output_dir: Path, resume_step: int | None) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise InputError(
+            "tensorboard=true wants the package tensorboardX, which is not installed; "
+            "run `pip install 'copg_jax[tensorboard]'` or set tensorboard=false"
+        ) from error
+    # TensorBoard hides the events from purge_step on that the interrupted run wrote.
+    purge = None if resume_step is None else resume_step + 1
+    return SummaryWriter(str(output_dir / "tensorboard"), purge_step=purge)
+
+
+def _duration(seconds: float) -> str:
+    minutes, secs = divmod(round(max(seconds, 0.0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{secs:02d}"

@@ -1,0 +1,194 @@
+"""What a run needs from the process around it.
+
+1. `setup`: logging and the persistent compilation cache.
+2. `write_run_header`: the resolved config and the versions, on disk before any work.
+3. `GracefulExit`: SIGTERM and SIGINT become a flag that the loop reads between two steps.
+"""
+
+import json
+import logging
+import os
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import jax
+import yaml
+
+import copg_jax
+from copg_jax.cli import config_differences, to_yaml
+from copg_jax.errors import InputError
+
+RECORDED_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "numpy",
+    "transformers",
+    "tokenizers",
+    "datasets",
+)
+
+
+def is_main_process() -> bool:
+    """Whether this is process 0, the only one that writes logs and metadata."""
+    return jax.process_index() == 0
+
+
+def setup() -> None:
+    """Set up logging and the persistent compilation cache.
+
+    The environment variable JAX_COMPILATION_CACHE_DIR moves the cache; the default is
+    `~/.cache/copg_jax/xla`.
+    """
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    logging.getLogger("copg_jax").setLevel(logging.INFO)
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        cache = Path.home() / ".cache" / "copg_jax" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+class GracefulExit:
+    """Turns SIGTERM and SIGINT into a flag: the loop saves and leaves after the current step.
+
+    `requested` is None, "SIGTERM" or "SIGINT". A second signal ends the process at once.
+    Outside the `with` block the previous handlers are back.
+    """
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    @property
+    def exit_code(self) -> int:
+        """0 when nothing was requested, else the shell's 128 + signal: 143 or 130."""
+        return 128 + signal.Signals[self.requested] if self.requested else 0
+
+    def __enter__(self) -> Self:
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            self._previous[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        # os.write and os._exit: neither allocates locks nor waits for threads of a pending save.
+        if self.requested is not None:
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"\nsecond signal: exit\n")
+            os._exit(128 + signum)
+        self.requested = signal.Signals(signum).name
+        message = f"\n{self.requested}: saving after this step; send it again to exit at once\n"
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, message.encode())
+
+
+def write_run_header(output_dir: Path, config: Any, *, may_differ: Sequence[str] = ()) -> None:
+    """Write config.yaml and versions.json into `output_dir`, or refuse the folder of another run.
+
+    A folder with the same config is a run to resume. Only process 0 reads and writes.
+
+    Args:
+      output_dir: Folder of the run; made when absent.
+      config: Config dataclass of the run.
+      may_differ: Dotted prefixes that do not define the run, such as "log_every" or "evaluation".
+
+    Raises:
+      InputError: The folder holds a run with another config, or is no folder.
+    """
+    if not is_main_process():
+        return
+    output_dir = Path(output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise InputError(
+            f"output_dir {output_dir}: wanted a folder, got a file; "
+            "give another output_dir or remove the file"
+        )
+    resolved = to_yaml(config)
+    path = output_dir / "config.yaml"
+    if path.exists():
+        _check_same_run(path, resolved, may_differ)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    _write_text(path, resolved)
+    _write_text(output_dir / "versions.json", json.dumps(_versions(), indent=2) + "\n")
+
+
+def _check_same_run(path: Path, resolved: str, may_differ: Sequence[str]) -> None:
+    try:
+        previous = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(
+            f"{path}: wanted the config of an earlier run, could not read it ({error}); "
+            "give another output_dir or delete this folder"
+        ) from error
+    # Both sides are read back from YAML, so that 1e-06 and 1.0e-06 are the same number.
+    differences = [
+        line
+        for line in config_differences(previous or {}, yaml.safe_load(resolved))
+        if not any(_is_under(line.split(": ", 1)[0], prefix) for prefix in may_differ)
+    ]
+    if differences:
+        raise InputError(
+            f"output_dir {path.parent} holds another run; its config differs (theirs -> yours):\n  "
+            + "\n  ".join(differences)
+            + f"\nFix: set another output_dir, or delete {path.parent} to start over"
+        )
+
+
+def _is_under(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith((prefix + ".", prefix + "["))
+
+
+def _versions() -> dict[str, Any]:
+    versions: dict[str, Any] = {
+        "copg_jax": copg_jax.__version__,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+    }
+    for package in RECORDED_PACKAGES:
+        versions[package] = metadata.version(package)
+    versions["platform"] = jax.default_backend()
+    versions["device_kind"] = jax.devices()[0].device_kind
+    versions["device_count"] = jax.device_count()
+    versions["process_count"] = jax.process_count()
+    return versions
+
+
+def _git_commit() -> str | None:
+    """Commit of the source tree, with "+changes" when tracked files differ; None outside git."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+changes" if changed else "")
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    return done.stdout.strip()
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write under another name, then rename: a reader never sees half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
