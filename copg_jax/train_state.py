@@ -1,0 +1,55 @@
+"""What a training step reads and writes: step counter, master parameters and optimiser state."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from copg_jax import sharding
+
+
+class TrainState(NamedTuple):
+    """The whole state of training; donated to every step."""
+
+    step: Array  # int32 scalar: number of updates applied
+    params: Any  # nested dict of float32 arrays
+    opt_state: Any
+
+
+def abstract_state(optimizer: optax.GradientTransformation, params: Any) -> TrainState:
+    """Shapes and dtypes of the state without allocating anything; `params` may be abstract too."""
+    return jax.eval_shape(lambda p: TrainState(jnp.int32(0), p, optimizer.init(p)), params)
+
+
+def state_shardings(
+    mesh: jax.sharding.Mesh, optimizer: optax.GradientTransformation, params: Any, axes: Any
+) -> TrainState:
+    """Shardings of the whole state: moments lie where their parameter lies, scalars are replicated.
+
+    Args:
+        mesh: the device mesh.
+        optimizer: the transform whose state is laid out.
+        params: parameters or their shapes.
+        axes: tree of logical axes, of the structure of `params`.
+    """
+    param_shardings = sharding.shardings(mesh, axes, params)
+    state = abstract_state(optimizer, params)
+    whole = sharding.replicated(mesh)
+    opt_state = optax.tree.map_params(
+        optimizer,
+        lambda _, s: s,
+        state.opt_state,
+        param_shardings,
+        transform_non_params=lambda _: whole,
+    )
+    return TrainState(whole, param_shardings, opt_state)
+
+
+def create_state(
+    optimizer: optax.GradientTransformation, params: Any, shardings: TrainState
+) -> TrainState:
+    """Creates the state under `jit`, each moment directly in its shards; takes over the buffers of `params`."""
+    init = lambda p: TrainState(jnp.int32(0), p, optimizer.init(p))
+    return jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)
