@@ -1,0 +1,164 @@
+"""The schema that a config dataclass describes: names, types, defaults, and what violates it.
+
+1. `iter_fields` walks the dataclass and its sections: the lines of `--help`.
+2. `find_problems` walks plain values beside it: unknown fields with a did-you-mean, wrong types.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+COMMAND_LINE = "command line"
+
+
+class FieldInfo(NamedTuple):
+    """One line of `--help`."""
+
+    name: str
+    type: str
+    default: str
+    help: str
+
+
+def iter_fields(cls: type, prefix: str = "") -> Iterator[FieldInfo]:
+    """Yield every leaf field with its dotted name, those of sections in place."""
+    helps = {field.name: field.metadata.get("help", "") for field in dataclasses.fields(cls)}
+    for key, hint in field_types(cls).items():
+        name, nested = join(prefix, key), section_class(hint)
+        is_list = typing.get_origin(hint) is list
+        if nested is None or is_list or _is_optional(hint):
+            yield FieldInfo(name, _type_name(hint), _default_text(cls, key), helps[key])
+        if nested is not None:
+            yield from iter_fields(nested, f"{name}[i]" if is_list else name)
+
+
+def find_problems(
+    cls: type, values: Mapping[Any, Any], where: Mapping[str, str], *, prefix: str = "", root: Any
+) -> Iterator[str]:
+    """Yield a text for every unknown field and wrong type.
+
+    Args:
+      cls: Dataclass of the section.
+      values: Plain values of the section.
+      where: Dotted name to "file:line".
+      prefix: Dotted name of the section.
+      root: Dataclass of the whole config, where a misplaced name is looked for.
+    """
+    hints = field_types(cls)
+    for key, value in values.items():
+        name = join(prefix, str(key))
+        place = _place(name, where)
+        if key not in hints:
+            yield f"{place}: unknown field '{name}'; {_suggestion(cls, str(key), prefix, root)}"
+            continue
+        hint = hints[key]
+        nested, is_list = section_class(hint), typing.get_origin(hint) is list
+        if nested is None or (value is None and _is_optional(hint)):
+            if not _is_accepted(cls, key, value):
+                yield (
+                    f"{place}: {name}: wanted {_type_name(hint)}, got {_got(value)}; "
+                    f"set for example {name}={_default_text(cls, key)}"
+                )
+        elif is_list and not isinstance(value, list):
+            yield f"{place}: {name}: wanted a list of sections, got {_got(value)}"
+        else:
+            sections = {f"{name}[{i}]": item for i, item in enumerate(value)} if is_list else {}
+            for child, item in (sections or {name: value}).items():
+                if isinstance(item, dict):
+                    yield from find_problems(nested, item, where, prefix=child, root=root)
+                elif item != []:
+                    yield (
+                        f"{_place(child, where)}: {child}: wanted a section with the fields "
+                        f"{', '.join(field_types(nested))}; got {_got(item)}; "
+                        "remove it to keep the defaults"
+                    )
+
+
+def field_types(cls: type) -> dict[str, Any]:
+    """Type of each field, annotations resolved."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def section_class(hint: Any) -> type | None:
+    """The dataclass of a section, `Section | None` or list of sections; None for a leaf."""
+    for candidate in (hint, *typing.get_args(hint)):
+        if dataclasses.is_dataclass(candidate) and isinstance(candidate, type):
+            return candidate
+    return None
+
+
+def join(prefix: str, name: str) -> str:
+    """Dotted name of a field in a section; the root section has the empty name."""
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _is_accepted(cls: type, key: str, value: Any) -> bool:
+    # Field by field, so that the path is known also inside lists, where OmegaConf loses it.
+    try:
+        OmegaConf.merge(OmegaConf.structured(cls), {key: value})
+    except OmegaConfBaseException:
+        return False
+    return True
+
+
+def _suggestion(cls: type, key: str, prefix: str, root: type) -> str:
+    """Did-you-mean: a near name in this section, else the same or a near name elsewhere."""
+    siblings = list(field_types(cls))
+    for near in difflib.get_close_matches(key, siblings, n=1):
+        return f"did you mean '{join(prefix, near)}'?"
+    elsewhere = {field.name.rpartition(".")[2]: field.name for field in iter_fields(root)}
+    for near in difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.8):
+        return f"did you mean '{elsewhere[near]}'?"
+    return f"wanted one of: {', '.join(join(prefix, name) for name in siblings)}"
+
+
+def _default_text(cls: type, key: str) -> str:
+    """Default of a field as one would write it on the command line, VALUE when it has none."""
+    (field,) = (field for field in dataclasses.fields(cls) if field.name == key)
+    default = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    if default is dataclasses.MISSING or default == MISSING:
+        return "VALUE"
+    if isinstance(default, list | dict) and default:
+        return (
+            "[...]"
+            if isinstance(default, list) and section_class(type(default[0]))
+            else f"{default}"
+        )
+    if default is None or isinstance(default, bool):
+        return {None: "null", True: "true", False: "false"}[default]
+    return str(default) if default != "" else "''"
+
+
+def _type_name(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(_type_name(argument) for argument in arguments)
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join(_type_name(argument) for argument in arguments)}]"
+    return "null" if hint is types.NoneType else getattr(hint, "__name__", str(hint))
+
+
+def _is_optional(hint: Any) -> bool:
+    return types.NoneType in typing.get_args(hint)
+
+
+def _got(value: Any) -> str:
+    return "nothing" if value is None else f"{value!r} ({type(value).__name__})"
+
+
+def _place(name: str, where: Mapping[str, str]) -> str:
+    """File and line of a field, or of the nearest section above it that was set."""
+    while name and name not in where:
+        name = name[: max(name.rfind("."), name.rfind("["), 0)]
+    return where.get(name, COMMAND_LINE)
