@@ -22,8 +22,8 @@ from jax.sharding import NamedSharding
 
 from copg_jax import losses, policy, sharding
 from copg_jax.data.groups import GroupBatch
-from copg_jax.models import functional
 from copg_jax.models.llama import LlamaConfig
+from copg_jax.models.reward import reward as model_reward
 from copg_jax.train_state import TrainState
 
 Metrics = dict[str, tuple[Array, Array]]
@@ -79,7 +79,7 @@ def make_bradley_terry_loss(config: LlamaConfig) -> LossFn:
 
     def loss_fn(params: Any, batch: GroupBatch) -> tuple[Array, LossOutput]:
         mask = _present(batch)
-        score = functional.reward(
+        score = model_reward(
             config,
             params,
             batch.prompt_tokens,
@@ -233,8 +233,8 @@ def make_train_step(
     """Builds the jitted optimiser step (state, batch) → (state, metrics).
 
     The gradient is that of Σ loss / Σ weight over the global batch, whatever the number of microbatches and devices.
-    A step whose loss or gradient is not finite leaves parameters and optimiser untouched (metrics tell), so that what
-    is saved afterwards is the last good state.
+    A step whose loss or gradient is not finite halts the state: it and all later steps change nothing, so that the
+    loop, which reads metrics one step late, still saves the state from just before the offending batch.
 
     Args:
         loss_fn: one of the loss functions above.
@@ -256,8 +256,10 @@ def make_train_step(
         grad_norm = optax.global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
-        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        params = optax.apply_updates(state.params, updates)
+        halted = state.halted | ~finite
+        new = TrainState(state.step + 1, params, opt_state, halted)
+        new = jax.tree.map(lambda a, b: jnp.where(halted, b, a), new, state)._replace(halted=halted)
         metrics = _averages(aux.metrics) | {"optim/grad_norm": grad_norm}
         return new, metrics | {"finite": finite, "per_group": aux.per_group}
 

@@ -1,5 +1,6 @@
 """What a training step reads and writes: step counter, master parameters and optimiser state."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,11 +17,16 @@ class TrainState(NamedTuple):
     step: Array  # int32 scalar: number of updates applied
     params: Any  # nested dict of float32 arrays
     opt_state: Any
+    halted: Array  # bool scalar: a step was not finite, and no step since then has changed anything
 
 
 def abstract_state(optimizer: optax.GradientTransformation, params: Any) -> TrainState:
     """Shapes and dtypes of the state without allocating anything; `params` may be abstract too."""
-    return jax.eval_shape(lambda p: TrainState(jnp.int32(0), p, optimizer.init(p)), params)
+    return jax.eval_shape(lambda p: _new_state(optimizer, p), params)
+
+
+def _new_state(optimizer: optax.GradientTransformation, params: Any) -> TrainState:
+    return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.bool_(False))
 
 
 def state_shardings(
@@ -44,12 +50,19 @@ def state_shardings(
         param_shardings,
         transform_non_params=lambda _: whole,
     )
-    return TrainState(whole, param_shardings, opt_state)
+    return TrainState(whole, param_shardings, opt_state, whole)
 
 
 def create_state(
     optimizer: optax.GradientTransformation, params: Any, shardings: TrainState
 ) -> TrainState:
     """Creates the state under `jit`, each moment directly in its shards; takes over the buffers of `params`."""
-    init = lambda p: TrainState(jnp.int32(0), p, optimizer.init(p))
+    init = partial(_new_state, optimizer)
     return jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)
+
+
+def with_shardings(state: TrainState, shardings: TrainState) -> TrainState:
+    """Attaches shardings to shapes: what a checkpoint is restored into."""
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings
+    )

@@ -1,0 +1,107 @@
+"""Saving and restoring the whole train state with Orbax, asynchronously.
+
+One folder a saved step; the newest and the best (by a metric given when saving) are kept. The data order needs no file
+of its own: batches are a function of the step.
+"""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from copg_jax import train_state
+from copg_jax.errors import InputError
+from copg_jax.train_state import TrainState
+
+
+class Checkpoints:
+    """Checkpoints of one run, in `folder`; a context manager that waits for pending writes at its end.
+
+    Args:
+        folder: made when absent.
+        best_metric: name of the metric whose largest value marks the best step, or None to keep the newest only.
+    """
+
+    def __init__(self, folder: Path, *, best_metric: str | None = None) -> None:
+        self._best_metric = best_metric
+        keep: list[Any] = [policies.LatestN(1)]
+        if best_metric is not None:
+            keep.append(
+                policies.BestN(
+                    get_metric_fn=lambda metrics: metrics[best_metric],
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        self._manager = ocp.CheckpointManager(
+            Path(folder).absolute(),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(keep)
+            ),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._manager.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        """Newest saved step, None without any."""
+        return self._manager.latest_step()
+
+    def best(self) -> tuple[int, float] | None:
+        """Step and value of the best saved metric; None where none was saved with one."""
+        if self._best_metric is None:
+            return None
+        self._manager.wait_until_finished()
+        found = [
+            (metrics[self._best_metric], step)
+            for step in self._manager.all_steps()
+            if (metrics := self._manager.metrics(step)) and self._best_metric in metrics
+        ]
+        if not found:
+            return None
+        value, step = max(found)
+        return step, value
+
+    def save(self, step: int, state: TrainState, metrics: dict[str, float] | None = None) -> None:
+        """Starts saving `state` as `step` and returns once it may be donated; a step saved before is left alone."""
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(step, args=ocp.args.StandardSave(state._asdict()), metrics=metrics)
+
+    def restore(self, step: int, state: TrainState, shardings: TrainState) -> TrainState:
+        """Reads the state of `step` straight into its shards; the mesh may differ from the one it was saved on.
+
+        Args:
+            step: a saved step.
+            state: shapes and dtypes, e.g. from `train_state.abstract_state`.
+            shardings: where each array shall lie.
+
+        Raises:
+            InputError: the checkpoint holds other parameters than this model has.
+        """
+        target = train_state.with_shardings(state, shardings)
+        try:
+            restored = self._manager.restore(step, args=ocp.args.StandardRestore(target._asdict()))
+        except (ValueError, KeyError, TypeError) as error:
+            folder = Path(str(self._manager.directory)) / str(step)
+            raise InputError(
+                f"{folder}: wanted a checkpoint of this model and optimiser, got one of another: "
+                f"{str(error).strip()[:500]}\nFix: give another output_dir, or the config this run "
+                "was started with."
+            ) from error
+        # A run that halted on a non-finite loss may try again.
+        return TrainState(**restored)._replace(
+            halted=jax.device_put(False, shardings.halted)
+        )

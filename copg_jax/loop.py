@@ -1,0 +1,189 @@
+"""The one training loop; stages differ by the step function, the stream and the evaluation they hand it.
+
+1. Restore the newest checkpoint, if any; the stream starts at its step.
+2. Each step: take a batch, place it, call the step function. Metrics are read one step late, so that the device never
+   waits for the host.
+3. Now and then evaluate (held-out loss, generation) and save; keep the newest and the best state.
+4. SIGTERM and Ctrl-C save and leave with the shell's exit code; the same command goes on from there.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from copg_jax import sharding
+from copg_jax.checkpoint import Checkpoints
+from copg_jax.cli import option
+from copg_jax.data.groups import GroupBatch
+from copg_jax.errors import InputError
+from copg_jax.metrics import MetricsLogger
+from copg_jax.runtime import GracefulExit
+from copg_jax.train_state import TrainState
+
+Batches = Iterator[tuple[list[str], GroupBatch]]
+Evaluate = Callable[[Any, int], tuple[dict[str, float], dict[str, str]]]
+"""(params, step) → (metrics, texts)."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long to train and what to write on the way; the defaults are the paper's."""
+
+    batch_size: int = option(128, "groups per optimiser step, over all devices")
+    num_microbatches: int = option(1, "pieces a batch is processed in (gradient accumulation)")
+    num_epochs: int = option(2, "passes over the data")
+    max_steps: int | None = option(None, "stop after this many steps; null = all epochs")
+    eval_every: int = option(50, "steps between evaluations; one also runs before the first step")
+    save_every: int = option(500, "steps between checkpoints (best and last are always saved)")
+    log_every: int = option(10, "steps between console lines (metrics.jsonl has every step)")
+    tensorboard: bool = option(False, "also write TensorBoard files (needs the tensorboard extra)")
+
+    def __post_init__(self):
+        for name in ("batch_size", "num_microbatches", "num_epochs", "eval_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.log_every < 1 or (self.max_steps is not None and self.max_steps < 1):
+            raise InputError("log_every must be >= 1 and max_steps >= 1 or null")
+        if self.batch_size % self.num_microbatches:
+            raise InputError(
+                f"batch_size must be a multiple of num_microbatches, got {self.batch_size} and "
+                f"{self.num_microbatches}"
+            )
+
+
+def check_batch(batch_size: int, num_microbatches: int, mesh: jax.sharding.Mesh) -> None:
+    """Raises InputError unless every microbatch can be cut evenly over the mesh."""
+    shards = sharding.num_batch_shards(mesh)
+    if batch_size % (num_microbatches * shards):
+        raise InputError(
+            f"training.batch_size: wanted a multiple of num_microbatches x data x fsdp = "
+            f"{num_microbatches} x {shards}, got {batch_size}; e.g. "
+            f"{-(-batch_size // (num_microbatches * shards)) * num_microbatches * shards}"
+        )
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or its gradient became NaN or infinite."""
+
+
+def _non_finite(step: int, ids: list[str], per_group: np.ndarray, folder: Path) -> NonFiniteLoss:
+    culprits = [name for name, value in zip(ids, per_group, strict=False) if not np.isfinite(value)]
+    named = ", ".join(culprits[:8]) or "none by its loss alone: the gradient overflowed"
+    return NonFiniteLoss(
+        f"step {step}: the loss or its gradient is not finite. Offending examples: {named}. The state "
+        f"from before this step is saved in {folder}. Look at these examples, lower "
+        "optim.learning_rate, raise loss.beta or set optim.clip_norm."
+    )
+
+
+class _Pending:
+    """Metrics of the previous step, still on the device while the next one runs."""
+
+    def __init__(self, step: int, ids: list[str], batch: GroupBatch, metrics: dict[str, Any]):
+        self.step, self.ids, self.metrics = step, ids, metrics
+        self.pairs = int((np.asarray(batch.completion_length) > 0).any(-1).sum())
+        self.tokens = int(batch.prompt_length.sum() + batch.completion_length.sum())
+
+    def log(self, logger: MetricsLogger, since: float, folder: Path) -> float:
+        """Waits for the step, logs it, and returns the time it was done; raises if it was not finite."""
+        values = jax.device_get(self.metrics)
+        per_group, finite = values.pop("per_group"), values.pop("finite")
+        now = time.perf_counter()
+        hosts = jax.process_count()
+        rates = {
+            "perf/pairs_per_sec": self.pairs * hosts / (now - since),
+            "perf/tokens_per_sec": self.tokens * hosts / (now - since),
+        }
+        logger.log(self.step, {name: float(value) for name, value in values.items()} | rates)
+        if not finite:
+            raise _non_finite(self.step, self.ids, per_group, folder)
+        return now
+
+
+def run(
+    *,
+    step_fn: Callable[[TrainState, GroupBatch], tuple[TrainState, dict[str, Any]]],
+    state: TrainState,
+    start_step: int,
+    num_steps: int,
+    batches: Batches,
+    mesh: jax.sharding.Mesh,
+    logger: MetricsLogger,
+    checkpoints: Checkpoints,
+    folder: Path,
+    eval_every: int,
+    save_every: int,
+    evaluate: Evaluate | None = None,
+    best_metric: str | None = None,
+) -> TrainState:
+    """Trains from `start_step` to `num_steps` and returns the final state, which is saved.
+
+    Args:
+        step_fn: from `step.make_train_step`.
+        state: state at `start_step`; donated.
+        start_step: steps already done.
+        num_steps: steps of the whole run.
+        batches: yields (ids, host-local batch), beginning with the batch of step start_step + 1.
+        mesh: the device mesh.
+        logger: an entered MetricsLogger.
+        checkpoints: an entered Checkpoints.
+        folder: where the checkpoints are, for messages.
+        eval_every: steps between evaluations.
+        save_every: steps between checkpoints.
+        evaluate: (params, step) → metrics and texts.
+        best_metric: metric of `evaluate` whose largest value is worth a checkpoint of its own.
+
+    Raises:
+        NonFiniteLoss: names the step and the examples; the state from before it is saved.
+        SystemExit: 143 or 130 after SIGTERM or Ctrl-C, with the state saved.
+    """
+    placement = sharding.batch_sharding(mesh)
+    found = checkpoints.best()
+    best = -np.inf if found is None else found[1]
+
+    def evaluate_and_save(step: int, state: TrainState) -> None:
+        nonlocal best
+        metrics: dict[str, float] = {}
+        if evaluate is not None and (step % eval_every == 0 or step == num_steps):
+            metrics, texts = evaluate(state.params, step)
+            logger.log(step, metrics, text=texts)
+        scored = best_metric is not None and step > 0 and best_metric in metrics
+        is_best = scored and metrics[best_metric] > best
+        if is_best:
+            best = metrics[best_metric]
+        # The state before training is the model it started from: no checkpoint of its own.
+        if step and (is_best or step == num_steps or step % save_every == 0):
+            checkpoints.save(step, state, {best_metric: metrics[best_metric]} if scored else None)
+
+    pending: _Pending | None = None
+    with GracefulExit() as exit_request:
+        if start_step == 0:
+            evaluate_and_save(0, state)
+        clock = time.perf_counter()
+        try:
+            for step in range(start_step + 1, num_steps + 1):
+                ids, batch = next(batches)
+                state, metrics = step_fn(state, sharding.place(batch, placement))
+                previous, pending = pending, _Pending(step, ids, batch, metrics)
+                if previous is not None:
+                    clock = previous.log(logger, clock, folder)
+                stop = exit_request.requested is not None
+                if stop or step % eval_every == 0 or step % save_every == 0 or step == num_steps:
+                    clock, pending = pending.log(logger, clock, folder), None
+                    if stop:
+                        checkpoints.save(step, state)
+                        print(f"{exit_request.requested}: saved step {step}; the same command goes on")
+                        raise SystemExit(exit_request.exit_code)
+                    evaluate_and_save(step, state)
+                    clock = time.perf_counter()
+        except Exception:
+            # Whatever stopped it (a non-finite loss, a failing reward function): keep what is learned.
+            if not state.step.is_deleted():
+                checkpoints.save(int(state.step), state)
+            raise
+    return state

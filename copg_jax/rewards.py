@@ -1,0 +1,255 @@
+"""Reward functions: any callable ``f(prompts, completions, **columns) -> list[float | None]`` (the contract of TRL and
+tunix), named by its dotted path.
+
+1. `load_reward` resolves a spec; with arguments, the path names a factory that is called with them.
+2. `score_texts` calls a function, checks what it returns and turns None and NaN into absent rewards.
+3. Shipped: `rouge_l` against the author's summary, `length`, and `RewardModel`, the Bradley–Terry model as one reward
+   function among others. It gives the same number in training evaluation, rescoring and generation evaluation, because
+   all of them call it.
+"""
+
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from copg_jax import sharding
+from copg_jax.cli import option
+from copg_jax.data import groups
+from copg_jax.data.groups import TokenGroup
+from copg_jax.data.tldr import TextGroup
+from copg_jax.data.tokenizer import load_tokenizer
+from copg_jax.errors import InputError
+from copg_jax.models import functional, hf_weights
+from copg_jax.models.reward import reward as model_reward
+
+RewardFn = Callable[..., Sequence[float | None]]
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """One reward function and its share in the total."""
+
+    function: str = option(help="dotted path of the function, e.g. copg_jax.rewards.rouge_l")
+    arguments: dict[str, Any] = option(
+        {}, "if given, the path names a factory that is called with these and returns the function"
+    )
+    weight: float = option(1.0, "factor of this reward in the sum")
+
+
+def load_reward(spec: RewardSpec) -> RewardFn:
+    """Resolves a spec to a callable.
+
+    Raises:
+        InputError: no such module or attribute, not callable, or arguments that the factory does not take.
+    """
+    module_name, _, name = spec.function.rpartition(".")
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"reward function {spec.function!r}: wanted the dotted path of a callable, such as "
+            f"'copg_jax.rewards.rouge_l' or 'my_module.my_reward' (my_module.py on PYTHONPATH); {error}"
+        ) from error
+    if not spec.arguments:
+        if isinstance(function, type) or not callable(function):
+            raise InputError(
+                f"reward function {spec.function!r} is not a function; a class needs `arguments`"
+            )
+        return function
+    try:
+        return function(**spec.arguments)
+    except TypeError as error:
+        raise InputError(f"reward function {spec.function!r}: arguments do not fit: {error}") from error
+
+
+def score_texts(
+    function: RewardFn,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    columns: dict[str, Sequence[Any]],
+    *,
+    name: str,
+) -> np.ndarray:
+    """Calls a reward function and checks its answer.
+
+    Args:
+        function: the reward function.
+        prompts: one a completion; [N].
+        completions: [N].
+        columns: further fields of the data set, each [N].
+        name: the function's name, for messages.
+
+    Returns:
+        float64 [N]; None becomes NaN, which marks the completion as to be dropped.
+
+    Raises:
+        InputError: another number of rewards than completions, an infinite one, or something that is no number.
+    """
+    values = list(function(prompts=list(prompts), completions=list(completions), **columns))
+    if len(values) != len(completions):
+        raise InputError(
+            f"reward function {name}: wanted {len(completions)} rewards, one a completion, got {len(values)}"
+        )
+    try:
+        rewards = np.array([math.nan if value is None else float(value) for value in values])
+    except (TypeError, ValueError) as error:
+        raise InputError(f"reward function {name}: wanted numbers or None, got {error}") from error
+    if np.isinf(rewards).any():
+        where = int(np.flatnonzero(np.isinf(rewards))[0])
+        raise InputError(
+            f"reward function {name}: infinite reward for completion {completions[where][:80]!r}; "
+            "return None to drop a completion"
+        )
+    return rewards
+
+
+class WeightedRewards:
+    """The weighted sum of several reward functions, keeping each one's numbers.
+
+    Args:
+        specs: at least one.
+    """
+
+    def __init__(self, specs: Sequence[RewardSpec]):
+        if not specs:
+            raise InputError(
+                "rewards: wanted at least one reward function, got none; e.g. "
+                "rewards='[{function: copg_jax.rewards.rouge_l}]'"
+            )
+        self._parts = [(spec, load_reward(spec)) for spec in specs]
+
+    def __call__(
+        self, prompts: Sequence[str], completions: Sequence[str], columns: dict[str, Sequence[Any]]
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Total [N] (NaN where any part is absent) and the parts by dotted path, each [N]."""
+        total, parts = np.zeros(len(completions)), {}
+        for spec, function in self._parts:
+            values = score_texts(function, prompts, completions, columns, name=spec.function)
+            parts[spec.function] = values
+            total = total + spec.weight * values
+        return total, parts
+
+
+def length(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+    """Minus the number of words: the shorter, the better."""
+    return [-float(len(text.split())) for text in completions]
+
+
+def rouge_l(
+    prompts: Sequence[str], completions: Sequence[str], *, reference: Sequence[str | None], **columns: Any
+) -> list[float | None]:
+    """ROUGE-L F1 (with stemming) against the author's summary; None where there is no reference.
+
+    Args:
+        prompts: unused.
+        completions: [N].
+        reference: the data set's column of reference summaries; [N].
+        columns: unused.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    return [
+        None if target is None else scorer.score(target, text)["rougeL"].fmeasure
+        for target, text in zip(reference, completions, strict=True)
+    ]
+
+
+class RewardModel:
+    """A Bradley–Terry reward model as a reward function.
+
+    Texts are tokenised with the model's own tokenizer, equal neighbouring prompts share one group, groups are sorted by
+    length into batches, and each batch shape is compiled once.
+
+    Args:
+        path: folder or hub id that `LlamaForSequenceClassification` (num_labels=1) could load.
+        batch_size: groups per forward pass.
+        dtype: compute dtype.
+        max_prompt_tokens: prompts must fit; raise it for a tokenizer that needs more tokens.
+        max_completion_tokens: as above, EOS included.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        batch_size: int = 16,
+        dtype: str = "float32",
+        max_prompt_tokens: int = 1024,
+        max_completion_tokens: int = 512,
+    ):
+        folder = hf_weights.resolve(path)
+        self._config = hf_weights.read_config(folder, dtype=dtype)
+        self._tokenizer = load_tokenizer(str(folder))
+        self._limits = groups.Limits(max_prompt_tokens, max_completion_tokens)
+        self._mesh = sharding.make_mesh(sharding.MeshConfig())
+        shards = sharding.num_batch_shards(self._mesh)
+        self._batch_size = -(-batch_size // shards) * shards
+        axes = functional.logical_axes(self._config, head="score")
+        layout = sharding.shardings(
+            self._mesh, axes, functional.abstract_params(self._config, head="score")
+        )
+        self._params = hf_weights.load_params(folder, self._config, head="score", shardings=layout)
+        rows = sharding.batch_sharding(self._mesh)
+        self._forward = jax.jit(
+            lambda params, batch: model_reward(self._config, params, *batch[:4]),
+            in_shardings=(layout, rows),
+            out_shardings=sharding.replicated(self._mesh),
+        )
+
+    def __call__(
+        self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
+    ) -> list[float]:
+        """Scores, reward units, one a completion."""
+        rows = self._group(prompts, completions)
+        rewards = np.full(len(completions), np.nan)
+        order = sorted(rows, key=lambda row: (len(row[0].prompt_tokens), len(row[1])))
+        for start in range(0, len(order), self._batch_size):
+            chunk = order[start : start + self._batch_size]
+            scores = self.score_groups([group for group, _ in chunk])
+            for (_, slots), values in zip(chunk, scores, strict=False):
+                rewards[slots] = values[: len(slots)]
+        return rewards.tolist()
+
+    def score_groups(self, chunk: Sequence[TokenGroup]) -> np.ndarray:
+        """Scores [batch_size, K] of at most `batch_size` groups; slots beyond a group's completions are 0."""
+        batch = groups.collate(
+            chunk,
+            batch_size=self._batch_size,
+            prompt_size=_round_up(max(len(g.prompt_tokens) for g in chunk), 64),
+            num_completions=max(len(g.completion_tokens) for g in chunk),
+            completion_size=_round_up(
+                max(len(c) for g in chunk for c in g.completion_tokens), 16
+            ),
+        )
+        placed = sharding.place(batch, sharding.batch_sharding(self._mesh))
+        return jax.device_get(self._forward(self._params, placed))
+
+    def _group(
+        self, prompts: Sequence[str], completions: Sequence[str]
+    ) -> list[tuple[TokenGroup, list[int]]]:
+        """Groups runs of equal prompts; each with the indices of its completions."""
+        runs: list[list[int]] = []
+        for index, prompt in enumerate(prompts):
+            if runs and prompts[runs[-1][0]] == prompt:
+                runs[-1].append(index)
+            else:
+                runs.append([index])
+        grouped = []
+        for run in runs:
+            text = TextGroup(
+                id=str(run[0]),
+                where=f"completion {run[0]}",
+                prompt=prompts[run[0]],
+                completions=tuple(completions[i] for i in run),
+            )
+            grouped.append((groups.tokenize_group(text, self._tokenizer, self._limits), run))
+        return grouped
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

@@ -1,0 +1,144 @@
+"""Sampling completions: one jitted function per prompt shape.
+
+1. The prompts run once (`prefill`); all samples of a prompt share its keys and values.
+2. A `while_loop` appends one token at a time to a small cache of the completions' own, and ends when every row has met
+   EOS or the limit. No host round trip per token.
+3. The log-probability of each chosen token is recorded on the way; it is the one training computes.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from copg_jax import sharding
+from copg_jax.models import functional
+from copg_jax.models.llama import LlamaConfig
+
+
+class Samples(NamedTuple):
+    """K completions of each prompt."""
+
+    tokens: Array  # int32 [B, K, C], zero after the end
+    length: Array  # int32 [B, K], EOS included
+    token_logp: Array  # float32 [B, K, C], nats under π itself (temperature 1), zero after the end
+    has_eos: Array  # bool [B, K]: ended by EOS rather than by the limit
+
+
+class _Loop(NamedTuple):
+    index: Array  # position of the newest token
+    cache: functional.Cache
+    samples: Samples
+
+
+Sampler = Callable[[Any, Array, Array, Array], Samples]
+"""(params, prompt_tokens [B, P], prompt_length [B], keys [B]) → Samples."""
+
+
+def _choose(logits: Array, keys: Array, index: Array, temperature: float) -> tuple[Array, Array]:
+    """Draws one token per row and its log-probability; a row's draw depends on its key and position alone.
+
+    Args:
+        logits: float32 [B, K, V].
+        keys: one key a prompt [B].
+        index: position in the completion.
+        temperature: 0 takes the most likely token.
+    """
+    if temperature == 0:
+        tokens = logits.argmax(-1)
+    else:
+        num_samples = logits.shape[1]
+
+        def draw(key, row):
+            keys = jax.random.split(jax.random.fold_in(key, index), num_samples)
+            return jax.vmap(jax.random.categorical)(keys, row / temperature)
+
+        tokens = jax.vmap(draw)(keys, logits)
+    logp = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return tokens.astype(jnp.int32), logp - jax.nn.logsumexp(logits, axis=-1)
+
+
+def make_sampler(
+    config: LlamaConfig,
+    *,
+    eos_id: int,
+    max_new_tokens: int,
+    num_samples: int = 1,
+    temperature: float = 1.0,
+    mesh: jax.sharding.Mesh,
+    param_shardings: Any,
+) -> Sampler:
+    """Builds the jitted sampler.
+
+    Args:
+        config: architecture.
+        eos_id: id that ends a completion.
+        max_new_tokens: C, EOS included.
+        num_samples: K, completions of each prompt.
+        temperature: of the sampling distribution; 0 is greedy. Log-probabilities are always those of temperature 1.
+        mesh: the device mesh; B must be a multiple of data·fsdp.
+        param_shardings: where the parameters lie.
+    """
+
+    def append(samples: Samples, hidden: Array, params: Any, keys: Array, index: Array) -> Samples:
+        """Writes token number `index` into the rows that have not ended."""
+        matrix = functional.output_matrix(params).astype(hidden.dtype)
+        logits = jnp.einsum("bkd,dv->bkv", hidden, matrix, preferred_element_type=jnp.float32)
+        tokens, logp = _choose(logits, keys, index, temperature)
+        live = ~samples.has_eos
+        column = lambda array, new: jax.lax.dynamic_update_index_in_dim(
+            array, jnp.where(live, new, 0).astype(array.dtype), index, axis=2
+        )
+        return Samples(
+            tokens=column(samples.tokens, tokens),
+            length=samples.length + live,
+            token_logp=column(samples.token_logp, logp),
+            has_eos=samples.has_eos | (tokens == eos_id),
+        )
+
+    def sample(params: Any, prompt_tokens: Array, prompt_length: Array, keys: Array) -> Samples:
+        batch = prompt_tokens.shape[0]
+        cache, last = functional.prefill(
+            config,
+            params,
+            prompt_tokens,
+            prompt_length,
+            num_samples=num_samples,
+            max_new_tokens=max_new_tokens,
+        )
+        empty = Samples(
+            tokens=jnp.zeros((batch, num_samples, max_new_tokens), jnp.int32),
+            length=jnp.zeros((batch, num_samples), jnp.int32),
+            token_logp=jnp.zeros((batch, num_samples, max_new_tokens), jnp.float32),
+            has_eos=jnp.zeros((batch, num_samples), bool),
+        )
+        hidden = jnp.broadcast_to(last[:, None, :], (batch, num_samples, last.shape[-1]))
+        first = _Loop(jnp.int32(0), cache, append(empty, hidden, params, keys, jnp.int32(0)))
+
+        def unfinished(loop: _Loop) -> Array:
+            return (loop.index + 1 < max_new_tokens) & ~loop.samples.has_eos.all()
+
+        def body(loop: _Loop) -> _Loop:
+            newest = jax.lax.dynamic_index_in_dim(
+                loop.samples.tokens, loop.index, axis=2, keepdims=False
+            )
+            hidden, cache = functional.decode_step(config, params, loop.cache, newest, loop.index)
+            index = loop.index + 1
+            return _Loop(index, cache, append(loop.samples, hidden, params, keys, index))
+
+        return jax.lax.while_loop(unfinished, body, first).samples
+
+    rows = sharding.batch_sharding(mesh)
+    return jax.jit(
+        sample,
+        in_shardings=(param_shardings, rows, rows, rows),
+        out_shardings=sharding.replicated(mesh),
+    )
+
+
+def row_keys(seed: int, step: int, num_rows: int) -> Array:
+    """One key a prompt, reproducible from seed, step and row alone; [num_rows]."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(num_rows))
