@@ -1,0 +1,65 @@
+# Each target does the set-up that it needs: a virtual environment with pinned versions in .venv.
+# Another Python: make test PYTHON=python3.12 VENV=.venv312
+# Some tests:     make test ARGS=tests/test_cli.py
+
+VENV := .venv
+STAMP := $(VENV)/.installed
+EXTRAS := dev,gguf,tensorboard
+ARGS :=
+
+SUPPORTED := import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+MINOR := import sys; print("py%d%d" % sys.version_info[:2])
+# The newest Python that runs and is supported; a name on PATH alone may be an empty shim.
+PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3 python; do \
+	$$name -c '$(SUPPORTED)' 2>/dev/null && echo $$name && break; done)
+
+GOT = $(or $(PYTHON),python3)
+define CHECK_PYTHON
+$(GOT) -c '$(SUPPORTED)' 2>/dev/null || { \
+	echo "error: wanted Python 3.11, 3.12 or 3.13 with the modules venv and ensurepip"; \
+	echo "  got: $(GOT) = $$($(GOT) --version 2>&1 | head -n 1)"; \
+	echo "  fix: install one (on Debian with its -venv package), or name it: make PYTHON=/path/to/python3.12"; \
+	exit 1; } >&2
+endef
+
+.PHONY: help setup demo test check format constraints clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1: /p' Makefile | column -t -s ':'
+
+setup: $(STAMP)  ## make .venv with the pinned versions
+
+demo: $(STAMP)  ## run the whole pipeline on generated posts and a tiny model, on CPU
+	$(VENV)/bin/python -m experiments.quickstart configs/quickstart.yaml $(ARGS)
+
+test: $(STAMP)  ## run the test suite
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+check: $(STAMP)  ## check format, lint, import contracts and types
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/pyright
+
+format: $(STAMP)  ## format the code and fix what lint can fix
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+constraints:  ## resolve the newest allowed versions for PYTHON and pin them
+	@$(CHECK_PYTHON)
+	$(PYTHON) -m venv --clear build/resolve
+	build/resolve/bin/python -m pip install --editable '.[$(EXTRAS)]'
+	build/resolve/bin/python -m pip freeze --exclude-editable \
+		> constraints/$$($(PYTHON) -c '$(MINOR)').txt
+
+clean:  ## remove the environment and the caches, keep runs
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): setup.py $(wildcard constraints/*.txt)
+	@$(CHECK_PYTHON)
+	@echo "Setting up $(VENV) with $$($(PYTHON) --version), once; this takes a few minutes."
+	$(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints/$$($(VENV)/bin/python -c '$(MINOR)').txt --editable '.[$(EXTRAS)]'
+	@touch $@
