@@ -5,7 +5,8 @@ w_i (the derivative with respect to the log-ratio λ_i, since ln π_ref is const
 
 1. `regularized_reward`, Eq. (1);
 2. sample gradients: `copg_gradient` (Eq. 9 and 16, any K), `rloo_gradient`, `pg_gradient`, `ipo_gradient`, `dpo_gradient`;
-3. population gradients of a bandit: `population_copg_gradient` (Eq. 7), `population_pg_gradient`.
+3. population gradients of a bandit: `population_copg_gradient` (Eq. 7), `population_rloo_gradient` (k samplers),
+   `population_pg_gradient`, and of the preference losses, `population_ipo_gradient`, `population_dpo_gradient`.
 
 That autodiff of the losses agrees with these is tested, so it is a theorem and not a tautology.
 """
@@ -154,3 +155,73 @@ def population_pg_gradient(
     """
     chex.assert_equal_shape([log_ratio, reward, mu])
     return mu * pg_gradient(log_ratio, reward, beta=beta, baseline=baseline)
+
+
+def population_rloo_gradient(
+    log_ratio: Array, reward: Array, samplers: Array, *, beta: ArrayLike
+) -> Array:
+    """E[Σ_i w_i ∇ln π(y_i)] of RLOO-k, equally CoPG-k, when y_i ∼ μ_i independently; ascent direction.
+
+    ``Σ_i μ_i(a)(R^π_β(a) − mean_{j≠i} E_μj[R^π_β])``: Eq. (7) at k = 2, and ``k μ(a)(R^π_β(a) − E_μ[R^π_β])`` when
+    all samplers are μ: more samples average the baseline, they do not move the stationary point.
+
+    Args:
+        log_ratio: ln π(a) − ln π_ref(a), nats; [..., A].
+        reward: reward units; [..., A].
+        samplers: μ_1 … μ_k; [..., K, A].
+        beta: KL coefficient β > 0; scalar.
+
+    Returns:
+        Coefficients of ∇ln π(a); [..., A].
+    """
+    value = regularized_reward(log_ratio, reward, beta=beta)[..., None, :]
+    mean = (samplers * value).sum(-1, keepdims=True)
+    others = (mean.sum(-2, keepdims=True) - mean) / (samplers.shape[-2] - 1)
+    return (samplers * (value - others)).sum(-2)
+
+
+def _population_preference_gradient(weights: Array, residual: Array) -> Array:
+    """Sums Σ_b (μ1(a)μ2(b) + μ1(b)μ2(a)) residual_ab for an antisymmetric residual; [..., A]."""
+    return ((weights + jnp.swapaxes(weights, -1, -2)) * residual).sum(-1)
+
+
+def population_ipo_gradient(
+    log_ratio: Array, reward: Array, mu1: Array, mu2: Array, *, beta: ArrayLike
+) -> Array:
+    """E of `ipo_gradient` when a beats b with probability σ(R(a) − R(b)) (Sec. 5); descent is along its negative.
+
+    ``−2β Σ_b W_ab (σ(ΔR_ab) − ½ − βΔ_ab)`` with W_ab = μ1(a)μ2(b) + μ1(b)μ2(a): CoPG with the reward gap replaced by
+    the expected preference, which is why it settles elsewhere.
+
+    Args:
+        log_ratio: ln π(a) − ln π_ref(a), nats; [..., A].
+        reward: Bradley–Terry scores of the preferences, reward units; [..., A].
+        mu1: sampling distribution of y; [..., A].
+        mu2: sampling distribution of y'; [..., A].
+        beta: KL coefficient β > 0; scalar.
+
+    Returns:
+        Coefficients of ∇ln π(a); [..., A].
+    """
+    chex.assert_equal_shape([log_ratio, reward, mu1, mu2])
+    gap = log_ratio[..., :, None] - log_ratio[..., None, :]
+    win = jax.nn.sigmoid(reward[..., :, None] - reward[..., None, :])
+    weights = mu1[..., :, None] * mu2[..., None, :]
+    return -2.0 * beta * _population_preference_gradient(weights, win - 0.5 - beta * gap)
+
+
+def population_dpo_gradient(
+    log_ratio: Array, reward: Array, mu1: Array, mu2: Array, *, beta: ArrayLike
+) -> Array:
+    """E of `dpo_gradient` when a beats b with probability σ(R(a) − R(b)); descent is along its negative.
+
+    ``−β Σ_b W_ab (σ(ΔR_ab) − σ(βΔ_ab))``: zero at βΔ = ΔR, i.e. at π*, because the preferences are Bradley–Terry.
+
+    Args and returns are those of `population_ipo_gradient`.
+    """
+    chex.assert_equal_shape([log_ratio, reward, mu1, mu2])
+    gap = log_ratio[..., :, None] - log_ratio[..., None, :]
+    win = jax.nn.sigmoid(reward[..., :, None] - reward[..., None, :])
+    weights = mu1[..., :, None] * mu2[..., None, :]
+    residual = win - jax.nn.sigmoid(beta * gap)
+    return -beta * _population_preference_gradient(weights, residual)
