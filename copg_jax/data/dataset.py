@@ -1,0 +1,273 @@
+"""Data sets of token groups: a memory-mapped Arrow file made once and read by index.
+
+1. `prepare` streams groups of text through the tokenizer into the file; host memory stays flat.
+2. Counts of what was kept, cut and left out lie beside it in a JSON side-car, with a key by which
+   the file is reused while inputs, tokenizer and limits stay the same.
+3. `GroupDataset` reads group i from the memory map.
+"""
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from copg_jax.data.groups import TokenGroup, tokenize_group
+from copg_jax.data.schemas import InvalidRow, TextGroup
+from copg_jax.data.tldr import GroupReader, Limits
+from copg_jax.data.tokenizer import Encoder
+from copg_jax.errors import InputError
+
+_FORMAT = 1
+_ROWS_PER_RECORD_BATCH = 256
+_GROUPS_PER_REPORT = 10_000
+_ARROW_SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "where": pa.string(),
+        "prompt": pa.string(),
+        "prompt_tokens": pa.list_(pa.int32()),
+        "completions": pa.list_(pa.string()),
+        "completion_tokens": pa.list_(pa.list_(pa.int32())),
+        "rewards": pa.list_(pa.float32()),
+        "ref_logps": pa.list_(pa.float32()),
+        "columns": pa.string(),
+    }
+)
+
+
+class GroupDataset:
+    """Groups of tokens in a memory-mapped Arrow file; `dataset[i]` reads group i only.
+
+    Attributes:
+        stats: what was kept, cut and dropped by reason, and lengths; see `format_stats`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.stats: dict[str, Any] = json.loads(_side_car(path).read_text())["stats"]
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        # Batches of a memory map hold pointers only; threads may share them, not the reader.
+        self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+
+    def __len__(self) -> int:
+        return self.stats["kept"]
+
+    def __getitem__(self, index: int) -> TokenGroup:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        batch = self._batches[index // _ROWS_PER_RECORD_BATCH]
+        row = {
+            name: column[index % _ROWS_PER_RECORD_BATCH]
+            for name, column in zip(batch.schema.names, batch.columns, strict=True)
+        }
+        return TokenGroup(
+            id=row["id"].as_py(),
+            where=row["where"].as_py(),
+            prompt=row["prompt"].as_py(),
+            prompt_tokens=row["prompt_tokens"].values.to_numpy(),
+            completions=tuple(row["completions"].as_py()),
+            completion_tokens=tuple(
+                ids.values.to_numpy() for ids in row["completion_tokens"].values
+            ),
+            rewards=row["rewards"].values.to_numpy() if row["rewards"].is_valid else None,
+            ref_logps=row["ref_logps"].values.to_numpy() if row["ref_logps"].is_valid else None,
+            columns=json.loads(row["columns"].as_py()),
+        )
+
+    def __iter__(self) -> Iterator[TokenGroup]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def has_rewards(self) -> bool:
+        """Whether every group has a reward for each completion."""
+        return self.stats["with_rewards"] == len(self)
+
+    @property
+    def has_ref_logps(self) -> bool:
+        """Whether every group has a reference log-probability for each completion."""
+        return self.stats["with_ref_logps"] == len(self)
+
+    def shape(self, multiple: int = 8) -> tuple[int, int, int]:
+        """Returns the smallest (P, K, C) of every group, P and C rounded up to `multiple`."""
+        prompt, completion = (
+            self.stats[name]["max"] for name in ("prompt_tokens", "completion_tokens")
+        )
+        return (
+            -(-prompt // multiple) * multiple,
+            self.stats["completions"]["max"],
+            -(-completion // multiple) * multiple,
+        )
+
+
+def prepare(
+    rows: Iterable[TextGroup],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    path: Path,
+    limits: Limits,
+    vocab_size: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> GroupDataset:
+    """Tokenises groups into an Arrow file, or opens it where it is still valid.
+
+    It is, while file contents, data config, tokenizer, limits and vocabulary size are the same.
+
+    Args:
+        rows: a `GroupReader`, or any groups (then the file is always made anew).
+        tokenizer: the model's tokenizer.
+        path: the Arrow file; a JSON side-car with the counts lies beside it.
+        limits: most tokens of a prompt and of a completion; what to do with bad rows.
+        vocab_size: number of token ids that the model knows.
+        on_progress: called with (groups seen, groups kept) every 10,000 groups; None logs them.
+
+    Raises:
+        InputError: bad row, no row left, or token id that the model does not know.
+    """
+    encoder = Encoder(tokenizer)
+    key = None
+    if isinstance(rows, GroupReader):
+        key = json.dumps([_FORMAT, rows.fingerprint(), encoder.hash, *limits, vocab_size])
+        if _is_valid(path, key):
+            return GroupDataset(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The counts go last, so that their presence means that the Arrow file belongs to them.
+    _side_car(path).unlink(missing_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    tally = _Tally()
+    try:
+        with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, _ARROW_SCHEMA) as writer:
+            pending: list[TokenGroup] = []
+            for group in _tokenize(
+                rows, encoder, limits, vocab_size, tally, on_progress or _log_progress
+            ):
+                pending.append(group)
+                if len(pending) == _ROWS_PER_RECORD_BATCH:
+                    writer.write_batch(_record_batch(pending))
+                    pending = []
+            if pending:
+                writer.write_batch(_record_batch(pending))
+        stats = tally.stats(rows)
+        if stats["kept"] == 0:
+            raise InputError(
+                f"The data set is empty: nothing was kept.\n{format_stats(stats)}\nCheck "
+                "data.path, data.split and data.part."
+            )
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    part.write_text(json.dumps({"key": key, "stats": stats}, indent=1))
+    os.replace(part, _side_car(path))
+    return GroupDataset(path)
+
+
+def format_stats(stats: dict[str, Any]) -> str:
+    """Formats the counts of a prepared data set as a few readable lines."""
+    lines = [f"kept {stats['kept']:,} of {stats['rows']:,} rows"]
+    lines += [f"  {count:>9,} x dropped: {reason}" for reason, count in stats["dropped"].items()]
+    lines += [f"  {count:>9,} x {reason}" for reason, count in stats["changed"].items()]
+    for name in ("prompt_tokens", "completion_tokens", "completions"):
+        sizes = stats[name]
+        lines.append(
+            f"  {name.replace('_', ' '):<18} mean {sizes['mean']:>6.1f}  max {sizes['max']:>5}"
+        )
+    return "\n".join(lines)
+
+
+class _Tally:
+    """Counts kept while tokenising."""
+
+    def __init__(self) -> None:
+        self.kept = self.seen = self.with_rewards = self.with_ref_logps = 0
+        self.dropped: Counter[str] = Counter()
+        self.changed: Counter[str] = Counter()
+        self._sizes = {
+            name: [0, 0, 0] for name in ("prompt_tokens", "completion_tokens", "completions")
+        }
+
+    def add(self, group: TokenGroup) -> None:
+        self.kept += 1
+        self.with_rewards += group.rewards is not None
+        self.with_ref_logps += group.ref_logps is not None
+        self._measure("prompt_tokens", len(group.prompt_tokens))
+        self._measure("completions", len(group.completions))
+        for ids in group.completion_tokens:
+            self._measure("completion_tokens", len(ids))
+
+    def stats(self, rows: Iterable[TextGroup]) -> dict[str, Any]:
+        """The counts as a JSON-ready dict, with those of the reader where `rows` is one."""
+        dropped, rows_read = self.dropped, self.seen
+        if isinstance(rows, GroupReader):
+            dropped, rows_read = rows.counts + dropped, rows.rows_read
+        return {
+            "rows": rows_read,
+            "kept": self.kept,
+            "dropped": dict(dropped.most_common()),
+            "changed": {name: count for name, count in self.changed.most_common() if count},
+            "with_rewards": self.with_rewards,
+            "with_ref_logps": self.with_ref_logps,
+        } | {
+            name: {"mean": total / max(count, 1), "max": largest}
+            for name, (count, total, largest) in self._sizes.items()
+        }
+
+    def _measure(self, name: str, size: int) -> None:
+        count, total, largest = self._sizes[name]
+        self._sizes[name] = [count + 1, total + size, max(largest, size)]
+
+
+def _tokenize(
+    rows: Iterable[TextGroup],
+    encoder: Encoder,
+    limits: Limits,
+    vocab_size: int,
+    tally: _Tally,
+    on_progress: Callable[[int, int], None],
+) -> Iterator[TokenGroup]:
+    for group in rows:
+        tally.seen += 1
+        if tally.seen % _GROUPS_PER_REPORT == 0:
+            on_progress(tally.seen, tally.kept)
+        try:
+            tokens = tokenize_group(group, encoder, limits, tally.changed)
+        except InvalidRow as error:
+            if limits.invalid_rows == "error":
+                raise
+            tokens = error.reason
+        if isinstance(tokens, str):
+            tally.dropped[tokens] += 1
+            continue
+        largest = max(int(ids.max()) for ids in (tokens.prompt_tokens, *tokens.completion_tokens))
+        if largest >= vocab_size:
+            raise InputError(
+                f"{group.where}: token id {largest} is outside the model's vocabulary of "
+                f"{vocab_size} tokens, so "
+                "tokenizer and model do not belong together. Use the tokenizer of the model's "
+                "own folder."
+            )
+        tally.add(tokens)
+        yield tokens
+
+
+def _record_batch(groups: list[TokenGroup]) -> pa.RecordBatch:
+    rows = [vars(group) | {"columns": json.dumps(group.columns, default=str)} for group in groups]
+    return pa.RecordBatch.from_pylist(rows, schema=_ARROW_SCHEMA)
+
+
+def _is_valid(path: Path, key: str) -> bool:
+    side_car = _side_car(path)
+    return path.exists() and side_car.exists() and json.loads(side_car.read_text())["key"] == key
+
+
+def _side_car(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _log_progress(seen: int, kept: int) -> None:
+    logging.getLogger(__name__).info(
+        "tokenising: %s groups read, %s kept", f"{seen:,}", f"{kept:,}"
+    )

@@ -1,0 +1,189 @@
+"""Groups of tokens: from text to token ids, and from those to batches.
+
+1. `tokenize_group` encodes a group of text, cuts a long post, leaves out what is over the limits.
+2. `collate` pads groups into one `GroupBatch`, the only thing that any stage trains on.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from copg_jax.data.prompts import parse_prompt, truncate_prompt
+from copg_jax.data.schemas import InvalidRow, TextGroup
+from copg_jax.data.tldr import Limits
+from copg_jax.data.tokenizer import Encoder
+from copg_jax.errors import InputError
+
+TOO_FEW = "too few completions left"
+
+
+class GroupBatch(NamedTuple):
+    """B prompts with K completions each, padded on the right with token 0; NumPy or JAX arrays."""
+
+    prompt_tokens: Any  # [B, P] int32
+    prompt_length: Any  # [B] int32, at least 1
+    completion_tokens: Any  # [B, K, C] int32, EOS included
+    completion_length: Any  # [B, K] int32, 0 where the slot is absent
+    reward: Any  # [B, K] float32, reward units
+    ref_logp: Any  # [B, K] float32, nats, summed over the completion
+
+
+@dataclass(frozen=True)
+class TokenGroup:
+    """One prompt with K completions as token ids [p] and [c_k]; texts are what the ids encode."""
+
+    id: str
+    where: str
+    prompt: str
+    prompt_tokens: np.ndarray
+    completions: tuple[str, ...]
+    completion_tokens: tuple[np.ndarray, ...]
+    rewards: np.ndarray | None = None
+    ref_logps: np.ndarray | None = None
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+def tokenize_group(
+    group: TextGroup, encoder: Encoder, limits: Limits, counts: Counter[str]
+) -> TokenGroup | str:
+    """Encodes a group; returns the reason where too few of its completions can be used.
+
+    Args:
+        group: text of the group.
+        encoder: the tokenizer and its rules.
+        limits: most tokens of a prompt and of a completion.
+        counts: increased by the prompts cut and the completions left out, by reason.
+
+    Raises:
+        InvalidRow: the prompt cannot be cut to the limit, or a completion contains EOS.
+    """
+    prompt, prompt_ids = _fit_prompt(group, encoder, limits.max_prompt_tokens)
+    kept: list[int] = []
+    tokens: list[np.ndarray] = []
+    for index, completion in enumerate(group.completions):
+        ids = encoder.encode_completion(completion)
+        if encoder.eos_id in ids[:-1]:
+            raise InvalidRow(
+                group.where,
+                "EOS inside a completion",
+                f"completion {index} contains the end-of-sequence token {encoder.eos_token!r} as "
+                "text. It is appended by id: remove it from the text.",
+            )
+        if group.rewards is not None and group.rewards[index] is None:
+            counts["completion without a reward"] += 1
+        elif group.ref_logps is not None and group.ref_logps[index] is None:
+            counts["completion without a reference log-probability"] += 1
+        elif len(ids) > limits.max_completion_tokens:
+            counts[f"completion over {limits.max_completion_tokens} tokens"] += 1
+        else:
+            kept.append(index)
+            tokens.append(np.asarray(ids, np.int32))
+    if len(kept) < min(2, len(group.completions)):
+        return TOO_FEW
+    counts["prompt cut"] += prompt != group.prompt
+    return TokenGroup(
+        id=group.id,
+        where=group.where,
+        prompt=prompt,
+        prompt_tokens=np.asarray(prompt_ids, np.int32),
+        completions=tuple(group.completions[index] for index in kept),
+        completion_tokens=tuple(tokens),
+        rewards=_pick(group.rewards, kept),
+        ref_logps=_pick(group.ref_logps, kept),
+        columns=group.columns,
+    )
+
+
+def collate(
+    groups: Sequence[TokenGroup],
+    *,
+    batch_size: int,
+    prompt_size: int,
+    num_completions: int,
+    completion_size: int,
+) -> GroupBatch:
+    """Pads at most `batch_size` groups into one batch; missing groups have only absent completions.
+
+    Args:
+        groups: groups to place, first to last.
+        batch_size: B.
+        prompt_size: P, tokens.
+        num_completions: K.
+        completion_size: C, tokens.
+
+    Raises:
+        InputError: a group is larger than the batch's shape.
+    """
+    slots = (batch_size, num_completions)
+    batch = GroupBatch(
+        prompt_tokens=np.zeros((batch_size, prompt_size), np.int32),
+        prompt_length=np.ones(batch_size, np.int32),
+        completion_tokens=np.zeros((*slots, completion_size), np.int32),
+        completion_length=np.zeros(slots, np.int32),
+        reward=np.zeros(slots, np.float32),
+        ref_logp=np.zeros(slots, np.float32),
+    )
+    if len(groups) > batch_size:
+        raise InputError(f"{len(groups)} groups do not fit a batch of {batch_size}.")
+    for row, group in enumerate(groups):
+        size = (
+            len(group.prompt_tokens),
+            len(group.completion_tokens),
+            max(len(ids) for ids in group.completion_tokens),
+        )
+        if any(
+            got > most
+            for got, most in zip(size, (prompt_size, *slots[1:], completion_size), strict=True)
+        ):
+            raise InputError(
+                f"{group.where}: prompt tokens, completions, completion tokens are {size}, over "
+                "the batch's "
+                f"({prompt_size}, {num_completions}, {completion_size}). Make the batch larger or "
+                "the limits smaller."
+            )
+        batch.prompt_tokens[row, : size[0]] = group.prompt_tokens
+        batch.prompt_length[row] = size[0]
+        for slot, ids in enumerate(group.completion_tokens):
+            batch.completion_tokens[row, slot, : len(ids)] = ids
+            batch.completion_length[row, slot] = len(ids)
+        if group.rewards is not None:
+            batch.reward[row, : size[1]] = group.rewards
+        if group.ref_logps is not None:
+            batch.ref_logp[row, : size[1]] = group.ref_logps
+    return batch
+
+
+def _fit_prompt(group: TextGroup, encoder: Encoder, max_tokens: int) -> tuple[str, list[int]]:
+    """Returns the prompt, its post cut where it is too long, and its ids."""
+    ids = encoder.encode_prompt(group.prompt)
+    if len(ids) <= max_tokens:
+        return group.prompt, ids
+    prompt = truncate_prompt(group.prompt, encoder.token_ends, max_tokens)
+    if prompt is None:
+        how = (
+            "even with the post cut away"
+            if parse_prompt(group.prompt)
+            else "and it has no post that could be cut"
+        )
+        raise InvalidRow(
+            group.where,
+            f"prompt over {max_tokens} tokens",
+            f"the prompt has {len(ids)} tokens, over the limit of {max_tokens}, {how}. Raise "
+            "data.max_prompt_tokens.",
+        )
+    if group.ref_logps is not None:
+        raise InvalidRow(
+            group.where,
+            "prompt over the limit after scoring",
+            f"the prompt has {len(ids)} tokens, over the limit of {max_tokens}, but ref_logps are "
+            "of the whole prompt. "
+            "Set data.max_prompt_tokens as it was when scoring.",
+        )
+    return prompt, encoder.encode_prompt(prompt)
+
+
+def _pick(values: Sequence[float | None] | None, kept: Sequence[int]) -> np.ndarray | None:
+    return None if values is None else np.asarray([values[index] for index in kept], np.float32)
