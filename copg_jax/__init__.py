@@ -1,4 +1,4 @@
-"""Contrastive Policy Gradient in JAX: supervised-looking training of a policy on scored completions.
+"""Contrastive Policy Gradient in JAX: a policy learns from scored completions, as if supervised.
 
 The package is laid out in the order of a run: `data` turns rows into groups of completions,
 `models` gives them log-probabilities, `losses` turns log-ratios and rewards into a scalar,

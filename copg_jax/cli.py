@@ -137,7 +137,7 @@ def _read_yaml(path: Path, where: dict[str, str]) -> Any:
         line = f":{mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or error
         raise InputError(f"{path}{line}: wanted valid YAML, got: {reason}") from error
-    if root is None:
+    if root is None or root.tag == "tag:yaml.org,2002:null":
         raise InputError(
             f"{path}: wanted a YAML mapping of config fields, got an empty file; "
             "add fields or leave the file out to use the defaults"
