@@ -39,7 +39,7 @@ def iter_fields(cls: type, prefix: str = "") -> Iterator[FieldInfo]:
 
 
 def find_problems(
-    cls: type, values: Mapping[Any, Any], where: Mapping[str, str], *, prefix: str = "", root: Any
+    cls: type, values: Mapping[Any, Any], where: Mapping[str, str], *, prefix: str = "", root: type
 ) -> Iterator[str]:
     """Yield a text for every unknown field and wrong type.
 
@@ -65,19 +65,25 @@ def find_problems(
                     f"{place}: {name}: wanted {_type_name(hint)}, got {_got(value)}; "
                     f"set for example {name}={_default_text(cls, key)}"
                 )
-        elif is_list and not isinstance(value, list):
-            yield f"{place}: {name}: wanted a list of sections, got {_got(value)}"
+        elif not is_list:
+            yield from _section_problems(nested, value, name, where, root)
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                yield from _section_problems(nested, item, f"{name}[{index}]", where, root)
         else:
-            sections = {f"{name}[{i}]": item for i, item in enumerate(value)} if is_list else {}
-            for child, item in (sections or {name: value}).items():
-                if isinstance(item, dict):
-                    yield from find_problems(nested, item, where, prefix=child, root=root)
-                elif item != []:
-                    yield (
-                        f"{_place(child, where)}: {child}: wanted a section with the fields "
-                        f"{', '.join(field_types(nested))}; got {_got(item)}; "
-                        "remove it to keep the defaults"
-                    )
+            yield f"{place}: {name}: wanted a list of sections, got {_got(value)}"
+
+
+def _section_problems(
+    cls: type, value: Any, name: str, where: Mapping[str, str], root: type
+) -> Iterator[str]:
+    if isinstance(value, dict):
+        yield from find_problems(cls, value, where, prefix=name, root=root)
+    else:
+        yield (
+            f"{_place(name, where)}: {name}: wanted a section with the fields "
+            f"{', '.join(field_types(cls))}; got {_got(value)}; remove it to keep the defaults"
+        )
 
 
 def field_types(cls: type) -> dict[str, Any]:
