@@ -26,6 +26,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, *, best_metric: str | None = None) -> None:
+        self.folder = Path(folder).absolute()
         self._best_metric = best_metric
         keep: list[Any] = [policies.LatestN(1)]
         if best_metric is not None:
@@ -37,7 +38,7 @@ class Checkpoints:
                 )
             )
         self._manager = ocp.CheckpointManager(
-            Path(folder).absolute(),
+            self.folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(keep)
             ),
@@ -95,9 +96,8 @@ class Checkpoints:
         try:
             restored = self._manager.restore(step, args=ocp.args.StandardRestore(target._asdict()))
         except (ValueError, KeyError, TypeError) as error:
-            folder = Path(str(self._manager.directory)) / str(step)
             raise InputError(
-                f"{folder}: wanted a checkpoint of this model and optimiser, got one of another: "
+                f"{self.folder / str(step)}: wanted a checkpoint of this model and optimiser, got one of another: "
                 f"{str(error).strip()[:500]}\nFix: give another output_dir, or the config this run "
                 "was started with."
             ) from error

@@ -115,7 +115,6 @@ def run(
     mesh: jax.sharding.Mesh,
     logger: MetricsLogger,
     checkpoints: Checkpoints,
-    folder: Path,
     eval_every: int,
     save_every: int,
     evaluate: Evaluate | None = None,
@@ -132,7 +131,6 @@ def run(
         mesh: the device mesh.
         logger: an entered MetricsLogger.
         checkpoints: an entered Checkpoints.
-        folder: where the checkpoints are, for messages.
         eval_every: steps between evaluations.
         save_every: steps between checkpoints.
         evaluate: (params, step) → metrics and texts.
@@ -171,10 +169,10 @@ def run(
                 state, metrics = step_fn(state, sharding.place(batch, placement))
                 previous, pending = pending, _Pending(step, ids, batch, metrics)
                 if previous is not None:
-                    clock = previous.log(logger, clock, folder)
+                    clock = previous.log(logger, clock, checkpoints.folder)
                 stop = exit_request.requested is not None
                 if stop or step % eval_every == 0 or step % save_every == 0 or step == num_steps:
-                    clock, pending = pending.log(logger, clock, folder), None
+                    clock, pending = pending.log(logger, clock, checkpoints.folder), None
                     if stop:
                         checkpoints.save(step, state)
                         print(f"{exit_request.requested}: saved step {step}; the same command goes on")

@@ -10,20 +10,23 @@ tunix), named by its dotted path.
 
 import importlib
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import jax
 import numpy as np
 
 from copg_jax import sharding
 from copg_jax.cli import option
 from copg_jax.data import groups
 from copg_jax.data.groups import TokenGroup
-from copg_jax.data.tldr import TextGroup
-from copg_jax.data.tokenizer import load_tokenizer
+from copg_jax.data.prompts import normalize_completion
+from copg_jax.data.schemas import TextGroup
+from copg_jax.data.tldr import Limits
+from copg_jax.data.tokenizer import Encoder, load_tokenizer
 from copg_jax.errors import InputError
+from copg_jax.forward import GroupForward
 from copg_jax.models import functional, hf_weights
 from copg_jax.models.reward import reward as model_reward
 
@@ -163,15 +166,13 @@ def rouge_l(
 class RewardModel:
     """A Bradley–Terry reward model as a reward function.
 
-    Texts are tokenised with the model's own tokenizer, equal neighbouring prompts share one group, groups are sorted by
-    length into batches, and each batch shape is compiled once.
+    Texts are tokenised with the model's own tokenizer; equal neighbouring prompts share one group.
 
     Args:
         path: folder or hub id that `LlamaForSequenceClassification` (num_labels=1) could load.
         batch_size: groups per forward pass.
         dtype: compute dtype.
-        max_prompt_tokens: prompts must fit; raise it for a tokenizer that needs more tokens.
-        max_completion_tokens: as above, EOS included.
+        max_prompt_tokens: longer TL;DR prompts are cut as in training, so this is the limit it was trained with.
     """
 
     def __init__(
@@ -179,55 +180,42 @@ class RewardModel:
         path: str,
         batch_size: int = 16,
         dtype: str = "float32",
-        max_prompt_tokens: int = 1024,
-        max_completion_tokens: int = 512,
+        max_prompt_tokens: int = 512,
     ):
         folder = hf_weights.resolve(path)
-        self._config = hf_weights.read_config(folder, dtype=dtype)
-        self._tokenizer = load_tokenizer(str(folder))
-        self._limits = groups.Limits(max_prompt_tokens, max_completion_tokens)
-        self._mesh = sharding.make_mesh(sharding.MeshConfig())
-        shards = sharding.num_batch_shards(self._mesh)
-        self._batch_size = -(-batch_size // shards) * shards
+        self._config = replace(hf_weights.read_config(folder), dtype=dtype)
+        self._encoder = Encoder(load_tokenizer(folder))
+        # Every completion gets a reward, however long it is.
+        self._limits = Limits(max_prompt_tokens, max_completion_tokens=1 << 30)
+        mesh = sharding.make_mesh(sharding.MeshConfig())
         axes = functional.logical_axes(self._config, head="score")
-        layout = sharding.shardings(
-            self._mesh, axes, functional.abstract_params(self._config, head="score")
-        )
-        self._params = hf_weights.load_params(folder, self._config, head="score", shardings=layout)
-        rows = sharding.batch_sharding(self._mesh)
-        self._forward = jax.jit(
-            lambda params, batch: model_reward(self._config, params, *batch[:4]),
-            in_shardings=(layout, rows),
-            out_shardings=sharding.replicated(self._mesh),
+        shapes = functional.abstract_params(self._config, head="score")
+        layout = sharding.shardings(mesh, axes, shapes)
+        self._forward = GroupForward(
+            lambda params, batch: model_reward(
+                self._config,
+                params,
+                batch.prompt_tokens,
+                batch.prompt_length,
+                batch.completion_tokens,
+                batch.completion_length,
+            ),
+            hf_weights.load_params(folder, self._config, head="score", shardings=layout),
+            param_shardings=layout,
+            mesh=mesh,
+            batch_size=batch_size,
         )
 
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
     ) -> list[float]:
         """Scores, reward units, one a completion."""
-        rows = self._group(prompts, completions)
-        rewards = np.full(len(completions), np.nan)
-        order = sorted(rows, key=lambda row: (len(row[0].prompt_tokens), len(row[1])))
-        for start in range(0, len(order), self._batch_size):
-            chunk = order[start : start + self._batch_size]
-            scores = self.score_groups([group for group, _ in chunk])
-            for (_, slots), values in zip(chunk, scores, strict=False):
-                rewards[slots] = values[: len(slots)]
+        runs = self._group(prompts, completions)
+        scores = self._forward([group for group, _ in runs])
+        rewards = np.empty(len(completions))
+        for (_, slots), values in zip(runs, scores, strict=True):
+            rewards[slots] = values
         return rewards.tolist()
-
-    def score_groups(self, chunk: Sequence[TokenGroup]) -> np.ndarray:
-        """Scores [batch_size, K] of at most `batch_size` groups; slots beyond a group's completions are 0."""
-        batch = groups.collate(
-            chunk,
-            batch_size=self._batch_size,
-            prompt_size=_round_up(max(len(g.prompt_tokens) for g in chunk), 64),
-            num_completions=max(len(g.completion_tokens) for g in chunk),
-            completion_size=_round_up(
-                max(len(c) for g in chunk for c in g.completion_tokens), 16
-            ),
-        )
-        placed = sharding.place(batch, sharding.batch_sharding(self._mesh))
-        return jax.device_get(self._forward(self._params, placed))
 
     def _group(
         self, prompts: Sequence[str], completions: Sequence[str]
@@ -245,11 +233,10 @@ class RewardModel:
                 id=str(run[0]),
                 where=f"completion {run[0]}",
                 prompt=prompts[run[0]],
-                completions=tuple(completions[i] for i in run),
+                completions=tuple(normalize_completion(completions[i]) for i in run),
             )
-            grouped.append((groups.tokenize_group(text, self._tokenizer, self._limits), run))
+            tokens = groups.tokenize_group(text, self._encoder, self._limits, Counter())
+            assert isinstance(tokens, TokenGroup)  # nothing is dropped under these limits
+            grouped.append((tokens, run))
         return grouped
 
-
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple

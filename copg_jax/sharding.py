@@ -138,3 +138,14 @@ def place(tree: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree
     )
+
+
+def host_rows(tree: Any) -> Any:
+    """This host's contiguous slice of a batch that every host holds whole; [B, ...] → [B / num_hosts, ...]."""
+    hosts, host = jax.process_count(), jax.process_index()
+
+    def rows(x: np.ndarray) -> np.ndarray:
+        size = len(x) // hosts
+        return x[host * size : (host + 1) * size]
+
+    return jax.tree.map(rows, tree)

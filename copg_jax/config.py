@@ -1,0 +1,173 @@
+"""One frozen config per stage, composed of the sections that live beside what they configure.
+
+Defaults are the paper's settings; a YAML under `configs/` lists only what differs. Fields that only say where and how a
+run executes (`MAY_DIFFER`) may change when it is resumed; any other change is another run.
+"""
+
+from dataclasses import dataclass
+
+from copg_jax.cli import option, section
+from copg_jax.data.tldr import DataConfig
+from copg_jax.errors import InputError
+from copg_jax.evaluate import GenerationConfig
+from copg_jax.loop import TrainingConfig
+from copg_jax.models.llama import DTYPES, REMAT_POLICIES
+from copg_jax.optim import OptimConfig
+from copg_jax.rewards import RewardSpec
+from copg_jax.sharding import MeshConfig
+from copg_jax.step import POLICY_LOSSES
+
+MAY_DIFFER = (
+    "mesh",
+    "training.log_every",
+    "training.tensorboard",
+    "training.num_microbatches",
+    "model.remat",
+    "model.logits_chunk",
+)
+"""Config fields that do not define a run: resuming with another value of them is allowed."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A pretrained Llama and how to compute with it."""
+
+    path: str = option(help="Hugging Face folder or hub id (safetensors)")
+    revision: str | None = option(None, "hub revision; a commit pins the weights")
+    dtype: str = option("bfloat16", "compute dtype: bfloat16 or float32 (parameters stay float32)")
+    remat: str = option("full", "what the backward pass recomputes: none, dots, or full")
+    logits_chunk: int | None = option(
+        None, "completion positions whose logits exist at a time; null = all"
+    )
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got '{self.dtype}'")
+        if self.remat not in REMAT_POLICIES:
+            raise InputError(f"remat must be one of {', '.join(REMAT_POLICIES)}, got '{self.remat}'")
+        if self.logits_chunk is not None and self.logits_chunk < 1:
+            raise InputError(f"logits_chunk must be >= 1 or null, got {self.logits_chunk}")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Which policy objective, and its numbers."""
+
+    name: str = option("copg", f"one of {', '.join(POLICY_LOSSES)}")
+    beta: float = option(0.06, "KL coefficient (Fig. 6: copg 0.06, dpo 0.1, ipo 0.01)")
+    baseline: float = option(0.0, "b of loss.name=pg, reward units; must be 0 for other losses")
+
+    def __post_init__(self):
+        if self.name not in POLICY_LOSSES:
+            raise InputError(f"name must be one of {', '.join(POLICY_LOSSES)}, got '{self.name}'")
+        if not self.beta > 0:
+            raise InputError(
+                f"beta must be > 0, got {self.beta}: it weighs the KL to the reference, without which "
+                "offline learning has no optimum"
+            )
+        if self.baseline != 0 and self.name != "pg":
+            raise InputError(f"baseline is only read by name=pg, got {self.baseline} with {self.name}")
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Supervised fine-tuning on the author's summaries: gives π_ref."""
+
+    output_dir: str = option(help="folder of the run: checkpoints, metrics, model/")
+    model: ModelConfig = section(ModelConfig)
+    data: DataConfig = section(DataConfig)
+    validation: DataConfig | None = option(None, "held-out data; null = none")
+    optim: OptimConfig = section(lambda: OptimConfig(learning_rate=2e-5, decay="cosine"))
+    training: TrainingConfig = section(TrainingConfig)
+    mesh: MeshConfig = section(MeshConfig)
+    seed: int = option(0, "seed of the data order")
+
+
+@dataclass(frozen=True)
+class RewardModelConfig:
+    """Bradley–Terry reward model on human comparisons."""
+
+    output_dir: str = option(help="folder of the run: checkpoints, metrics, model/")
+    model: ModelConfig = section(ModelConfig)
+    data: DataConfig = section(DataConfig)
+    validation: DataConfig | None = option(None, "held-out comparisons; null = none")
+    optim: OptimConfig = section(OptimConfig)
+    training: TrainingConfig = section(TrainingConfig)
+    mesh: MeshConfig = section(MeshConfig)
+    seed: int = option(0, "seed of the data order and of the new score head")
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Rewards and ln π_ref of a data set, computed once."""
+
+    output_dir: str = option(help="folder of the scored data: part-*.parquet and scored.json")
+    reference: ModelConfig = section(ModelConfig, "π_ref, the SFT model")
+    data: DataConfig = section(DataConfig)
+    rewards: list[RewardSpec] = option([], "reward functions; the reward is their weighted sum")
+    batch_size: int = option(64, "groups per forward pass")
+    part_size: int = option(2048, "groups per Parquet part; an interrupted run resumes at a part")
+    mesh: MeshConfig = section(MeshConfig)
+
+    def __post_init__(self):
+        if self.batch_size < 1 or self.part_size < 1:
+            raise InputError("batch_size and part_size must be >= 1")
+
+
+@dataclass(frozen=True)
+class PolicyEvaluationConfig:
+    """Evaluation by generation while a policy trains."""
+
+    data: DataConfig = section(DataConfig, "prompts; further columns go to the reward functions")
+    rewards: list[RewardSpec] = option([], "reward functions; the reward is their weighted sum")
+    generation: GenerationConfig = section(GenerationConfig)
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """CoPG, DPO, IPO, PG or RLOO on scored groups."""
+
+    output_dir: str = option(help="folder of the run: checkpoints, metrics, model/, best/")
+    model: ModelConfig = section(ModelConfig, "the SFT model: first policy and reference")
+    data: DataConfig = section(DataConfig, "a scored folder")
+    validation: DataConfig | None = option(None, "held-out scored groups; null = none")
+    loss: LossConfig = section(LossConfig)
+    optim: OptimConfig = section(OptimConfig)
+    training: TrainingConfig = section(TrainingConfig)
+    evaluation: PolicyEvaluationConfig | None = option(
+        None, "generation every training.eval_every steps; null = none"
+    )
+    mesh: MeshConfig = section(MeshConfig)
+    seed: int = option(0, "seed of the data order")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Rewards of a model's generations on fixed prompts."""
+
+    output_dir: str = option(help="folder of evaluation.json and generations.jsonl")
+    model: ModelConfig = section(ModelConfig)
+    reference: ModelConfig | None = option(None, "π_ref for the KL; null = no KL, no objective")
+    evaluation: PolicyEvaluationConfig = section(PolicyEvaluationConfig)
+    beta: float = option(0.06, "β of the reported objective E[R] − β·KL")
+    mesh: MeshConfig = section(MeshConfig)
+
+    def __post_init__(self):
+        if not self.beta > 0:
+            raise InputError(f"beta must be > 0, got {self.beta}")
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """The whole pipeline on generated posts and a tiny Llama, on CPU, in minutes."""
+
+    output_dir: str = option("runs/quickstart", "folder of all its runs")
+    seed: int = option(0, "seed of data, initialisation and data order")
+    num_posts: int = option(4000, "generated posts with a reference summary, for SFT")
+    num_comparisons: int = option(3000, "generated human comparisons")
+    vocab_size: int = option(700, "size of the tokenizer that is trained on them")
+    hidden_size: int = option(128, "width of the tiny Llama")
+    num_layers: int = option(3, "its depth")
+    overrides: dict[str, list[str]] = option(
+        {}, "stage (sft, reward, score, copg, dpo, ipo, evaluate) -> list of key=value"
+    )

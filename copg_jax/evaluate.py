@@ -1,0 +1,293 @@
+"""Evaluation: held-out losses, and rewards of the policy's own generations.
+
+`make_loss_evaluator` averages a loss function's metrics over a held-out set.
+
+`GenerationEvaluator` estimates J(π) = E[R] − β·KL(π‖π_ref) by sampling, on the same prompts each time:
+1. sample completions of a fixed list of prompts;
+2. decode them up to EOS and call the reward function on the texts;
+3. compute ln π_ref of the same tokens and estimate the KL from the samples.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from copg_jax import policy, sharding
+from copg_jax.cli import option
+from copg_jax.data import groups
+from copg_jax.data.dataset import GroupDataset
+from copg_jax.data.groups import GroupBatch, TokenGroup
+from copg_jax.errors import InputError
+from copg_jax.models.llama import LlamaConfig
+from copg_jax.rewards import WeightedRewards
+from copg_jax.sampling import Sampler, row_keys
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How completions are generated and judged."""
+
+    num_prompts: int = option(128, "fixed prompts, the first ones of the data (paper: 128; Fig. 6: 1024)")
+    num_samples: int = option(1, "completions per prompt")
+    max_new_tokens: int = option(53, "longest completion, EOS included")
+    sampling_temperature: float = option(
+        1.0, "1 estimates J(pi), an expectation under pi; 0 is greedy decoding"
+    )
+    missing_eos_reward: float | None = option(
+        None, "reward of a completion without EOS instead of its own; null = judge it as it is"
+    )
+    batch_size: int = option(32, "prompts generated at a time")
+    num_texts: int = option(4, "generations shown and logged as text")
+    seed: int = option(0, "seed of the sampling; the step is folded in")
+
+    def __post_init__(self):
+        for name in ("num_prompts", "num_samples", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.sampling_temperature < 0 or self.num_texts < 0:
+            raise InputError("sampling_temperature and num_texts must be >= 0")
+
+
+def batches_of(
+    dataset: Sequence[TokenGroup] | GroupDataset, batch_size: int, shape: tuple[int, int, int]
+) -> Any:
+    """Yields (groups, GroupBatch) in order; the last batch is filled up with absent groups.
+
+    Args:
+        dataset: anything with a length and an index.
+        batch_size: B.
+        shape: (P, K, C) of every batch.
+    """
+    prompt_size, num_completions, completion_size = shape
+    for start in range(0, len(dataset), batch_size):
+        chunk = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
+        yield (
+            chunk,
+            groups.collate(
+                chunk,
+                batch_size=batch_size,
+                prompt_size=prompt_size,
+                num_completions=num_completions,
+                completion_size=completion_size,
+            ),
+        )
+
+
+def make_loss_evaluator(
+    loss_step: Callable[[Any, GroupBatch], dict[str, Any]],
+    dataset: GroupDataset,
+    *,
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+) -> Callable[[Any], dict[str, float]]:
+    """Builds params → metrics averaged over the whole held-out set, names prefixed with `eval/`.
+
+    Args:
+        loss_step: from `step.make_loss_step`.
+        dataset: held-out groups.
+        batch_size: groups per forward pass.
+        mesh: the device mesh.
+    """
+    shape = dataset.shape()
+    placement = sharding.batch_sharding(mesh)
+
+    def evaluate(params: Any) -> dict[str, float]:
+        totals: dict[str, np.ndarray] = {}
+        for _, batch in batches_of(dataset, batch_size, shape):
+            sums = jax.device_get(loss_step(params, sharding.place(sharding.host_rows(batch), placement)))
+            for name, pair in sums.items():
+                totals[name] = totals.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
+        return {
+            f"eval/{name}": float(total / weight) if weight else float("nan")
+            for name, (total, weight) in totals.items()
+        }
+
+    return evaluate
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One generated completion with what was measured on it."""
+
+    id: str
+    prompt: str
+    completion: str
+    reward: float  # NaN where the reward function gave None
+    logp: float  # ln π, nats
+    ref_logp: float  # ln π_ref, nats; NaN without a reference
+    kl_k3: float  # k3 estimate, nats; NaN without a reference
+    length: int  # tokens, EOS included
+    has_eos: bool
+
+
+class GenerationEvaluator:
+    """Generates on fixed prompts and measures reward, KL, length and EOS rate.
+
+    Args:
+        config: architecture of policy and reference.
+        sampler: from `sampling.make_sampler`, built with the numbers of `generation`.
+        prompts: the fixed prompts; their `columns` go to the reward function.
+        tokenizer: decodes the samples.
+        rewards: the reward function.
+        generation: sizes and options.
+        beta: β of the reported objective.
+        mesh: the device mesh.
+        ref_params: parameters of π_ref, or None for no KL and no objective.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        sampler: Sampler,
+        prompts: Sequence[TokenGroup],
+        tokenizer: Any,
+        rewards: WeightedRewards,
+        generation: GenerationConfig,
+        beta: float,
+        mesh: jax.sharding.Mesh,
+        ref_params: Any = None,
+    ) -> None:
+        self._sampler, self._prompts, self._tokenizer = sampler, prompts, tokenizer
+        self._rewards, self._generation, self._beta = rewards, generation, beta
+        self._mesh, self._ref_params = mesh, ref_params
+        shards = sharding.num_batch_shards(mesh)
+        self._batch_size = -(-min(generation.batch_size, len(prompts)) // shards) * shards
+        self._prompt_size = -(-max(len(p.prompt_tokens) for p in prompts) // 8) * 8
+        rows = sharding.batch_sharding(mesh)
+        self._ref_token_logp = jax.jit(
+            lambda params, batch: policy.token_logp(config, params, batch),
+            in_shardings=(None, rows),
+            out_shardings=sharding.replicated(mesh),
+        )
+
+    def __call__(self, params: Any, step: int) -> tuple[dict[str, float], dict[str, str]]:
+        """Metrics (`eval/…`) and sample texts of the policy `params` at `step`; see `summarize`."""
+        generations = self.generate(params, step)
+        shown = generations[:: self._generation.num_samples][: self._generation.num_texts]
+        texts = {
+            f"sample/{i}": f"[reward {g.reward:.3f}] {g.completion.strip()}"
+            for i, g in enumerate(shown)
+        }
+        return summarize(generations, beta=self._beta), texts
+
+    def generate(self, params: Any, step: int) -> list[Generation]:
+        """All generations of one evaluation, prompt by prompt."""
+        keys = row_keys(self._generation.seed, step, len(self._prompts))
+        measured: list[dict[str, Any]] = []
+        shape = (self._prompt_size, self._generation.num_samples, self._generation.max_new_tokens)
+        placement = sharding.batch_sharding(self._mesh)
+        for start in range(0, len(self._prompts), self._batch_size):
+            chunk = self._prompts[start : start + self._batch_size]
+            batch = _prompt_batch(chunk, self._batch_size, *shape)
+            # Rows past the last prompt reuse key 0: they are dropped.
+            index = np.arange(start, start + self._batch_size)
+            row = keys[np.where(index < len(keys), index, 0)]
+            placed = sharding.place(sharding.host_rows(batch), placement)
+            samples = self._sampler(params, placed.prompt_tokens, placed.prompt_length, row)
+            ref_logp = None
+            if self._ref_params is not None:
+                scored = placed._replace(
+                    completion_tokens=jax.device_put(samples.tokens, placement),
+                    completion_length=jax.device_put(samples.length, placement),
+                )
+                ref_logp = jax.device_get(self._ref_token_logp(self._ref_params, scored))
+            measured += self._measure(chunk, jax.device_get(samples), ref_logp)
+        return self._judge(measured)
+
+    def _measure(self, chunk: Sequence[TokenGroup], samples: Any, ref: Any) -> list[dict[str, Any]]:
+        """Texts and log-probabilities of one batch of samples."""
+        found = []
+        for b, prompt in enumerate(chunk):
+            for k in range(self._generation.num_samples):
+                n, has_eos = int(samples.length[b, k]), bool(samples.has_eos[b, k])
+                ids = samples.tokens[b, k, : n - has_eos]
+                logp = samples.token_logp[b, k, :n].astype(np.float64)
+                row = {
+                    "prompt": prompt,
+                    "completion": self._tokenizer.decode(ids, skip_special_tokens=True),
+                    "logp": float(logp.sum()),
+                    "length": n,
+                    "has_eos": has_eos,
+                    "ref_logp": float("nan"),
+                    "kl_k3": float("nan"),
+                }
+                if ref is not None:
+                    log_ratio = logp - ref[b, k, :n].astype(np.float64)
+                    row["ref_logp"] = float(logp.sum() - log_ratio.sum())
+                    row["kl_k3"] = float((np.expm1(-log_ratio) + log_ratio).sum())
+                found.append(row)
+        return found
+
+    def _judge(self, measured: list[dict[str, Any]]) -> list[Generation]:
+        """Calls the reward function once on all texts."""
+        names = sorted({name for row in measured for name in row["prompt"].columns})
+        columns = {name: [row["prompt"].columns.get(name) for row in measured] for name in names}
+        prompts = [row["prompt"].prompt for row in measured]
+        rewards, _ = self._rewards(prompts, [row["completion"] for row in measured], columns)
+        penalty = self._generation.missing_eos_reward
+        return [
+            Generation(
+                id=row["prompt"].id,
+                prompt=row["prompt"].prompt,
+                completion=row["completion"],
+                reward=float(reward if penalty is None or row["has_eos"] else penalty),
+                logp=row["logp"],
+                ref_logp=row["ref_logp"],
+                kl_k3=row["kl_k3"],
+                length=row["length"],
+                has_eos=row["has_eos"],
+            )
+            for row, reward in zip(measured, rewards, strict=True)
+        ]
+
+
+def _prompt_batch(
+    chunk: Sequence[TokenGroup], batch_size: int, prompt_size: int, num_samples: int, max_new: int
+) -> GroupBatch:
+    """Prompts of a batch, with room for the samples."""
+    batch = groups.collate(
+        [], batch_size=batch_size, prompt_size=prompt_size, num_completions=num_samples, completion_size=max_new
+    )
+    for row, group in enumerate(chunk):
+        batch.prompt_tokens[row, : len(group.prompt_tokens)] = group.prompt_tokens
+        batch.prompt_length[row] = len(group.prompt_tokens)
+    return batch
+
+
+def summarize(generations: Sequence[Generation], *, beta: float) -> dict[str, float]:
+    """Averages of an evaluation.
+
+    `eval/kl` is the k1 estimate E[ln π − ln π_ref], unbiased and possibly negative on few samples; `eval/kl_k3` sums
+    k3 = exp(−d) − 1 + d over tokens, d = ln π − ln π_ref of the token, unbiased too and never negative. Both estimate
+    KL(π‖π_ref) for samples of temperature 1. `eval/objective` is E[R] − β·`eval/kl`. Standard errors count samples
+    of one prompt as one observation (their mean), since they are not independent.
+
+    Args:
+        generations: from `GenerationEvaluator.generate`.
+        beta: the paper's β.
+    """
+    reward = np.array([g.reward for g in generations])
+    known = np.isfinite(reward)
+    by_prompt: dict[str, list[float]] = {}
+    for g in generations:
+        if np.isfinite(g.reward):
+            by_prompt.setdefault(g.prompt, []).append(g.reward)
+    means = np.array([np.mean(values) for values in by_prompt.values()])
+    stderr = means.std(ddof=1) / np.sqrt(len(means)) if len(means) > 1 else float("nan")
+    kl = np.array([g.logp - g.ref_logp for g in generations]).mean()
+    mean = means.mean() if len(means) else float("nan")
+    return {
+        "eval/reward_mean": float(mean),
+        "eval/reward_stderr": float(stderr),
+        "eval/kl": float(kl),
+        "eval/kl_k3": float(np.mean([g.kl_k3 for g in generations])),
+        "eval/objective": float(mean - beta * kl),
+        "eval/length": float(np.mean([g.length for g in generations])),
+        "eval/eos_rate": float(np.mean([g.has_eos for g in generations])),
+        "eval/num_prompts": float(len({g.id for g in generations})),
+        "eval/dropped_rewards": float((~known).sum()),
+    }

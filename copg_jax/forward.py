@@ -1,0 +1,88 @@
+"""Forward passes over many groups: sorted by length into batches, back in the order they came.
+
+Scoring with the reference and with a reward model differ by one function of (params, batch); this is all the rest.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from copg_jax import sharding
+from copg_jax.data import groups
+from copg_jax.data.groups import GroupBatch, TokenGroup
+
+_PROMPT_MULTIPLE, _COMPLETION_MULTIPLE = 64, 16
+"""Shapes are rounded up to these, so that a data set needs few compilations."""
+
+
+class GroupForward:
+    """Applies a function of (params, batch) → [B, K] to any number of groups.
+
+    Args:
+        function: pure function, e.g. of `policy.seq_logp` or a reward model; jitted here, once a shape.
+        params: its parameters, already in their shards.
+        param_shardings: where they lie.
+        mesh: the device mesh.
+        batch_size: groups per call, rounded up to a multiple of data·fsdp.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Any, GroupBatch], Array],
+        params: Any,
+        *,
+        param_shardings: Any,
+        mesh: jax.sharding.Mesh,
+        batch_size: int,
+    ) -> None:
+        shards = sharding.num_batch_shards(mesh)
+        self._batch_size = -(-batch_size // shards) * shards
+        self._params = params
+        self._rows = sharding.batch_sharding(mesh)
+        self._function = jax.jit(
+            function,
+            in_shardings=(param_shardings, self._rows),
+            out_shardings=sharding.replicated(mesh),
+        )
+
+    def __call__(
+        self,
+        rows: Sequence[TokenGroup],
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[np.ndarray]:
+        """One float32 array [number of completions] per group, in the order of `rows`.
+
+        Args:
+            rows: groups of any lengths.
+            on_progress: called after each batch with the number of groups done.
+        """
+        sizes = [
+            (len(row.prompt_tokens), max(len(ids) for ids in row.completion_tokens)) for row in rows
+        ]
+        # Longest first: running out of memory shows at once, not at the end.
+        order = sorted(range(len(rows)), key=lambda i: sizes[i], reverse=True)
+        results: list[np.ndarray] = [np.empty(0, np.float32)] * len(rows)
+        num_completions = max((len(row.completion_tokens) for row in rows), default=1)
+        for start in range(0, len(order), self._batch_size):
+            chunk = order[start : start + self._batch_size]
+            batch = groups.collate(
+                [rows[i] for i in chunk],
+                batch_size=self._batch_size,
+                prompt_size=_round_up(max(sizes[i][0] for i in chunk), _PROMPT_MULTIPLE),
+                num_completions=num_completions,
+                completion_size=_round_up(max(sizes[i][1] for i in chunk), _COMPLETION_MULTIPLE),
+            )
+            placed = sharding.place(sharding.host_rows(batch), self._rows)
+            values = np.asarray(jax.device_get(self._function(self._params, placed)))
+            for i, row_values in zip(chunk, values, strict=False):
+                results[i] = row_values[: len(rows[i].completion_tokens)]
+            if on_progress is not None:
+                on_progress(start + len(chunk))
+        return results
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

@@ -1,0 +1,102 @@
+"""Scoring a data set once: rewards and ln π_ref of every completion, in resumable parts.
+
+Both are constants of training, so computing them here leaves training with one model and no reward function.
+
+1. Groups are taken part by part; parts that are on disk already are skipped.
+2. The reward function sees the texts, the reference model the tokens.
+3. Each part is written whole or not at all; the side-car that makes the folder usable comes last.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from copg_jax.data import scored
+from copg_jax.data.dataset import GroupDataset
+from copg_jax.data.groups import TokenGroup
+from copg_jax.forward import GroupForward
+from copg_jax.metrics import MetricsLogger
+from copg_jax.rewards import WeightedRewards
+
+
+def score_dataset(
+    dataset: GroupDataset,
+    *,
+    folder: Path,
+    part_size: int,
+    rewards: WeightedRewards,
+    seq_logp: GroupForward,
+    provenance: scored.Provenance,
+) -> None:
+    """Scores every group and writes the scored folder.
+
+    Args:
+        dataset: tokenised groups.
+        folder: where part-*.parquet and scored.json go.
+        part_size: groups a part.
+        rewards: total and parts of the reward.
+        seq_logp: ln π_ref of groups.
+        provenance: what made the numbers, for the side-car.
+
+    Raises:
+        InputError: a reward function that misbehaves; finished parts stay.
+    """
+    num_parts = -(-len(dataset) // part_size)
+    finished = scored.finished_parts(folder)
+    with MetricsLogger(folder, total_steps=len(dataset), log_every=1, resume_step=0) as logger:
+        for part in range(num_parts):
+            if part in finished:
+                continue
+            rows = [dataset[i] for i in range(part * part_size, min((part + 1) * part_size, len(dataset)))]
+            begin = time.perf_counter()
+            totals, parts = _reward_groups(rewards, rows)
+            reward_sec = time.perf_counter() - begin
+            ref_logps = seq_logp(rows)
+            scored.write_part(
+                folder,
+                part,
+                [
+                    scored.ScoredGroup(row, total, ref_logp, sources)
+                    for row, total, ref_logp, sources in zip(
+                        rows, totals, ref_logps, parts, strict=True
+                    )
+                ],
+            )
+            values = np.concatenate(totals)
+            seconds = time.perf_counter() - begin
+            logger.log(
+                part * part_size + len(rows),
+                {
+                    "reward/mean": float(np.nanmean(values)) if np.isfinite(values).any() else np.nan,
+                    "reward/std": float(np.nanstd(values)) if np.isfinite(values).any() else np.nan,
+                    "reward/dropped": float(np.isnan(values).sum()),
+                    "ref_logp/mean": float(np.mean(np.concatenate(ref_logps))),
+                    "perf/groups_per_sec": len(rows) / seconds,
+                    "perf/reward_share": reward_sec / seconds,
+                },
+            )
+    scored.finish(folder, num_parts, provenance)
+
+
+def _reward_groups(
+    rewards: WeightedRewards, rows: Sequence[TokenGroup]
+) -> tuple[list[np.ndarray], list[dict[str, np.ndarray]]]:
+    """Total reward and its parts of each group; NaN where a reward is absent."""
+    sizes = [len(row.completions) for row in rows]
+    repeat: Callable[[Sequence[Any]], list[Any]] = lambda values: [
+        value for value, size in zip(values, sizes, strict=True) for _ in range(size)
+    ]
+    names = sorted({name for row in rows for name in row.columns})
+    total, parts = rewards(
+        repeat([row.prompt for row in rows]),
+        [text for row in rows for text in row.completions],
+        {name: repeat([row.columns.get(name) for row in rows]) for name in names},
+    )
+    cuts = np.cumsum(sizes)[:-1]
+    split_parts = {name: np.split(values, cuts) for name, values in parts.items()}
+    return np.split(total, cuts), [
+        {name: values[i] for name, values in split_parts.items()} for i in range(len(rows))
+    ]

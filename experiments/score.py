@@ -1,0 +1,44 @@
+"""Computes rewards and ln π_ref of a data set once, so that training needs neither model.
+
+    python -m experiments.score configs/score_tldr_llama2_7b.yaml output_dir=runs/scored
+
+Writes part-*.parquet and scored.json with the hashes of model, tokenizer and rewards. An interrupted run goes on at the
+first part that is not finished.
+"""
+
+from pathlib import Path
+
+from copg_jax import runtime, scoring, sharding, stages
+from copg_jax.cli import run_main
+from copg_jax.config import ScoreConfig
+from copg_jax.rewards import WeightedRewards
+
+
+def main(config: ScoreConfig) -> None:
+    """Scores every group of the data set."""
+    folder = Path(config.output_dir)
+    runtime.setup()
+    mesh = sharding.make_mesh(config.mesh)
+    reference = stages.open_model(config.reference, mesh)
+    runtime.write_run_header(folder, config, may_differ=("mesh", "batch_size"))
+    dataset = stages.open_data(config.data, reference, folder, "groups")
+    rewards = WeightedRewards(config.rewards)
+    log_probs = scoring.SequenceScorer(
+        reference.config,
+        reference.load_frozen(),
+        mesh=mesh,
+        batch_size=config.batch_size,
+        chunk=config.reference.logits_chunk,
+    )
+    scoring.score_dataset(
+        dataset,
+        folder=folder,
+        part_size=config.part_size,
+        rewards=rewards,
+        seq_logp=log_probs,
+        provenance=stages.provenance(config, reference),
+    )
+
+
+if __name__ == "__main__":
+    run_main(main, ScoreConfig, description=__doc__)
