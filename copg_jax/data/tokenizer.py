@@ -56,19 +56,18 @@ class Encoder:
             raise InputError(
                 f"{name}: wanted a fast tokenizer (tokenizer.json), got {type(tokenizer).__name__}."
             )
-        if tokenizer.eos_token_id is None:
+        eos_id: Any = tokenizer.eos_token_id
+        bos_id: Any = tokenizer.bos_token_id
+        if eos_id is None:
             raise InputError(
-                f"{name}: the tokenizer has no end-of-sequence token, which every completion ends "
-                "in. "
-                "Set eos_token in its tokenizer_config.json."
+                f"{name}: the tokenizer has no end-of-sequence token, in which every completion "
+                "ends. Set eos_token in its tokenizer_config.json."
             )
-        self.eos_id: int = int(tokenizer.eos_token_id)
+        self.eos_id: int = eos_id
         self.eos_token: str = str(tokenizer.eos_token)
         # The tokenizer's own encoding of a letter shows its rules, whichever option they come from.
-        probe = tokenizer("a")["input_ids"]
-        self.bos_id: int | None = (
-            tokenizer.bos_token_id if probe[0] == tokenizer.bos_token_id else None
-        )
+        probe: Any = tokenizer("a")["input_ids"]
+        self.bos_id: int | None = bos_id if probe[0] == bos_id else None
         # A private copy: padding and truncation that others set on the tokenizer must not act here.
         self._backend: Any = tokenizers.Tokenizer.from_str(backend.to_str())
         self._backend.no_truncation()
