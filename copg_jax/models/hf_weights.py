@@ -1,0 +1,332 @@
+"""Hugging Face model folders: read and write, without torch and without pickle.
+
+1. `resolve` finds a local folder or downloads a hub snapshot.
+2. `read_config` turns config.json into a LlamaConfig, or says why it cannot.
+3. `load_params` reads safetensors (one file or sharded) into float32 leaves, shard by shard.
+4. `save_pretrained` writes a folder that `transformers` loads with the same logits or rewards.
+5. `params_hash` identifies a folder's weights.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors relies on)
+import numpy as np
+import transformers
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from copg_jax.errors import InputError
+from copg_jax.models.hf_layout import HfSlot, assemble, check_fit, hf_slots, to_hf
+from copg_jax.models.llama import LlamaConfig, Params, RopeScaling
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_SNAPSHOT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def resolve(path_or_id: str, revision: str | None = None) -> Path:
+    """Give the local folder of a model: the folder itself, or a downloaded hub snapshot.
+
+    Args:
+        path_or_id: folder, or hub id "owner/name".
+        revision: hub branch, tag or commit; only for hub ids.
+    """
+    folder = Path(path_or_id).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path_or_id):
+        raise InputError(
+            f"{path_or_id}: wanted a model folder (config.json, *.safetensors) or a hub id "
+            f"'owner/name', got {'a file' if folder.exists() else 'a path that does not exist'}"
+        )
+    # Imported here because it pulls in an HTTP client that local folders do not need.
+    import huggingface_hub
+
+    try:
+        snapshot = huggingface_hub.snapshot_download(
+            path_or_id, revision=revision, allow_patterns=_SNAPSHOT_FILES
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path_or_id}: no such folder, and the hub did not give it "
+            f"(revision {revision or 'main'}): {error}\n"
+            "Check the spelling, log in if the model is gated, or give a local folder."
+        ) from error
+    return Path(snapshot)
+
+
+def read_config(path: str | Path) -> LlamaConfig:
+    """Read config.json of a Llama folder.
+
+    Raises:
+        InputError: the file is missing or broken, or describes something this model cannot do.
+    """
+    file = Path(path) / "config.json"
+    try:
+        raw = json.loads(file.read_text())
+    except OSError as error:
+        raise InputError(f"{file}: wanted a Hugging Face config.json, got {error}") from error
+    except ValueError as error:
+        raise InputError(f"{file}: wanted JSON, got {error}") from error
+    if not isinstance(raw, dict) or raw.get("model_type") != "llama":
+        got = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
+        raise InputError(f"{file}: model_type: wanted 'llama', got {got!r}; use a Llama checkpoint")
+    try:
+        hf = transformers.LlamaConfig.from_dict(raw)
+    except Exception as error:  # the validation of transformers has its own exception types
+        raise InputError(f"{file}: transformers refuses it: {error}") from error
+    unsupported = {
+        "hidden_act": (hf.hidden_act, "silu"),
+        "attention_bias": (hf.attention_bias, False),
+        "mlp_bias": (hf.mlp_bias, False),
+        "quantization_config": (raw.get("quantization_config"), None),
+    }
+    for field, (got, wanted) in unsupported.items():
+        if got != wanted:
+            raise InputError(f"{file}: {field}: wanted {wanted!r}, got {got!r}, not supported")
+    names = {field.name for field in dataclasses.fields(LlamaConfig)}
+    sizes = {k: v for k, v in hf.to_dict().items() if k in names - {"rope_scaling", "dtype"}}
+    rope_theta, rope_scaling = _read_rope(hf.rope_parameters or {}, file)
+    try:
+        return LlamaConfig(**{**sizes, "rope_theta": rope_theta, "rope_scaling": rope_scaling})
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
+
+
+def _read_rope(rope: Mapping[str, Any], file: Path) -> tuple[float, RopeScaling | None]:
+    kind = rope.get("rope_type", "default")
+    if kind not in ("default", "llama3"):
+        raise InputError(
+            f"{file}: rope_type: wanted 'default' or 'llama3', got {kind!r}, not supported"
+        )
+    if kind == "default":
+        return float(rope["rope_theta"]), None
+    fields = [field.name for field in dataclasses.fields(RopeScaling)]
+    missing = [name for name in fields if name not in rope]
+    if missing:
+        raise InputError(f"{file}: rope_scaling of type llama3 lacks {', '.join(missing)}")
+    return float(rope["rope_theta"]), RopeScaling(**{name: rope[name] for name in fields})
+
+
+class SafetensorsFolder:
+    """The tensors of a folder: model.safetensors, or the files its index names."""
+
+    def __init__(self, folder: Path):
+        self._handles: dict[Path, Any] = {}
+        if (folder / INDEX_NAME).is_file():
+            files = {folder / f for f in _read_weight_map(folder / INDEX_NAME).values()}
+        else:
+            files = {folder / SINGLE_NAME}
+        absent = sorted(str(file) for file in files if not file.is_file())
+        if absent:
+            pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
+            hint = (
+                "Pickled weights (.bin, .pt) can run code and are never read: convert them, e.g. "
+                "load with torch and call save_pretrained of transformers"
+                if pickled
+                else "Copy the missing files"
+            )
+            raise InputError(f"wanted safetensors weights, got no {', '.join(absent)}. {hint}.")
+        self._file_of: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for file in sorted(files):
+            self._open(file)
+
+    def _open(self, file: Path) -> None:
+        try:
+            handle = self._handles[file] = safe_open(file, framework="numpy")
+            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+        except Exception as error:  # safetensors raises its own type for a broken header
+            raise InputError(
+                f"{file}: not a readable safetensors file ({error}); copy it again"
+            ) from error
+        for name, part in slices.items():
+            if part.get_dtype() not in _FLOATS and not name.endswith("inv_freq"):
+                raise InputError(
+                    f"{file}: {name}: wanted a dtype of {_FLOATS}, got {part.get_dtype()}; "
+                    "quantised checkpoints are not supported"
+                )
+            self._file_of[name] = file
+            self._shapes[name] = tuple(part.get_shape())
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
+
+    def read(self, name: str, index: Sequence[slice]) -> np.ndarray:
+        return self._handles[self._file_of[name]].get_slice(name)[tuple(index)]
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{index}: wanted JSON with a 'weight_map' of tensor names to files, got {error!r}"
+        ) from error
+
+
+def load_params(
+    folder: str | Path,
+    config: LlamaConfig,
+    *,
+    head: str,
+    shardings: Params | None = None,
+    init_missing_score: jax.Array | None = None,
+) -> Params:
+    """Load a folder's safetensors into float32 parameters.
+
+    Args:
+        folder: local model folder, see `resolve`.
+        config: from `read_config` of that folder.
+        head: "lm" for a causal language model, "score" for a one-label sequence classifier.
+        shardings: tree of shardings like the parameters; each device reads its own slices only.
+        init_missing_score: key that draws the score head when the folder is a language model.
+
+    Raises:
+        InputError: no safetensors, or missing, surplus and misshapen tensors, listed together.
+    """
+    source = SafetensorsFolder(Path(folder))
+    slots = hf_slots(config, head=head)
+    optional = []
+    score = None
+    if head == "score" and init_missing_score is not None and "score.weight" not in source.shapes():
+        spec = slots.pop("score.weight").spec
+        score = spec.init(init_missing_score, spec.shape, np.float32)
+        if shardings is not None:
+            score = jax.device_put(score, shardings["score"])
+        optional.append("lm_head.weight")
+    if config.tie_word_embeddings:
+        optional.append("lm_head.weight")  # some writers store the tied copy
+    check_fit(source, slots, str(folder), optional=optional)
+    params = assemble(source, slots, shardings)
+    return params if score is None else {**params, "score": score}
+
+
+def save_pretrained(
+    folder: str | Path,
+    config: LlamaConfig,
+    params: Params,
+    *,
+    head: str,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    max_shard_bytes: int = 4 << 30,
+) -> None:
+    """Write config.json, safetensors (float32) and tokenizer; the folder appears complete or not.
+
+    Args:
+        folder: target; replaced where it is a model folder already.
+        config: sizes of the model.
+        params: tree of `functional.init`, any sharding.
+        head: "lm" -> LlamaForCausalLM, "score" -> LlamaForSequenceClassification of one label.
+        tokenizer: gives BOS, EOS and padding ids; saved beside the weights.
+        max_shard_bytes: size at which the next safetensors file begins.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+        raise InputError(
+            f"{folder}: wanted a new folder or an older model folder to replace, got other files; "
+            "choose another folder"
+        )
+    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    temporary.mkdir(parents=True)
+    try:
+        tokenizer.save_pretrained(temporary)
+        _write_weights(temporary, hf_slots(config, head=head), params, max_shard_bytes)
+        hf_config(config, head=head, tokenizer=tokenizer).save_pretrained(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def hf_config(
+    config: LlamaConfig, *, head: str, tokenizer: transformers.PreTrainedTokenizerBase
+) -> transformers.LlamaConfig:
+    """The transformers config of a model; `rope_parameters` in the form of transformers 5."""
+    sizes = dataclasses.asdict(config)
+    for ours in ("dtype", "remat", "rope_theta", "rope_scaling"):
+        del sizes[ours]
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_scaling is not None:
+        rope |= {"rope_type": "llama3", **dataclasses.asdict(config.rope_scaling)}
+    names = {"lm": "LlamaForCausalLM", "score": "LlamaForSequenceClassification"}
+    fields = {
+        **sizes,
+        "rope_parameters": rope,
+        "architectures": [names[head]],
+        "dtype": "float32",
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": _pad_id(tokenizer),
+    }
+    if head == "score":
+        fields["num_labels"] = 1
+    return transformers.LlamaConfig.from_dict(fields)
+
+
+def _pad_id(tokenizer: transformers.PreTrainedTokenizerBase) -> Any:
+    """An id to pad with that is not EOS.
+
+    LlamaForSequenceClassification reads the last token that differs from pad_token_id: with
+    padding equal to EOS it would read the token before the EOS.
+    """
+    candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0, 1)
+    return next(i for i in candidates if i is not None and i != tokenizer.eos_token_id)
+
+
+def _write_weights(
+    folder: Path, slots: Mapping[str, HfSlot], params: Params, max_shard_bytes: int
+) -> None:
+    shards: list[list[str]] = [[]]
+    size = total = 0
+    for name, slot in slots.items():
+        num_bytes = 4 * int(np.prod(slot.hf_shape))
+        if shards[-1] and size + num_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size, total = size + num_bytes, total + num_bytes
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        if len(shards) == 1:
+            file = SINGLE_NAME
+        tensors = {name: to_hf(slots[name], _fetch(params, slots[name])) for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors makes it readable by its owner only
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+@jax.jit
+def _take_layer(leaf: jax.Array, layer: int) -> jax.Array:
+    # Jitted with a traced layer: one program a leaf, and the host never holds all layers of it.
+    return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+
+
+def _fetch(params: Params, slot: HfSlot) -> np.ndarray:
+    if slot.layer is None:
+        return np.asarray(params[slot.leaf], np.float32)
+    return np.asarray(_take_layer(params["layers"][slot.leaf], slot.layer), np.float32)
+
+
+def params_hash(folder: str | Path) -> str:
+    """SHA-256 (hex) over config.json and the weight files of a folder: names and contents."""
+    digest = hashlib.sha256()
+    for file in sorted([Path(folder) / "config.json", *Path(folder).glob("*.safetensors")]):
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
