@@ -176,12 +176,10 @@ def _group_row(where: str, row: Row) -> TextGroup | str:
         )
     rewards = _numbers(where, row, "rewards", len(texts))
     ref_logps = _numbers(where, row, "ref_logps", len(texts))
-    row = dict(row)
-    if isinstance(
-        row.get("columns"), str
-    ):  # the scored format keeps the original row's columns as JSON
-        row |= json.loads(row.pop("columns"))
     used = ("prompt", "completions", "rewards", "ref_logps")
+    if "prompt_token_count" in row:  # the scored format has the first row's columns as JSON
+        used += ("prompt_token_count", "completion_token_counts", "sources", "columns")
+        row = row | json.loads(row["columns"])
     group = _prompt_row(where, row, texts, rewards, used=used)
     return group if isinstance(group, str) else TextGroup(**{**vars(group), "ref_logps": ref_logps})
 
