@@ -43,7 +43,9 @@ def section(cls: Callable[[], Any]) -> Any:
     return dataclasses.field(default_factory=cls)
 
 
-def load_config(cls: type[T], argv: Sequence[str] | None = None, *, description: str = "") -> T:
+def load_config(
+    cls: type[T], argv: Sequence[str] | None = None, *, description: str | None = None
+) -> T:
     """Load `[CONFIG.yaml] key=value ...` into an instance of the config dataclass `cls`.
 
     `--help` lists every field and `--print-config` prints the resolved config; both exit with 0.
@@ -51,7 +53,7 @@ def load_config(cls: type[T], argv: Sequence[str] | None = None, *, description:
     Args:
       cls: Frozen dataclass; its fields and nested dataclasses are the schema.
       argv: Arguments without the program name; those of this process when None.
-      description: What the program does, for `--help`.
+      description: What the program does, for `--help`; a script gives its `__doc__`.
 
     Raises:
       InputError: Unreadable file, unknown key, wrong type, missing value or value out of range.
@@ -106,7 +108,7 @@ def config_differences(a: Any, b: Any) -> list[str]:
     ]
 
 
-def run_main(main: Callable[[T], object], cls: type[T], *, description: str) -> NoReturn:
+def run_main(main: Callable[[T], object], cls: type[T], *, description: str | None) -> NoReturn:
     """Script entry point: load the config, run `main`, exit.
 
     The exit status is the int that `main` returns, else 0; 2 for bad input (its text on stderr, no
@@ -231,11 +233,11 @@ def _build(cls: type, values: Any, name: str, where: Mapping[str, str]) -> Any:
         raise InputError(place + text) from error
 
 
-def _help(cls: type, description: str) -> str:
+def _help(cls: type, description: str | None) -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
     lines = [f"usage: {program} [CONFIG.yaml] [key=value ...] [--help] [--print-config]", ""]
-    lines += [description, ""] if description else []
+    lines += [description.strip(), ""] if description else []
     lines += ["Later settings win: default, then CONFIG.yaml, then key=value.", ""]
     lines.append("Fields (type = default):")
     for field in iter_fields(cls):
