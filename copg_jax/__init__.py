@@ -5,4 +5,9 @@ The package is laid out in the order of a run: `data` turns rows into groups of 
 `step` and `loop` train. `bandit` holds the theory. The scripts in `experiments/` tie them together.
 """
 
+import os
+
 __version__ = "0.1.0"
+
+# transformers gives configs and tokenizers here; its advice to install PyTorch would mislead.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
