@@ -177,9 +177,9 @@ def _group_row(where: str, row: Row) -> TextGroup | str:
     rewards = _numbers(where, row, "rewards", len(texts))
     ref_logps = _numbers(where, row, "ref_logps", len(texts))
     used = ("prompt", "completions", "rewards", "ref_logps")
-    if "prompt_token_count" in row:  # the scored format has the first row's columns as JSON
+    if "prompt_token_count" in row:  # the scored format keeps the original columns as JSON
         used += ("prompt_token_count", "completion_token_counts", "sources", "columns")
-        row = row | json.loads(row["columns"])
+        row = json.loads(row["columns"]) | row
     group = _prompt_row(where, row, texts, rewards, used=used)
     return group if isinstance(group, str) else TextGroup(**{**vars(group), "ref_logps": ref_logps})
 
