@@ -239,7 +239,7 @@ def _comparisons(count: int, rng: random.Random) -> Iterator[dict[str, Any]]:
 
 
 def _train_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE on the written posts; it begins prompts with a BOS, as Llama's does."""
+    """Trains a byte-level BPE on the written posts; it puts a BOS in front, as Llama's does."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

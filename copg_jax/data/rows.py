@@ -158,7 +158,7 @@ def _read_json(file: Path) -> Iterator[tuple[str, Row]]:
             return
         for number, line in enumerate(stream, start=1):
             if line.strip():
-                yield _checked(f"{file}:{number}", _parse_json(line, file, number))
+                yield _checked(f"{file}:{number}", _parse_json(line.rstrip(b"\r\n"), file, number))
 
 
 def _parse_json(text: bytes, file: Path, line: int) -> Any:
