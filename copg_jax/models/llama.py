@@ -226,7 +226,10 @@ class LlamaLayer(nnx.Module):
         k = rotate(_project("btd,dhe->bthe", normed, self.k_proj), rotation)
         v = _project("btd,dhe->bthe", normed, self.v_proj)
         mixed, extra = attend(q, k, v)
-        x = x + _project("bthe,hed->btd", mixed, self.o_proj)
+        # One merged contraction axis: over (h, e) XLA transposes the weights at every decode step.
+        mixed = mixed.reshape(*mixed.shape[:2], -1)
+        o_proj = self.o_proj[...].astype(x.dtype).reshape(mixed.shape[-1], -1)
+        x = x + jnp.einsum("btm,md->btd", mixed, o_proj)
 
         normed = rms_norm(x, self.post_attention_layernorm[...], self.eps)
         gate = _project("btd,df->btf", normed, self.gate_proj)
