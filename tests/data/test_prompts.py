@@ -3,6 +3,7 @@
 import random
 
 import pytest
+
 from copg_jax.data.prompts import (
     Post,
     format_prompt,
@@ -62,7 +63,9 @@ def test_cutting_gives_what_the_literal_rule_gives(kind, request):
     outcomes = set()
     for _ in range(60):
         text = "".join(rng.choice(words) + rng.choice(["", " "]) for _ in range(rng.randint(1, 60)))
-        prompt = format_prompt(Post("x", "t", text if rng.random() < 0.5 else text.replace("\n", "")))
+        prompt = format_prompt(
+            Post("x", "t", text if rng.random() < 0.5 else text.replace("\n", ""))
+        )
         limit = rng.randint(20, 90)
         cut = truncate_prompt(prompt, ends, limit)
         assert cut == literal_cut(prompt, ends, limit)

@@ -5,6 +5,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from copg_jax.data.rows import find_files, fingerprint, read_rows
 from copg_jax.errors import InputError
 

@@ -1,10 +1,18 @@
-"""Claims about the schemas: each becomes the same group; each bad row names place, field and fix."""
+"""Claims about the schemas: each becomes the same group; bad rows name place, field and fix."""
 
 import pytest
+
 from copg_jax.data.schemas import NEWS, InvalidRow, to_group
 
 CARPER = "SUBREDDIT: r/tifu\nTITLE: My bike\nPOST: It broke.\nTwice.\nTL;DR: "
-ARTICLE = {"id": "b", "site": "cnn", "title": "t", "article": "text", "post": None, "subreddit": None}
+ARTICLE = {
+    "id": "b",
+    "site": "cnn",
+    "title": "t",
+    "article": "text",
+    "post": None,
+    "subreddit": None,
+}
 
 
 def sft_rows(sft_row, prompt):

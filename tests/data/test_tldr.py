@@ -1,6 +1,7 @@
 """Claims about which rows of a data set are read, and what is counted."""
 
 import pytest
+
 from copg_jax.data.schemas import NEWS, InvalidRow
 from copg_jax.data.tldr import OTHER_PART, OTHER_SPLIT, DataConfig, GroupReader
 from copg_jax.errors import InputError

@@ -1,0 +1,110 @@
+"""Claims about tokenising one group and padding groups into a batch."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from copg_jax.data.groups import TOO_FEW, collate, tokenize_group
+from copg_jax.data.prompts import Post, format_prompt
+from copg_jax.data.schemas import InvalidRow, TextGroup
+from copg_jax.data.tldr import Limits
+from copg_jax.data.tokenizer import Encoder
+from copg_jax.errors import InputError
+
+
+def text_group(completions=(" a", " b"), **changes):
+    """A small group; `changes` replace its fields."""
+    fields = {"id": "i", "where": "f.jsonl:4", "prompt": "my bike", "completions": completions}
+    return TextGroup(**(fields | changes))
+
+
+def test_completions_without_reward_or_over_the_limit_are_left_out_and_counted(plain):
+    counts: Counter[str] = Counter()
+    group = text_group(
+        (" a", " b b b b b b b b", " c", " d", " e"),
+        rewards=(1.0, 2.0, None, 4.0, 5.0),
+        ref_logps=(-1.0, -2.0, -3.0, None, -5.0),
+    )
+    tokens = tokenize_group(group, Encoder(plain), Limits(20, 6), counts)
+    assert tokens.completions == (" a", " e")
+    assert tokens.rewards.tolist() == [1.0, 5.0] and tokens.ref_logps.tolist() == [-1.0, -5.0]
+    assert +counts == {
+        "completion over 6 tokens": 1,
+        "completion without a reward": 1,
+        "completion without a reference log-probability": 1,
+    }
+
+
+def test_a_pair_with_one_completion_left_is_dropped_but_a_single_one_is_kept(plain):
+    encoder = Encoder(plain)
+    pair = text_group(rewards=(1.0, None))
+    assert tokenize_group(pair, encoder, Limits(), Counter()) == TOO_FEW
+    single = tokenize_group(text_group((" a",)), encoder, Limits(), Counter())
+    assert single.completions == (" a",)
+    too_long = text_group((" a" * 50,))
+    assert tokenize_group(too_long, encoder, Limits(20, 5), Counter()) == TOO_FEW
+
+
+def test_a_cut_prompt_has_the_text_that_its_tokens_encode(with_bos):
+    encoder, counts = Encoder(with_bos), Counter()
+    prompt = format_prompt(Post("x", "t", "my bike broke\n" * 9))
+    tokens = tokenize_group(text_group(prompt=prompt), encoder, Limits(60, 9), counts)
+    assert tokens.prompt != prompt and len(tokens.prompt_tokens) <= 60
+    assert tokens.prompt_tokens.tolist() == encoder.encode_prompt(tokens.prompt)
+    assert counts["prompt cut"] == 1
+
+
+def test_prompts_that_cannot_be_cut_name_place_limit_and_fix(plain):
+    encoder, limits = Encoder(plain), Limits(10, 9)
+    text = r"f.jsonl:4: the prompt has \d+ tokens, over the limit of 10, and it has no post"
+    with pytest.raises(InvalidRow, match=text + r".*data.max_prompt_tokens") as error:
+        tokenize_group(text_group(prompt="bike " * 30), encoder, limits, Counter())
+    assert error.value.reason == "prompt over 10 tokens"
+    prompt = format_prompt(Post("x", "long title " * 9, "post"))
+    with pytest.raises(InvalidRow, match="even with the post cut away"):
+        tokenize_group(text_group(prompt=prompt), encoder, limits, Counter())
+
+
+def test_a_scored_prompt_is_never_cut(plain):
+    prompt = format_prompt(Post("x", "t", "my bike broke\n" * 9))
+    group = text_group(prompt=prompt, rewards=(1.0, 0.0), ref_logps=(-1.0, -2.0))
+    with pytest.raises(InvalidRow, match=r"ref_logps are of the whole prompt.*when scoring"):
+        tokenize_group(group, Encoder(plain), Limits(50, 9), Counter())
+
+
+def test_eos_inside_a_completion_is_refused(plain):
+    with pytest.raises(InvalidRow, match=r"completion 1 contains the end-of-sequence token '</s>'"):
+        tokenize_group(text_group((" a", " b</s>")), Encoder(plain), Limits(), Counter())
+
+
+def test_collate_pads_on_the_right_and_fills_up_with_absent_groups(with_bos):
+    encoder = Encoder(with_bos)
+    groups = [
+        tokenize_group(
+            text_group(rewards=(1.0, -1.0), ref_logps=(-3.0, -4.0)), encoder, Limits(), Counter()
+        ),
+        tokenize_group(text_group((" a b",)), encoder, Limits(), Counter()),
+    ]
+    batch = collate(groups, batch_size=3, prompt_size=16, num_completions=3, completion_size=8)
+    assert [np.asarray(x).shape for x in batch] == [
+        (3, 16),
+        (3,),
+        (3, 3, 8),
+        (3, 3),
+        (3, 3),
+        (3, 3),
+    ]
+    assert [x.dtype for x in batch] == [np.int32] * 4 + [np.float32] * 2
+    for row, group in enumerate(groups):
+        length = batch.prompt_length[row]
+        assert batch.prompt_tokens[row, :length].tolist() == group.prompt_tokens.tolist()
+        for slot, ids in enumerate(group.completion_tokens):
+            assert batch.completion_tokens[row, slot, : len(ids)].tolist() == ids.tolist()
+            assert batch.completion_length[row, slot] == len(ids)
+            assert not batch.completion_tokens[row, slot, len(ids) :].any()
+    assert batch.prompt_length[2] == 1 and not batch.completion_length[2].any()
+    assert batch.completion_length[1].tolist()[1:] == [0, 0]
+    assert batch.reward[0].tolist() == [1.0, -1.0, 0.0] and batch.ref_logp[0, 1] == -4.0
+    with pytest.raises(InputError, match=r"f.jsonl:4: .* over the batch's \(16, 1, 8\)"):
+        collate(groups, batch_size=3, prompt_size=16, num_completions=1, completion_size=8)

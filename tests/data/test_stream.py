@@ -1,0 +1,93 @@
+"""Claims about the order: same on all hosts, resumable, reshuffled, each row once an epoch."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from copg_jax.data.dataset import prepare
+from copg_jax.data.schemas import TextGroup
+from copg_jax.data.stream import GroupStream, num_steps
+from copg_jax.data.tldr import Limits
+from copg_jax.errors import InputError
+
+ROWS = 22
+
+
+@pytest.fixture(scope="module")
+def dataset(plain, tmp_path_factory):
+    """22 pairs with ids 0 to 21."""
+    groups = (
+        TextGroup(str(i), f"f:{i}", f"p{i}", (" a", f" b{i}"), (1.0, 0.0)) for i in range(ROWS)
+    )
+    path = tmp_path_factory.mktemp("stream") / "a.arrow"
+    return prepare(groups, plain, path=path, limits=Limits(), vocab_size=500)
+
+
+def steps(dataset, **changes):
+    settings = {"batch_size": 4, "num_epochs": 3, "seed": 5}
+    return list(GroupStream(dataset, **(settings | changes)))
+
+
+def assert_same(left, right):
+    assert [ids for ids, _ in left] == [ids for ids, _ in right]
+    for (_, a), (_, b) in zip(left, right, strict=True):
+        for x, y in zip(a, b, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+def test_each_row_is_seen_once_an_epoch_but_for_the_tail(dataset):
+    ids = [i for batch, _ in steps(dataset) for i in batch]
+    assert len(ids) // 4 == num_steps(ROWS, 4, 3) == 16
+    assert set(ids[:ROWS]) == set(ids[ROWS : 2 * ROWS]) == set(map(str, range(ROWS)))
+    counts = Counter(ids)
+    assert sum(counts.values()) == 64 and set(counts.values()) == {2, 3}
+    assert ids[:ROWS] != ids[ROWS : 2 * ROWS]
+
+
+def test_the_second_epoch_of_a_seed_is_not_the_first_of_the_next(dataset):
+    orders = [[i for ids, _ in steps(dataset, seed=s, batch_size=22) for i in ids] for s in (5, 6)]
+    assert orders[0][ROWS : 2 * ROWS] != orders[1][:ROWS]
+
+
+def test_the_same_seed_gives_the_same_batches_and_another_seed_others(dataset):
+    assert_same(steps(dataset), steps(dataset))
+    assert steps(dataset)[0][0] != steps(dataset, seed=6)[0][0]
+
+
+@pytest.mark.parametrize("num_hosts", [2, 4])
+def test_the_hosts_slices_make_up_the_single_host_batch(dataset, num_hosts):
+    whole = steps(dataset)
+    slices = [steps(dataset, host=host, num_hosts=num_hosts) for host in range(num_hosts)]
+    joined = []
+    for parts in zip(*slices, strict=True):
+        ids = [i for part, _ in parts for i in part]
+        arrays = zip(*(batch for _, batch in parts), strict=True)
+        joined.append((ids, [np.concatenate(arrays_) for arrays_ in arrays]))
+    assert_same(whole, joined)
+
+
+@pytest.mark.parametrize("start", [0, 1, 7, 15, 16])
+def test_resuming_at_any_step_continues_the_uninterrupted_order(dataset, start):
+    assert_same(steps(dataset)[start:], steps(dataset, start_step=start))
+
+
+def test_one_stream_can_be_iterated_again(dataset):
+    stream = GroupStream(dataset, batch_size=4, num_epochs=1, seed=0)
+    assert stream.num_steps == 5
+    assert_same(list(stream), list(stream))
+
+
+def test_batches_have_the_shape_asked_for(dataset):
+    _, batch = steps(dataset, shape=(32, 3, 24))[0]
+    assert batch.prompt_tokens.shape == (4, 32) and batch.completion_tokens.shape == (4, 3, 24)
+    assert batch.completion_length[:, 2].tolist() == [0] * 4
+
+
+def test_impossible_settings_are_refused_with_the_numbers(dataset):
+    with pytest.raises(InputError, match="has 22 groups, fewer than one batch of 32"):
+        steps(dataset, batch_size=32)
+    with pytest.raises(InputError, match="batch of 4 groups cannot be shared equally by 3 hosts"):
+        steps(dataset, num_hosts=3)
+    with pytest.raises(InputError, match="Resuming at step 17, but 3 epochs of 22 groups"):
+        steps(dataset, start_step=17)
