@@ -206,7 +206,8 @@ def pair_weights(mu1: Array, mu2: Array) -> Array:
 
 def pair_laplacian(weights: Array) -> Array:
     """Graph Laplacian diag(W1) − W of the pairs; −β times it is the Hessian of L in the logits; [..., A, A]."""
-    return weights.sum(-1)[..., None] * jnp.eye(weights.shape[-1]) - weights
+    degree = weights.sum(-1, keepdims=True)
+    return jnp.where(jnp.eye(weights.shape[-1], dtype=bool), degree, 0.0) - weights
 
 
 def pair_components(weights: ArrayLike) -> np.ndarray:
