@@ -1,0 +1,60 @@
+"""The model equals the Hugging Face torch model, through recorded arrays and, if there, torch."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from copg_jax.models import functional, hf_weights
+from copg_jax.models.reward import reward
+from tests.models import record_golden, tiny
+
+PROMPT = 5
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_logits_equal_the_hugging_face_model(kind: str, tmp_path: Path) -> None:
+    golden = np.load(record_golden.FOLDER / f"{kind}.npz")["logits"]
+    tokens, _ = record_golden.inputs()
+    tiny.write_checkpoint(tmp_path, kind)
+    config = hf_weights.read_config(tmp_path)
+    params = hf_weights.load_params(tmp_path, config, head="lm")
+    length = jnp.full((len(tokens),), PROMPT)
+    hidden = functional.apply(
+        config, params, tokens[:, :PROMPT], length, tokens[:, None, PROMPT:]
+    )
+    matrix = functional.output_matrix(params)
+    np.testing.assert_allclose(
+        tiny.logits(hidden.last_prompt, matrix), golden[:, PROMPT - 1], atol=1e-4
+    )
+    np.testing.assert_allclose(
+        tiny.logits(hidden.completion[:, 0], matrix), golden[:, PROMPT:], atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_rewards_equal_the_hugging_face_sequence_classifier(kind: str, tmp_path: Path) -> None:
+    golden = np.load(record_golden.FOLDER / f"{kind}.npz")["rewards"]
+    tokens, lengths = record_golden.inputs()
+    rows = record_golden.padded(tokens, lengths)
+    tiny.write_checkpoint(tmp_path, kind, "score")
+    config = hf_weights.read_config(tmp_path)
+    params = hf_weights.load_params(tmp_path, config, head="score")
+    ours = reward(
+        config,
+        params,
+        rows[:, :PROMPT],
+        jnp.full((len(rows),), PROMPT),
+        rows[:, None, PROMPT:],
+        lengths[:, None] - PROMPT,
+    )
+    np.testing.assert_allclose(ours[:, 0], golden, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_recorded_arrays_are_what_torch_gives_today(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="torch regenerates the golden arrays")
+    golden = np.load(record_golden.FOLDER / f"{kind}.npz")
+    for name, value in record_golden.record(kind, tmp_path).items():
+        np.testing.assert_allclose(value, golden[name], atol=1e-5)

@@ -1,0 +1,152 @@
+"""Tiny Llamas of every supported kind, written as the checkpoints that the world publishes.
+
+Weights come from RandomState, whose stream NumPy guarantees for ever, so that golden arrays do not
+need to carry them. Names, shapes and config keys are spelled out here a second time on purpose.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import transformers
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from copg_jax.models.llama import LlamaConfig, Params
+
+VOCAB = 61
+PAD = 2  # of the tiny tokenizer; EOS is 1
+_BASE = {
+    "model_type": "llama",
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "hidden_act": "silu",
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "pad_token_id": PAD,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
+_SCALING = {  # frequencies 1, 0.1, 0.01, 0.001 fall on both sides of, and into, the smooth band
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+KINDS = {
+    "llama2": _BASE,
+    "llama3": _BASE | {"num_key_value_heads": 2, "rope_scaling": _SCALING},
+    "tied": _BASE | {"num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": True},
+    "smollm2": _BASE
+    | {
+        "hidden_size": 48,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "rope_theta": 100000.0,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def hf_tensors(kind: str, head: str) -> dict[str, np.ndarray]:
+    """Random float32 weights under Hugging Face names."""
+    c = KINDS[kind]
+    d, f = c["hidden_size"], c["intermediate_size"]
+    head_dim = c.get("head_dim", d // c["num_attention_heads"])
+    q, kv = c["num_attention_heads"] * head_dim, c["num_key_value_heads"] * head_dim
+    shapes = {"model.embed_tokens.weight": (VOCAB, d), "model.norm.weight": (d,)}
+    for i in range(c["num_hidden_layers"]):
+        shapes |= {
+            f"model.layers.{i}.{name}.weight": shape
+            for name, shape in {
+                "input_layernorm": (d,),
+                "post_attention_layernorm": (d,),
+                "self_attn.q_proj": (q, d),
+                "self_attn.k_proj": (kv, d),
+                "self_attn.v_proj": (kv, d),
+                "self_attn.o_proj": (d, q),
+                "mlp.gate_proj": (f, d),
+                "mlp.up_proj": (f, d),
+                "mlp.down_proj": (d, f),
+            }.items()
+        }
+    if head == "score":
+        shapes["score.weight"] = (1, d)
+    elif not c["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (VOCAB, d)
+    draw = np.random.RandomState(list(KINDS).index(kind))
+    return {
+        name: (len(shape) == 1) + 0.2 * draw.standard_normal(shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+
+
+def write_checkpoint(folder: Path, kind: str, head: str = "lm", dtype: type = np.float32) -> Path:
+    """Write config.json (the form of transformers 4) and model.safetensors."""
+    names = {"lm": "LlamaForCausalLM", "score": "LlamaForSequenceClassification"}
+    labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}} if head == "score" else {}
+    config = KINDS[kind] | {"architectures": [names[head]]} | labels
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {name: value.astype(dtype) for name, value in hf_tensors(kind, head).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def tokenizer() -> transformers.PreTrainedTokenizerBase:
+    """A word-level tokenizer with EOS = 1 and padding = 2."""
+    words = ["<unk>", "<eos>", "<pad>", *(f"w{i}" for i in range(VOCAB - 3))]
+    model = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, unk_token="<unk>", eos_token="<eos>", pad_token="<pad>"
+    )
+
+
+def logits(hidden: jax.Array, output_matrix: jax.Array) -> jax.Array:
+    """Logits of any hidden states."""
+    return jnp.einsum("...d,dv->...v", hidden, output_matrix)
+
+
+def plain_hidden(config: LlamaConfig, params: Params, tokens: jax.Array) -> jax.Array:
+    """The model on one unpadded sequence [T] -> [T, D]: no groups, no scan, kv repeated."""
+
+    def norm(x, scale):
+        return x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + config.rms_norm_eps) * scale[None]
+
+    half = config.head_dim // 2
+    frequency = 1 / config.rope_theta ** (jnp.arange(half) / half)
+    angle = jnp.outer(jnp.arange(len(tokens)), frequency)[:, None, :]
+
+    def rotary(x):
+        pairs = jax.lax.complex(x[..., :half], x[..., half:]) * jnp.exp(1j * angle)
+        return jnp.concatenate([pairs.real, pairs.imag], -1)
+
+    x = params["embed_tokens"][tokens]
+    repeats = config.num_attention_heads // config.num_key_value_heads
+    for i in range(config.num_hidden_layers):
+        w = {name: leaf[i] for name, leaf in params["layers"].items()}
+        y = norm(x, w["input_layernorm"])
+        q = rotary(jnp.tensordot(y, w["q_proj"], 1))
+        k = jnp.repeat(rotary(jnp.tensordot(y, w["k_proj"], 1)), repeats, axis=1)
+        v = jnp.repeat(jnp.tensordot(y, w["v_proj"], 1), repeats, axis=1)
+        scores = jnp.einsum("qhe,khe->hqk", q, k) / config.head_dim**0.5
+        future = jnp.triu(jnp.ones(scores.shape[1:], bool), 1)[None]
+        weights = jax.nn.softmax(jnp.where(future, -jnp.inf, scores), -1)
+        x = x + jnp.tensordot(jnp.einsum("hqk,khe->qhe", weights, v), w["o_proj"], 2)
+        y = norm(x, w["post_attention_layernorm"])
+        x = x + (jax.nn.silu(y @ w["gate_proj"]) * (y @ w["up_proj"])) @ w["down_proj"]
+    return norm(x, params["norm"])
