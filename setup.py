@@ -10,13 +10,15 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 
+JAX = ">=0.10.2,<0.13"  # 0.10.2 is the newest that Python 3.11 can have
+
 REQUIRES = [
     "chex>=0.1.92,<0.2",
     "datasets>=5.2,<6",
     "flax>=0.12.8,<0.13",
     "grain>=0.2.18,<0.3",
     "huggingface-hub>=2.4,<3",
-    "jax>=0.10.2,<0.13",  # the last for Python 3.11 is 0.10.2
+    "jax" + JAX,
     "matplotlib>=3.11,<4",
     "ml-dtypes>=0.6,<0.7",
     "numpy>=2.4,<3",
@@ -33,8 +35,8 @@ REQUIRES = [
 ]
 
 EXTRAS = {
-    "gpu": ["jax[cuda13]>=0.10.2,<0.13"],
-    "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+    "gpu": ["jax[cuda13]" + JAX],
+    "tpu": ["jax[tpu]" + JAX],
     "gguf": ["gguf>=0.19,<0.20"],
     "tensorboard": ["tensorboardX>=2.6.5,<3"],
     "dev": [
