@@ -245,9 +245,8 @@ def _tokenize(
         if largest >= vocab_size:
             raise InputError(
                 f"{group.where}: token id {largest} is outside the model's vocabulary of "
-                f"{vocab_size} tokens, so "
-                "tokenizer and model do not belong together. Use the tokenizer of the model's "
-                "own folder."
+                f"{vocab_size} tokens, so tokenizer and model do not belong together. Use the "
+                "tokenizer of the model's own folder."
             )
         tally.add(tokens)
         yield tokens

@@ -140,9 +140,8 @@ def collate(
         ):
             raise InputError(
                 f"{group.where}: prompt tokens, completions, completion tokens are {size}, over "
-                "the batch's "
-                f"({prompt_size}, {num_completions}, {completion_size}). Make the batch larger or "
-                "the limits smaller."
+                f"the batch's ({prompt_size}, {num_completions}, {completion_size}). Make the "
+                "batch larger or the limits smaller."
             )
         batch.prompt_tokens[row, : size[0]] = group.prompt_tokens
         batch.prompt_length[row] = size[0]
@@ -179,8 +178,7 @@ def _fit_prompt(group: TextGroup, encoder: Encoder, max_tokens: int) -> tuple[st
             group.where,
             "prompt over the limit after scoring",
             f"the prompt has {len(ids)} tokens, over the limit of {max_tokens}, but ref_logps are "
-            "of the whole prompt. "
-            "Set data.max_prompt_tokens as it was when scoring.",
+            "of the whole prompt. Set data.max_prompt_tokens as it was when scoring.",
         )
     return prompt, encoder.encode_prompt(prompt)
 

@@ -84,9 +84,8 @@ def find_files(path: str, split: str = "train") -> list[Path]:
     if not files:
         raise InputError(
             f"{path}: no such file or folder. Wanted a local file, folder or glob of "
-            f"{', '.join(SUFFIXES)}, or a "
-            "data set's hub id 'owner/name'. Check data.path (relative paths start at the "
-            "working directory)."
+            f"{', '.join(SUFFIXES)}, or a data set's hub id 'owner/name'. Check data.path "
+            "(relative paths start at the working directory)."
         )
     for file in files:
         if file.suffix not in SUFFIXES:
@@ -167,9 +166,8 @@ def _parse_json(text: bytes, file: Path, line: int) -> Any:
     except json.JSONDecodeError as error:
         raise InputError(
             f"{file}:{line + error.lineno - 1}: malformed JSON at column {error.colno}: "
-            f"{error.msg}. Wanted one JSON "
-            "object a line (or one array of objects). A last line cut short means an incomplete "
-            "copy: fetch it again."
+            f"{error.msg}. Wanted one JSON object a line (or one array of objects). A last line "
+            "cut short means an incomplete copy: fetch it again."
         ) from error
     except UnicodeDecodeError as error:
         raise InputError(
@@ -217,8 +215,7 @@ def _read_hub(path: str, split: str, revision: str | None) -> Iterator[tuple[str
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{path}: not a local path, and the hub's data set of that name could not be read "
-            f"(split '{split}', "
-            f"revision {revision or 'default'}): {type(error).__name__}: {error}. Check "
-            "data.path, data.split, "
-            "data.revision and the network, or download the files and give their local path."
+            f"(split '{split}', revision {revision or 'default'}): {type(error).__name__}: "
+            f"{error}. Check data.path, data.split, data.revision and the network, or download "
+            "the files and give their local path."
         ) from error

@@ -106,8 +106,7 @@ def detect_schema(where: str, keys: Collection[str]) -> Schema:
         where,
         "missing field",
         f"fields {missing} are missing for the nearest schema ({nearest.name}); got "
-        f"{sorted(keys)}. "
-        f"Known schemas: {known}.",
+        f"{sorted(keys)}. Known schemas: {known}.",
     )
 
 

@@ -107,8 +107,7 @@ def read_side_car(folder: Path) -> SideCar:
     except OSError as error:
         raise InputError(
             f"{path}: cannot be read ({error.strerror}). Wanted a folder that the score stage "
-            "wrote; "
-            "run it first, or correct data.path."
+            "wrote; run it first, or correct data.path."
         ) from error
     except json.JSONDecodeError as error:
         raise InputError(
@@ -118,8 +117,8 @@ def read_side_car(folder: Path) -> SideCar:
     if values.get("format") != FORMAT or set(values) != names:
         raise InputError(
             f"{path}: wanted scored data of format {FORMAT} with fields {sorted(names)}, got "
-            "format "
-            f"{values.get('format')} with fields {sorted(values)}. Score again with this version."
+            f"format {values.get('format')} with fields {sorted(values)}. Score again with this "
+            "version."
         )
     return SideCar(**values)
 
@@ -134,8 +133,8 @@ def verify(folder: Path, *, tokenizer_hash: str, reference_hash: str) -> SideCar
     path = folder / SIDE_CAR
     if not side_car.complete:
         raise InputError(
-            f"{path}: scoring was interrupted after {len(finished_parts(folder))} parts. "
-            "Run the same score command again to finish it."
+            f"{path}: scoring was interrupted after {len(finished_parts(folder))} parts. Run the "
+            "same score command again to finish it."
         )
     for name, got in (("tokenizer_hash", tokenizer_hash), ("reference_hash", reference_hash)):
         wanted = getattr(side_car, name)

@@ -55,8 +55,8 @@ class GroupStream:
     ) -> None:
         if len(dataset) < batch_size:
             raise InputError(
-                f"The data set has {len(dataset)} groups, fewer than one batch of {batch_size}: no "
-                "step can be made. Lower the batch size or give more data."
+                f"The data set has {len(dataset)} groups, fewer than one batch of {batch_size}: "
+                "no step can be made. Lower the batch size or give more data."
             )
         if batch_size % num_hosts:
             raise InputError(

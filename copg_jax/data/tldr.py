@@ -14,7 +14,7 @@ from typing import NamedTuple
 from copg_jax.cli import option
 from copg_jax.data.prompts import post_fraction
 from copg_jax.data.rows import Row, fingerprint, read_rows, split_family
-from copg_jax.data.schemas import InvalidRow, TextGroup, to_group
+from copg_jax.data.schemas import InvalidRow, TextGroup, detect_schema, to_group
 from copg_jax.errors import InputError
 
 OTHER_SPLIT = "row of another split"
@@ -85,6 +85,7 @@ class GroupReader:
         self._config = config
         self.counts: Counter[str] = Counter()
         self.rows_read = 0
+        self._first: tuple[str, str] | None = None
 
     def fingerprint(self) -> str:
         """Hash of everything that decides which groups come out: file contents and the config."""
@@ -95,6 +96,7 @@ class GroupReader:
     def __iter__(self) -> Iterator[TextGroup]:
         config = self._config
         self.counts.clear()
+        self._first = None
         self.rows_read = kept = 0
         for where, row in read_rows(config.path, split=config.split, revision=config.revision):
             if kept == config.max_rows:
@@ -120,7 +122,18 @@ class GroupReader:
             if config.invalid_rows == "error":
                 raise
             return error.reason
+        self._check_one_schema(where, detect_schema(where, row).name)
         if isinstance(group, str) or config.part == "all":
             return group
         held_out = post_fraction(group.prompt) < config.holdout_fraction
         return group if held_out == (config.part == "validation") else OTHER_PART
+
+    def _check_one_schema(self, where: str, name: str) -> None:
+        """A folder may hold posts and comparisons side by side; training on both is an accident."""
+        self._first = self._first or (name, where)
+        if name != self._first[0]:
+            raise InputError(
+                f"{where}: schema '{name}' after '{self._first[0]}' at {self._first[1]}: wanted "
+                "one schema in a data set. Let data.path name the files of one schema, by a glob "
+                "perhaps."
+            )

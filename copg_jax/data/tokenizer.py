@@ -28,8 +28,8 @@ def load_tokenizer(path_or_id: str | Path, revision: str | None = None) -> PreTr
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"{path_or_id}: no tokenizer could be loaded ({type(error).__name__}: {reason}). Wanted "
-            "a folder with tokenizer.json and tokenizer_config.json, or a hub id."
+            f"{path_or_id}: no tokenizer could be loaded ({type(error).__name__}: {reason}). "
+            "Wanted a folder with tokenizer.json and tokenizer_config.json, or a hub id."
         ) from error
     Encoder(tokenizer)
     return tokenizer

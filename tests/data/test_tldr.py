@@ -41,8 +41,8 @@ def test_rows_that_name_another_split_are_left_out_and_counted(write_lines, comp
         assert reader.counts == ({OTHER_SPLIT: 5 - kept})
 
 
-def test_bad_rows_stop_the_reading_or_are_counted_by_reason(write_lines, comparison_row):
-    news = {"info": {"article": "text", "site": "cnn"}, "summaries": [], "choice": 0}
+def test_bad_rows_stop_the_reading_or_are_counted_by_reason(write_lines):
+    news = posts(1)[0] | {"prompt": "TITLE: t\n\ntext\n\nTL;DR:"}
     rows = [*posts(2), posts(1)[0] | {"prompt": ""}, posts(1)[0] | {"chosen": 1}, {"a": 1}, news]
     path = write_lines(*rows)
     with pytest.raises(InvalidRow, match=rf"{path}:3: "):
@@ -57,6 +57,14 @@ def test_malformed_json_stops_even_where_bad_rows_are_dropped(write_lines):
     path = write_lines(posts(1)[0], "{")
     with pytest.raises(InputError, match=":2: malformed JSON at column"):
         list(GroupReader(DataConfig(path=path, invalid_rows="drop")))
+
+
+def test_files_of_two_schemas_are_not_mixed(write_lines, sft_row, comparison_row, tmp_path):
+    write_lines(comparison_row, name="a.jsonl")
+    write_lines(sft_row, name="b.jsonl")
+    text = r"b.jsonl:1: schema 'OpenAI TL;DR posts' after 'OpenAI comparisons' at .*a.jsonl:1"
+    with pytest.raises(InputError, match=text):
+        list(GroupReader(DataConfig(path=str(tmp_path))))
 
 
 def test_max_rows_counts_rows_of_the_part(write_lines):
