@@ -1,7 +1,8 @@
 """Made-up posts for the quickstart: the real data's schema, small enough for a tiny model on a CPU.
 
-1. A post tells that a person did something to a thing at a place, and asks a question; other people
-   and things are mentioned too. All words come from small closed lists.
+1. A post tells that a person did something to a thing at a place, and asks a question. All words
+   come from small closed lists, and a post names one person, thing and place only, so that a model
+   trained from nothing learns to copy them within a few hundred steps.
 2. A summary is written with a random mixture of flaws (wrong person, wrong thing, vague, no
    question, filler, rambling), so that a model trained on summaries imitates the mixture.
 3. `latent_utility` grades a summary; the human-like choice between two summaries of a post is drawn
@@ -23,34 +24,10 @@ from transformers import PreTrainedTokenizerFast
 from copg_jax.data.prompts import Post, format_prompt, parse_prompt
 from copg_jax.errors import InputError
 
-PEOPLE = [
-    "brother",
-    "sister",
-    "friend",
-    "boss",
-    "neighbor",
-    "roommate",
-    "cousin",
-    "uncle",
-    "teacher",
-    "wife",
-]
-THINGS = [
-    "car",
-    "bike",
-    "dog",
-    "phone",
-    "laptop",
-    "guitar",
-    "camera",
-    "jacket",
-    "book",
-    "cake",
-    "lamp",
-    "ring",
-]
-PLACES = ["office", "park", "kitchen", "beach", "school", "garage", "library", "station"]
-EVENTS = ["broke", "lost", "sold", "hid", "stole", "borrowed", "dropped", "painted"]
+PEOPLE = ["brother", "sister", "friend", "boss", "neighbor", "cousin"]
+THINGS = ["car", "bike", "dog", "phone", "guitar", "camera", "book", "lamp"]
+PLACES = ["office", "park", "kitchen", "beach", "school", "garage"]
+EVENTS = ["broke", "lost", "sold", "hid", "stole", "painted"]
 FEELINGS = ["angry", "sad", "tired", "confused"]
 TIMES = ("yesterday", "today", "last week", "last night")
 ASKS = ("should I say it?", "should I let it go?", "should I ask for money?", "should I move out?")
@@ -151,15 +128,14 @@ def facts_of(post: Post) -> Facts:
 
 
 def make_post(rng: random.Random) -> Post:
-    """Draws a post of about 50 words; other people and things are mentioned after the facts."""
-    person, other_person = rng.sample(PEOPLE, 2)
-    thing, other_thing = rng.sample(THINGS, 2)
-    event, place, feeling = rng.choice(EVENTS), rng.choice(PLACES), rng.choice(FEELINGS)
+    """Draws a post of about 50 words that names each of its facts two or three times."""
+    person, thing, place = rng.choice(PEOPLE), rng.choice(THINGS), rng.choice(PLACES)
+    event, feeling = rng.choice(EVENTS), rng.choice(FEELINGS)
     sentences = [
         f"I was at the {place} with my {person} {rng.choice(TIMES)}.",
         f"Then my {person} {event} my {thing}.",
-        rng.choice(("My {} was there too.", "My {} says it was not so bad.")).format(other_person),
-        f"I still have my {other_thing} but I feel {feeling}.",
+        rng.choice(("The {} was full of people.", "No one at the {} was there.")).format(place),
+        f"It was my only {thing} and I feel {feeling}.",
         f"Now I do not know what to do, {rng.choice(ASKS)}",
     ]
     text = sentences[0] + "".join(rng.choice((" ", "\n")) + line for line in sentences[1:])

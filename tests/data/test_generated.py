@@ -79,7 +79,7 @@ def test_facts_are_read_back_from_the_post():
     post = Post(
         "advice",
         "My boss lost my dog",
-        "I was at the park with my boss today. My wife was there too. should I let it go?",
+        "I was at the park with my boss today. should I let it go?",
     )
     assert facts_of(post) == Facts("boss", "lost", "dog", "park", "should I let it go?")
     rng = random.Random(0)
@@ -92,13 +92,13 @@ def test_each_flaw_lowers_the_utility():
     post = Post(
         "advice",
         "My boss lost my dog",
-        "I was at the park with my boss today. My wife was there too. should I let it go?",
+        "I was at the park with my boss today. should I let it go?",
     )
     good = latent_utility(post, " my boss lost my dog at the park, should I let it go?")
     assert good == 5.5
     for flawed, lost in [
-        ("my wife lost my dog at the park, should I let it go?", 3.0),
-        ("my boss lost my cake at the park, should I let it go?", 3.0),
+        ("my sister lost my dog at the park, should I let it go?", 3.0),
+        ("my boss lost my lamp at the park, should I let it go?", 3.0),
         ("my boss lost my dog at the park.", 1.5),
         ("my boss was not so good, should I let it go?", 2.5),
         ("so basically my boss lost my dog at the park you know, should I let it go?", 3.2),
