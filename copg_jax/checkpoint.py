@@ -1,7 +1,7 @@
 """Saving and restoring the whole train state with Orbax, asynchronously.
 
-One folder a saved step; the newest and the best (by a metric given when saving) are kept. The data order needs no file
-of its own: batches are a function of the step.
+One folder a saved step; the newest and the best (by a metric given when saving) are kept. The data
+order needs no file of its own: batches are a function of the step.
 """
 
 from pathlib import Path
@@ -18,29 +18,29 @@ from copg_jax.train_state import TrainState
 
 
 class Checkpoints:
-    """Checkpoints of one run, in `folder`; a context manager that waits for pending writes at its end.
+    """Checkpoints of one run, in `folder`; a context manager that waits for pending writes at its
+    end.
 
     Args:
         folder: made when absent.
-        best_metric: name of the metric whose largest value marks the best step, or None to keep the newest only.
+        best_metric: name of the metric whose largest value marks the best step, or None to keep the
+            newest only.
     """
 
     def __init__(self, folder: Path, *, best_metric: str | None = None) -> None:
         self.folder = Path(folder).absolute()
         self._best_metric = best_metric
         keep: list[Any] = [policies.LatestN(1)]
-        if best_metric is not None:
+        value_of = None if best_metric is None else (lambda metrics: metrics[best_metric])
+        if value_of is not None:
             keep.append(
-                policies.BestN(
-                    get_metric_fn=lambda metrics: metrics[best_metric],
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
+                policies.BestN(get_metric_fn=value_of, n=1, keep_checkpoints_without_metrics=False)
             )
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(keep)
+                best_fn=value_of,  # without it Orbax does not store metrics
+                preservation_policy=policies.AnyPreservationPolicy(keep),
             ),
         )
 
@@ -76,13 +76,16 @@ class Checkpoints:
         return step, value
 
     def save(self, step: int, state: TrainState, metrics: dict[str, float] | None = None) -> None:
-        """Starts saving `state` as `step` and returns once it may be donated; a step saved before is left alone."""
+        """Starts saving `state` as `step` and returns once it may be donated; a step saved before
+        is left alone.
+        """
         if step in self._manager.all_steps():
             return
         self._manager.save(step, args=ocp.args.StandardSave(state._asdict()), metrics=metrics)
 
     def restore(self, step: int, state: TrainState, shardings: TrainState) -> TrainState:
-        """Reads the state of `step` straight into its shards; the mesh may differ from the one it was saved on.
+        """Reads the state of `step` straight into its shards; the mesh may differ from the one it
+        was saved on.
 
         Args:
             step: a saved step.
@@ -97,11 +100,10 @@ class Checkpoints:
             restored = self._manager.restore(step, args=ocp.args.StandardRestore(target._asdict()))
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"{self.folder / str(step)}: wanted a checkpoint of this model and optimiser, got one of another: "
+                f"{self.folder / str(step)}: wanted a checkpoint of this model and optimiser, got "
+                f"one of another: "
                 f"{str(error).strip()[:500]}\nFix: give another output_dir, or the config this run "
                 "was started with."
             ) from error
         # A run that halted on a non-finite loss may try again.
-        return TrainState(**restored)._replace(
-            halted=jax.device_put(False, shardings.halted)
-        )
+        return TrainState(**restored)._replace(halted=jax.device_put(False, shardings.halted))

@@ -1,7 +1,8 @@
 """One frozen config per stage, composed of the sections that live beside what they configure.
 
-Defaults are the paper's settings; a YAML under `configs/` lists only what differs. Fields that only say where and how a
-run executes (`MAY_DIFFER`) may change when it is resumed; any other change is another run.
+Defaults are the paper's settings; a YAML under `configs/` lists only what differs. Fields that only
+say where and how a run executes (`MAY_DIFFER`) may change when it is resumed; any other change is
+another run.
 """
 
 from dataclasses import dataclass
@@ -44,7 +45,9 @@ class ModelConfig:
         if self.dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got '{self.dtype}'")
         if self.remat not in REMAT_POLICIES:
-            raise InputError(f"remat must be one of {', '.join(REMAT_POLICIES)}, got '{self.remat}'")
+            raise InputError(
+                f"remat must be one of {', '.join(REMAT_POLICIES)}, got '{self.remat}'"
+            )
         if self.logits_chunk is not None and self.logits_chunk < 1:
             raise InputError(f"logits_chunk must be >= 1 or null, got {self.logits_chunk}")
 
@@ -62,11 +65,13 @@ class LossConfig:
             raise InputError(f"name must be one of {', '.join(POLICY_LOSSES)}, got '{self.name}'")
         if not self.beta > 0:
             raise InputError(
-                f"beta must be > 0, got {self.beta}: it weighs the KL to the reference, without which "
-                "offline learning has no optimum"
+                f"beta must be > 0, got {self.beta}: it weighs the KL to the reference, without "
+                "which offline learning has no optimum"
             )
         if self.baseline != 0 and self.name != "pg":
-            raise InputError(f"baseline is only read by name=pg, got {self.baseline} with {self.name}")
+            raise InputError(
+                f"baseline is only read by name=pg, got {self.baseline} with {self.name}"
+            )
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ class ScoreConfig:
     """Rewards and ln π_ref of a data set, computed once."""
 
     output_dir: str = option(help="folder of the scored data: part-*.parquet and scored.json")
-    reference: ModelConfig = section(ModelConfig, "π_ref, the SFT model")
+    reference: ModelConfig = section(ModelConfig)
     data: DataConfig = section(DataConfig)
     rewards: list[RewardSpec] = option([], "reward functions; the reward is their weighted sum")
     batch_size: int = option(64, "groups per forward pass")
@@ -118,7 +123,7 @@ class ScoreConfig:
 class PolicyEvaluationConfig:
     """Evaluation by generation while a policy trains."""
 
-    data: DataConfig = section(DataConfig, "prompts; further columns go to the reward functions")
+    data: DataConfig = section(DataConfig)
     rewards: list[RewardSpec] = option([], "reward functions; the reward is their weighted sum")
     generation: GenerationConfig = section(GenerationConfig)
 
@@ -128,8 +133,8 @@ class PolicyConfig:
     """CoPG, DPO, IPO, PG or RLOO on scored groups."""
 
     output_dir: str = option(help="folder of the run: checkpoints, metrics, model/, best/")
-    model: ModelConfig = section(ModelConfig, "the SFT model: first policy and reference")
-    data: DataConfig = section(DataConfig, "a scored folder")
+    model: ModelConfig = section(ModelConfig)
+    data: DataConfig = section(DataConfig)
     validation: DataConfig | None = option(None, "held-out scored groups; null = none")
     loss: LossConfig = section(LossConfig)
     optim: OptimConfig = section(OptimConfig)

@@ -2,7 +2,8 @@
 
 `make_loss_evaluator` averages a loss function's metrics over a held-out set.
 
-`GenerationEvaluator` estimates J(π) = E[R] − β·KL(π‖π_ref) by sampling, on the same prompts each time:
+`GenerationEvaluator` estimates J(π) = E[R] − β·KL(π‖π_ref) by sampling, on the same prompts each
+time:
 1. sample completions of a fixed list of prompts;
 2. decode them up to EOS and call the reward function on the texts;
 3. compute ln π_ref of the same tokens and estimate the KL from the samples.
@@ -30,7 +31,9 @@ from copg_jax.sampling import Sampler, row_keys
 class GenerationConfig:
     """How completions are generated and judged."""
 
-    num_prompts: int = option(128, "fixed prompts, the first ones of the data (paper: 128; Fig. 6: 1024)")
+    num_prompts: int = option(
+        128, "fixed prompts, the first ones of the data (paper: 128; Fig. 6: 1024)"
+    )
     num_samples: int = option(1, "completions per prompt")
     max_new_tokens: int = option(53, "longest completion, EOS included")
     sampling_temperature: float = option(
@@ -97,7 +100,9 @@ def make_loss_evaluator(
     def evaluate(params: Any) -> dict[str, float]:
         totals: dict[str, np.ndarray] = {}
         for _, batch in batches_of(dataset, batch_size, shape):
-            sums = jax.device_get(loss_step(params, sharding.place(sharding.host_rows(batch), placement)))
+            sums = jax.device_get(
+                loss_step(params, sharding.place(sharding.host_rows(batch), placement))
+            )
             for name, pair in sums.items():
                 totals[name] = totals.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
         return {
@@ -250,7 +255,11 @@ def _prompt_batch(
 ) -> GroupBatch:
     """Prompts of a batch, with room for the samples."""
     batch = groups.collate(
-        [], batch_size=batch_size, prompt_size=prompt_size, num_completions=num_samples, completion_size=max_new
+        [],
+        batch_size=batch_size,
+        prompt_size=prompt_size,
+        num_completions=num_samples,
+        completion_size=max_new,
     )
     for row, group in enumerate(chunk):
         batch.prompt_tokens[row, : len(group.prompt_tokens)] = group.prompt_tokens
@@ -261,10 +270,11 @@ def _prompt_batch(
 def summarize(generations: Sequence[Generation], *, beta: float) -> dict[str, float]:
     """Averages of an evaluation.
 
-    `eval/kl` is the k1 estimate E[ln π − ln π_ref], unbiased and possibly negative on few samples; `eval/kl_k3` sums
-    k3 = exp(−d) − 1 + d over tokens, d = ln π − ln π_ref of the token, unbiased too and never negative. Both estimate
-    KL(π‖π_ref) for samples of temperature 1. `eval/objective` is E[R] − β·`eval/kl`. Standard errors count samples
-    of one prompt as one observation (their mean), since they are not independent.
+    `eval/kl` is the k1 estimate E[ln π − ln π_ref], unbiased and possibly negative on few samples;
+    `eval/kl_k3` sums k3 = exp(−d) − 1 + d over tokens, d = ln π − ln π_ref of the token, unbiased
+    too and never negative. Both estimate KL(π‖π_ref) for samples of temperature 1. `eval/objective`
+    is E[R] − β·`eval/kl`. Standard errors count samples of one prompt as one observation (their
+    mean), since they are not independent.
 
     Args:
         generations: from `GenerationEvaluator.generate`.

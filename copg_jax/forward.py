@@ -1,6 +1,7 @@
 """Forward passes over many groups: sorted by length into batches, back in the order they came.
 
-Scoring with the reference and with a reward model differ by one function of (params, batch); this is all the rest.
+Scoring with the reference and with a reward model differ by one function of (params, batch); this
+is all the rest.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +23,8 @@ class GroupForward:
     """Applies a function of (params, batch) → [B, K] to any number of groups.
 
     Args:
-        function: pure function, e.g. of `policy.seq_logp` or a reward model; jitted here, once a shape.
+        function: pure function, e.g. of `policy.seq_logp` or a reward model; jitted here, once a
+            shape.
         params: its parameters, already in their shards.
         param_shardings: where they lie.
         mesh: the device mesh.

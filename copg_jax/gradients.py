@@ -1,12 +1,16 @@
-"""Closed-form gradients of the objectives, written down from the paper and independent of `losses.py`.
+"""Closed-form gradients of the objectives, written down from the paper and independent of
+`losses.py`.
 
-Everything is a coefficient on ∇ln π: a sample-based gradient is Σ_i w_i ∇ln π(y_i), and the functions here return the
-w_i (the derivative with respect to the log-ratio λ_i, since ln π_ref is constant). In order below:
+Everything is a coefficient on ∇ln π: a sample-based gradient is Σ_i w_i ∇ln π(y_i), and the
+functions here return the w_i (the derivative with respect to the log-ratio λ_i, since ln π_ref is
+constant). In order below:
 
 1. `regularized_reward`, Eq. (1);
-2. sample gradients: `copg_gradient` (Eq. 9 and 16, any K), `rloo_gradient`, `pg_gradient`, `ipo_gradient`, `dpo_gradient`;
-3. population gradients of a bandit: `population_copg_gradient` (Eq. 7), `population_rloo_gradient` (k samplers),
-   `population_pg_gradient`, and of the preference losses, `population_ipo_gradient`, `population_dpo_gradient`.
+2. sample gradients: `copg_gradient` (Eq. 9 and 16, any K), `rloo_gradient`, `pg_gradient`,
+   `ipo_gradient`, `dpo_gradient`;
+3. population gradients of a bandit: `population_copg_gradient` (Eq. 7), `population_rloo_gradient`
+   (k samplers), `population_pg_gradient`, and of the preference losses, `population_ipo_gradient`,
+   `population_dpo_gradient`.
 
 That autodiff of the losses agrees with these is tested, so it is a theorem and not a tautology.
 """
@@ -62,9 +66,7 @@ def rloo_gradient(log_ratio: Array, reward: Array, *, beta: ArrayLike) -> Array:
     return value - leave_one_out
 
 
-def pg_gradient(
-    log_ratio: Array, reward: Array, *, beta: ArrayLike, baseline: ArrayLike
-) -> Array:
+def pg_gradient(log_ratio: Array, reward: Array, *, beta: ArrayLike, baseline: ArrayLike) -> Array:
     """Policy gradient coefficients R^π_β(y_i) − b (Eq. 3; ∇ℓ_PG of Sec. 5); ascent direction.
 
     Args:
@@ -83,8 +85,8 @@ def pg_gradient(
 def ipo_gradient(log_ratio: Array, reward: Array, *, beta: ArrayLike) -> Array:
     """∂/∂λ of the IPO loss (½ − βΔ)² of a pair (proof of Prop. 3); descent is along its negative.
 
-    The paper's Prop. 3 lacks a ∇ on its right-hand side and its proof once writes −¼ for the preferred reward; with
-    both mended, this is −2β times Eq. (9) at R = ±¼.
+    The paper's Prop. 3 lacks a ∇ on its right-hand side and its proof once writes −¼ for the
+    preferred reward; with both mended, this is −2β times Eq. (9) at R = ±¼.
 
     Args:
         log_ratio: nats; [..., 2].
@@ -94,6 +96,7 @@ def ipo_gradient(log_ratio: Array, reward: Array, *, beta: ArrayLike) -> Array:
     Returns:
         Coefficients of ∇ln π; [..., 2].
     """
+    chex.assert_equal_shape([log_ratio, reward])
     chex.assert_axis_dimension(log_ratio, -1, 2)
     sign = jnp.sign(reward[..., 0] - reward[..., 1])
     gap = sign * (log_ratio[..., 0] - log_ratio[..., 1])
@@ -102,10 +105,12 @@ def ipo_gradient(log_ratio: Array, reward: Array, *, beta: ArrayLike) -> Array:
 
 
 def dpo_gradient(log_ratio: Array, reward: Array, *, beta: ArrayLike) -> Array:
-    """∂/∂λ of the DPO loss −ln σ(βΔ) of a pair: −β σ(−βΔ) on the winner; descent is along its negative.
+    """∂/∂λ of the DPO loss −ln σ(βΔ) of a pair: −β σ(−βΔ) on the winner; descent is along its
+    negative.
 
     Args and returns are those of `ipo_gradient`.
     """
+    chex.assert_equal_shape([log_ratio, reward])
     chex.assert_axis_dimension(log_ratio, -1, 2)
     sign = jnp.sign(reward[..., 0] - reward[..., 1])
     gap = sign * (log_ratio[..., 0] - log_ratio[..., 1])
@@ -118,8 +123,8 @@ def population_copg_gradient(
 ) -> Array:
     """∂L/∂ln π(a) of every arm, Eq. (7); ascent direction.
 
-    ``μ1(a)(R^π_β(a) − E_μ2[R^π_β]) + μ2(a)(R^π_β(a) − E_μ1[R^π_β])``: each distribution's baseline is the expected
-    regularised reward under the *other* one.
+    ``μ1(a)(R^π_β(a) − E_μ2[R^π_β]) + μ2(a)(R^π_β(a) − E_μ1[R^π_β])``: each distribution's baseline
+    is the expected regularised reward under the *other* one.
 
     Args:
         log_ratio: ln π(a) − ln π_ref(a), nats; [..., A].
@@ -141,12 +146,14 @@ def population_copg_gradient(
 def population_pg_gradient(
     log_ratio: Array, reward: Array, mu: Array, *, beta: ArrayLike, baseline: ArrayLike
 ) -> Array:
-    """E_{y∼μ}[(R^π_β(y) − b) ∇ln π(y)] as coefficients on every arm (Eq. 3 with μ in place of π); ascent direction.
+    """E_{y∼μ}[(R^π_β(y) − b) ∇ln π(y)] as coefficients on every arm (Eq. 3 with μ in place of π);
+    ascent direction.
 
     Args:
         log_ratio: nats; [..., A].
         reward: reward units; [..., A].
-        mu: sampling distribution; [..., A]. With μ = π it is ∇J for any baseline; otherwise the baseline matters.
+        mu: sampling distribution; [..., A]. With μ = π it is ∇J for any baseline; otherwise the
+            baseline matters.
         beta: KL coefficient β > 0; scalar.
         baseline: b, reward units; scalar or [...].
 
@@ -160,10 +167,12 @@ def population_pg_gradient(
 def population_rloo_gradient(
     log_ratio: Array, reward: Array, samplers: Array, *, beta: ArrayLike
 ) -> Array:
-    """E[Σ_i w_i ∇ln π(y_i)] of RLOO-k, equally CoPG-k, when y_i ∼ μ_i independently; ascent direction.
+    """E[Σ_i w_i ∇ln π(y_i)] of RLOO-k, equally CoPG-k, when y_i ∼ μ_i independently; ascent
+    direction.
 
-    ``Σ_i μ_i(a)(R^π_β(a) − mean_{j≠i} E_μj[R^π_β])``: Eq. (7) at k = 2, and ``k μ(a)(R^π_β(a) − E_μ[R^π_β])`` when
-    all samplers are μ: more samples average the baseline, they do not move the stationary point.
+    ``Σ_i μ_i(a)(R^π_β(a) − mean_{j≠i} E_μj[R^π_β])``: Eq. (7) at k = 2, and ``k μ(a)(R^π_β(a) −
+    E_μ[R^π_β])`` when all samplers are μ: more samples average the baseline, they do not move the
+    stationary point.
 
     Args:
         log_ratio: ln π(a) − ln π_ref(a), nats; [..., A].
@@ -188,10 +197,11 @@ def _population_preference_gradient(weights: Array, residual: Array) -> Array:
 def population_ipo_gradient(
     log_ratio: Array, reward: Array, mu1: Array, mu2: Array, *, beta: ArrayLike
 ) -> Array:
-    """E of `ipo_gradient` when a beats b with probability σ(R(a) − R(b)) (Sec. 5); descent is along its negative.
+    """E of `ipo_gradient` when a beats b with probability σ(R(a) − R(b)) (Sec. 5); descent is along
+    its negative.
 
-    ``−2β Σ_b W_ab (σ(ΔR_ab) − ½ − βΔ_ab)`` with W_ab = μ1(a)μ2(b) + μ1(b)μ2(a): CoPG with the reward gap replaced by
-    the expected preference, which is why it settles elsewhere.
+    ``−2β Σ_b W_ab (σ(ΔR_ab) − ½ − βΔ_ab)`` with W_ab = μ1(a)μ2(b) + μ1(b)μ2(a): CoPG with the
+    reward gap replaced by the expected preference, which is why it settles elsewhere.
 
     Args:
         log_ratio: ln π(a) − ln π_ref(a), nats; [..., A].
@@ -213,9 +223,11 @@ def population_ipo_gradient(
 def population_dpo_gradient(
     log_ratio: Array, reward: Array, mu1: Array, mu2: Array, *, beta: ArrayLike
 ) -> Array:
-    """E of `dpo_gradient` when a beats b with probability σ(R(a) − R(b)); descent is along its negative.
+    """E of `dpo_gradient` when a beats b with probability σ(R(a) − R(b)); descent is along its
+    negative.
 
-    ``−β Σ_b W_ab (σ(ΔR_ab) − σ(βΔ_ab))``: zero at βΔ = ΔR, i.e. at π*, because the preferences are Bradley–Terry.
+    ``−β Σ_b W_ab (σ(ΔR_ab) − σ(βΔ_ab))``: zero at βΔ = ΔR, i.e. at π*, because the preferences are
+    Bradley–Terry.
 
     Args and returns are those of `population_ipo_gradient`.
     """

@@ -1,7 +1,8 @@
 """From hidden states to log-probabilities of completions, in float32.
 
 1. `predictive_hidden` lines up, for every completion token, the hidden state that predicts it;
-2. `token_logp` applies the output matrix there, and only there: logits are [B, K, C, V], never [B, T, V];
+2. `token_logp` applies the output matrix there, and only there: logits are [B, K, C, V], never [B,
+   T, V];
 3. `seq_logp` sums over the tokens of each completion.
 """
 
@@ -14,7 +15,8 @@ from jax import Array
 def predictive_hidden(last_prompt: Array, completion: Array) -> Array:
     """Returns the hidden state that predicts each completion token.
 
-    The last prompt token predicts the first token of all K completions; token c predicts token c + 1.
+    The last prompt token predicts the first token of all K completions; token c predicts token c +
+    1.
 
     Args:
         last_prompt: hidden state of each prompt's last token; [B, D].
@@ -38,19 +40,24 @@ def token_logp(
         hidden: hidden states that predict `tokens`, compute dtype; [B, K, C, D].
         output_matrix: output embedding, cast to the dtype of `hidden`; [D, V].
         tokens: token ids in [0, V); out-of-range ids give NaN; [B, K, C].
-        chunk: number of positions of C whose logits exist at a time (recomputed in the backward pass); it bounds
-            memory to B·K·chunk·V floats. None computes all at once. Chunking along C leaves the sharded B whole.
+        chunk: number of positions of C whose logits exist at a time (recomputed in the backward
+            pass); it bounds memory to B·K·chunk·V floats. None computes all at once. Chunking along
+            C leaves the sharded B whole.
 
     Returns:
         Log-probabilities, nats, float32; [B, K, C].
     """
     chex.assert_rank([hidden, output_matrix, tokens], [4, 2, 3])
     chex.assert_shape(tokens, hidden.shape[:-1])
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1 or None, got {chunk}")
     matrix = output_matrix.astype(hidden.dtype)
 
     def logp(hidden: Array, tokens: Array) -> Array:
         logits = jnp.einsum("...d,dv->...v", hidden, matrix, preferred_element_type=jnp.float32)
         chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+        # An index below 0 would count from the end; the other side gives NaN by itself.
+        chosen = jnp.where(tokens < 0, jnp.nan, chosen)
         return chosen - jax.nn.logsumexp(logits, axis=-1)
 
     length = tokens.shape[2]
@@ -60,9 +67,11 @@ def token_logp(
     padding = num_chunks * chunk - length
     hidden = jnp.pad(hidden, ((0, 0), (0, 0), (0, padding), (0, 0)))
     tokens = jnp.pad(tokens, ((0, 0), (0, 0), (0, padding)))
-    split = lambda x: jnp.moveaxis(
-        x.reshape(*x.shape[:2], num_chunks, chunk, *x.shape[3:]), 2, 0
-    )
+
+    def split(x: Array) -> Array:
+        pieces = x.reshape(*x.shape[:2], num_chunks, chunk, *x.shape[3:])
+        return jnp.moveaxis(pieces, 2, 0)
+
     pieces = jax.lax.map(lambda piece: jax.checkpoint(logp)(*piece), (split(hidden), split(tokens)))
     joined = jnp.moveaxis(pieces, 0, 2)
     return joined.reshape(*joined.shape[:2], num_chunks * chunk)[:, :, :length]
@@ -78,7 +87,9 @@ def length_mask(length: Array, size: int) -> Array:
     Returns:
         Boolean [..., size].
     """
-    return jax.lax.broadcasted_iota(jnp.int32, (*length.shape, size), length.ndim) < length[..., None]
+    return (
+        jax.lax.broadcasted_iota(jnp.int32, (*length.shape, size), length.ndim) < length[..., None]
+    )
 
 
 def seq_logp(token_logp: Array, length: Array) -> Array:

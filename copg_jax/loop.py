@@ -1,14 +1,16 @@
-"""The one training loop; stages differ by the step function, the stream and the evaluation they hand it.
+"""The one training loop; stages differ by the step function, the stream and the evaluation they
+hand it.
 
 1. Restore the newest checkpoint, if any; the stream starts at its step.
-2. Each step: take a batch, place it, call the step function. Metrics are read one step late, so that the device never
-   waits for the host.
+2. Each step: take a batch, place it, call the step function. Metrics are read one step late, so
+   that the device never waits for the host.
 3. Now and then evaluate (held-out loss, generation) and save; keep the newest and the best state.
-4. SIGTERM and Ctrl-C save and leave with the shell's exit code; the same command goes on from there.
+4. SIGTERM and Ctrl-C save and leave with the shell's exit code; the same command goes on from
+   there.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,8 +77,8 @@ def _non_finite(step: int, ids: list[str], per_group: np.ndarray, folder: Path) 
     culprits = [name for name, value in zip(ids, per_group, strict=False) if not np.isfinite(value)]
     named = ", ".join(culprits[:8]) or "none by its loss alone: the gradient overflowed"
     return NonFiniteLoss(
-        f"step {step}: the loss or its gradient is not finite. Offending examples: {named}. The state "
-        f"from before this step is saved in {folder}. Look at these examples, lower "
+        f"step {step}: the loss or its gradient is not finite. Offending examples: {named}. The "
+        f"state from before this step is saved in {folder}. Look at these examples, lower "
         "optim.learning_rate, raise loss.beta or set optim.clip_norm."
     )
 
@@ -90,7 +92,9 @@ class _Pending:
         self.tokens = int(batch.prompt_length.sum() + batch.completion_length.sum())
 
     def log(self, logger: MetricsLogger, since: float, folder: Path) -> float:
-        """Waits for the step, logs it, and returns the time it was done; raises if it was not finite."""
+        """Waits for the step, logs it, and returns the time it was done; raises if it was not
+        finite.
+        """
         values = jax.device_get(self.metrics)
         per_group, finite = values.pop("per_group"), values.pop("finite")
         now = time.perf_counter()
@@ -175,12 +179,15 @@ def run(
                     clock, pending = pending.log(logger, clock, checkpoints.folder), None
                     if stop:
                         checkpoints.save(step, state)
-                        print(f"{exit_request.requested}: saved step {step}; the same command goes on")
+                        print(
+                            f"{exit_request.requested}: saved step {step}; the same command goes on"
+                        )
                         raise SystemExit(exit_request.exit_code)
                     evaluate_and_save(step, state)
                     clock = time.perf_counter()
         except Exception:
-            # Whatever stopped it (a non-finite loss, a failing reward function): keep what is learned.
+            # Whatever stopped it (a non-finite loss, a failing reward function): keep what is
+            # learned.
             if not state.step.is_deleted():
                 checkpoints.save(int(state.step), state)
             raise

@@ -1,16 +1,16 @@
 """Objectives and losses on groups of K completions of one prompt, as pure functions of arrays.
 
-Every policy objective takes the log-ratios λ_i = ln π(y_i|x) − ln π_ref(y_i|x) and the rewards R_i of a group and
-returns one number a group. In order below:
+Every policy objective takes the log-ratios λ_i = ln π(y_i|x) − ln π_ref(y_i|x) and the rewards R_i
+of a group and returns one number a group. In order below:
 
 1. `copg_objective`, the paper's Eq. (5) for any K ≥ 2, in O(K);
 2. the direct alignment losses on the same rewards, `dpo_loss` and `ipo_loss`;
 3. the policy gradient surrogates `pg_objective` (a given baseline) and `rloo_objective`;
 4. the supervised losses `bradley_terry_loss` (reward model) and `nll_loss` (SFT).
 
-A name ending in `_objective` is maximised, one ending in `_loss` is minimised. Log-ratios are *sums* over the tokens
-of a completion, in nats, never averages. `mask` marks the completions that are present; an absent one changes
-neither value nor gradient, whatever its numbers are.
+A name ending in `_objective` is maximised, one ending in `_loss` is minimised. Log-ratios are
+*sums* over the tokens of a completion, in nats, never averages. `mask` marks the completions that
+are present; an absent one changes neither value nor gradient, whatever its numbers are.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def _present(mask: Array | None, like: Array) -> Array:
 
 
 def _masked(values: Array, mask: Array) -> Array:
-    """Zeroes absent entries; `where` on the values keeps NaN in absent slots out of the gradient."""
+    """Zeroes absent entries; `where`, not a product, so that NaN there stays out of gradients."""
     return jnp.where(mask, values, 0.0)
 
 
@@ -52,8 +52,8 @@ def copg_objective(
 ) -> Array:
     """CoPG objective of each group, Eq. (5) summed over pairs; maximised.
 
-    For a pair, with Δ = λ_1 − λ_2 and ΔR = R_1 − R_2, Eq. (5) is ``ΔR·Δ − (β/2)·Δ²``. A group of k is the sum over
-    its pairs divided by k − 1, which needs no pairs at all:
+    For a pair, with Δ = λ_1 − λ_2 and ΔR = R_1 − R_2, Eq. (5) is ``ΔR·Δ − (β/2)·Δ²``. A group of k
+    is the sum over its pairs divided by k − 1, which needs no pairs at all:
 
         1/(k−1) Σ_{i<j} ℓ(y_i, y_j) = k/(k−1) Σ_i [(R_i − R̄)(λ_i − λ̄) − (β/2)(λ_i − λ̄)²]
 
@@ -67,8 +67,8 @@ def copg_objective(
         The objective; [...]. Groups of fewer than two present completions give 0.
 
     Note:
-        The gradient must flow through the weight R^π_{β/2} as well. Stopping it there solves the problem of
-        temperature β/2 instead of β.
+        The gradient must flow through the weight R^π_{β/2} as well. Stopping it there solves the
+        problem of temperature β/2 instead of β.
     """
     chex.assert_equal_shape([log_ratio, reward])
     mask = _present(mask, log_ratio)
@@ -101,7 +101,9 @@ def preferences(reward: Array, mask: Array | None = None) -> Array:
 
 
 def _mean_over_preferences(gap_loss: Callable[[Array], Array], score: Array, preferred: Array):
-    """Averages `gap_loss(score_winner − score_loser)` over the preferred pairs of each group; 0 without any."""
+    """Averages `gap_loss(score_winner − score_loser)` over the preferred pairs of each group; 0
+    without any.
+    """
     score = _masked(score, preferred.any(-1) | preferred.any(-2))
     gap = jnp.where(preferred, score[..., :, None] - score[..., None, :], 0.0)
     total = jnp.where(preferred, gap_loss(gap), 0.0).sum((-2, -1))
@@ -111,7 +113,8 @@ def _mean_over_preferences(gap_loss: Callable[[Array], Array], score: Array, pre
 def dpo_loss(
     log_ratio: Array, reward: Array, *, beta: ArrayLike, mask: Array | None = None
 ) -> Array:
-    """DPO loss −ln σ(βΔ) with the preference read off the rewards (Rafailov et al. 2023, Eq. 7); minimised.
+    """DPO loss −ln σ(βΔ) with the preference read off the rewards (Rafailov et al. 2023, Eq. 7);
+    minimised.
 
     Args:
         log_ratio: nats, summed over tokens; [..., K].
@@ -120,7 +123,8 @@ def dpo_loss(
         mask: true where a completion is present; [..., K].
 
     Returns:
-        Mean over the strictly ordered pairs of each group; [...]. A group of ties gives 0: leave it out of averages.
+        Mean over the strictly ordered pairs of each group; [...]. A group of ties gives 0: leave it
+        out of averages.
     """
     chex.assert_equal_shape([log_ratio, reward])
     return _mean_over_preferences(
@@ -131,10 +135,12 @@ def dpo_loss(
 def ipo_loss(
     log_ratio: Array, reward: Array, *, beta: ArrayLike, mask: Array | None = None
 ) -> Array:
-    """IPO loss (½ − βΔ)² with the preference read off the rewards (the paper's form, Prop. 3); minimised.
+    """IPO loss (½ − βΔ)² with the preference read off the rewards (the paper's form, Prop. 3);
+    minimised.
 
-    Its gradient is −2β times the gradient of Eq. (5) at R = ±¼. TRL's `loss_type="ipo"` is another function:
-    (Δ̄ − 1/(2β))² on log-ratios *averaged* over tokens, i.e. divided by β² and blind to length.
+    Its gradient is −2β times the gradient of Eq. (5) at R = ±¼. TRL's `loss_type="ipo"` is another
+    function: (Δ̄ − 1/(2β))² on log-ratios *averaged* over tokens, i.e. divided by β² and blind to
+    length.
 
     Args and returns are those of `dpo_loss`.
     """
@@ -152,9 +158,11 @@ def pg_objective(
     baseline: ArrayLike,
     mask: Array | None = None,
 ) -> Array:
-    """Policy gradient surrogate Σ_i sg[R^π_β(y_i) − b]·λ_i, whose gradient is the paper's ∇ℓ_PG (Sec. 5); maximised.
+    """Policy gradient surrogate Σ_i sg[R^π_β(y_i) − b]·λ_i, whose gradient is the paper's ∇ℓ_PG
+    (Sec. 5); maximised.
 
-    Only its gradient means something, and only where the y_i are samples of π: off-policy it converges elsewhere.
+    Only its gradient means something, and only where the y_i are samples of π: off-policy it
+    converges elsewhere.
 
     Args:
         log_ratio: nats, summed over tokens; [..., K].
@@ -176,7 +184,8 @@ def pg_objective(
 def rloo_objective(
     log_ratio: Array, reward: Array, *, beta: ArrayLike, mask: Array | None = None
 ) -> Array:
-    """RLOO-k surrogate Σ_i sg[R^π_β(y_i) − mean_{j≠i} R^π_β(y_j)]·λ_i (Ahmadian et al. 2024); maximised.
+    """RLOO-k surrogate Σ_i sg[R^π_β(y_i) − mean_{j≠i} R^π_β(y_j)]·λ_i (Ahmadian et al. 2024);
+    maximised.
 
     Its gradient equals that of `copg_objective` (Prop. 2), its value does not.
 

@@ -10,7 +10,9 @@ from copg_jax.errors import InputError
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Adam and its learning-rate schedule; the defaults are the paper's for CoPG, DPO, IPO and the reward model."""
+    """Adam and its learning-rate schedule; the defaults are the paper's for CoPG, DPO, IPO and the
+    reward model.
+    """
 
     learning_rate: float = option(1e-6, "peak learning rate")
     warmup_fraction: float = option(0.1, "share of all steps spent on linear warm-up from 0")
@@ -36,7 +38,9 @@ class OptimConfig:
 
 
 def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
-    """Learning rate as a function of the step: 0 → peak over the warm-up, then constant or cosine → 0."""
+    """Learning rate as a function of the step: 0 → peak over the warm-up, then constant or cosine →
+    0.
+    """
     warmup = round(config.warmup_fraction * num_steps)
     rest = max(num_steps - warmup, 1)
     if config.decay == "cosine":

@@ -1,4 +1,5 @@
-"""ln π(y|x) of groups under a language model: the forward pass of the model and `logprobs`, put together once.
+"""ln π(y|x) of groups under a language model: the forward pass of the model and `logprobs`, put
+together once.
 
 Training, scoring and evaluation all take their log-probabilities from here.
 """

@@ -1,17 +1,18 @@
-"""Reward functions: any callable ``f(prompts, completions, **columns) -> list[float | None]`` (the contract of TRL and
-tunix), named by its dotted path.
+"""Reward functions: any callable ``f(prompts, completions, **columns) -> list[float | None]`` (the
+contract of TRL and tunix), named by its dotted path.
 
 1. `load_reward` resolves a spec; with arguments, the path names a factory that is called with them.
-2. `score_texts` calls a function, checks what it returns and turns None and NaN into absent rewards.
-3. Shipped: `rouge_l` against the author's summary, `length`, and `RewardModel`, the Bradley–Terry model as one reward
-   function among others. It gives the same number in training evaluation, rescoring and generation evaluation, because
-   all of them call it.
+2. `score_texts` calls a function, checks what it returns and turns None and NaN into absent
+   rewards.
+3. Shipped: `rouge_l` against the author's summary, `length`, and `RewardModel`, the Bradley–Terry
+   model as one reward function among others. It gives the same number in training evaluation,
+   rescoring and generation evaluation, because all of them call it.
 """
 
 import importlib
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,7 +49,8 @@ def load_reward(spec: RewardSpec) -> RewardFn:
     """Resolves a spec to a callable.
 
     Raises:
-        InputError: no such module or attribute, not callable, or arguments that the factory does not take.
+        InputError: no such module or attribute, not callable, or arguments that the factory does
+            not take.
     """
     module_name, _, name = spec.function.rpartition(".")
     try:
@@ -56,7 +58,8 @@ def load_reward(spec: RewardSpec) -> RewardFn:
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(
             f"reward function {spec.function!r}: wanted the dotted path of a callable, such as "
-            f"'copg_jax.rewards.rouge_l' or 'my_module.my_reward' (my_module.py on PYTHONPATH); {error}"
+            f"'copg_jax.rewards.rouge_l' or 'my_module.my_reward' (my_module.py on PYTHONPATH); "
+            f"{error}"
         ) from error
     if not spec.arguments:
         if isinstance(function, type) or not callable(function):
@@ -67,7 +70,9 @@ def load_reward(spec: RewardSpec) -> RewardFn:
     try:
         return function(**spec.arguments)
     except TypeError as error:
-        raise InputError(f"reward function {spec.function!r}: arguments do not fit: {error}") from error
+        raise InputError(
+            f"reward function {spec.function!r}: arguments do not fit: {error}"
+        ) from error
 
 
 def score_texts(
@@ -91,12 +96,14 @@ def score_texts(
         float64 [N]; None becomes NaN, which marks the completion as to be dropped.
 
     Raises:
-        InputError: another number of rewards than completions, an infinite one, or something that is no number.
+        InputError: another number of rewards than completions, an infinite one, or something that
+            is no number.
     """
     values = list(function(prompts=list(prompts), completions=list(completions), **columns))
     if len(values) != len(completions):
         raise InputError(
-            f"reward function {name}: wanted {len(completions)} rewards, one a completion, got {len(values)}"
+            f"reward function {name}: wanted {len(completions)} rewards, one a completion, "
+            f"got {len(values)}"
         )
     try:
         rewards = np.array([math.nan if value is None else float(value) for value in values])
@@ -144,7 +151,11 @@ def length(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -
 
 
 def rouge_l(
-    prompts: Sequence[str], completions: Sequence[str], *, reference: Sequence[str | None], **columns: Any
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    *,
+    reference: Sequence[str | None],
+    **columns: Any,
 ) -> list[float | None]:
     """ROUGE-L F1 (with stemming) against the author's summary; None where there is no reference.
 
@@ -163,6 +174,35 @@ def rouge_l(
     ]
 
 
+def pairwise_accuracy(function: RewardFn, labelled: Iterable[TextGroup]) -> float:
+    """Share of strictly ordered pairs of a labelled data set that a reward function orders the same
+    way.
+
+    Args:
+        function: the reward function; a tie or None counts as wrong.
+        labelled: groups whose `rewards` are the labels, e.g. human choices.
+    """
+    texts = [group for group in labelled if group.rewards is not None]
+    prompts = [group.prompt for group in texts for _ in group.completions]
+    completions = [text for group in texts for text in group.completions]
+    names = sorted({name for group in texts for name in group.columns})
+    columns = {
+        name: [group.columns.get(name) for group in texts for _ in group.completions]
+        for name in names
+    }
+    scores = iter(score_texts(function, prompts, completions, columns, name="reward"))
+    right = total = 0
+    for group in texts:
+        labels = group.rewards or ()
+        pairs = list(zip(labels, [next(scores) for _ in labels], strict=True))
+        for label, score in pairs:
+            for other_label, other_score in pairs:
+                if label is not None and other_label is not None and label > other_label:
+                    total += 1
+                    right += score > other_score
+    return right / total if total else math.nan
+
+
 class RewardModel:
     """A Bradley–Terry reward model as a reward function.
 
@@ -172,7 +212,8 @@ class RewardModel:
         path: folder or hub id that `LlamaForSequenceClassification` (num_labels=1) could load.
         batch_size: groups per forward pass.
         dtype: compute dtype.
-        max_prompt_tokens: longer TL;DR prompts are cut as in training, so this is the limit it was trained with.
+        max_prompt_tokens: longer TL;DR prompts are cut as in training, so this is the limit it was
+            trained with.
     """
 
     def __init__(
@@ -239,4 +280,3 @@ class RewardModel:
             assert isinstance(tokens, TokenGroup)  # nothing is dropped under these limits
             grouped.append((tokens, run))
         return grouped
-

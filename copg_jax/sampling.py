@@ -1,8 +1,8 @@
 """Sampling completions: one jitted function per prompt shape.
 
 1. The prompts run once (`prefill`); all samples of a prompt share its keys and values.
-2. A `while_loop` appends one token at a time to a small cache of the completions' own, and ends when every row has met
-   EOS or the limit. No host round trip per token.
+2. A `while_loop` appends one token at a time to a small cache of the completions' own, and ends
+   when every row has met EOS or the limit. No host round trip per token.
 3. The log-probability of each chosen token is recorded on the way; it is the one training computes.
 """
 
@@ -38,7 +38,8 @@ Sampler = Callable[[Any, Array, Array, Array], Samples]
 
 
 def _choose(logits: Array, keys: Array, index: Array, temperature: float) -> tuple[Array, Array]:
-    """Draws one token per row and its log-probability; a row's draw depends on its key and position alone.
+    """Draws one token per row and its log-probability; a row's draw depends on its key and position
+    alone.
 
     Args:
         logits: float32 [B, K, V].
@@ -77,7 +78,8 @@ def make_sampler(
         eos_id: id that ends a completion.
         max_new_tokens: C, EOS included.
         num_samples: K, completions of each prompt.
-        temperature: of the sampling distribution; 0 is greedy. Log-probabilities are always those of temperature 1.
+        temperature: of the sampling distribution; 0 is greedy. Log-probabilities are always those
+            of temperature 1.
         mesh: the device mesh; B must be a multiple of data·fsdp.
         param_shardings: where the parameters lie.
     """
@@ -88,9 +90,11 @@ def make_sampler(
         logits = jnp.einsum("bkd,dv->bkv", hidden, matrix, preferred_element_type=jnp.float32)
         tokens, logp = _choose(logits, keys, index, temperature)
         live = ~samples.has_eos
-        column = lambda array, new: jax.lax.dynamic_update_index_in_dim(
-            array, jnp.where(live, new, 0).astype(array.dtype), index, axis=2
-        )
+
+        def column(array: Array, new: Array) -> Array:
+            new = jnp.where(live, new, 0).astype(array.dtype)
+            return jax.lax.dynamic_update_index_in_dim(array, new, index, axis=2)
+
         return Samples(
             tokens=column(samples.tokens, tokens),
             length=samples.length + live,

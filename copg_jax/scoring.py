@@ -1,14 +1,17 @@
 """Scoring a data set once: rewards and ln π_ref of every completion, in resumable parts.
 
-Both are constants of training, so computing them here leaves training with one model and no reward function.
+Both are constants of training, so computing them here leaves training with one model and no reward
+function.
 
 1. Groups are taken part by part; parts that are on disk already are skipped.
 2. The reward function sees the texts, the reference model the tokens.
 3. Each part is written whole or not at all; the side-car that makes the folder usable comes last.
 """
 
+import dataclasses
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ def score_dataset(
     part_size: int,
     rewards: WeightedRewards,
     seq_logp: GroupForward,
-    provenance: scored.Provenance,
+    side_car: scored.SideCar,
 ) -> None:
     """Scores every group and writes the scored folder.
 
@@ -39,46 +42,41 @@ def score_dataset(
         part_size: groups a part.
         rewards: total and parts of the reward.
         seq_logp: ln π_ref of groups.
-        provenance: what made the numbers, for the side-car.
+        side_car: what makes the numbers; written as incomplete first and as complete at the end.
 
     Raises:
         InputError: a reward function that misbehaves; finished parts stay.
     """
     num_parts = -(-len(dataset) // part_size)
     finished = scored.finished_parts(folder)
+    scored.write_side_car(folder, side_car)
     with MetricsLogger(folder, total_steps=len(dataset), log_every=1, resume_step=0) as logger:
         for part in range(num_parts):
             if part in finished:
                 continue
-            rows = [dataset[i] for i in range(part * part_size, min((part + 1) * part_size, len(dataset)))]
+            first = part * part_size
+            rows = [dataset[i] for i in range(first, min(first + part_size, len(dataset)))]
             begin = time.perf_counter()
-            totals, parts = _reward_groups(rewards, rows)
+            totals, sources = _reward_groups(rewards, rows)
             reward_sec = time.perf_counter() - begin
             ref_logps = seq_logp(rows)
-            scored.write_part(
-                folder,
-                part,
-                [
-                    scored.ScoredGroup(row, total, ref_logp, sources)
-                    for row, total, ref_logp, sources in zip(
-                        rows, totals, ref_logps, parts, strict=True
-                    )
-                ],
-            )
-            values = np.concatenate(totals)
+            groups = zip(rows, totals, ref_logps, sources, strict=True)
+            scored.write_part(folder, part, [scored.ScoredGroup(*group) for group in groups])
             seconds = time.perf_counter() - begin
+            values = np.concatenate(totals)
+            kept = values[~np.isnan(values)]
             logger.log(
-                part * part_size + len(rows),
+                first + len(rows),
                 {
-                    "reward/mean": float(np.nanmean(values)) if np.isfinite(values).any() else np.nan,
-                    "reward/std": float(np.nanstd(values)) if np.isfinite(values).any() else np.nan,
-                    "reward/dropped": float(np.isnan(values).sum()),
-                    "ref_logp/mean": float(np.mean(np.concatenate(ref_logps))),
+                    "reward/mean": kept.mean() if len(kept) else math.nan,
+                    "reward/std": kept.std() if len(kept) else math.nan,
+                    "reward/dropped": len(values) - len(kept),
+                    "ref_logp/mean": np.concatenate(ref_logps).mean(),
                     "perf/groups_per_sec": len(rows) / seconds,
                     "perf/reward_share": reward_sec / seconds,
                 },
             )
-    scored.finish(folder, num_parts, provenance)
+    scored.write_side_car(folder, dataclasses.replace(side_car, complete=True))
 
 
 def _reward_groups(
@@ -86,9 +84,10 @@ def _reward_groups(
 ) -> tuple[list[np.ndarray], list[dict[str, np.ndarray]]]:
     """Total reward and its parts of each group; NaN where a reward is absent."""
     sizes = [len(row.completions) for row in rows]
-    repeat: Callable[[Sequence[Any]], list[Any]] = lambda values: [
-        value for value, size in zip(values, sizes, strict=True) for _ in range(size)
-    ]
+
+    def repeat(values: Sequence[Any]) -> list[Any]:
+        return [value for value, size in zip(values, sizes, strict=True) for _ in range(size)]
+
     names = sorted({name for row in rows for name in row.columns})
     total, parts = rewards(
         repeat([row.prompt for row in rows]),

@@ -1,8 +1,10 @@
-"""Where arrays live: the mesh, the table from logical to mesh axes, and the shardings that follow from it.
+"""Where arrays live: the mesh, the table from logical to mesh axes, and the shardings that follow
+from it.
 
 1. `make_mesh` lays the devices out as (data, fsdp, tensor);
 2. `LOGICAL_TO_MESH` says which mesh axis cuts which logical axis; models speak logical axes only;
-3. `shardings` turns a tree of logical axes into shardings; `batch_sharding` cuts batches along groups;
+3. `shardings` turns a tree of logical axes into shardings; `batch_sharding` cuts batches along
+   groups;
 4. `place` makes global arrays from what each host holds.
 
 This is the only file that names a mesh axis.
@@ -56,7 +58,8 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
         devices: devices to use; default all.
 
     Raises:
-        InputError: the sizes do not multiply to the number of devices; the message gives sizes that would.
+        InputError: the sizes do not multiply to the number of devices; the message gives sizes that
+            would.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
@@ -66,8 +69,8 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     if math.prod(sizes) != len(devices):
         legal = [size for size in range(1, len(devices) + 1) if len(devices) % size == 0]
         raise InputError(
-            f"mesh: data={config.data} x fsdp={config.fsdp} x tensor={config.tensor} does not lay out "
-            f"{len(devices)} device(s) ({devices[0].device_kind}). Sizes must multiply to "
+            f"mesh: data={config.data} x fsdp={config.fsdp} x tensor={config.tensor} does not lay "
+            f"out {len(devices)} device(s) ({devices[0].device_kind}). Sizes must multiply to "
             f"{len(devices)}, so each must be one of {legal}; mesh.fsdp=-1 takes all that remain."
         )
     return jax.make_mesh(
@@ -96,7 +99,8 @@ def shardings(mesh: Mesh, logical_axes: Any, shapes: Any) -> Any:
     Args:
         mesh: the device mesh.
         logical_axes: tree whose leaves are tuples of logical axis names, one an array axis.
-        shapes: tree of the same structure with `.shape`, to check divisibility before anything is placed.
+        shapes: tree of the same structure with `.shape`, to check divisibility before anything is
+            placed.
 
     Raises:
         InputError: lists every parameter axis that the mesh does not divide.
@@ -141,7 +145,9 @@ def place(tree: Any, sharding: NamedSharding) -> Any:
 
 
 def host_rows(tree: Any) -> Any:
-    """This host's contiguous slice of a batch that every host holds whole; [B, ...] → [B / num_hosts, ...]."""
+    """This host's contiguous slice of a batch that every host holds whole; [B, ...] → [B /
+    num_hosts, ...].
+    """
     hosts, host = jax.process_count(), jax.process_index()
 
     def rows(x: np.ndarray) -> np.ndarray:

@@ -2,13 +2,14 @@
 
 1. `load_model` reads weights straight into their shards, with the tokenizer that belongs to them.
 2. `open_data` tokenises a data set once and reports what was kept, cut and dropped.
-3. `train` checks everything that can be wrong, then restores or starts a run, loops, and exports Hugging Face folders.
+3. `train` checks everything that can be wrong, then restores or starts a run, loops, and exports
+   Hugging Face folders.
 """
 
 import gc
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ from copg_jax.config import (
     PolicyConfig,
     PolicyEvaluationConfig,
     RewardModelConfig,
+    ScoreConfig,
     SFTConfig,
 )
+from copg_jax.data import scored
 from copg_jax.data.dataset import GroupDataset, format_stats, prepare
 from copg_jax.data.groups import TokenGroup
 from copg_jax.data.stream import GroupStream, num_steps
 from copg_jax.data.tldr import DataConfig, GroupReader
-from copg_jax.data.tokenizer import load_tokenizer
+from copg_jax.data.tokenizer import load_tokenizer, tokenizer_hash
 from copg_jax.errors import InputError
 from copg_jax.evaluate import GenerationEvaluator, make_loss_evaluator
 from copg_jax.metrics import MetricsLogger
@@ -54,7 +57,9 @@ class Model:
     shardings: Any
 
     def load(self, *, score_key: jax.Array | None = None) -> Any:
-        """Reads the float32 weights into their shards; `score_key` draws a score head the folder lacks."""
+        """Reads the float32 weights into their shards; `score_key` draws a score head the folder
+        lacks.
+        """
         return hf_weights.load_params(
             self.folder,
             self.config,
@@ -66,16 +71,19 @@ class Model:
     def load_frozen(self) -> Any:
         """Weights that are only read (π_ref), stored in the compute dtype."""
         dtype = jnp.dtype(self.config.dtype)
-        cast = lambda params: jax.tree.map(lambda x: x.astype(dtype), params)
-        return jax.jit(cast, out_shardings=self.shardings, donate_argnums=0)(self.load())
+
+        def cast(params: Any) -> Any:
+            return jax.tree.map(lambda x: x.astype(dtype), params)
+
+        return jax.jit(cast, out_shardings=self.shardings)(self.load())
 
 
 def open_model(section: ModelConfig, mesh: jax.sharding.Mesh, *, head: str = "lm") -> Model:
     """Reads everything about a model but its weights, and checks that the parts fit.
 
     Raises:
-        InputError: no such folder, not a Llama, a tokenizer with more ids than the model has, or a mesh that does not
-            divide it.
+        InputError: no such folder, not a Llama, a tokenizer with more ids than the model has, or a
+            mesh that does not divide it.
     """
     folder = hf_weights.resolve(section.path, section.revision)
     config = replace(hf_weights.read_config(folder), dtype=section.dtype, remat=section.remat)
@@ -83,8 +91,8 @@ def open_model(section: ModelConfig, mesh: jax.sharding.Mesh, *, head: str = "lm
     if len(tokenizer) > config.vocab_size:
         raise InputError(
             f"{folder}: the tokenizer has {len(tokenizer)} ids, the model only {config.vocab_size} "
-            "(vocab_size in config.json): they do not belong together. Fix: use the tokenizer files "
-            "that came with these weights."
+            "(vocab_size in config.json): they do not belong together. Fix: use the tokenizer "
+            "files that came with these weights."
         )
     axes = functional.logical_axes(config, head=head)
     shapes = functional.abstract_params(config, head=head)
@@ -105,13 +113,13 @@ def open_data(section: DataConfig, model: Model, folder: Path, name: str) -> Gro
 
 
 def require_rewards(dataset: GroupDataset, *, at_least: int) -> None:
-    """Raises InputError unless every group has rewards and some group has `at_least` completions."""
+    """Raises InputError unless all groups have rewards and some have `at_least` completions."""
     _, num_completions, _ = dataset.shape()
     if not dataset.has_rewards or num_completions < at_least:
         raise InputError(
-            f"data: wanted {at_least} or more completions with a reward or a human choice for every prompt, "
-            f"got at most {num_completions} completion(s), rewards {'present' if dataset.has_rewards else 'missing'}"
-            ". Fix: point data.path at comparisons or at a folder that experiments.score wrote."
+            f"data: wanted {at_least} or more completions with a reward or a human choice for "
+            f"every prompt, got at most {num_completions} completion(s), rewards "
+            f"{'present' if dataset.has_rewards else 'missing'}. Fix: point data.path at comparisons or at a folder that experiments.score wrote."
         )
 
 
@@ -120,9 +128,27 @@ def require_scored(config: PolicyConfig, model: Model, dataset: GroupDataset) ->
     require_rewards(dataset, at_least=2)
     if not dataset.has_ref_logps:
         raise InputError(
-            f"data.path {config.data.path}: has rewards but no ref_logps, the log-probabilities under the reference. "
-            "Fix: run experiments.score on it and point data.path at the folder that writes."
+            f"data.path {config.data.path}: has rewards but no ref_logps, the log-probabilities "
+            "under the reference. Fix: run experiments.score on it and point data.path at the "
+            "folder that writes."
         )
+    for section in filter(None, (config.data, config.validation)):
+        scored.verify(
+            Path(section.path),
+            tokenizer_hash=tokenizer_hash(model.tokenizer),
+            reference_hash=hf_weights.params_hash(model.folder),
+        )
+
+
+def side_car(config: ScoreConfig, reference: Model) -> scored.SideCar:
+    """What a scored folder is made of, before its first part is written."""
+    return scored.SideCar(
+        tokenizer_hash=tokenizer_hash(reference.tokenizer),
+        reference_hash=hf_weights.params_hash(reference.folder),
+        rewards=[asdict(spec) for spec in config.rewards],
+        limits=config.data.limits._asdict(),
+        complete=False,
+    )
 
 
 def open_evaluation(
@@ -155,8 +181,9 @@ def open_evaluation(
             break
     if len(prompts) < generation.num_prompts:
         raise InputError(
-            f"evaluation.data: wanted {generation.num_prompts} different prompts, got {len(prompts)} from "
-            f"{section.data.path}. Fix: more data, or evaluation.generation.num_prompts={len(prompts)}."
+            f"evaluation.data: wanted {generation.num_prompts} different prompts, got "
+            f"{len(prompts)} from {section.data.path}. Fix: more data, or "
+            f"evaluation.generation.num_prompts={len(prompts)}."
         )
     sampler = make_sampler(
         model.config,
@@ -205,12 +232,12 @@ def train(
     training = config.training
     loop.check_batch(training.batch_size, training.num_microbatches, mesh)
     model = open_model(config.model, mesh, head=head)
-    runtime.write_run_header(folder, config, may_differ=MAY_DIFFER)
     data = open_data(config.data, model, folder, "train")
     held_out = config.validation and open_data(config.validation, model, folder, "validation")
     if check_data is not None:
         for dataset in filter(None, (data, held_out)):
             check_data(model, dataset)
+    runtime.write_run_header(folder, config, may_differ=MAY_DIFFER)
     total = num_steps(len(data), training.batch_size, training.num_epochs)
     total = total if training.max_steps is None else min(total, training.max_steps)
 

@@ -1,9 +1,10 @@
 """Loss functions of the stages and the one train step that they all share.
 
-1. `make_nll_loss`, `make_bradley_terry_loss`, `make_policy_loss` close over an architecture and turn parameters and a
-   batch into a summed loss with its weight: here, and only here, the maths of `losses.py` meets the model;
-2. `make_train_step` closes over such a loss and an optax transform, accumulates gradients over microbatches, pins every
-   sharding and donates the state;
+1. `make_nll_loss`, `make_bradley_terry_loss`, `make_policy_loss` close over an architecture and
+   turn parameters and a batch into a summed loss with its weight: here, and only here, the maths of
+   `losses.py` meets the model;
+2. `make_train_step` closes over such a loss and an optax transform, accumulates gradients over
+   microbatches, pins every sharding and donates the state;
 3. `make_loss_step` is the same without a gradient, for held-out data.
 
 CoPG, DPO, IPO, PG and RLOO differ by one pure function from `POLICY_LOSSES`.
@@ -27,7 +28,8 @@ from copg_jax.models.reward import reward as model_reward
 from copg_jax.train_state import TrainState
 
 Metrics = dict[str, tuple[Array, Array]]
-"""Name → (sum, weight): sums add over microbatches, batches and hosts; the metric is their ratio."""
+"""Name → (sum, weight): sums add over microbatches, batches and hosts; the metric is their ratio.
+"""
 
 
 class LossOutput(NamedTuple):
@@ -53,7 +55,8 @@ def _present(batch: GroupBatch) -> Array:
 
 
 def make_nll_loss(config: LlamaConfig, *, chunk: int | None = None) -> LossFn:
-    """SFT: negative log-likelihood of completions only, averaged over the tokens of the global batch; minimised.
+    """SFT: negative log-likelihood of completions only, averaged over the tokens of the global
+    batch; minimised.
 
     Args:
         config: architecture with a language-model head.
@@ -71,7 +74,8 @@ def make_nll_loss(config: LlamaConfig, *, chunk: int | None = None) -> LossFn:
 
 
 def make_bradley_terry_loss(config: LlamaConfig) -> LossFn:
-    """Reward model: −ln σ(s⁺ − s⁻) on human labels, averaged over groups with a preference; minimised.
+    """Reward model: −ln σ(s⁺ − s⁻) on human labels, averaged over groups with a preference;
+    minimised.
 
     Args:
         config: architecture; the parameters carry a score head.
@@ -112,7 +116,9 @@ POLICY_LOSSES: dict[str, Callable[..., Array]] = {
 """(log_ratio [B, K], reward [B, K], beta=, mask=) → loss [B], by the name in `loss.name`."""
 
 PREFERENCE_LOSSES = ("dpo", "ipo")
-"""Losses that see only the order of rewards: groups of ties carry no information and leave the average."""
+"""Losses that see only the order of rewards: groups of ties carry no information and leave the
+average.
+"""
 
 
 def make_policy_loss(
@@ -156,7 +162,8 @@ def policy_metrics(
 ) -> Metrics:
     """Diagnostics of a policy batch, under TRL's names where the quantity is TRL's.
 
-    Each group is seen through its best and its worst present completion (for pairs: chosen and rejected).
+    Each group is seen through its best and its worst present completion (for pairs: chosen and
+    rejected).
 
     Args:
         logp: ln π, nats; [B, K].
@@ -167,8 +174,11 @@ def policy_metrics(
     """
     best = jnp.where(mask, reward, -jnp.inf).argmax(-1, keepdims=True)
     worst = jnp.where(mask, reward, jnp.inf).argmin(-1, keepdims=True)
-    chosen = lambda x: jnp.take_along_axis(x, best, axis=-1)[:, 0]
-    rejected = lambda x: jnp.take_along_axis(x, worst, axis=-1)[:, 0]
+
+    def at(index: Array, x: Array) -> Array:
+        return jnp.take_along_axis(x, index, axis=-1)[:, 0]
+
+    chosen, rejected = partial(at, best), partial(at, worst)
     pair = mask.sum(-1) >= 2
     reward_gap = chosen(reward) - rejected(reward)
     gap = chosen(log_ratio) - rejected(log_ratio)
@@ -191,7 +201,7 @@ def policy_metrics(
 
 
 def _microbatches(batch: GroupBatch, num: int) -> GroupBatch:
-    """[B, ...] → [num, B/num, ...], taking every num-th row so that each device keeps its own rows."""
+    """[B, ...] → [num, B/num, ...] by every num-th row, so that each device keeps its own rows."""
     return jax.tree.map(
         lambda x: x.reshape(x.shape[0] // num, num, *x.shape[1:]).swapaxes(0, 1), batch
     )
@@ -232,9 +242,10 @@ def make_train_step(
 ) -> Callable[[TrainState, GroupBatch], tuple[TrainState, dict[str, Array]]]:
     """Builds the jitted optimiser step (state, batch) → (state, metrics).
 
-    The gradient is that of Σ loss / Σ weight over the global batch, whatever the number of microbatches and devices.
-    A step whose loss or gradient is not finite halts the state: it and all later steps change nothing, so that the
-    loop, which reads metrics one step late, still saves the state from just before the offending batch.
+    The gradient is that of Σ loss / Σ weight over the global batch, whatever the number of
+    microbatches and devices. A step whose loss or gradient is not finite halts the state: it and
+    all later steps change nothing, so that the loop, which reads metrics one step late, still saves
+    the state from just before the offending batch.
 
     Args:
         loss_fn: one of the loss functions above.
@@ -244,8 +255,9 @@ def make_train_step(
         num_microbatches: pieces the batch is processed in; divides B / (data·fsdp).
 
     Returns:
-        A function that donates its state. Metrics: averages by name, `optim/grad_norm`, `finite` (bool) and
-        `per_group` [B]. Being traced twice raises: shapes and dtypes are fixed for a run.
+        A function that donates its state. Metrics: averages by name, `optim/grad_norm`, `finite`
+        (bool) and `per_group` [B]. Being traced twice raises: shapes and dtypes are fixed for a
+        run.
     """
 
     def train_step(state: TrainState, batch: GroupBatch):
@@ -275,7 +287,9 @@ def make_train_step(
 def make_loss_step(
     loss_fn: LossFn, *, mesh: jax.sharding.Mesh, param_shardings: Any
 ) -> Callable[[Any, GroupBatch], Metrics]:
-    """Builds the jitted (params, batch) → metrics as (sum, weight) pairs, for averages over a held-out set."""
+    """Builds the jitted (params, batch) → metrics as (sum, weight) pairs, for averages over a
+    held-out set.
+    """
 
     def loss_step(params: Any, batch: GroupBatch) -> Metrics:
         return loss_fn(params, batch)[1].metrics

@@ -56,7 +56,9 @@ def state_shardings(
 def create_state(
     optimizer: optax.GradientTransformation, params: Any, shardings: TrainState
 ) -> TrainState:
-    """Creates the state under `jit`, each moment directly in its shards; takes over the buffers of `params`."""
+    """Creates the state under `jit`, each moment directly in its shards; takes over the buffers of
+    `params`.
+    """
     init = partial(_new_state, optimizer)
     return jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)
 

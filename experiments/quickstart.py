@@ -2,13 +2,15 @@
 
     python -m experiments.quickstart configs/quickstart.yaml
 
-SFT → reward model → score → CoPG, DPO and IPO on the same scored pairs → evaluation, through the same stages, file
-formats and kinds of config (configs/quickstart/*.yaml) as the 7B runs. Prints a table and writes summary.json and
-reward_curves.png. Finished stages are not run again.
+SFT → reward model → score → CoPG, DPO and IPO on the same scored pairs → evaluation, through the
+same stages, file formats and kinds of config (configs/quickstart/*.yaml) as the 7B runs. Prints a
+table and writes summary.json and reward_curves.png. Finished stages are not run again.
 """
 
-import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -23,13 +25,16 @@ from copg_jax.config import (
     SFTConfig,
 )
 from copg_jax.data.generated import write_generated
+from copg_jax.data.tldr import GroupReader
 from copg_jax.data.tokenizer import load_tokenizer
 from copg_jax.models import functional, hf_weights
 from copg_jax.models.llama import LlamaConfig
+from copg_jax.rewards import RewardModel, pairwise_accuracy
 from experiments import evaluate, figures, score, train_policy, train_reward, train_sft
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "quickstart"
 METHODS = ("copg", "dpo", "ipo")
+REWARD = "copg_jax.rewards.RewardModel"
 
 
 def main(config: QuickstartConfig) -> None:
@@ -39,30 +44,52 @@ def main(config: QuickstartConfig) -> None:
     runtime.write_run_header(folder, config)
     make_inputs(config, folder)
 
-    def run(stage, cls, name: str, *, read: str | None = None, **paths: str):
-        arguments = [f"{key.replace('__', '.')}={folder / path}" for key, path in paths.items()]
-        arguments.append(f"output_dir={folder / name}")
-        return stage(load_config(cls, [str(CONFIGS / f"{read or name}.yaml"), *arguments]))
+    def run(
+        stage: Callable[[Any], Any], cls: type, name: str, *arguments: str, read: str = ""
+    ) -> Any:
+        file = CONFIGS / f"{read or name}.yaml"
+        return stage(load_config(cls, [str(file), *arguments, f"output_dir={folder / name}"]))
 
-    posts, comparisons = "data/sft.jsonl", "data/comparisons.jsonl"
-    validation = {"data__path": posts, "validation__path": posts}
-    run(train_sft.main, SFTConfig, "sft", model__path="base", **validation)
-    validation = {"data__path": comparisons, "validation__path": comparisons}
-    run(train_reward.main, RewardModelConfig, "reward", model__path="sft/model", **validation)
-    run(score.main, ScoreConfig, "scored", reference__path="sft/model", data__path=comparisons)
+    posts, comparisons = folder / "data/sft.jsonl", folder / "data/comparisons.jsonl"
+    sft, reward_model = folder / "sft/model", folder / "reward/model"
+    rewards = f"rewards=[{{function: {REWARD}, arguments: {{path: {reward_model}}}}}]"
+    prompts = [f"evaluation.data.path={posts}", f"evaluation.{rewards}"]
+
+    data = [f"data.path={posts}", f"validation.path={posts}"]
+    run(train_sft.main, SFTConfig, "sft", f"model.path={folder / 'base'}", *data)
+    data = [f"data.path={comparisons}", f"validation.path={comparisons}"]
+    run(train_reward.main, RewardModelConfig, "reward", f"model.path={sft}", *data)
+    data = [f"data.path={comparisons}", rewards]
+    run(score.main, ScoreConfig, "scored", f"reference.path={sft}", *data)
     for name in METHODS:
-        run(train_policy.main, PolicyConfig, name, model__path="sft/model", data__path="scored")
+        data = [f"data.path={folder / 'scored'}", *prompts]
+        run(train_policy.main, PolicyConfig, name, f"model.path={sft}", *data)
     results = {}
     for name in ("sft", *METHODS):
+        models = [f"model.path={folder / name / 'model'}", f"reference.path={sft}"]
+        output = f"evaluate_{name}"
         results[name] = run(
-            evaluate.main,
-            EvaluateConfig,
-            f"evaluate_{name}",
-            read="evaluate",
-            model__path=f"{name}/{'model' if name == 'sft' else 'best'}",
-            reference__path="sft/model",
+            evaluate.main, EvaluateConfig, output, *models, *prompts, read="evaluate"
         )
-    figures.summarize_quickstart(folder, results)
+    accuracy = reward_accuracy(comparisons, reward_model)
+    figures.summarize_quickstart(folder, accuracy, results)
+
+
+def reward_accuracy(comparisons: Path, reward_model: Path) -> dict[str, float]:
+    """Share of human choices that the reward model predicts, on the posts it was trained on and on
+    held-out ones.
+    """
+    model = RewardModel(path=str(reward_model), batch_size=64)
+    config = load_config(
+        RewardModelConfig, [str(CONFIGS / "reward.yaml"), "output_dir=", "model.path="]
+    )
+    parts = {"train": config.data, "validation": config.validation}
+    return {
+        f"{name}_accuracy": pairwise_accuracy(
+            model, GroupReader(replace(part, path=str(comparisons)))
+        )
+        for name, part in parts.items()
+    }
 
 
 def make_inputs(config: QuickstartConfig, folder: Path) -> None:

@@ -2,15 +2,17 @@
 
     python -m experiments.score configs/score_tldr_llama2_7b.yaml output_dir=runs/scored
 
-Writes part-*.parquet and scored.json with the hashes of model, tokenizer and rewards. An interrupted run goes on at the
-first part that is not finished.
+Writes part-*.parquet and scored.json with the hashes of model, tokenizer and rewards. An
+interrupted run goes on at the first part that is not finished.
 """
 
+from functools import partial
 from pathlib import Path
 
-from copg_jax import runtime, scoring, sharding, stages
+from copg_jax import policy, runtime, scoring, sharding, stages
 from copg_jax.cli import run_main
 from copg_jax.config import ScoreConfig
+from copg_jax.forward import GroupForward
 from copg_jax.rewards import WeightedRewards
 
 
@@ -20,23 +22,23 @@ def main(config: ScoreConfig) -> None:
     runtime.setup()
     mesh = sharding.make_mesh(config.mesh)
     reference = stages.open_model(config.reference, mesh)
-    runtime.write_run_header(folder, config, may_differ=("mesh", "batch_size"))
     dataset = stages.open_data(config.data, reference, folder, "groups")
+    runtime.write_run_header(folder, config, may_differ=("mesh", "batch_size"))
     rewards = WeightedRewards(config.rewards)
-    log_probs = scoring.SequenceScorer(
-        reference.config,
+    seq_logp = GroupForward(
+        partial(policy.seq_logp, reference.config, chunk=config.reference.logits_chunk),
         reference.load_frozen(),
+        param_shardings=reference.shardings,
         mesh=mesh,
         batch_size=config.batch_size,
-        chunk=config.reference.logits_chunk,
     )
     scoring.score_dataset(
         dataset,
         folder=folder,
         part_size=config.part_size,
         rewards=rewards,
-        seq_logp=log_probs,
-        provenance=stages.provenance(config, reference),
+        seq_logp=seq_logp,
+        side_car=stages.side_car(config, reference),
     )
 
 

@@ -2,9 +2,10 @@
 
     python -m experiments.train_policy configs/copg_tldr_llama2_7b.yaml output_dir=runs/copg
 
-Reads the folder that `experiments.score` wrote. Training holds one model: rewards and ln π_ref come with the data.
-Evaluation by generation additionally holds π_ref and the reward functions' models. Writes metrics.jsonl, checkpoints/,
-model/ (the last step) and best/ (the step of the highest generation reward).
+Reads the folder that `experiments.score` wrote. Training holds one model: rewards and ln π_ref come
+with the data. Evaluation by generation additionally holds π_ref and the reward functions' models.
+Writes metrics.jsonl, checkpoints/, model/ (the last step) and best/ (the step of the highest
+generation reward).
 """
 
 from copg_jax import stages, step

@@ -2,7 +2,8 @@
 
     python -m experiments.train_reward configs/reward_tldr_llama2_7b.yaml output_dir=runs/reward
 
-Writes metrics.jsonl, checkpoints/ and model/, which `LlamaForSequenceClassification` (num_labels=1) loads.
+Writes metrics.jsonl, checkpoints/ and model/, which `LlamaForSequenceClassification` (num_labels=1)
+loads.
 """
 
 from copg_jax import stages, step
