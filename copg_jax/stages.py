@@ -119,7 +119,8 @@ def require_rewards(dataset: GroupDataset, *, at_least: int) -> None:
         raise InputError(
             f"data: wanted {at_least} or more completions with a reward or a human choice for "
             f"every prompt, got at most {num_completions} completion(s), rewards "
-            f"{'present' if dataset.has_rewards else 'missing'}. Fix: point data.path at comparisons or at a folder that experiments.score wrote."
+            f"{'present' if dataset.has_rewards else 'missing'}. Fix: point "
+            "data.path at comparisons or at a folder that experiments.score wrote."
         )
 
 

@@ -85,10 +85,7 @@ def test_probabilities_of_all_tokens_sum_to_one_even_at_large_logits(inputs):
         V,
         V + 100,
         -V - 1,
-        pytest.param(
-            -1,
-            marks=pytest.mark.xfail(reason="ids in [-V, 0) count from the end of the vocabulary"),
-        ),
+        -1,
     ],
 )
 def test_token_ids_outside_the_vocabulary_give_nan_there_and_only_there(inputs, token, chunk):
