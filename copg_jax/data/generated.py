@@ -25,7 +25,7 @@ from copg_jax.data.prompts import Post, format_prompt, parse_prompt
 from copg_jax.errors import InputError
 
 PEOPLE = ["brother", "sister", "friend", "boss", "neighbor", "cousin"]
-THINGS = ["car", "bike", "dog", "phone", "guitar", "camera", "book", "lamp"]
+THINGS = ["car", "bike", "dog", "phone", "guitar", "lamp"]
 PLACES = ["office", "park", "kitchen", "beach", "school", "garage"]
 EVENTS = ["broke", "lost", "sold", "hid", "stole", "painted"]
 FEELINGS = ["angry", "sad", "tired", "confused"]
