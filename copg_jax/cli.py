@@ -66,15 +66,16 @@ def load_config(
     arguments = [argument for argument in arguments if argument != "--print-config"]
 
     layers: list[Any] = []
+    problems: list[str] = []
     where: dict[str, str] = {}
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         is_override = "=" in arguments[0] and not Path(arguments[0]).is_file()
         if not is_override:
             layers.append(_read_yaml(Path(arguments.pop(0)), where))
+            problems += find_problems(cls, layers[-1], where, root=cls)
     for argument in arguments:
         layers.append(_read_argument(argument, where))
-
-    problems = [text for layer in layers for text in find_problems(cls, layer, where, root=cls)]
+        problems += find_problems(cls, layers[-1], where, root=cls)
     if problems:
         raise InputError("\n".join(problems))
     try:

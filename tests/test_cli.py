@@ -165,6 +165,11 @@ def test_all_mistakes_are_reported_together(yaml_file):
     ]
 
 
+def test_a_mistake_in_the_file_is_placed_there_even_when_overridden(yaml_file):
+    path = yaml_file("output_dir: a\nnum_epochs: x\n")
+    assert error_of(path, "num_epochs=2").startswith(f"{path}:2: num_epochs: wanted int")
+
+
 def test_missing_required_values_are_listed_with_how_to_set_them():
     text = error_of("judge.weight=2")
     assert "output_dir: wanted str (Folder of the run.), got nothing" in text
