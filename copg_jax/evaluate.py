@@ -9,8 +9,8 @@ time:
 3. compute ln π_ref of the same tokens and estimate the KL from the samples.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from copg_jax.data.groups import GroupBatch, TokenGroup
 from copg_jax.errors import InputError
 from copg_jax.models.llama import LlamaConfig
 from copg_jax.rewards import WeightedRewards
-from copg_jax.sampling import Sampler, row_keys
+from copg_jax.sampling import Sampler, Samples, row_keys
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class GenerationEvaluator:
 
     def __call__(self, params: Any, step: int) -> tuple[dict[str, float], dict[str, str]]:
         """Metrics (`eval/…`) and sample texts of the policy `params` at `step`; see `summarize`."""
-        generations = self.generate(params, step)
+        generations = [g for batch in self.batches(params, step) for g in batch]
         shown = generations[:: self._generation.num_samples][: self._generation.num_texts]
         texts = {
             f"sample/{i}": f"[reward {g.reward:.3f}] {g.completion.strip()}"
@@ -179,13 +179,18 @@ class GenerationEvaluator:
         }
         return summarize(generations, beta=self._beta), texts
 
-    def generate(self, params: Any, step: int) -> list[Generation]:
-        """All generations of one evaluation, prompt by prompt."""
+    def batches(self, params: Any, step: int, first: int = 0) -> Iterator[list[Generation]]:
+        """Generates and judges batch by batch.
+
+        Args:
+            params: the policy's parameters.
+            step: folded into the seed; the same step gives the same samples, whatever `first` is.
+            first: prompts to skip, when going on with an interrupted evaluation.
+        """
         keys = row_keys(self._generation.seed, step, len(self._prompts))
-        measured: list[dict[str, Any]] = []
         shape = (self._prompt_size, self._generation.num_samples, self._generation.max_new_tokens)
         placement = sharding.batch_sharding(self._mesh)
-        for start in range(0, len(self._prompts), self._batch_size):
+        for start in range(first, len(self._prompts), self._batch_size):
             chunk = self._prompts[start : start + self._batch_size]
             batch = _prompt_batch(chunk, self._batch_size, *shape)
             # Rows past the last prompt reuse key 0: they are dropped.
@@ -200,53 +205,48 @@ class GenerationEvaluator:
                     completion_length=jax.device_put(samples.length, placement),
                 )
                 ref_logp = jax.device_get(self._ref_token_logp(self._ref_params, scored))
-            measured += self._measure(chunk, jax.device_get(samples), ref_logp)
-        return self._judge(measured)
+            yield self._judge(chunk, self._measure(chunk, jax.device_get(samples), ref_logp))
 
-    def _measure(self, chunk: Sequence[TokenGroup], samples: Any, ref: Any) -> list[dict[str, Any]]:
-        """Texts and log-probabilities of one batch of samples."""
+    def _measure(
+        self, chunk: Sequence[TokenGroup], samples: Samples, ref_token_logp: np.ndarray | None
+    ) -> list[Generation]:
+        """Texts and log-probabilities of one batch of samples, prompt by prompt; no rewards yet."""
         found = []
         for b, prompt in enumerate(chunk):
             for k in range(self._generation.num_samples):
                 n, has_eos = int(samples.length[b, k]), bool(samples.has_eos[b, k])
+                logp = np.asarray(samples.token_logp[b, k, :n], np.float64)
+                log_ratio = np.full(n, np.nan)
+                if ref_token_logp is not None:
+                    log_ratio = logp - ref_token_logp[b, k, :n].astype(np.float64)
                 ids = samples.tokens[b, k, : n - has_eos]
-                logp = samples.token_logp[b, k, :n].astype(np.float64)
-                row = {
-                    "prompt": prompt,
-                    "completion": self._tokenizer.decode(ids, skip_special_tokens=True),
-                    "logp": float(logp.sum()),
-                    "length": n,
-                    "has_eos": has_eos,
-                    "ref_logp": float("nan"),
-                    "kl_k3": float("nan"),
-                }
-                if ref is not None:
-                    log_ratio = logp - ref[b, k, :n].astype(np.float64)
-                    row["ref_logp"] = float(logp.sum() - log_ratio.sum())
-                    row["kl_k3"] = float((np.expm1(-log_ratio) + log_ratio).sum())
-                found.append(row)
+                found.append(
+                    Generation(
+                        id=prompt.id,
+                        prompt=prompt.prompt,
+                        completion=self._tokenizer.decode(ids, skip_special_tokens=True),
+                        reward=np.nan,
+                        logp=float(logp.sum()),
+                        ref_logp=float((logp - log_ratio).sum()),
+                        kl_k3=float((np.expm1(-log_ratio) + log_ratio).sum()),
+                        length=n,
+                        has_eos=has_eos,
+                    )
+                )
         return found
 
-    def _judge(self, measured: list[dict[str, Any]]) -> list[Generation]:
-        """Calls the reward function once on all texts."""
-        names = sorted({name for row in measured for name in row["prompt"].columns})
-        columns = {name: [row["prompt"].columns.get(name) for row in measured] for name in names}
-        prompts = [row["prompt"].prompt for row in measured]
-        rewards, _ = self._rewards(prompts, [row["completion"] for row in measured], columns)
+    def _judge(self, chunk: Sequence[TokenGroup], found: list[Generation]) -> list[Generation]:
+        """Fills in the rewards."""
+        repeated = [prompt for prompt in chunk for _ in range(self._generation.num_samples)]
+        names = sorted({name for prompt in chunk for name in prompt.columns})
+        columns = {name: [prompt.columns.get(name) for prompt in repeated] for name in names}
+        rewards, _ = self._rewards(
+            [g.prompt for g in found], [g.completion for g in found], columns
+        )
         penalty = self._generation.missing_eos_reward
         return [
-            Generation(
-                id=row["prompt"].id,
-                prompt=row["prompt"].prompt,
-                completion=row["completion"],
-                reward=float(reward if penalty is None or row["has_eos"] else penalty),
-                logp=row["logp"],
-                ref_logp=row["ref_logp"],
-                kl_k3=row["kl_k3"],
-                length=row["length"],
-                has_eos=row["has_eos"],
-            )
-            for row, reward in zip(measured, rewards, strict=True)
+            replace(g, reward=float(reward if penalty is None or g.has_eos else penalty))
+            for g, reward in zip(found, rewards, strict=True)
         ]
 
 
@@ -277,7 +277,7 @@ def summarize(generations: Sequence[Generation], *, beta: float) -> dict[str, fl
     mean), since they are not independent.
 
     Args:
-        generations: from `GenerationEvaluator.generate`.
+        generations: from `GenerationEvaluator.batches`.
         beta: the paper's β.
     """
     reward = np.array([g.reward for g in generations])

@@ -1,7 +1,8 @@
 """What a run needs from the process around it.
 
 1. `setup`: logging and the persistent compilation cache.
-2. `write_run_header`: the resolved config and the versions, on disk before any work.
+2. `check_run_folder` and `write_run_header`: the resolved config and the versions, on disk before
+   any work, and never over those of another run.
 3. `GracefulExit`: SIGTERM and SIGINT become a flag that the loop reads between two steps.
 """
 
@@ -97,33 +98,37 @@ class GracefulExit:
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, message.encode())
 
 
-def write_run_header(output_dir: Path, config: Any, *, may_differ: Sequence[str] = ()) -> None:
-    """Write config.yaml and versions.json into `output_dir`, or refuse the folder of another run.
-
-    A folder with the same config is a run to resume. Only process 0 reads and writes.
+def check_run_folder(output_dir: Path, config: Any, *, may_differ: Sequence[str] = ()) -> None:
+    """Refuse the folder of another run, before any work; a folder with the same config is resumed.
 
     Args:
-      output_dir: Folder of the run; made when absent.
+      output_dir: Folder of the run; need not exist.
       config: Config dataclass of the run.
       may_differ: Dotted prefixes that do not define the run, such as "log_every" or "evaluation".
 
     Raises:
       InputError: The folder holds a run with another config, or is no folder.
     """
-    if not is_main_process():
-        return
     output_dir = Path(output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(
             f"output_dir {output_dir}: wanted a folder, got a file; "
             "give another output_dir or remove the file"
         )
-    resolved = to_yaml(config)
-    path = output_dir / "config.yaml"
-    if path.exists():
-        _check_same_run(path, resolved, may_differ)
+    if (output_dir / "config.yaml").exists():
+        _check_same_run(output_dir / "config.yaml", to_yaml(config), may_differ)
+
+
+def write_run_header(output_dir: Path, config: Any) -> None:
+    """Write config.yaml and versions.json into `output_dir`, made when absent; process 0 only.
+
+    Called once the inputs are known to be good, so that a typo in them does not claim the folder.
+    """
+    if not is_main_process():
+        return
+    output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    _write_text(path, resolved)
+    _write_text(output_dir / "config.yaml", to_yaml(config))
     _write_text(output_dir / "versions.json", json.dumps(_versions(), indent=2) + "\n")
 
 

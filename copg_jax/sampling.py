@@ -104,6 +104,8 @@ def make_sampler(
 
     def sample(params: Any, prompt_tokens: Array, prompt_length: Array, keys: Array) -> Samples:
         batch = prompt_tokens.shape[0]
+        # Once here instead of at every token: decoding is bound by reading the weights.
+        params = functional.cast_matrices(config, params)
         cache, last = functional.prefill(
             config,
             params,

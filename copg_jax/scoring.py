@@ -50,7 +50,10 @@ def score_dataset(
     num_parts = -(-len(dataset) // part_size)
     finished = scored.finished_parts(folder)
     scored.write_side_car(folder, side_car)
-    with MetricsLogger(folder, total_steps=len(dataset), log_every=1, resume_step=0) as logger:
+    done = min(len(finished) * part_size, len(dataset))
+    with MetricsLogger(
+        folder, total_steps=len(dataset), log_every=1, resume_step=done or None
+    ) as logger:
         for part in range(num_parts):
             if part in finished:
                 continue

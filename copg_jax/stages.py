@@ -10,11 +10,11 @@ import gc
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from copg_jax import checkpoint, loop, optim, runtime, sharding, step, train_state
 from copg_jax.config import (
@@ -70,11 +70,7 @@ class Model:
 
     def load_frozen(self) -> Any:
         """Weights that are only read (π_ref), stored in the compute dtype."""
-        dtype = jnp.dtype(self.config.dtype)
-
-        def cast(params: Any) -> Any:
-            return jax.tree.map(lambda x: x.astype(dtype), params)
-
+        cast = partial(functional.cast_matrices, self.config)
         return jax.jit(cast, out_shardings=self.shardings)(self.load())
 
 
@@ -229,6 +225,7 @@ def train(
     """
     folder = Path(config.output_dir)
     runtime.setup()
+    runtime.check_run_folder(folder, config, may_differ=MAY_DIFFER)
     mesh = sharding.make_mesh(config.mesh)
     training = config.training
     loop.check_batch(training.batch_size, training.num_microbatches, mesh)
@@ -238,7 +235,7 @@ def train(
     if check_data is not None:
         for dataset in filter(None, (data, held_out)):
             check_data(model, dataset)
-    runtime.write_run_header(folder, config, may_differ=MAY_DIFFER)
+    runtime.write_run_header(folder, config)
     total = num_steps(len(data), training.batch_size, training.num_epochs)
     total = total if training.max_steps is None else min(total, training.max_steps)
 

@@ -3,42 +3,66 @@
     python -m experiments.evaluate configs/evaluate_smollm2.yaml model.path=runs/copg/best
     output_dir=runs/copg_eval
 
-Writes evaluation.json (the averages) and generations.jsonl (every completion with its numbers).
+Writes evaluation.json (the averages) and generations.jsonl (every completion with its numbers). An
+interrupted evaluation goes on at the first prompt it has not done.
 """
 
-import dataclasses
 import json
+import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from rich import print as show
 
 from copg_jax import runtime, sharding, stages
 from copg_jax.cli import run_main
 from copg_jax.config import EvaluateConfig
-from copg_jax.evaluate import summarize
+from copg_jax.evaluate import Generation, summarize
+from copg_jax.metrics import MetricsLogger
 
 
 def main(config: EvaluateConfig) -> dict[str, float]:
     """Evaluates one model and returns the averages that evaluation.json holds."""
     folder = Path(config.output_dir)
     runtime.setup()
+    runtime.check_run_folder(folder, config, may_differ=("mesh",))
     mesh = sharding.make_mesh(config.mesh)
     model = stages.open_model(config.model, mesh)
     reference = config.reference and stages.open_model(config.reference, mesh)
-    runtime.write_run_header(folder, config, may_differ=("mesh",))
     evaluator = stages.open_evaluation(
         config.evaluation, model, mesh, folder, beta=config.beta, reference=reference
     )
-    generations = evaluator.generate(model.load_frozen(), step=0)
-    metrics = summarize(generations, beta=config.beta)
-    if runtime.is_main_process():
-        with (folder / "generations.jsonl").open("w", encoding="utf-8") as file:
-            for generation in generations:
-                file.write(json.dumps(_jsonable(dataclasses.asdict(generation))) + "\n")
-        (folder / "evaluation.json").write_text(json.dumps(_jsonable(metrics), indent=2) + "\n")
-        show({name: round(value, 4) for name, value in metrics.items()})
+    runtime.write_run_header(folder, config)
+
+    sizes = config.evaluation.generation
+    path = folder / "generations.jsonl"
+    found = _read(path)
+    done = len(found) // sizes.num_samples
+    params = model.load_frozen() if done < sizes.num_prompts else None
+    with (
+        path.open("a", encoding="utf-8") as file,
+        MetricsLogger(
+            folder, total_steps=sizes.num_prompts, log_every=1, resume_step=done or None
+        ) as logger,
+    ):
+        for batch in evaluator.batches(params, step=0, first=done):
+            file.writelines(json.dumps(_jsonable(asdict(g))) + "\n" for g in batch)
+            file.flush()
+            found += batch
+            logger.log(len(found) // sizes.num_samples, summarize(found, beta=config.beta))
+    metrics = summarize(found, beta=config.beta)
+    (folder / "evaluation.json").write_text(json.dumps(_jsonable(metrics), indent=2) + "\n")
     return metrics
+
+
+def _read(path: Path) -> list[Generation]:
+    """What an interrupted evaluation has generated already."""
+    if not path.exists():
+        return []
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [
+        Generation(**{name: math.nan if value is None else value for name, value in row.items()})
+        for row in rows
+    ]
 
 
 def _jsonable(values: dict[str, Any]) -> dict[str, Any]:
@@ -47,4 +71,4 @@ def _jsonable(values: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_main(lambda config: main(config) and None, EvaluateConfig, description=__doc__)
+    run_main(main, EvaluateConfig, description=__doc__)

@@ -41,6 +41,7 @@ def main(config: QuickstartConfig) -> None:
     """Runs every stage, then summarises."""
     folder = Path(config.output_dir)
     runtime.setup()
+    runtime.check_run_folder(folder, config)
     runtime.write_run_header(folder, config)
     make_inputs(config, folder)
 

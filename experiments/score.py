@@ -20,10 +20,11 @@ def main(config: ScoreConfig) -> None:
     """Scores every group of the data set."""
     folder = Path(config.output_dir)
     runtime.setup()
+    runtime.check_run_folder(folder, config, may_differ=("mesh", "batch_size"))
     mesh = sharding.make_mesh(config.mesh)
     reference = stages.open_model(config.reference, mesh)
     dataset = stages.open_data(config.data, reference, folder, "groups")
-    runtime.write_run_header(folder, config, may_differ=("mesh", "batch_size"))
+    runtime.write_run_header(folder, config)
     rewards = WeightedRewards(config.rewards)
     seq_logp = GroupForward(
         partial(policy.seq_logp, reference.config, chunk=config.reference.logits_chunk),

@@ -15,7 +15,7 @@ import pytest
 from copg_jax import runtime
 from copg_jax.cli import load_config, option, section
 from copg_jax.errors import InputError
-from copg_jax.runtime import GracefulExit, write_run_header
+from copg_jax.runtime import GracefulExit, check_run_folder, write_run_header
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ def test_the_header_holds_the_resolved_config_and_the_versions(tmp_path):
 def test_the_same_config_resumes(tmp_path):
     write_run_header(tmp_path, Config())
     before = (tmp_path / "config.yaml").read_text()
+    check_run_folder(tmp_path, Config())
     write_run_header(tmp_path, Config())
     assert (tmp_path / "config.yaml").read_text() == before
 
@@ -55,7 +56,7 @@ def test_the_folder_of_another_run_is_refused_with_differences_and_fixes(tmp_pat
     write_run_header(tmp_path, Config())
     other = Config(beta=0.3, log_every=5, optim=Optim(2e-5))
     with pytest.raises(InputError) as caught:
-        write_run_header(tmp_path, other, may_differ=["log_every"])
+        check_run_folder(tmp_path, other, may_differ=["log_every"])
     text = str(caught.value)
     assert "beta: 0.1 -> 0.3" in text
     assert "optim.learning_rate: 1e-06 -> 2e-05" in text
@@ -68,27 +69,28 @@ def test_the_folder_of_another_run_is_refused_with_differences_and_fixes(tmp_pat
 def test_fields_that_may_differ_do_not_make_another_run(tmp_path, prefix):
     write_run_header(tmp_path, Config())
     changed = replace(Config(), optim=Optim(2e-5))
-    write_run_header(tmp_path, changed, may_differ=[prefix])
+    check_run_folder(tmp_path, changed, may_differ=[prefix])
+    write_run_header(tmp_path, changed)
     assert load_config(Config, [str(tmp_path / "config.yaml")]) == changed
 
 
 def test_a_prefix_ends_at_a_dot(tmp_path):
     write_run_header(tmp_path, Config())
     with pytest.raises(InputError, match=r"optim\.learning_rate"):
-        write_run_header(tmp_path, Config(optim=Optim(1.0)), may_differ=["opt"])
+        check_run_folder(tmp_path, Config(optim=Optim(1.0)), may_differ=["opt"])
 
 
 def test_an_unreadable_earlier_config_is_refused(tmp_path):
     (tmp_path / "config.yaml").write_text("a: [1\n")
     with pytest.raises(InputError, match="could not read it"):
-        write_run_header(tmp_path, Config())
+        check_run_folder(tmp_path, Config())
 
 
 def test_an_output_dir_that_is_a_file_is_refused(tmp_path):
     path = tmp_path / "run"
     path.write_text("")
     with pytest.raises(InputError, match="wanted a folder, got a file"):
-        write_run_header(path, Config())
+        check_run_folder(path, Config())
 
 
 def test_only_process_0_writes_the_header(tmp_path, monkeypatch):

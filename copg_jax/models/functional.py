@@ -70,6 +70,20 @@ def logical_axes(config: LlamaConfig, *, head: str = "lm") -> Params:
     return _map_specs(lambda spec: spec.axes, config, head)
 
 
+def cast_matrices(config: LlamaConfig, params: Params) -> Params:
+    """Cast the matrices to the compute dtype, which the forward pass does wherever it uses them.
+
+    Vectors (norm scales, score head) are used in float32 and stay, so that no result changes.
+    """
+
+    def cast(axes: tuple[str | None, ...], leaf: jax.Array) -> jax.Array:
+        return leaf if len(axes) - ("layers" in axes) == 1 else leaf.astype(config.dtype)
+
+    head = "score" if "score" in params else "lm"
+    axes = logical_axes(config, head=head)
+    return jax.tree.map(cast, axes, params, is_leaf=lambda node: isinstance(node, tuple))
+
+
 def output_matrix(params: Params) -> jax.Array:
     """The matrix [D, V] that turns hidden states into logits; the embedding's transpose if tied."""
     return params["lm_head"] if "lm_head" in params else params["embed_tokens"].T
