@@ -1,0 +1,73 @@
+"""What the README tells a reader to type exists and is accepted."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from copg_jax import rewards
+from copg_jax.cli import load_config
+from copg_jax.config import (
+    EvaluateConfig,
+    PolicyConfig,
+    QuickstartConfig,
+    RewardModelConfig,
+    ScoreConfig,
+    SFTConfig,
+)
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+STAGES = {
+    "train_sft": SFTConfig,
+    "train_reward": RewardModelConfig,
+    "score": ScoreConfig,
+    "train_policy": PolicyConfig,
+    "evaluate": EvaluateConfig,
+    "quickstart": QuickstartConfig,
+}
+
+
+def shell_commands() -> list[list[str]]:
+    """Arguments of each command in the README's bash blocks, comments left out."""
+    blocks = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+STAGE_COMMANDS = [
+    command
+    for command in shell_commands()
+    if command[:2] == ["python", "-m"] and command[2].removeprefix("experiments.") in STAGES
+]
+
+
+def test_the_readme_shows_every_stage_but_the_quickstart():
+    shown = {command[2].removeprefix("experiments.") for command in STAGE_COMMANDS}
+    assert shown == set(STAGES) - {"quickstart"}
+
+
+@pytest.mark.parametrize("command", STAGE_COMMANDS, ids=" ".join)
+def test_a_stage_command_of_the_readme_is_a_valid_config(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    load_config(STAGES[command[2].removeprefix("experiments.")], command[3:])
+
+
+def test_make_targets_of_the_readme_exist():
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = {command[1] for command in shell_commands() if command[0] == "make"}
+    assert named and named <= set(targets)
+
+
+def test_files_that_the_readme_links_to_exist():
+    links = re.findall(r"\]\(([^)#]+)\)", TEXT)
+    local = [link for link in links if "://" not in link]
+    assert local
+    assert [link for link in local if not (ROOT / link).exists()] == []
+
+
+def test_shipped_rewards_named_in_the_readme_exist():
+    named = re.findall(r"copg_jax\.rewards\.(\w+)", TEXT)
+    assert named
+    assert [name for name in named if not hasattr(rewards, name)] == []
