@@ -4,7 +4,7 @@
 2. `optimal_policy` π*, `rl_objective` J (Eq. 2 and 11), `kl`, `regret`;
 3. `copg_population_objective` L (Eq. 6 and 13), through `losses.copg_objective`, and its square form (Eq. 15);
 4. `pair_weights`, `pair_laplacian`, `pair_components`: which arms the pairs compare, i.e. when L has one maximiser;
-5. `copg_maximiser`: that maximiser by linear algebra, for the population or for a data set.
+5. `reward_pull`, `copg_maximiser`: that maximiser by linear algebra, for the population or for a data set.
 
 A policy is given as `log_policy` = ln π, [..., A]; leading axes are contexts (prompts).
 """
@@ -229,20 +229,23 @@ def pair_components(weights: ArrayLike) -> np.ndarray:
     return np.unique(reach.argmax(-1), return_inverse=True)[1]
 
 
-def copg_maximiser(weights: Array, reward_gap: Array, beta: ArrayLike) -> Array:
-    """Log-ratios that maximise Σ_{ab} W_ab (ΔR_ab Δ_ab − (β/2) Δ_ab²), by linear algebra, summing to 0 over arms.
+def reward_pull(weights: Array, reward_gap: Array) -> Array:
+    """Gradient of L in the logits at π = π_ref: Σ_b W_ab ΔR_ab; [..., A, A] twice → [..., A], reward units."""
+    return (weights * reward_gap).sum(-1)
 
-    In the logits L is a quadratic: the normaliser of the softmax cancels in every gap. The stationary point solves
-    ``β Laplacian(W) λ = Σ_b W_ab ΔR_ab``; add ln π_ref and normalise to get the policy.
+
+def copg_maximiser(weights: Array, pull: Array, beta: ArrayLike) -> Array:
+    """Log-ratios that maximise L, for a population or a data set, by linear algebra: β Laplacian(W) λ = pull.
+
+    In the logits L is a quadratic: the normaliser of the softmax cancels in every gap Δ.
 
     Args:
         weights: how often a and b meet, symmetric; [..., A, A].
-        reward_gap: mean observed R(a) − R(b), antisymmetric, reward units; [..., A, A].
+        pull: gradient of L at π_ref in the same units, see `reward_pull`; [..., A].
         beta: KL coefficient β > 0; scalar.
 
     Returns:
-        Log-ratios, nats, of minimal norm where the pairs leave them undetermined; [..., A].
+        λ in nats, summing to 0 over each connected set of arms, as gradient ascent from π_ref would leave it; [..., A].
     """
-    pull = (weights * reward_gap).sum(-1)
     inverse = jnp.linalg.pinv(pair_laplacian(weights), rtol=1e-12, hermitian=True)
     return (inverse @ pull[..., None])[..., 0] / beta

@@ -100,9 +100,8 @@ def test_the_maximiser_by_linear_algebra_is_pi_star(random_bandits):
 
     def solve(bandit):
         gap = bandit.reward[..., :, None] - bandit.reward[..., None, :]
-        ratio = exact.copg_maximiser(
-            exact.pair_weights(bandit.mu1, bandit.mu2), gap, bandit.beta
-        )
+        weights = exact.pair_weights(bandit.mu1, bandit.mu2)
+        ratio = exact.copg_maximiser(weights, exact.reward_pull(weights, gap), bandit.beta)
         return jax.nn.log_softmax(jnp.log(bandit.ref) + ratio, axis=-1)
 
     distance = jax.vmap(exact.total_variation)(

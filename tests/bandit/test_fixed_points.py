@@ -68,7 +68,7 @@ def test_ipo_ends_elsewhere_because_it_fits_the_expected_preference(paper_bandit
     reward = paper_bandit.reward
     gap = jax.nn.sigmoid(reward[:, None] - reward[None, :]) - 0.5
     weights = exact.pair_weights(paper_bandit.mu1, paper_bandit.mu2)
-    ratio = exact.copg_maximiser(weights, gap, paper_bandit.beta)
+    ratio = exact.copg_maximiser(weights, exact.reward_pull(weights, gap), paper_bandit.beta)
     end = population.fixed_point(
         lambda z: population.direction("ipo", z, paper_bandit), jnp.zeros(3)
     )
