@@ -9,11 +9,13 @@ contract of TRL and tunix), named by its dotted path.
    rescoring and generation evaluation, because all of them call it.
 """
 
+import hashlib
 import importlib
+import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -133,6 +135,11 @@ class WeightedRewards:
             )
         self._parts = [(spec, load_reward(spec)) for spec in specs]
 
+    @property
+    def provenance(self) -> list[dict[str, Any]]:
+        """Each spec with a hash of what computes it: a model's weights, or a function's source."""
+        return [asdict(spec) | {"hash": _fingerprint(function)} for spec, function in self._parts]
+
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], columns: dict[str, Sequence[Any]]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -143,6 +150,15 @@ class WeightedRewards:
             parts[spec.function] = values
             total = total + spec.weight * values
         return total, parts
+
+
+def _fingerprint(function: RewardFn) -> str:
+    """The function's own `fingerprint`, else a hash of the module that defines it."""
+    own = getattr(function, "fingerprint", None)
+    if own is not None:
+        return own
+    module = inspect.getmodule(function)
+    return hashlib.sha256(inspect.getsource(module or type(function)).encode()).hexdigest()
 
 
 def length(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
@@ -224,6 +240,7 @@ class RewardModel:
         max_prompt_tokens: int = 512,
     ):
         folder = hf_weights.resolve(path)
+        self.fingerprint = hf_weights.params_hash(folder)
         self._config = replace(hf_weights.read_config(folder), dtype=dtype)
         self._encoder = Encoder(load_tokenizer(folder))
         # Every completion gets a reward, however long it is.

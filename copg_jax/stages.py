@@ -9,7 +9,7 @@
 import gc
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -137,12 +137,12 @@ def require_scored(config: PolicyConfig, model: Model, dataset: GroupDataset) ->
         )
 
 
-def side_car(config: ScoreConfig, reference: Model) -> scored.SideCar:
+def side_car(config: ScoreConfig, reference: Model, rewards: WeightedRewards) -> scored.SideCar:
     """What a scored folder is made of, before its first part is written."""
     return scored.SideCar(
         tokenizer_hash=tokenizer_hash(reference.tokenizer),
         reference_hash=hf_weights.params_hash(reference.folder),
-        rewards=[asdict(spec) for spec in config.rewards],
+        rewards=rewards.provenance,
         limits=config.data.limits._asdict(),
         complete=False,
     )

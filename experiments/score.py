@@ -39,7 +39,7 @@ def main(config: ScoreConfig) -> None:
         part_size=config.part_size,
         rewards=rewards,
         seq_logp=seq_logp,
-        side_car=stages.side_car(config, reference),
+        side_car=stages.side_car(config, reference, rewards),
     )
 
 

@@ -33,7 +33,7 @@ TIMES = ("yesterday", "today", "last week", "last night")
 ASKS = ("should I say it?", "should I let it go?", "should I ask for money?", "should I move out?")
 SUBREDDITS = ["relationships", "AskReddit", "tifu", "advice"]
 FILLERS = ("so basically", "long story short", "you know", "i guess")
-RAMBLING = "it was a long day and i was there and it was not so bad and i still do not know"
+RAMBLING = "it was a long day and i was there and it was bad"
 
 # Share of summaries with each flaw drawn first; a flawed one gets a second flaw three times in ten.
 FLAWS = {
