@@ -35,17 +35,16 @@ def main(config: EvaluateConfig) -> dict[str, float]:
 
     sizes = config.evaluation.generation
     path = folder / "generations.jsonl"
-    found = _read(path)
+    found = _read(path, sizes.num_samples)
     done = len(found) // sizes.num_samples
     params = model.load_frozen() if done < sizes.num_prompts else None
-    with (
-        path.open("a", encoding="utf-8") as file,
-        MetricsLogger(
-            folder, total_steps=sizes.num_prompts, log_every=1, resume_step=done or None
-        ) as logger,
-    ):
+    logger = MetricsLogger(
+        folder, total_steps=sizes.num_prompts, log_every=1, resume_step=done or None
+    )
+    with path.open("w", encoding="utf-8") as file, logger:
+        file.writelines(map(_line, found))
         for batch in evaluator.batches(params, step=0, first=done):
-            file.writelines(json.dumps(_jsonable(asdict(g))) + "\n" for g in batch)
+            file.writelines(map(_line, batch))
             file.flush()
             found += batch
             logger.log(len(found) // sizes.num_samples, summarize(found, beta=config.beta))
@@ -54,15 +53,21 @@ def main(config: EvaluateConfig) -> dict[str, float]:
     return metrics
 
 
-def _read(path: Path) -> list[Generation]:
-    """What an interrupted evaluation has generated already."""
-    if not path.exists():
-        return []
-    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return [
-        Generation(**{name: math.nan if value is None else value for name, value in row.items()})
-        for row in rows
-    ]
+def _read(path: Path, num_samples: int) -> list[Generation]:
+    """What an interrupted evaluation has generated: whole prompts, without a line cut short."""
+    found: list[Generation] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        row = {name: math.nan if value is None else value for name, value in row.items()}
+        found.append(Generation(**row))
+    return found[: len(found) // num_samples * num_samples]
+
+
+def _line(generation: Generation) -> str:
+    return json.dumps(_jsonable(asdict(generation)), ensure_ascii=False) + "\n"
 
 
 def _jsonable(values: dict[str, Any]) -> dict[str, Any]:
