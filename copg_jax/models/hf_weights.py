@@ -111,11 +111,9 @@ def _read_rope(rope: Mapping[str, Any], file: Path) -> tuple[float, RopeScaling 
         )
     if kind == "default":
         return float(rope["rope_theta"]), None
-    fields = [field.name for field in dataclasses.fields(RopeScaling)]
-    missing = [name for name in fields if name not in rope]
-    if missing:
-        raise InputError(f"{file}: rope_scaling of type llama3 lacks {', '.join(missing)}")
-    return float(rope["rope_theta"]), RopeScaling(**{name: rope[name] for name in fields})
+    fields = {field.name for field in dataclasses.fields(RopeScaling)}
+    scaling = RopeScaling(**{name: value for name, value in rope.items() if name in fields})
+    return float(rope["rope_theta"]), scaling
 
 
 class SafetensorsFolder:

@@ -1,4 +1,4 @@
-"""Record the logits and rewards of the Hugging Face torch models: `python -m tests.models.record_golden`.
+"""Record what the Hugging Face torch models give: `python -m tests.models.record_golden`.
 
 1. The tiny checkpoints of tests/models/tiny.py are written to a temporary folder.
 2. torch runs them on fixed ids; the results go to tests/models/golden/<kind>.npz.

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ def test_logits_equal_the_hugging_face_model(kind: str, tmp_path: Path) -> None:
     config = hf_weights.read_config(tmp_path)
     params = hf_weights.load_params(tmp_path, config, head="lm")
     length = jnp.full((len(tokens),), PROMPT)
-    hidden = functional.apply(
+    hidden = jax.jit(functional.apply, static_argnums=0)(
         config, params, tokens[:, :PROMPT], length, tokens[:, None, PROMPT:]
     )
     matrix = functional.output_matrix(params)
@@ -41,7 +42,7 @@ def test_rewards_equal_the_hugging_face_sequence_classifier(kind: str, tmp_path:
     tiny.write_checkpoint(tmp_path, kind, "score")
     config = hf_weights.read_config(tmp_path)
     params = hf_weights.load_params(tmp_path, config, head="score")
-    ours = reward(
+    ours = jax.jit(reward, static_argnums=0)(
         config,
         params,
         rows[:, :PROMPT],

@@ -4,8 +4,10 @@ Weights come from RandomState, whose stream NumPy guarantees for ever, so that g
 need to carry them. Names, shapes and config keys are spelled out here a second time on purpose.
 """
 
+import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,13 +118,29 @@ def tokenizer() -> transformers.PreTrainedTokenizerBase:
     )
 
 
-def logits(hidden: jax.Array, output_matrix: jax.Array) -> jax.Array:
+def logits(hidden: jax.Array, output_matrix: jax.Array) -> np.ndarray:
     """Logits of any hidden states."""
-    return jnp.einsum("...d,dv->...v", hidden, output_matrix)
+    return np.asarray(hidden) @ np.asarray(output_matrix)
 
 
+def sequences(group: Any) -> jax.Array:
+    """Each completion after its prompt, without a gap: ids [B * K, P + C], right-padded with 0."""
+    b, k, c = group.completion_tokens.shape
+    rows = np.zeros((b, k, group.prompt_tokens.shape[1] + c), np.int32)
+    for i, j in np.ndindex(b, k):
+        length = group.prompt_length[i]
+        rows[i, j, :length] = group.prompt_tokens[i, :length]
+        rows[i, j, length : length + c] = group.completion_tokens[i, j]
+    return jnp.asarray(rows.reshape(b * k, -1))
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def plain_hidden(config: LlamaConfig, params: Params, tokens: jax.Array) -> jax.Array:
-    """The model on one unpadded sequence [T] -> [T, D]: no groups, no scan, kv repeated."""
+    """The model on rows of ids [N, T] -> [N, T, D]: no groups, no scan, kv heads repeated."""
+    return jax.vmap(lambda row: _plain_row(config, params, row))(tokens)
+
+
+def _plain_row(config: LlamaConfig, params: Params, tokens: jax.Array) -> jax.Array:
 
     def norm(x, scale):
         return x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + config.rms_norm_eps) * scale[None]

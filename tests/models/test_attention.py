@@ -1,0 +1,99 @@
+"""Who sees whom; a wrong mask changes the result."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from copg_jax.models import attention
+from copg_jax.models.attention import completion_attention, prompt_attention
+
+B, K, P, C, H, KV, HD = 2, 2, 5, 4, 4, 2, 6
+LENGTH = jnp.array([3, 5])
+
+
+def _normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def _completion_inputs():
+    q = _normal(0, B, K, C, H, HD)
+    prompt = _normal(1, B, P, KV, HD), _normal(2, B, P, KV, HD)
+    own = _normal(3, B, K, C, KV, HD), _normal(4, B, K, C, KV, HD)
+    return q, prompt, own
+
+
+def _dense(q, prompt, own, sees):
+    """Softmax over every key that `sees(b, n, t, source, position)` allows; source -1 = prompt."""
+    out = np.zeros((B, K, C, H, HD))
+    for b, n, t, h in np.ndindex(B, K, C, H):
+        keys, values, g = [], [], h // (H // KV)
+        for source in range(-1, K):
+            k, v = (x[b] if source < 0 else y[b, source] for x, y in zip(prompt, own, strict=True))
+            for position in range(len(k)):
+                if sees(b, n, t, source, position):
+                    keys.append(k[position, g])
+                    values.append(v[position, g])
+        scores = np.array(keys) @ np.asarray(q[b, n, t, h]) / HD**0.5
+        weights = np.exp(scores - scores.max())
+        out[b, n, t, h] = weights / weights.sum() @ np.array(values)
+    return out
+
+
+def _right(b, n, t, source, position):
+    return position < LENGTH[b] if source < 0 else source == n and position <= t
+
+
+def test_completion_attention_is_one_softmax_over_prompt_and_own_past():
+    q, prompt, own = _completion_inputs()
+    actual = completion_attention(q, *prompt, LENGTH, *own, 0)
+    np.testing.assert_allclose(actual, _dense(q, prompt, own, _right), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda b, n, t, s, p: p < LENGTH[b] if s < 0 else s <= n and (s < n or p <= t),
+        lambda b, n, t, s, p: p < LENGTH[b] if s < 0 else s == n and (p < t or t == 0 == p),
+        lambda b, n, t, s, p: True if s < 0 else s == n and p <= t,
+        lambda b, n, t, s, p: p < LENGTH[b] if s < 0 else s == n,
+    ],
+    ids=["sees an earlier completion", "misses itself", "sees padding", "sees its future"],
+)
+def test_a_wrong_mask_gives_another_result(wrong):
+    q, prompt, own = _completion_inputs()
+    actual = completion_attention(q, *prompt, LENGTH, *own, 0)
+    assert np.abs(actual - _dense(q, prompt, own, wrong)).max() > 1e-2
+
+
+def test_single_queries_give_the_rows_of_the_whole():
+    q, prompt, own = _completion_inputs()
+    whole = completion_attention(q, *prompt, LENGTH, *own, 0)
+    for t in range(C):
+        row = completion_attention(q[:, :, t : t + 1], *prompt, LENGTH, *own, t)
+        np.testing.assert_allclose(row[:, :, 0], whole[:, :, t], atol=1e-5)
+
+
+def test_prompt_attention_is_completion_attention_without_a_prompt():
+    q, _, own = _completion_inputs()
+    first = [x[:, 0] for x in (q, *own)]
+    actual = prompt_attention(*first, jnp.full((B,), C))
+    sees = lambda b, n, t, s, p: s == n and p <= t  # noqa: E731
+    empty = (jnp.zeros((B, 0, KV, HD)), jnp.zeros((B, 0, KV, HD)))
+    np.testing.assert_allclose(actual, _dense(q, empty, own, sees)[:, 0], atol=1e-5)
+
+
+def test_prompt_padding_is_never_seen():
+    q, k, v = (_normal(i, B, P, heads, HD) for i, heads in enumerate((H, KV, KV)))
+    loud = jnp.where((jnp.arange(P)[None, :] < LENGTH[:, None])[..., None, None], v, 1e6)
+    assert np.abs(prompt_attention(q, k, loud, LENGTH)).max() < 10
+
+
+def test_softmax_is_taken_in_float32_for_bfloat16_inputs():
+    q, k, v = (
+        _normal(i, B, P, heads, HD).astype("bfloat16") for i, heads in enumerate((H, KV, KV))
+    )
+    jaxpr = str(jax.make_jaxpr(prompt_attention)(q, k, v, LENGTH))
+    exponentials = [line for line in jaxpr.splitlines() if " exp " in line]
+    assert exponentials and all("f32" in line for line in exponentials)
+    assert attention.prompt_attention(q, k, v, LENGTH).dtype == jnp.bfloat16
