@@ -38,13 +38,18 @@ class BanditConfig:
     num_epochs: int = option(100, "passes over the data set")
     learning_rate: float = option(1e-3, "Adam step size, nats")
     num_seeds: int = option(64, "independent data sets and orders")
-    seed: int = option(0, "seed of the first data set")
+    seed: int = option(0, "seed of the data sets and of the order of batches")
+    long_num_epochs: int = option(1000, "passes of the longer runs that show where curves end")
+    long_num_seeds: int = option(8, "data sets of the longer runs")
     output_dir: str = option("runs/bandit", "where the figure, the CSV and summary.json go")
 
     def __post_init__(self) -> None:
-        for name in ("num_pairs", "batch_size", "num_epochs", "num_seeds"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: wanted at least 1, got {getattr(self, name)}.")
+        for field in ("pairs", "epochs", "seeds"):
+            for name in (f"num_{field}", f"long_num_{field}"):
+                if getattr(self, name, 1) < 1:
+                    raise InputError(f"{name}: wanted at least 1, got {getattr(self, name)}.")
+        if self.batch_size < 1:
+            raise InputError(f"batch_size: wanted at least 1, got {self.batch_size}.")
         if self.batch_size > self.num_pairs:
             raise InputError(
                 f"batch_size: wanted at most num_pairs ({self.num_pairs}), got {self.batch_size}."

@@ -1,0 +1,101 @@
+"""Figure 1: `python -m experiments.bandit [configs/bandit.yaml] [key=value ...]`.
+
+Trains every algorithm over seeds and writes figure1.png, regret.csv and summary.json to `output_dir`.
+"""
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from copg_jax.bandit import exact, figures, population, train
+from copg_jax.cli import run_main
+
+ALGORITHMS = tuple(train.OBJECTIVES)
+
+
+def fixed_point_regrets(bandit: exact.Bandit) -> dict[str, float]:
+    """Regret where the expected update of each algorithm settles, from π_ref."""
+
+    def regret(name: str) -> float:
+        follow = lambda logits: population.direction(name, logits, bandit)
+        end = jax.jit(lambda logits: population.fixed_point(follow, logits))(jnp.log(bandit.ref))
+        return max(0.0, float(exact.regret(end, bandit)))  # rounding may leave −1e-17
+
+    return {name: regret(name) for name in ALGORITHMS}
+
+
+def train_seeds(config: train.BanditConfig) -> np.ndarray:
+    """Regret over training, [seeds, steps + 1, algorithms]."""
+    keys = jax.random.split(jax.random.key(config.seed), config.num_seeds)
+    return np.asarray(jax.jit(jax.vmap(train.make_train(config)))(keys))
+
+
+def write_csv(path: Path, regret: np.ndarray) -> None:
+    """One row per step: mean and standard deviation over seeds of each algorithm."""
+    header = ["step", *(f"{name}_{what}" for name in ALGORITHMS for what in ("mean", "std"))]
+    values = np.stack([regret.mean(0), regret.std(0)], axis=-1).reshape(regret.shape[1], -1)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows([step, *(f"{v:.6g}" for v in row)] for step, row in enumerate(values))
+
+
+def write_figure(path: Path, short: np.ndarray, long: np.ndarray, ends: dict[str, float]) -> None:
+    """Left: the paper's figure 1. Right: the same runs continued, towards their fixed points."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figures.draw_regret(left, short, ALGORITHMS, ends=ends)
+    left.set_title(f"the paper's {short.shape[1] - 1:,} steps, {short.shape[0]} seeds", fontsize=10)
+    figures.draw_regret(right, np.maximum(long, 1e-9), ALGORITHMS, ends=ends, log=True)
+    right.set_title(f"continued to {long.shape[1] - 1:,} steps, {long.shape[0]} seeds", fontsize=10)
+    right.set(xlim=(10, long.shape[1] - 1), ylim=(1e-6, 1))
+    right.legend(frameon=False, fontsize=9, loc="lower left")
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+
+
+def main(config: train.BanditConfig) -> None:
+    """Runs the experiment of a config."""
+    output = Path(config.output_dir)
+    with jax.enable_x64(True):
+        bandit = train.bandit_from_config(config)
+        ends = fixed_point_regrets(bandit)
+        short = train_seeds(config)
+        long = train_seeds(
+            dataclasses.replace(
+                config, num_epochs=config.long_num_epochs, num_seeds=config.long_num_seeds
+            )
+        )
+        summary = {
+            "pi_star": np.exp(exact.optimal_policy(bandit)).tolist(),
+            "J_star": float(exact.optimal_value(bandit)),
+            "regret_uniform": float(exact.regret(jnp.full_like(bandit.ref, -jnp.log(bandit.ref.size)), bandit)),
+        }
+    last = {"final_regret": short[:, -1], "long_run_regret": long[:, -1]}
+    for key, values in last.items():
+        summary[key] = {
+            name: {"mean": float(values[:, i].mean()), "std": float(values[:, i].std())}
+            for i, name in enumerate(ALGORITHMS)
+        }
+    summary |= {"fixed_point_regret": ends, "steps": short.shape[1] - 1}
+    summary |= {"long_run_steps": long.shape[1] - 1}
+    output.mkdir(parents=True, exist_ok=True)
+    write_csv(output / "regret.csv", short)
+    write_figure(output / "figure1.png", short, long, ends)
+    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    for name in ALGORITHMS:
+        final = summary["final_regret"][name]
+        print(f"{name:9s} regret {final['mean']:.4f} ± {final['std']:.4f}, ends at {ends[name]:.5f}")
+    print(f"wrote {output}/figure1.png, regret.csv, summary.json")
+
+
+if __name__ == "__main__":
+    run_main(main, train.BanditConfig, description="Figure 1: the bandit of Sec. 5")
