@@ -285,7 +285,7 @@ def make_train_step(
         # A batch of ties has weight 0 and gradient 0: no update, rather than 0/0.
         scale = 1.0 / jnp.maximum(aux.weight, 1e-6)
         grads = jax.tree.map(lambda g: g * scale, grads)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
