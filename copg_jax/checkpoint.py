@@ -4,6 +4,7 @@ One folder a saved step; the newest and the best (by a metric given when saving)
 order needs no file of its own: batches are a function of the step.
 """
 
+import math
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -75,13 +76,22 @@ class Checkpoints:
         value, step = max(found)
         return step, value
 
-    def save(self, step: int, state: TrainState, metrics: dict[str, float] | None = None) -> None:
-        """Starts saving `state` as `step` and returns once it may be donated; a step saved before
-        is left alone.
+    def save(self, step: int, state: TrainState, value: float | None = None) -> None:
+        """Starts saving `state` as `step` and returns once the state may be donated.
+
+        Args:
+            step: a step saved before is left alone.
+            state: what to save.
+            value: the metric that ranks the step; None or NaN leaves it out of the ranking.
         """
         if step in self._manager.all_steps():
             return
-        self._manager.save(step, args=ocp.args.StandardSave(state._asdict()), metrics=metrics)
+        ranked = self._best_metric is not None and value is not None and math.isfinite(value)
+        self._manager.save(
+            step,
+            args=ocp.args.StandardSave(state._asdict()),
+            metrics={self._best_metric: value} if ranked else None,
+        )
 
     def restore(self, step: int, state: TrainState, shardings: TrainState) -> TrainState:
         """Reads the state of `step` straight into its shards; the mesh may differ from the one it

@@ -239,7 +239,7 @@ class GenerationEvaluator:
         """Fills in the rewards."""
         repeated = [prompt for prompt in chunk for _ in range(self._generation.num_samples)]
         names = sorted({name for prompt in chunk for name in prompt.columns})
-        columns = {name: [prompt.columns.get(name) for prompt in repeated] for name in names}
+        columns = {name: [row.columns.get(name) for row in repeated] for name in names}
         rewards, _ = self._rewards(
             [g.prompt for g in found], [g.completion for g in found], columns
         )

@@ -19,10 +19,9 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
 
 
-def regularized_reward(log_ratio: Array, reward: Array, *, beta: ArrayLike) -> Array:
+def regularized_reward(log_ratio: Array, reward: Array, *, beta: float | Array) -> Array:
     """R^π_β(y) = R(y) − β ln(π(y)/π_ref(y)), Eq. (1).
 
     Args:
@@ -37,7 +36,7 @@ def regularized_reward(log_ratio: Array, reward: Array, *, beta: ArrayLike) -> A
     return reward - beta * log_ratio
 
 
-def copg_gradient(log_ratio: Array, reward: Array, *, beta: ArrayLike) -> Array:
+def copg_gradient(log_ratio: Array, reward: Array, *, beta: float | Array) -> Array:
     """∂ℓ_CoPG/∂λ_i of a group, Eq. (9) and (16) averaged over the partners of i; ascent direction.
 
     Sums Eq. (9) over the k − 1 pairs that contain i and divides by k − 1:
@@ -56,7 +55,7 @@ def copg_gradient(log_ratio: Array, reward: Array, *, beta: ArrayLike) -> Array:
     return pair.sum(-1) / (value.shape[-1] - 1)
 
 
-def rloo_gradient(log_ratio: Array, reward: Array, *, beta: ArrayLike) -> Array:
+def rloo_gradient(log_ratio: Array, reward: Array, *, beta: float | Array) -> Array:
     """RLOO-k coefficients R^π_β(y_i) − mean_{j≠i} R^π_β(y_j) (proof of Prop. 2); ascent direction.
 
     Args and returns are those of `copg_gradient`; it equals that function (Prop. 2).
@@ -66,7 +65,9 @@ def rloo_gradient(log_ratio: Array, reward: Array, *, beta: ArrayLike) -> Array:
     return value - leave_one_out
 
 
-def pg_gradient(log_ratio: Array, reward: Array, *, beta: ArrayLike, baseline: ArrayLike) -> Array:
+def pg_gradient(
+    log_ratio: Array, reward: Array, *, beta: float | Array, baseline: float | Array
+) -> Array:
     """Policy gradient coefficients R^π_β(y_i) − b (Eq. 3; ∇ℓ_PG of Sec. 5); ascent direction.
 
     Args:
@@ -82,7 +83,7 @@ def pg_gradient(log_ratio: Array, reward: Array, *, beta: ArrayLike, baseline: A
     return value - jnp.broadcast_to(jnp.asarray(baseline), value.shape[:-1])[..., None]
 
 
-def ipo_gradient(log_ratio: Array, reward: Array, *, beta: ArrayLike) -> Array:
+def ipo_gradient(log_ratio: Array, reward: Array, *, beta: float | Array) -> Array:
     """∂/∂λ of the IPO loss (½ − βΔ)² of a pair (proof of Prop. 3); descent is along its negative.
 
     The paper's Prop. 3 lacks a ∇ on its right-hand side and its proof once writes −¼ for the
@@ -104,7 +105,7 @@ def ipo_gradient(log_ratio: Array, reward: Array, *, beta: ArrayLike) -> Array:
     return jnp.stack([first, -first], axis=-1)
 
 
-def dpo_gradient(log_ratio: Array, reward: Array, *, beta: ArrayLike) -> Array:
+def dpo_gradient(log_ratio: Array, reward: Array, *, beta: float | Array) -> Array:
     """∂/∂λ of the DPO loss −ln σ(βΔ) of a pair: −β σ(−βΔ) on the winner; descent is along its
     negative.
 
@@ -119,7 +120,7 @@ def dpo_gradient(log_ratio: Array, reward: Array, *, beta: ArrayLike) -> Array:
 
 
 def population_copg_gradient(
-    log_ratio: Array, reward: Array, mu1: Array, mu2: Array, *, beta: ArrayLike
+    log_ratio: Array, reward: Array, mu1: Array, mu2: Array, *, beta: float | Array
 ) -> Array:
     """∂L/∂ln π(a) of every arm, Eq. (7); ascent direction.
 
@@ -144,7 +145,7 @@ def population_copg_gradient(
 
 
 def population_pg_gradient(
-    log_ratio: Array, reward: Array, mu: Array, *, beta: ArrayLike, baseline: ArrayLike
+    log_ratio: Array, reward: Array, mu: Array, *, beta: float | Array, baseline: float | Array
 ) -> Array:
     """E_{y∼μ}[(R^π_β(y) − b) ∇ln π(y)] as coefficients on every arm (Eq. 3 with μ in place of π);
     ascent direction.
@@ -165,7 +166,7 @@ def population_pg_gradient(
 
 
 def population_rloo_gradient(
-    log_ratio: Array, reward: Array, samplers: Array, *, beta: ArrayLike
+    log_ratio: Array, reward: Array, samplers: Array, *, beta: float | Array
 ) -> Array:
     """E[Σ_i w_i ∇ln π(y_i)] of RLOO-k, equally CoPG-k, when y_i ∼ μ_i independently; ascent
     direction.
@@ -195,7 +196,7 @@ def _population_preference_gradient(weights: Array, residual: Array) -> Array:
 
 
 def population_ipo_gradient(
-    log_ratio: Array, reward: Array, mu1: Array, mu2: Array, *, beta: ArrayLike
+    log_ratio: Array, reward: Array, mu1: Array, mu2: Array, *, beta: float | Array
 ) -> Array:
     """E of `ipo_gradient` when a beats b with probability σ(R(a) − R(b)) (Sec. 5); descent is along
     its negative.
@@ -221,7 +222,7 @@ def population_ipo_gradient(
 
 
 def population_dpo_gradient(
-    log_ratio: Array, reward: Array, mu1: Array, mu2: Array, *, beta: ArrayLike
+    log_ratio: Array, reward: Array, mu1: Array, mu2: Array, *, beta: float | Array
 ) -> Array:
     """E of `dpo_gradient` when a beats b with probability σ(R(a) − R(b)); descent is along its
     negative.

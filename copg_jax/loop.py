@@ -150,17 +150,19 @@ def run(
 
     def evaluate_and_save(step: int, state: TrainState) -> None:
         nonlocal best
-        metrics: dict[str, float] = {}
+        value: float | None = None
         if evaluate is not None and (step % eval_every == 0 or step == num_steps):
             metrics, texts = evaluate(state.params, step)
             logger.log(step, metrics, text=texts)
-        scored = best_metric is not None and step > 0 and best_metric in metrics
-        is_best = scored and metrics[best_metric] > best
-        if is_best:
-            best = metrics[best_metric]
+            value = metrics.get(best_metric) if best_metric is not None else None
         # The state before training is the model it started from: no checkpoint of its own.
-        if step and (is_best or step == num_steps or step % save_every == 0):
-            checkpoints.save(step, state, {best_metric: metrics[best_metric]} if scored else None)
+        if step == 0:
+            return
+        is_best = value is not None and value > best
+        if is_best:
+            best = value
+        if is_best or step == num_steps or step % save_every == 0:
+            checkpoints.save(step, state, value)
 
     pending: _Pending | None = None
     with GracefulExit() as exit_request:

@@ -19,7 +19,6 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
 
 
 def _present(mask: Array | None, like: Array) -> Array:
@@ -48,7 +47,7 @@ def _num_others(mask: Array) -> Array:
 
 
 def copg_objective(
-    log_ratio: Array, reward: Array, *, beta: ArrayLike, mask: Array | None = None
+    log_ratio: Array, reward: Array, *, beta: float | Array, mask: Array | None = None
 ) -> Array:
     """CoPG objective of each group, Eq. (5) summed over pairs; maximised.
 
@@ -78,7 +77,7 @@ def copg_objective(
 
 
 def copg_loss(
-    log_ratio: Array, reward: Array, *, beta: ArrayLike, mask: Array | None = None
+    log_ratio: Array, reward: Array, *, beta: float | Array, mask: Array | None = None
 ) -> Array:
     """Negative `copg_objective`; minimised. Same arguments, [..., K] → [...]."""
     return -copg_objective(log_ratio, reward, beta=beta, mask=mask)
@@ -111,7 +110,7 @@ def _mean_over_preferences(gap_loss: Callable[[Array], Array], score: Array, pre
 
 
 def dpo_loss(
-    log_ratio: Array, reward: Array, *, beta: ArrayLike, mask: Array | None = None
+    log_ratio: Array, reward: Array, *, beta: float | Array, mask: Array | None = None
 ) -> Array:
     """DPO loss −ln σ(βΔ) with the preference read off the rewards (Rafailov et al. 2023, Eq. 7);
     minimised.
@@ -133,7 +132,7 @@ def dpo_loss(
 
 
 def ipo_loss(
-    log_ratio: Array, reward: Array, *, beta: ArrayLike, mask: Array | None = None
+    log_ratio: Array, reward: Array, *, beta: float | Array, mask: Array | None = None
 ) -> Array:
     """IPO loss (½ − βΔ)² with the preference read off the rewards (the paper's form, Prop. 3);
     minimised.
@@ -154,8 +153,8 @@ def pg_objective(
     log_ratio: Array,
     reward: Array,
     *,
-    beta: ArrayLike,
-    baseline: ArrayLike,
+    beta: float | Array,
+    baseline: float | Array,
     mask: Array | None = None,
 ) -> Array:
     """Policy gradient surrogate Σ_i sg[R^π_β(y_i) − b]·λ_i, whose gradient is the paper's ∇ℓ_PG
@@ -182,7 +181,7 @@ def pg_objective(
 
 
 def rloo_objective(
-    log_ratio: Array, reward: Array, *, beta: ArrayLike, mask: Array | None = None
+    log_ratio: Array, reward: Array, *, beta: float | Array, mask: Array | None = None
 ) -> Array:
     """RLOO-k surrogate Σ_i sg[R^π_β(y_i) − mean_{j≠i} R^π_β(y_j)]·λ_i (Ahmadian et al. 2024);
     maximised.

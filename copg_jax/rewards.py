@@ -14,9 +14,9 @@ import importlib
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -56,7 +56,7 @@ def load_reward(spec: RewardSpec) -> RewardFn:
     """
     module_name, _, name = spec.function.rpartition(".")
     try:
-        function = getattr(importlib.import_module(module_name), name)
+        function: Any = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(
             f"reward function {spec.function!r}: wanted the dotted path of a callable, such as "
@@ -68,7 +68,7 @@ def load_reward(spec: RewardSpec) -> RewardFn:
             raise InputError(
                 f"reward function {spec.function!r} is not a function; a class needs `arguments`"
             )
-        return function
+        return cast(RewardFn, function)
     try:
         return function(**spec.arguments)
     except TypeError as error:
@@ -81,7 +81,7 @@ def score_texts(
     function: RewardFn,
     prompts: Sequence[str],
     completions: Sequence[str],
-    columns: dict[str, Sequence[Any]],
+    columns: Mapping[str, Sequence[Any]],
     *,
     name: str,
 ) -> np.ndarray:
@@ -141,7 +141,10 @@ class WeightedRewards:
         return [asdict(spec) | {"hash": _fingerprint(function)} for spec, function in self._parts]
 
     def __call__(
-        self, prompts: Sequence[str], completions: Sequence[str], columns: dict[str, Sequence[Any]]
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        columns: Mapping[str, Sequence[Any]],
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Total [N] (NaN where any part is absent) and the parts by dotted path, each [N]."""
         total, parts = np.zeros(len(completions)), {}

@@ -63,8 +63,13 @@ def score_dataset(
             totals, sources = _reward_groups(rewards, rows)
             reward_sec = time.perf_counter() - begin
             ref_logps = seq_logp(rows)
-            groups = zip(rows, totals, ref_logps, sources, strict=True)
-            scored.write_part(folder, part, [scored.ScoredGroup(*group) for group in groups])
+            groups = [
+                scored.ScoredGroup(row, total.tolist(), ref_logp.tolist(), source)
+                for row, total, ref_logp, source in zip(
+                    rows, totals, ref_logps, sources, strict=True
+                )
+            ]
+            scored.write_part(folder, part, groups)
             seconds = time.perf_counter() - begin
             values = np.concatenate(totals)
             kept = values[~np.isnan(values)]
@@ -84,7 +89,7 @@ def score_dataset(
 
 def _reward_groups(
     rewards: WeightedRewards, rows: Sequence[TokenGroup]
-) -> tuple[list[np.ndarray], list[dict[str, np.ndarray]]]:
+) -> tuple[list[np.ndarray], list[dict[str, list[float]]]]:
     """Total reward and its parts of each group; NaN where a reward is absent."""
     sizes = [len(row.completions) for row in rows]
 
@@ -100,5 +105,5 @@ def _reward_groups(
     cuts = np.cumsum(sizes)[:-1]
     split_parts = {name: np.split(values, cuts) for name, values in parts.items()}
     return np.split(total, cuts), [
-        {name: values[i] for name, values in split_parts.items()} for i in range(len(rows))
+        {name: values[i].tolist() for name, values in split_parts.items()} for i in range(len(rows))
     ]

@@ -6,18 +6,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
 
 from copg_jax import sharding
 
 
 class TrainState(NamedTuple):
-    """The whole state of training; donated to every step."""
+    """The whole state of training, donated to every step; or the shapes or shardings of it."""
 
-    step: Array  # int32 scalar: number of updates applied
+    step: Any  # int32 scalar: number of updates applied
     params: Any  # nested dict of float32 arrays
     opt_state: Any
-    halted: Array  # bool scalar: a step was not finite, and no step since then has changed anything
+    halted: Any  # bool scalar: a step was not finite, and no step since then has changed anything
 
 
 def abstract_state(optimizer: optax.GradientTransformation, params: Any) -> TrainState:

@@ -58,11 +58,11 @@ def _read(path: Path, num_samples: int) -> list[Generation]:
     found: list[Generation] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
-            row = json.loads(line)
+            row: dict[str, Any] = json.loads(line)
         except ValueError:
             break
-        row = {name: math.nan if value is None else value for name, value in row.items()}
-        found.append(Generation(**row))
+        values: dict[str, Any] = {k: math.nan if v is None else v for k, v in row.items()}
+        found.append(Generation(**values))
     return found[: len(found) // num_samples * num_samples]
 
 
