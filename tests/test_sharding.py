@@ -1,0 +1,87 @@
+"""Meshes, the table from logical to mesh axes, and where optimiser state and batches lie."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from copg_jax import sharding, train_state
+from copg_jax.errors import InputError
+from copg_jax.models import functional
+from copg_jax.optim import OptimConfig, make_optimizer
+from copg_jax.sharding import MeshConfig, make_mesh
+from tests.toys import LLAMA, group_batch, mesh, names_all
+
+
+def test_minus_one_takes_all_devices_that_remain():
+    assert dict(make_mesh(MeshConfig()).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert dict(make_mesh(MeshConfig(2, -1, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(make_mesh(MeshConfig(-1, 4, 1)).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+
+
+@pytest.mark.parametrize("sizes", [(1, 3, 1), (1, 16, 1), (3, -1, 1), (1, 4, 1)])
+def test_sizes_that_do_not_lay_out_the_devices_are_refused_with_those_that_would(sizes):
+    with pytest.raises(InputError) as caught:
+        make_mesh(MeshConfig(*sizes))
+    names_all(str(caught.value), ["mesh", f"fsdp={sizes[1]}", "8 device", "[1, 2, 4, 8]", "-1"])
+
+
+@pytest.mark.parametrize("sizes", [(0, 1, 1), (-2, 1, 1), (-1, -1, 1)])
+def test_meshes_without_a_meaning_are_refused(sizes):
+    with pytest.raises(InputError, match=r"mesh: wanted positive sizes.*got data"):
+        MeshConfig(*sizes)
+
+
+def test_every_axis_that_the_mesh_does_not_divide_is_listed():
+    shapes = functional.abstract_params(LLAMA)
+    with pytest.raises(InputError) as caught:
+        sharding.shardings(mesh(1, 2, 4), functional.logical_axes(LLAMA), shapes)
+    names_all(
+        str(caught.value),
+        ["layers.k_proj: axis 'kv_heads' of size 2", "layers.v_proj", "mesh.tensor=4"],
+    )
+    assert "q_proj" not in str(caught.value)
+
+
+def test_each_device_holds_its_share_of_parameters_and_of_both_moments():
+    on, optimizer = mesh(1, 4, 2), make_optimizer(OptimConfig(clip_norm=1.0, weight_decay=0.1), 10)
+    shapes = functional.abstract_params(LLAMA)
+    layout = train_state.state_shardings(on, optimizer, shapes, functional.logical_axes(LLAMA))
+    # [L, D, H, Hd]: D over fsdp, H over tensor.
+    spec = layout.params["layers"]["q_proj"].spec
+    assert spec == PartitionSpec(None, "fsdp", "tensor", None)
+    abstract = train_state.abstract_state(optimizer, shapes)
+    size = lambda leaf: int(np.prod(leaf.shape))  # noqa: E731
+    share = lambda leaf, s: int(np.prod(s.shard_shape(leaf.shape)))  # noqa: E731
+    moments = 0
+    for leaf, place in zip(
+        jax.tree.leaves(abstract.opt_state), jax.tree.leaves(layout.opt_state), strict=True
+    ):
+        if leaf.ndim:
+            moments += size(leaf)
+            # Everything is cut over fsdp at least.
+            assert share(leaf, place) <= size(leaf) // 4
+        else:
+            assert place.is_fully_replicated
+    assert moments == 2 * sum(map(size, jax.tree.leaves(shapes)))
+
+
+def test_a_batch_is_cut_along_groups_only():
+    on = mesh(2, 2, 2)
+    batch = group_batch(np.arange(16.0).reshape(8, 2))
+    placed = sharding.place(sharding.host_rows(batch), sharding.batch_sharding(on))
+    assert sharding.num_batch_shards(on) == 4
+    for name, array in placed._asdict().items():
+        assert {shard.data.shape for shard in array.addressable_shards} == {(2, *array.shape[1:])}
+        np.testing.assert_array_equal(array, getattr(batch, name))
+
+
+def test_hosts_take_contiguous_rows_in_order(monkeypatch):
+    rows = {"x": np.arange(12).reshape(6, 2)}
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    parts = []
+    for host in range(3):
+        monkeypatch.setattr(jax, "process_index", lambda host=host: host)
+        parts.append(sharding.host_rows(rows)["x"])
+    np.testing.assert_array_equal(np.concatenate(parts), rows["x"])
+    assert parts[1].tolist() == [[4, 5], [6, 7]]
