@@ -1,6 +1,7 @@
 """Figure 1: `python -m experiments.bandit [configs/bandit.yaml] [key=value ...]`.
 
-Trains every algorithm over seeds and writes figure1.png, regret.csv and summary.json to `output_dir`.
+Trains every algorithm over seeds and writes figure1.png, regret.csv and summary.json to
+`output_dir`.
 """
 
 import csv
@@ -77,7 +78,9 @@ def main(config: train.BanditConfig) -> None:
         summary = {
             "pi_star": np.exp(exact.optimal_policy(bandit)).tolist(),
             "J_star": float(exact.optimal_value(bandit)),
-            "regret_uniform": float(exact.regret(jnp.full_like(bandit.ref, -jnp.log(bandit.ref.size)), bandit)),
+            "regret_uniform": float(
+                exact.regret(jnp.full_like(bandit.ref, -jnp.log(bandit.ref.size)), bandit)
+            ),
         }
     last = {"final_regret": short[:, -1], "long_run_regret": long[:, -1]}
     for key, values in last.items():
@@ -93,7 +96,9 @@ def main(config: train.BanditConfig) -> None:
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     for name in ALGORITHMS:
         final = summary["final_regret"][name]
-        print(f"{name:9s} regret {final['mean']:.4f} ± {final['std']:.4f}, ends at {ends[name]:.5f}")
+        print(
+            f"{name:9s} regret {final['mean']:.4f} ± {final['std']:.4f}, ends at {ends[name]:.5f}"
+        )
     print(f"wrote {output}/figure1.png, regret.csv, summary.json")
 
 

@@ -1,4 +1,5 @@
-"""The paper's Sec. 5 and its theory, exact: everything can be enumerated, so every claim is a number.
+"""The paper's Sec. 5 and its theory, exact: everything can be enumerated, so every claim is a
+number.
 
 1. `exact`: J, L, π*, regret, KL of a (contextual) bandit, and when the data determine π*;
 2. `population`: expected gradients of each algorithm and where following them ends;

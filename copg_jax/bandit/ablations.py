@@ -1,7 +1,7 @@
 """What finite, noisy, off-policy data cost CoPG, without an optimiser in the way.
 
-In the logits the empirical objective is a quadratic, so its maximiser is a linear solve and thousands of data sets
-cost nothing:
+In the logits the empirical objective is a quadratic, so its maximiser is a linear solve and
+thousands of data sets cost nothing:
 
 1. `finite_data_regret`: regret of that maximiser on random data sets of pairs;
 2. `predicted_regret`: the law that these follow, σ²/(nβ)·tr(F* Laplacian⁺);
@@ -53,8 +53,8 @@ def finite_data_regret(
         num_sets: number of data sets.
 
     Returns:
-        For "copg" and "ipo" (preferences Bradley–Terry), regret of each data set, [num_sets]; and "connected",
-        whether its pairs connect all arms, i.e. whether it determines a policy.
+        For "copg" and "ipo" (preferences Bradley–Terry), regret of each data set, [num_sets]; and
+        "connected", whether its pairs connect all arms, i.e. whether it determines a policy.
     """
     reward = np.asarray(bandit.reward)
     gap = reward[:, None] - reward[None, :]
@@ -65,7 +65,9 @@ def finite_data_regret(
     noise = reward_noise * np.sqrt(2 * counts) * rng.normal(size=counts.shape)
     pull = (counts * gap + noise, rng.binomial(counts, 1 / (1 + np.exp(-gap))) - 0.5 * counts)
     regrets = [
-        np.asarray(_empirical_regret(jnp.asarray(weights, float), _antisymmetric(p).sum(-1), bandit))
+        np.asarray(
+            _empirical_regret(jnp.asarray(weights, float), _antisymmetric(p).sum(-1), bandit)
+        )
         for p in pull
     ]
     connected = [exact.pair_components(w).max() == 0 for w in weights]
@@ -75,8 +77,8 @@ def finite_data_regret(
 def predicted_regret(bandit: Bandit, num_pairs: ArrayLike, *, reward_noise: ArrayLike) -> Array:
     """Mean regret of CoPG to first order in 1/n: ``σ²/(nβ) · tr((diag π* − π*π*ᵀ) Laplacian(W)⁺)``.
 
-    The noise of a pair has variance 2σ², so the implicit reward βλ has covariance (2σ²/n) Laplacian⁺, and near π* the
-    regret is the variance of its error under π*, over 2β.
+    The noise of a pair has variance 2σ², so the implicit reward βλ has covariance (2σ²/n)
+    Laplacian⁺, and near π* the regret is the variance of its error under π*, over 2β.
 
     Args:
         bandit: the problem, without contexts.
@@ -104,8 +106,8 @@ def group_regret(
 ) -> np.ndarray:
     """Regret of CoPG-k's empirical maximiser at a fixed budget of samples: num_samples / k groups.
 
-    To first order it is ``k / (2(k − 1))`` times `predicted_regret` of as many samples in pairs: the baseline of k − 1
-    samples adds 1/(k − 1) of the noise variance of the sample itself.
+    To first order it is ``k / (2(k − 1))`` times `predicted_regret` of as many samples in pairs:
+    the baseline of k − 1 samples adds 1/(k − 1) of the noise variance of the sample itself.
 
     Args:
         rng: source of the data sets.

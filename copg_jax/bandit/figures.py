@@ -1,7 +1,8 @@
 """Figure 1 on given axes: regret over steps, mean and spread over seeds.
 
-`LABELS` and `COLOURS` name the algorithms in every figure; the colours are Okabe and Ito's, safe for colour-blind eyes,
-and line styles differ too. Nothing here imports matplotlib: the caller owns figure and file.
+`LABELS` and `COLOURS` name the algorithms in every figure; the colours are Okabe and Ito's, safe
+for colour-blind eyes, and line styles differ too. Nothing here imports matplotlib: the caller owns
+figure and file.
 """
 
 from collections.abc import Mapping, Sequence
@@ -59,9 +60,13 @@ def draw_regret(
         mean, spread = curves.mean(0), curves.std(0)
         style = {"color": COLOURS[name], "linestyle": STYLES[name]}
         over = name == "rloo"  # it coincides with CoPG: dots on top of the line show both
-        axes.plot(steps, mean, label=LABELS[name], lw=3 if over else 1.8, zorder=4 if over else 3, **style)
+        axes.plot(
+            steps, mean, label=LABELS[name], lw=3 if over else 1.8, zorder=4 if over else 3, **style
+        )
         if not log:
-            axes.fill_between(steps, mean - spread, mean + spread, color=COLOURS[name], alpha=0.2, lw=0)
+            axes.fill_between(
+                steps, mean - spread, mean + spread, color=COLOURS[name], alpha=0.2, lw=0
+            )
         if ends and ends[name] > 1e-9:
             axes.plot(
                 [1.0], [ends[name]], marker="<", ms=7, color=COLOURS[name],

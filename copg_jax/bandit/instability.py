@@ -1,15 +1,20 @@
-"""Open question 1: when and why does stochastic CoPG become unstable at low β, and does normalising ΔR help?
+"""Open question 1: when and why does stochastic CoPG become unstable at low β, and does normalising
+ΔR help?
 
 The suspects, each with its measurement:
 
-1. curvature: `largest_stable_step`, for gradient descent; the Hessian is proportional to β, so low β is *safer*;
-2. gradient noise and finite data: exact in `ablations`; noise-free rewards leave none at the optimum;
-3. generalisation: `make_problem` draws a bandit with many arms and a log-linear policy of few parameters, trained on
-   pairs from π_ref that never show most arms. `fit` trains it through `losses.copg_loss`, `measure` evaluates it.
+1. curvature: `largest_stable_step`, for gradient descent; the Hessian is proportional to β, so low
+   β is *safer*;
+2. gradient noise and finite data: exact in `ablations`; noise-free rewards leave none at the
+   optimum;
+3. generalisation: `make_problem` draws a bandit with many arms and a log-linear policy of few
+   parameters, trained on pairs from π_ref that never show most arms. `fit` trains it through
+   `losses.copg_loss`, `measure` evaluates it.
 
-In (3) CoPG is a regression of reward gaps on β·Δ: all β fit the *same* implicit reward V = βλ, and π ∝ π_ref exp(V/β)
-then looks up its largest errors, the more sharply the lower β. The loss on pairs from the data cannot see that.
-`normalise` transforms ΔR in the ways people do; `refreshed` puts samples of the current policy among the pairs.
+In (3) CoPG is a regression of reward gaps on β·Δ: all β fit the *same* implicit reward V = βλ, and
+π ∝ π_ref exp(V/β) then looks up its largest errors, the more sharply the lower β. The loss on pairs
+from the data cannot see that. `normalise` transforms ΔR in the ways people do; `refreshed` puts
+samples of the current policy among the pairs.
 """
 
 from functools import partial
@@ -27,7 +32,8 @@ from copg_jax.bandit.exact import Bandit
 
 
 def largest_stable_step(bandit: Bandit) -> Array:
-    """Largest step of gradient ascent on L that does not diverge: 2/(β λ_max(Laplacian)); scalar, nats per reward unit."""
+    """Largest step of gradient ascent on L that does not diverge: 2/(β λ_max(Laplacian)); scalar,
+    nats per reward unit."""
     laplacian = exact.pair_laplacian(exact.pair_weights(bandit.mu1, bandit.mu2))
     return 2.0 / (bandit.beta * jnp.linalg.eigvalsh(laplacian)[..., -1].max())
 
@@ -48,7 +54,8 @@ def make_problem(
     misfit: float = 1.0,
     saturation: float = 0.0,
 ) -> Problem:
-    """Draws a problem with reward s − ½·saturation·s² + misfit·noise, where s is linear in the features, s ~ N(0, 1).
+    """Draws a problem with reward s − ½·saturation·s² + misfit·noise, where s is linear in the
+    features, s ~ N(0, 1).
 
     Args:
         key: PRNG key.
@@ -78,8 +85,8 @@ def normalise(reward: Array, how: str) -> Array:
 
     Args:
         reward: reward units; [n, 2].
-        how: "none"; "batch", ΔR divided by its root mean square over the batch; "pair", ΔR divided by |ΔR|, which
-            leaves ±1, the signal of IPO.
+        how: "none"; "batch", ΔR divided by its root mean square over the batch; "pair", ΔR divided by |ΔR|,
+            which leaves ±1, the signal of IPO.
 
     Returns:
         Rewards of mean 0 in each pair; [n, 2].
@@ -181,7 +188,8 @@ def least_squares(
 def refreshed(
     key: Array, problem: Problem, arms: Array, beta: ArrayLike, *, rounds: int, num_pairs: int
 ) -> Array:
-    """Refits after adding pairs from the current policy to the data, round by round (off-policy data is never dropped).
+    """Refits after adding pairs from the current policy to the data, round by round (off-policy
+    data is never dropped).
 
     Args:
         key: PRNG key.
@@ -213,8 +221,8 @@ def measure(theta: Array, problem: Problem, held_out: Array, beta: ArrayLike) ->
         beta: KL coefficient β; scalar.
 
     Returns:
-        "reward" E_π[R] (exact, reward units); "kl" KL(π‖π_ref) (nats); "objective" J; and "residual", the held-out
-        E[(ΔR − βΔ)²] / E[ΔR²]: the CoPG loss up to scale and constant.
+        "reward" E_π[R] (exact, reward units); "kl" KL(π‖π_ref) (nats); "objective" J; and "residual", the
+        held-out E[(ΔR − βΔ)²] / E[ΔR²]: the CoPG loss up to scale and constant.
     """
     policy = log_policy(theta, problem)
     probability = jnp.exp(policy)

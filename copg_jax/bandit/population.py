@@ -1,6 +1,8 @@
-"""What each algorithm does with infinitely many samples: expected gradients, and where following them ends.
+"""What each algorithm does with infinitely many samples: expected gradients, and where following
+them ends.
 
-1. `GRADIENTS`: the expected ascent direction of each algorithm, as coefficients on ∇ln π(a) (from `gradients.py`);
+1. `GRADIENTS`: the expected ascent direction of each algorithm, as coefficients on ∇ln π(a) (from
+   `gradients.py`);
 2. `logit_gradient`: those coefficients as a direction for softmax logits;
 3. `fixed_point`: where the flow d(logits)/dt = direction settles;
 4. `flow_spectrum`: whether it attracts.
@@ -70,7 +72,8 @@ GRADIENTS: dict[str, Coefficients] = {
 
 
 def rl_gradient(log_policy: Array, bandit: Bandit) -> Array:
-    """∇J as coefficients on ∇ln π(a): π(a) R^π_β(a) (Sec. 2), with any baseline; ascent; [..., A]."""
+    """∇J as coefficients on ∇ln π(a): π(a) R^π_β(a) (Sec. 2), with any baseline; ascent; [...,
+    A]."""
     ratio = exact.log_ratio(log_policy, bandit)
     policy = jnp.exp(log_policy)
     return gradients.population_pg_gradient(
@@ -87,7 +90,8 @@ def logit_gradient(coefficients: Array, log_policy: Array, bandit: Bandit) -> Ar
         bandit: the problem, for its context probabilities.
 
     Returns:
-        The direction in the logits; [..., A]. Where the c sum to 0 (CoPG, RLOO, IPO, DPO) π drops out of it.
+        The direction in the logits; [..., A]. Where the c sum to 0 (CoPG, RLOO, IPO, DPO) π drops
+        out of it.
     """
     total = coefficients.sum(-1, keepdims=True)
     return bandit.context_prob[..., None] * (coefficients - jnp.exp(log_policy) * total)
@@ -104,8 +108,9 @@ def fixed_point(
 ) -> Array:
     """Follows d(logits)/dt = direction_fn(logits) to where it settles; returns ln π there.
 
-    Implicit Euler steps that grow from 1 to 1e8: the first follow the flow (so the end is the one that small gradient
-    steps from `logits` reach), the last are Newton steps, so it is exact to rounding.
+    Implicit Euler steps that grow from 1 to 1e8: the first follow the flow (so the end is the one
+    that small gradient steps from `logits` reach), the last are Newton steps, so it is exact to
+    rounding.
 
     Args:
         direction_fn: update direction, not necessarily a gradient; [..., A] → [..., A].
@@ -127,7 +132,8 @@ def fixed_point(
 
 
 def flow_spectrum(direction_fn: Callable[[Array], Array], logits: Array) -> Array:
-    """Real parts of the eigenvalues of the flow's Jacobian, ascending, without its zeros (shifts of the logits).
+    """Real parts of the eigenvalues of the flow's Jacobian, ascending, without its zeros (shifts of
+    the logits).
 
     All negative: the fixed point attracts. One context only.
 

@@ -1,10 +1,12 @@
 """Beyond a bandit: an autoregressive policy so small that all its sequences are enumerated.
 
-1. `enumerate_completions` lists every completion of a vocabulary up to a length, with the prefix behind each token;
-2. `prefix_features` gives each prefix a hidden state: one-hot (any distribution over completions can be represented)
-   or shared (position and last token only, so that completions generalise to each other, as in a language model);
-3. `completion_logp` turns an output matrix into ln π of every completion through `logprobs.py`, the code that trains
-   Llama; the result is the `log_policy` of a `Bandit` whose arms are completions.
+1. `enumerate_completions` lists every completion of a vocabulary up to a length, with the prefix
+   behind each token;
+2. `prefix_features` gives each prefix a hidden state: one-hot (any distribution over completions
+   can be represented) or shared (position and last token only, so that completions generalise to
+   each other, as in a language model);
+3. `completion_logp` turns an output matrix into ln π of every completion through `logprobs.py`, the
+   code that trains Llama; the result is the `log_policy` of a `Bandit` whose arms are completions.
 """
 
 import itertools
@@ -21,7 +23,8 @@ EOS = 0
 
 
 class Completions(NamedTuple):
-    """All completions, right-padded with EOS. They end in EOS (token 0), or at full length without it."""
+    """All completions, right-padded with EOS. They end in EOS (token 0), or at full length without
+    it."""
 
     tokens: np.ndarray  # int32 [N, C]
     length: np.ndarray  # EOS included; int32 [N]
@@ -44,7 +47,8 @@ def enumerate_completions(vocab_size: int, max_length: int) -> Completions:
     """
     if vocab_size < 2 or max_length < 1:
         raise InputError(
-            f"wanted vocab_size ≥ 2 (EOS and another token) and max_length ≥ 1, got {vocab_size} and {max_length}."
+            "wanted vocab_size ≥ 2 (EOS and another token) and max_length ≥ 1,"
+            f" got {vocab_size} and {max_length}."
         )
     words = range(1, vocab_size)
     prefixes = [p for c in range(max_length) for p in itertools.product(words, repeat=c)]
@@ -66,8 +70,9 @@ def prefix_features(completions: Completions, vocab_size: int, *, shared: bool) 
     Args:
         completions: from `enumerate_completions`.
         vocab_size: V.
-        shared: False gives one-hot vectors, a table of all conditionals. True gives [position, last token] indicators:
-            fewer parameters than completions, so that what is learnt on one changes the others.
+        shared: False gives one-hot vectors, a table of all conditionals. True gives [position, last
+            token] indicators: fewer parameters than completions, so that what is learnt on one
+            changes the others.
 
     Returns:
         float32 [number of prefixes, D].
@@ -95,7 +100,8 @@ def completion_logp(output_matrix: Array, features: Array, completions: Completi
     """
     tokens = jnp.asarray(completions.tokens)
     num_prompts, (num_completions, size) = features.shape[0], tokens.shape
-    # The state after token c is that of the prefix before token c + 1; the last one predicts nothing.
+    # The state after token c is that of the prefix before token c + 1; the last one predicts
+    # nothing.
     after = jnp.take(features, jnp.roll(completions.prefix, -1, axis=1), axis=1)
     hidden = logprobs.predictive_hidden(features[:, 0], after)
     batched = jnp.broadcast_to(tokens, (num_prompts, num_completions, size))

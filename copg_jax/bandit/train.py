@@ -1,4 +1,5 @@
-"""Figure 1: every algorithm trained on the same sampled pairs, from data to regret curve in one `jit`.
+"""Figure 1: every algorithm trained on the same sampled pairs, from data to regret curve in one
+`jit`.
 
 1. `BanditConfig`: the paper's setting by default;
 2. `distinct_pairs` and `sample_pairs`: a data set as rows of the few pairs that can occur;
@@ -74,11 +75,10 @@ class Pairs(NamedTuple):
 
 
 def distinct_pairs(bandit: Bandit) -> Pairs:
-    """Lists every pair that can be drawn from a bandit without contexts: 2A² rows, (a, b, who is preferred)."""
+    """Lists every pair that can be drawn from a bandit without contexts: 2A² rows, (a, b, who is
+    preferred)."""
     num_arms = bandit.reward.size
-    first, second, loser = jnp.unravel_index(
-        jnp.arange(2 * num_arms**2), (num_arms, num_arms, 2)
-    )
+    first, second, loser = jnp.unravel_index(jnp.arange(2 * num_arms**2), (num_arms, num_arms, 2))
     arm = jnp.stack([first, second], axis=-1)
     preference = jnp.stack([1.0 - loser, loser], axis=-1).astype(bandit.reward.dtype)
     return Pairs(arm, bandit.reward[arm], preference)
@@ -109,8 +109,8 @@ def _pg_value(log_policy: Array, ratio: Array, pairs: Pairs, bandit: Bandit) -> 
     return losses.pg_objective(ratio, pairs.reward, beta=bandit.beta, baseline=value)
 
 
-# Sample objectives, maximised: (ln π [A], log-ratios of the arms of each pair [n, 2], pairs, problem) → [n].
-# The preference losses see the rewards only through who is preferred.
+# Sample objectives, maximised: (ln π [A], log-ratios of the arms of each pair [n, 2], pairs,
+# problem) → [n]. The preference losses see the rewards only through who is preferred.
 OBJECTIVES: dict[str, Objective] = {
     "copg": lambda _, ratio, p, b: losses.copg_objective(ratio, p.reward, beta=b.beta),
     "rloo": lambda _, ratio, p, b: losses.rloo_objective(ratio, p.reward, beta=b.beta),
@@ -128,7 +128,8 @@ def table_loss(
 ) -> Array:
     """Mean loss of a batch, given as how often each distinct pair is in it; minimised; scalar.
 
-    The same number, and gradient, as the mean over the batch row by row: a batch of a bandit is a histogram.
+    The same number, and gradient, as the mean over the batch row by row: a batch of a bandit is a
+    histogram.
 
     Args:
         logits: of a softmax policy; [A].
@@ -149,7 +150,8 @@ def make_run(
     batch_size: int,
     num_epochs: int,
 ) -> Callable[[Array, Pairs, Array, Bandit], Array]:
-    """Makes ``run(key, pairs, rows, bandit) -> logits [steps + 1, algorithms, A]``, all from π_ref on the same batches.
+    """Makes ``run(key, pairs, rows, bandit) -> logits [steps + 1, algorithms, A]``, all from π_ref
+    on the same batches.
 
     Args:
         optimizer: elementwise (the algorithms are stacked), such as Adam or SGD.
@@ -193,8 +195,8 @@ def make_train(
 ) -> Callable[[Array], Array]:
     """Makes ``train(key) -> regret [steps + 1, algorithms]``; `jax.vmap` it over keys for seeds.
 
-    A key draws a data set. All keys share one sequence of shuffles: rows are i.i.d., so runs stay independent, and
-    64 seeds sort 100 times instead of 6,400.
+    A key draws a data set. All keys share one sequence of shuffles: rows are i.i.d., so runs stay
+    independent, and 64 seeds sort 100 times instead of 6,400.
 
     Args:
         config: the setting.

@@ -88,7 +88,8 @@ def test_equation_15_holds_for_any_value_with_the_corrected_normaliser(random_ba
 
 
 def test_the_printed_normaliser_of_equation_14_gives_no_policy(paper_bandit):
-    """As printed, β ln(π/π_ref) = V − ln Z_V with Z_V = β Σ π_ref exp V: the π does not sum to 1."""
+    """As printed, β ln(π/π_ref) = V − ln Z_V with Z_V = β Σ π_ref exp V: the π does not sum to
+    1."""
     value, beta = paper_bandit.reward, paper_bandit.beta
     printed_z = beta * (paper_bandit.ref * jnp.exp(value)).sum()
     printed = paper_bandit.ref * jnp.exp((value - jnp.log(printed_z)) / beta)

@@ -1,4 +1,5 @@
-"""Properties 1 to 3, invariances, and population gradients against enumeration of sample gradients."""
+"""Properties 1 to 3, invariances, and population gradients against enumeration of sample
+gradients."""
 
 import itertools
 
@@ -26,7 +27,9 @@ def test_equation_7_is_the_gradient_of_l(random_bandits):
     logits, log_policy = random_policy(bandits)
     objective = lambda z, b: exact.copg_population_objective(jax.nn.log_softmax(z, axis=-1), b)
     autodiff = jax.jit(jax.vmap(jax.grad(objective)))(logits, bandits)
-    closed = along_logits(jax.vmap(population.GRADIENTS["copg"])(log_policy, bandits), logits, bandits)
+    closed = along_logits(
+        jax.vmap(population.GRADIENTS["copg"])(log_policy, bandits), logits, bandits
+    )
     np.testing.assert_allclose(closed, autodiff, atol=1e-12)
     step = 1e-6 * jax.random.normal(jax.random.key(0), logits.shape)
     difference = jax.vmap(objective)(logits + step, bandits) - jax.vmap(objective)(
@@ -35,7 +38,9 @@ def test_equation_7_is_the_gradient_of_l(random_bandits):
     np.testing.assert_allclose(2 * (closed * step).sum((1, 2)), difference, rtol=1e-5, atol=1e-12)
 
 
-def test_with_one_sampler_equation_7_is_twice_a_policy_gradient_with_the_mu_baseline(random_bandits):
+def test_with_one_sampler_equation_7_is_twice_a_policy_gradient_with_the_mu_baseline(
+    random_bandits,
+):
     bandits = random_bandits(20)
     bandits = bandits._replace(mu2=bandits.mu1)
     _, log_policy = random_policy(bandits)
@@ -108,12 +113,8 @@ def test_population_preference_gradients_are_expectations_of_sample_gradients(pa
         win = jax.nn.sigmoid(bandit.reward[a] - bandit.reward[b])
         for preference, probability in (([1.0, 0.0], win), ([0.0, 1.0], 1 - win)):
             w = sample(ratio[jnp.array([a, b])], jnp.array(preference), beta=bandit.beta)
-            total = total.at[jnp.array([a, b])].add(
-                bandit.mu1[a] * bandit.mu2[b] * probability * w
-            )
-    np.testing.assert_allclose(
-        population.GRADIENTS[name](log_policy, bandit), -total, atol=1e-12
-    )
+            total = total.at[jnp.array([a, b])].add(bandit.mu1[a] * bandit.mu2[b] * probability * w)
+    np.testing.assert_allclose(population.GRADIENTS[name](log_policy, bandit), -total, atol=1e-12)
 
 
 def test_property_3_ipo_is_copg_with_quarter_rewards():
@@ -157,4 +158,6 @@ def test_scaling_rewards_and_beta_together_keeps_pi_star(random_bandits):
     np.testing.assert_allclose(best, same, atol=1e-12)
     _, log_policy = random_policy(bandits)
     value = jax.vmap(exact.copg_population_objective)
-    np.testing.assert_allclose(3 * value(log_policy, bandits), value(log_policy, scaled), rtol=1e-12)
+    np.testing.assert_allclose(
+        3 * value(log_policy, bandits), value(log_policy, scaled), rtol=1e-12
+    )

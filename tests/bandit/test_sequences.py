@@ -1,4 +1,5 @@
-"""Theorem 1 and the properties for sequence-level policies, through the code that trains Llama (float32 there)."""
+"""Theorem 1 and the properties for sequence-level policies, through the code that trains Llama
+(float32 there)."""
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +16,17 @@ VOCAB, LENGTH, PROMPTS = 3, 3, 2
 
 @pytest.fixture
 def tiny():
-    """Two prompts, every completion of a vocabulary of 3 up to 3 tokens, a table policy, a random problem."""
+    """Two prompts, every completion of a vocabulary of 3 up to 3 tokens, a table policy, a random
+    problem."""
     completions = sequences.enumerate_completions(VOCAB, LENGTH)
     features = sequences.prefix_features(completions, VOCAB, shared=False)
     features = jnp.asarray(sequences.prompt_features(features, PROMPTS))
     rng = np.random.default_rng(0)
     shape = (PROMPTS, len(completions.tokens))
     ref_table = rng.normal(size=(features.shape[-1], VOCAB)).astype(np.float32)
-    ref = np.exp(np.asarray(sequences.completion_logp(jnp.asarray(ref_table), features, completions), float))
+    ref = np.exp(
+        np.asarray(sequences.completion_logp(jnp.asarray(ref_table), features, completions), float)
+    )
     bandit = make_bandit(
         rng.normal(size=shape),
         ref=ref / ref.sum(-1, keepdims=True),
@@ -66,7 +70,8 @@ def test_log_probabilities_equal_a_token_by_token_computation():
 
 
 def test_the_maximiser_of_l_over_autoregressive_policies_is_pi_star(tiny):
-    """Newton steps on the table of conditionals, from π_ref; as exact as float32 log-probabilities are."""
+    """Newton steps on the table of conditionals, from π_ref; as exact as float32 log-probabilities
+    are."""
     bandit, logp, _, ref_table = tiny
     shape = ref_table.shape
     objective = lambda flat: exact.copg_population_objective(
@@ -93,7 +98,8 @@ def test_property_1_holds_for_sequences(tiny):
 
 
 def test_equation_7_holds_for_sequences(tiny):
-    """Σ_y c(y) ∇ln π(y) with the closed-form c, against autodiff of L through the token log-probabilities."""
+    """Σ_y c(y) ∇ln π(y) with the closed-form c, against autodiff of L through the token
+    log-probabilities."""
     bandit, logp, table, _ = tiny
     value, pull_back = jax.vjp(logp, table)
     coefficients = population.GRADIENTS["copg"](value, bandit)

@@ -20,8 +20,11 @@ def test_the_maximiser_of_l_is_pi_star_from_every_start_and_that_of_j_too(random
     @jax.vmap
     def distances(starts, bandit):
         find = jax.vmap(lambda z: maximise(exact.copg_population_objective, z, bandit))
-        of_l = jax.vmap(exact.total_variation, (0, None))(find(starts), exact.optimal_policy(bandit))
-        # J is not concave in the logits and flat where arms are rare, so it is followed from π_ref only.
+        of_l = jax.vmap(exact.total_variation, (0, None))(
+            find(starts), exact.optimal_policy(bandit)
+        )
+        # J is not concave in the logits and flat where arms are rare, so it is followed from π_ref
+        # only.
         of_j = maximise(exact.rl_objective, jnp.log(bandit.ref), bandit)
         return of_l, exact.total_variation(of_j, exact.optimal_policy(bandit))
 
@@ -54,7 +57,9 @@ def test_l_is_strictly_concave_in_the_logits_up_to_shifts(random_bandits):
 
 def test_pi_star_beats_random_policies_on_l(random_bandits):
     bandits = random_bandits(20)
-    best = jax.vmap(exact.copg_population_objective)(jax.vmap(exact.optimal_policy)(bandits), bandits)
+    best = jax.vmap(exact.copg_population_objective)(
+        jax.vmap(exact.optimal_policy)(bandits), bandits
+    )
     other = jax.random.normal(jax.random.key(9), bandits.reward.shape)
     policies = jax.nn.log_softmax(other, axis=-1)
     assert (best > jax.vmap(exact.copg_population_objective)(policies, bandits)).all()
@@ -90,7 +95,8 @@ def test_stopping_the_weight_gradient_solves_half_the_beta(random_bandits):
         jax.jit(jax.vmap(stopped_by_autodiff))(start, bandits),
         atol=1e-10,
     )
-    # Followed by hand: the Newton steps need derivatives of the direction, which stop_gradient would hide.
+    # Followed by hand: the Newton steps need derivatives of the direction, which stop_gradient
+    # would hide.
     find = jax.jit(jax.vmap(lambda z, b: population.fixed_point(lambda y: by_hand(y, b), z)))
     end = find(start, bandits)
     half = jax.vmap(exact.optimal_policy)(bandits._replace(beta=bandits.beta / 2))
@@ -101,9 +107,7 @@ def test_stopping_the_weight_gradient_solves_half_the_beta(random_bandits):
 
 def test_an_arm_without_data_keeps_its_logit_and_costs_regret(paper_bandit):
     """Support broken: L is flat along that arm, so the end depends on the start, and is not π*."""
-    broken = paper_bandit._replace(
-        mu1=jnp.array([0.0, 0.3, 0.7]), mu2=jnp.array([0.0, 0.1, 0.9])
-    )
+    broken = paper_bandit._replace(mu1=jnp.array([0.0, 0.3, 0.7]), mu2=jnp.array([0.0, 0.1, 0.9]))
     weights = exact.pair_weights(broken.mu1, broken.mu2)
     assert exact.pair_components(weights).tolist() == [0, 1, 1]
     find = jax.jit(lambda z: maximise(exact.copg_population_objective, z, broken))
@@ -118,8 +122,6 @@ def test_an_arm_without_data_keeps_its_logit_and_costs_regret(paper_bandit):
 
 def test_different_supports_still_determine_pi_star_when_pairs_connect_the_arms(paper_bandit):
     """Equal supports are sufficient, not necessary: a connected graph of pairs is enough."""
-    crossed = paper_bandit._replace(
-        mu1=jnp.array([0.5, 0.5, 0.0]), mu2=jnp.array([0.0, 0.0, 1.0])
-    )
+    crossed = paper_bandit._replace(mu1=jnp.array([0.5, 0.5, 0.0]), mu2=jnp.array([0.0, 0.0, 1.0]))
     end = maximise(exact.copg_population_objective, jnp.array([1.0, -1.0, 0.5]), crossed)
     assert exact.total_variation(end, exact.optimal_policy(crossed)) < 1e-6
