@@ -43,6 +43,7 @@ class Checkpoints:
                 best_fn=value_of,  # without it Orbax does not store metrics
                 preservation_policy=policies.AnyPreservationPolicy(keep),
             ),
+            item_handlers=ocp.StandardCheckpointHandler(),  # lets it tell shapes before restoring
         )
 
     def __enter__(self) -> Self:
@@ -76,22 +77,37 @@ class Checkpoints:
         value, step = max(found)
         return step, value
 
-    def save(self, step: int, state: TrainState, value: float | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        value: float | None = None,
+        *,
+        is_evaluated: bool = True,
+    ) -> None:
         """Starts saving `state` as `step` and returns once the state may be donated.
 
         Args:
-            step: a step saved before is left alone.
+            step: a step saved before is left alone, unless it now gets its rank.
             state: what to save.
             value: the metric that ranks the step; None or NaN leaves it out of the ranking.
+            is_evaluated: False where a run leaves before the evaluation that is due at `step`.
         """
-        if step in self._manager.all_steps():
-            return
         ranked = self._best_metric is not None and value is not None and math.isfinite(value)
+        if step in self._manager.all_steps():
+            if not ranked or self.is_evaluated(step):
+                return
+            self._manager.delete(step)
         self._manager.save(
             step,
             args=ocp.args.StandardSave(state._asdict()),
             metrics={self._best_metric: value} if ranked else None,
+            custom_metadata={"is_evaluated": is_evaluated},
         )
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether the evaluation due at a saved step, if any, was done when it was saved."""
+        return self._manager.metadata(step).custom_metadata["is_evaluated"]
 
     def restore(self, step: int, state: TrainState, shardings: TrainState) -> TrainState:
         """Reads the state of `step` straight into its shards; the mesh may differ from the one it
@@ -105,15 +121,30 @@ class Checkpoints:
         Raises:
             InputError: the checkpoint holds other parameters than this model has.
         """
-        target = train_state.with_shardings(state, shardings)
-        try:
-            restored = self._manager.restore(step, args=ocp.args.StandardRestore(target._asdict()))
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{self.folder / str(step)}: wanted a checkpoint of this model and optimiser, got "
-                f"one of another: "
-                f"{str(error).strip()[:500]}\nFix: give another output_dir, or the config this run "
-                "was started with."
-            ) from error
+        target = train_state.with_shardings(state, shardings)._asdict()
+        self._check(step, target)
+        restored = self._manager.restore(step, args=ocp.args.StandardRestore(target))
         # A run that halted on a non-finite loss may try again.
         return TrainState(**restored)._replace(halted=jax.device_put(False, shardings.halted))
+
+    def _check(self, step: int, target: Any) -> None:
+        """Raises InputError unless the arrays of a saved step are those of `target`."""
+        paths, _ = jax.tree_util.tree_flatten_with_path(target)
+        wanted = {
+            jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape
+            for path, leaf in paths
+        }
+        saved = jax.tree.leaves(self._manager.item_metadata(step).tree)
+        got = {leaf.name: leaf.shape for leaf in saved}
+        differences = [
+            f"  {name}: wanted {wanted.get(name, 'nothing')}, got {got.get(name, 'nothing')}"
+            for name in [*wanted, *(name for name in got if name not in wanted)]
+            if wanted.get(name) != got.get(name)
+        ]
+        if differences:
+            more = f"\n  and {len(differences) - 8} more" if len(differences) > 8 else ""
+            raise InputError(
+                f"{self.folder / str(step)}: wanted a checkpoint of this model and optimiser, got "
+                "one of another:\n" + "\n".join(differences[:8]) + more + "\nFix: give another "
+                "output_dir, or the config this run was started with."
+            )

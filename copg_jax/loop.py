@@ -148,12 +148,18 @@ def run(
     found = checkpoints.best()
     best = -np.inf if found is None else found[1]
 
+    evaluated = -1
+
+    def is_due(step: int) -> bool:
+        return evaluate is not None and (step % eval_every == 0 or step == num_steps)
+
     def evaluate_and_save(step: int, state: TrainState) -> None:
-        nonlocal best
+        nonlocal best, evaluated
         value: float | None = None
-        if evaluate is not None and (step % eval_every == 0 or step == num_steps):
+        if evaluate is not None and is_due(step):
             metrics, texts = evaluate(state.params, step)
             logger.log(step, metrics, text=texts)
+            evaluated = step
             value = metrics.get(best_metric) if best_metric is not None else None
         # The state before training is the model it started from: no checkpoint of its own.
         if step == 0:
@@ -166,8 +172,9 @@ def run(
 
     pending: _Pending | None = None
     with GracefulExit() as exit_request:
-        if start_step == 0:
-            evaluate_and_save(0, state)
+        # An evaluation that was due where the run was left is made up for.
+        if start_step == 0 or not checkpoints.is_evaluated(start_step):
+            evaluate_and_save(start_step, state)
         clock = time.perf_counter()
         try:
             for step in range(start_step + 1, num_steps + 1):
@@ -180,7 +187,7 @@ def run(
                 if stop or step % eval_every == 0 or step % save_every == 0 or step == num_steps:
                     clock, pending = pending.log(logger, clock, checkpoints.folder), None
                     if stop:
-                        checkpoints.save(step, state)
+                        checkpoints.save(step, state, is_evaluated=not is_due(step))
                         print(
                             f"{exit_request.requested}: saved step {step}; the same command goes on"
                         )
@@ -191,6 +198,8 @@ def run(
             # Whatever stopped it (a non-finite loss, a failing reward function): keep what is
             # learned.
             if not state.step.is_deleted():
-                checkpoints.save(int(state.step), state)
+                last = int(state.step)
+                done = evaluated == last or not is_due(last)
+                checkpoints.save(last, state, is_evaluated=done)
             raise
     return state
