@@ -98,9 +98,16 @@ def score_texts(
         float64 [N]; None becomes NaN, which marks the completion as to be dropped.
 
     Raises:
-        InputError: another number of rewards than completions, an infinite one, or something that
-            is no number.
+        InputError: columns that do not fit the function, another number of rewards than
+            completions, an infinite one, or something that is no number.
     """
+    try:
+        inspect.signature(function).bind(prompts=[], completions=[], **columns)
+    except TypeError as error:
+        raise InputError(
+            f"reward function {name}: cannot be called as f(prompts, completions, **columns) with "
+            f"the columns of this data, {sorted(columns)}: {error}"
+        ) from error
     values = list(function(prompts=list(prompts), completions=list(completions), **columns))
     if len(values) != len(completions):
         raise InputError(
