@@ -48,8 +48,8 @@ def _check_distribution(name: str, values: np.ndarray, shape: tuple[int, ...]) -
         where = f"context {context[0]}, arm {arm}" if context else f"arm {arm}"
         raise InputError(
             f"{name}: wanted a positive probability for every arm, got"
-            f" {values[tuple(bad[0])]} at {where}. Theorem 1 needs ref, mu1 and mu2 to have the same"
-            " support: drop the arm from the problem, or give it probability in all three."
+            f" {values[tuple(bad[0])]} at {where}. Theorem 1 needs ref, mu1 and mu2 to have the"
+            " same support: drop the arm from the problem, or give it probability in all three."
         )
     _check_total(name, values)
 

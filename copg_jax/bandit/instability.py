@@ -85,8 +85,8 @@ def normalise(reward: Array, how: str) -> Array:
 
     Args:
         reward: reward units; [n, 2].
-        how: "none"; "batch", ΔR divided by its root mean square over the batch; "pair", ΔR divided by |ΔR|,
-            which leaves ±1, the signal of IPO.
+        how: "none"; "batch", ΔR divided by its root mean square over the batch; "pair", ΔR
+            divided by |ΔR|, leaving ±1, the signal of IPO.
 
     Returns:
         Rewards of mean 0 in each pair; [n, 2].
@@ -221,8 +221,8 @@ def measure(theta: Array, problem: Problem, held_out: Array, beta: ArrayLike) ->
         beta: KL coefficient β; scalar.
 
     Returns:
-        "reward" E_π[R] (exact, reward units); "kl" KL(π‖π_ref) (nats); "objective" J; and "residual", the
-        held-out E[(ΔR − βΔ)²] / E[ΔR²]: the CoPG loss up to scale and constant.
+        "reward" E_π[R] (exact, reward units); "kl" KL(π‖π_ref) (nats); "objective" J; and
+        "residual", the held-out E[(ΔR − βΔ)²] / E[ΔR²]: the CoPG loss up to scale and constant.
     """
     policy = log_policy(theta, problem)
     probability = jnp.exp(policy)

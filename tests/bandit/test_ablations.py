@@ -12,7 +12,7 @@ def test_noise_free_pairs_that_connect_all_arms_determine_pi_star(paper_bandit, 
     assert 0.5 < result["connected"].mean() < 0.9
     assert np.abs(result["copg"][result["connected"]]).max() < 1e-12
     assert result["copg"][~result["connected"]].min() > 1e-3
-    assert result["ipo"].min() > 0.02
+    assert result["ipo"].mean() > 0.15  # a floor that no data removes
 
 
 def test_regret_of_finite_noisy_data_follows_the_law(paper_bandit, rng):
