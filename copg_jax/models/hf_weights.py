@@ -7,6 +7,7 @@
 5. `params_hash` identifies a folder's weights.
 """
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -238,7 +239,9 @@ def save_pretrained(
     temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     temporary.mkdir(parents=True)
     try:
-        tokenizer.save_pretrained(temporary)
+        padding = copy.deepcopy(tokenizer)  # the caller's tokenizer stays as it is
+        padding.pad_token = tokenizer.convert_ids_to_tokens(_pad_id(tokenizer))
+        padding.save_pretrained(temporary)
         _write_weights(temporary, hf_slots(config, head=head), params, max_shard_bytes)
         hf_config(config, head=head, tokenizer=tokenizer).save_pretrained(temporary)
         shutil.rmtree(folder, ignore_errors=True)

@@ -78,7 +78,7 @@ def test_prompt_attention_is_completion_attention_without_a_prompt():
     q, _, own = _completion_inputs()
     first = [x[:, 0] for x in (q, *own)]
     actual = prompt_attention(*first, jnp.full((B,), C))
-    sees = lambda b, n, t, s, p: s == n and p <= t  # noqa: E731
+    sees = lambda b, n, t, s, p: s == n and p <= t
     empty = (jnp.zeros((B, 0, KV, HD)), jnp.zeros((B, 0, KV, HD)))
     np.testing.assert_allclose(actual, _dense(q, empty, own, sees)[:, 0], atol=1e-5)
 

@@ -140,12 +140,18 @@ def test_llama_2_configs_without_rope_settings_get_the_default(tmp_path: Path) -
     assert (config.rope_theta, config.rope_scaling, config.num_key_value_heads) == (1e4, None, 4)
 
 
-def test_padding_id_of_an_export_is_never_eos(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("pad_token", "pad_id"), [("<pad>", 2), ("<eos>", 0), (None, 0)])
+def test_an_export_pads_with_one_id_that_is_not_eos(pad_token, pad_id, tmp_path: Path) -> None:
+    config, params = _load(tiny.write_checkpoint(tmp_path / "in", "tied", "score"), "score")
     tokenizer = tiny.tokenizer()
-    config = hf_weights.read_config(tiny.write_checkpoint(tmp_path, "tied"))
-    assert hf_weights.hf_config(config, head="score", tokenizer=tokenizer).pad_token_id == 2
-    tokenizer.pad_token = tokenizer.eos_token
-    assert hf_weights.hf_config(config, head="score", tokenizer=tokenizer).pad_token_id == 0
+    tokenizer.pad_token = pad_token
+    out = tmp_path / "out"
+    hf_weights.save_pretrained(out, config, params, head="score", tokenizer=tokenizer)
+    assert json.loads((out / "config.json").read_text())["pad_token_id"] == pad_id
+    written = AutoTokenizer.from_pretrained(out)
+    assert written.pad_token_id == pad_id
+    assert written.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    assert tokenizer.pad_token == pad_token
 
 
 def test_hash_follows_the_weights_and_not_the_place(tmp_path: Path) -> None:
