@@ -1,5 +1,7 @@
 """Meshes, the table from logical to mesh axes, and where optimiser state and batches lie."""
 
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -51,19 +53,17 @@ def test_each_device_holds_its_share_of_parameters_and_of_both_moments():
     spec = layout.params["layers"]["q_proj"].spec
     assert spec == PartitionSpec(None, "fsdp", "tensor", None)
     abstract = train_state.abstract_state(optimizer, shapes)
-    size = lambda leaf: int(np.prod(leaf.shape))  # noqa: E731
-    share = lambda leaf, s: int(np.prod(s.shard_shape(leaf.shape)))  # noqa: E731
     moments = 0
     for leaf, place in zip(
         jax.tree.leaves(abstract.opt_state), jax.tree.leaves(layout.opt_state), strict=True
     ):
         if leaf.ndim:
-            moments += size(leaf)
+            moments += math.prod(leaf.shape)
             # Everything is cut over fsdp at least.
-            assert share(leaf, place) <= size(leaf) // 4
+            assert math.prod(place.shard_shape(leaf.shape)) <= math.prod(leaf.shape) // 4
         else:
             assert place.is_fully_replicated
-    assert moments == 2 * sum(map(size, jax.tree.leaves(shapes)))
+    assert moments == 2 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
 def test_a_batch_is_cut_along_groups_only():

@@ -1,0 +1,242 @@
+"""Evaluation by generation and on held-out data: averages by hand, fixed prompts and samples."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from copg_jax import evaluate, step
+from copg_jax.data.groups import TokenGroup
+from copg_jax.errors import InputError
+from copg_jax.evaluate import Generation, GenerationConfig, GenerationEvaluator, summarize
+from copg_jax.models import functional
+from copg_jax.rewards import RewardSpec, WeightedRewards
+from copg_jax.sampling import make_sampler
+from tests.toys import LLAMA, Toy, mesh, toy_loss
+
+EOS = 3
+
+
+def generation(prompt: str, reward: float, **numbers: Any) -> Generation:
+    """A generation with small defaults."""
+    values = {"logp": -4.0, "ref_logp": -5.0, "kl_k3": 0.5, "length": 4, "has_eos": True} | numbers
+    return Generation(id=prompt, prompt=prompt, completion="", reward=reward, **values)
+
+
+def test_averages_are_those_by_hand_with_prompts_as_observations():
+    rows = [
+        generation("a", 1.0, logp=-4.0, ref_logp=-6.0, kl_k3=0.5, length=2),
+        generation("a", 3.0, logp=-4.0, ref_logp=-4.0, kl_k3=0.1, length=4),
+        generation("b", 6.0, logp=-4.0, ref_logp=-3.0, kl_k3=0.3, length=6, has_eos=False),
+        generation("b", math.nan, logp=-4.0, ref_logp=-5.0, kl_k3=0.3, length=4),
+    ]
+    # Means of the prompts are 2 and 6; their standard error is sqrt(8) / sqrt(2) = 2.
+    assert summarize(rows, beta=0.5) == pytest.approx(
+        {
+            "eval/reward_mean": 4.0,
+            "eval/reward_stderr": 2.0,
+            "eval/kl": (2.0 + 0.0 - 1.0 + 1.0) / 4,
+            "eval/kl_k3": 0.3,
+            "eval/objective": 4.0 - 0.5 * 0.5,
+            "eval/length": 4.0,
+            "eval/eos_rate": 0.75,
+            "eval/num_prompts": 2,
+            "eval/dropped_rewards": 1,
+        }
+    )
+
+
+def test_nothing_known_gives_nan_and_no_warning():
+    metrics = summarize([generation("a", math.nan, ref_logp=math.nan, kl_k3=math.nan)], beta=1.0)
+    assert metrics["eval/dropped_rewards"] == 1
+    assert all(
+        math.isnan(metrics[f"eval/{name}"])
+        for name in ("reward_mean", "reward_stderr", "kl", "kl_k3", "objective")
+    )
+
+
+class Decoder:
+    """Stands in for a tokenizer: ids as words."""
+
+    def decode(self, ids: Any, *, skip_special_tokens: bool) -> str:
+        return " ".join(f"w{i}" for i in ids)
+
+
+def count_words(
+    prompts: list[str], completions: list[str], *, bonus: list[float | None], **columns: Any
+) -> list[float | None]:
+    """Number of words plus a column; None where the column is None."""
+    return [
+        None if extra is None else len(text.split()) + extra
+        for text, extra in zip(completions, bonus, strict=True)
+    ]
+
+
+REWARDS = WeightedRewards([RewardSpec(f"{__name__}.count_words")])
+PROMPTS = [
+    TokenGroup(
+        id=f"p{i}",
+        where="",
+        prompt=f"prompt {i}",
+        prompt_tokens=np.arange(1, 2 + i, dtype=np.int32),
+        completions=(),
+        completion_tokens=(),
+        columns={"bonus": None if i == 4 else 10.0 * i},
+    )
+    for i in range(5)
+]
+GENERATION = GenerationConfig(num_prompts=5, num_samples=3, max_new_tokens=6, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def params() -> Any:
+    """A model sure enough of EOS that a third of the samples end."""
+    drawn = functional.init(LLAMA, jax.random.key(2))
+    return jax.tree.map(lambda x: x if x.ndim == 1 else 6 * x, drawn)
+
+
+@pytest.fixture(scope="module")
+def sampler(params) -> Any:
+    """Compiled once for all tests."""
+    return make_sampler(
+        LLAMA,
+        eos_id=EOS,
+        max_new_tokens=GENERATION.max_new_tokens,
+        num_samples=GENERATION.num_samples,
+        mesh=mesh(),
+        param_shardings=None,
+    )
+
+
+def evaluator(sampler: Any, ref_params: Any = None, **options: Any) -> GenerationEvaluator:
+    """Evaluator of the five prompts in two batches of four."""
+    return GenerationEvaluator(
+        LLAMA,
+        sampler=sampler,
+        prompts=PROMPTS,
+        tokenizer=Decoder(),
+        rewards=REWARDS,
+        generation=GenerationConfig(**{**vars(GENERATION), **options}),
+        beta=0.5,
+        mesh=mesh(),
+        ref_params=ref_params,
+    )
+
+
+def generate(on: GenerationEvaluator, params: Any, step: int, first: int = 0) -> list[Generation]:
+    """All generations of a step."""
+    return [g for batch in on.batches(params, step, first) for g in batch]
+
+
+@pytest.fixture(scope="module")
+def against_itself(sampler, params) -> list[Generation]:
+    """Generations of a model whose reference it is."""
+    return generate(evaluator(sampler, params), params, 0)
+
+
+def test_the_kl_of_a_model_to_itself_is_zero(against_itself):
+    for g in against_itself:
+        assert g.logp == pytest.approx(g.ref_logp, abs=1e-5)
+        assert g.kl_k3 == pytest.approx(0, abs=1e-5)
+
+
+def test_k3_is_never_negative_and_k1_is_the_difference_of_the_sums(sampler, params):
+    other = jax.tree.map(lambda x: 1.3 * x, params)
+    found = generate(evaluator(sampler, other), params, 0)
+    assert min(g.kl_k3 for g in found) > 0
+    metrics = summarize(found, beta=0.5)
+    assert metrics["eval/kl"] == pytest.approx(np.mean([g.logp - g.ref_logp for g in found]))
+
+
+def test_prompts_come_in_order_with_their_columns_and_texts_without_eos(against_itself):
+    assert [g.id for g in against_itself] == [f"p{i}" for i in range(5) for _ in range(3)]
+    for g in against_itself:
+        words = len(g.completion.split())
+        assert words == g.length - g.has_eos
+        assert math.isnan(g.reward) == (g.id == "p4")
+        if g.id != "p4":
+            assert g.reward == words + 10.0 * int(g.id[1:])
+    assert summarize(against_itself, beta=1.0)["eval/dropped_rewards"] == 3
+
+
+def test_the_same_step_draws_the_same_samples_and_another_step_others(sampler, params):
+    without = evaluator(sampler)
+    first, again, later = (generate(without, params, at) for at in (7, 7, 8))
+    assert [g.completion for g in first] == [g.completion for g in again]
+    assert [g.completion for g in first] != [g.completion for g in later]
+    assert [g.id for g in first] == [g.id for g in later]
+    assert all(math.isnan(g.ref_logp) for g in first)
+
+
+def test_an_interrupted_evaluation_goes_on_with_the_samples_it_would_have_had(sampler, params):
+    without = evaluator(sampler)
+    whole = generate(without, params, 7)
+    rest = generate(without, params, 7, first=2)
+    assert [(g.id, g.completion, g.logp) for g in rest] == [
+        (g.id, g.completion, pytest.approx(g.logp, abs=1e-5)) for g in whole[6:]
+    ]
+
+
+def test_missing_eos_reward_replaces_the_reward_of_completions_cut_short(sampler, params):
+    plain = generate(evaluator(sampler), params, 0)
+    judged = generate(evaluator(sampler, missing_eos_reward=-7.0), params, 0)
+    assert 0 < sum(g.has_eos for g in plain) < len(plain)
+    for before, after in zip(plain, judged, strict=True):
+        np.testing.assert_equal(after.reward, before.reward if before.has_eos else -7.0)
+
+
+def test_texts_are_of_different_prompts(sampler, params):
+    metrics, texts = evaluator(sampler, num_texts=2)(params, 0)
+    assert list(texts) == ["sample/0", "sample/1"]
+    assert all(text.startswith("[reward ") for text in texts.values())
+    assert metrics["eval/num_prompts"] == 5
+
+
+class Rows(list):
+    """A held-out set in memory."""
+
+    def shape(self) -> tuple[int, int, int]:
+        return 8, 3, 8
+
+
+def test_held_out_averages_do_not_depend_on_the_batch_size():
+    rng = np.random.default_rng(0)
+    rows = Rows(
+        TokenGroup(
+            id=str(i),
+            where="",
+            prompt="",
+            prompt_tokens=np.ones(2, np.int32),
+            completions=("",) * k,
+            completion_tokens=(np.ones(3, np.int32),) * k,
+            rewards=rng.normal(size=k).astype(np.float32),
+        )
+        for i, k in enumerate([1, 2, 3, 1, 2, 3, 2])
+    )
+    every = np.concatenate([row.rewards for row in rows])
+    toy = Toy()
+    for batch_size in (1, 3, 7, 16):
+        loss_step = step.make_loss_step(toy_loss, mesh=toy.mesh, param_shardings=toy.layout.params)
+        held_out = evaluate.make_loss_evaluator(
+            loss_step, rows, batch_size=batch_size, mesh=toy.mesh
+        )
+        wanted = ((1.0 - every) ** 2).mean()
+        assert held_out(toy.state.params) == pytest.approx({"eval/loss": wanted}, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_prompts", 0),
+        ("num_samples", 0),
+        ("max_new_tokens", 0),
+        ("batch_size", -1),
+        ("sampling_temperature", -0.1),
+        ("num_texts", -1),
+    ],
+)
+def test_a_value_out_of_range_is_named(field, value):
+    with pytest.raises(InputError, match=field):
+        GenerationConfig(**{field: value})

@@ -1,0 +1,174 @@
+"""The sampler: log-probabilities of training, greedy, EOS, early stop, independent draws."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from copg_jax import policy, sampling, sharding
+from copg_jax.data.groups import GroupBatch
+from copg_jax.models import functional
+from copg_jax.models.llama import LlamaConfig
+from copg_jax.sampling import Samples, make_sampler, row_keys
+from tests.models import tiny
+from tests.toys import mesh
+
+EOS, B, K, P, C = 3, 8, 40, 7, 6
+CONFIG = LlamaConfig(
+    vocab_size=8,
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=4,
+    remat="none",
+)
+LENGTH = np.array([1, 7, 3, 1, 5, 2, 6, 4], np.int32)  # right-padded with garbage
+PROMPTS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (B, P)).astype(np.int32)
+trips: list[int] = []
+
+
+@pytest.fixture(scope="module")
+def params() -> Any:
+    """Weights large enough that tokens matter, still far from one-hot predictions."""
+    drawn = functional.init(CONFIG, jax.random.key(1))
+    return jax.tree.map(lambda x: x if x.ndim == 1 else 4 * x, drawn)
+
+
+def sampler_on(on: jax.sharding.Mesh, num_samples: int, temperature: float) -> sampling.Sampler:
+    """A sampler of the tiny model on a mesh."""
+    layout = sharding.shardings(
+        on, functional.logical_axes(CONFIG), functional.abstract_params(CONFIG)
+    )
+    return make_sampler(
+        CONFIG,
+        eos_id=EOS,
+        max_new_tokens=C,
+        num_samples=num_samples,
+        temperature=temperature,
+        mesh=on,
+        param_shardings=layout,
+    )
+
+
+@pytest.fixture(scope="module")
+def sample() -> sampling.Sampler:
+    """K = 40 samples at temperature 1 on one device; `trips` grows by one per decode step."""
+    decode_step = functional.decode_step
+
+    def counted(*args: Any) -> Any:
+        jax.debug.callback(lambda: trips.append(1))
+        return decode_step(*args)
+
+    sampler = sampler_on(mesh(), K, 1.0)
+
+    def call(*args: Any) -> Samples:
+        with pytest.MonkeyPatch.context() as patch:  # seen by the trace, at the first call
+            patch.setattr(functional, "decode_step", counted)
+            samples = jax.device_get(sampler(*args))
+        jax.effects_barrier()
+        return samples
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def samples(sample, params) -> Samples:
+    """Samples of the eight prompts."""
+    return sample(params, PROMPTS, LENGTH, row_keys(0, 0, B))
+
+
+def group_of(samples: Samples) -> GroupBatch:
+    """The samples as a batch to train on."""
+    blank = np.zeros(samples.length.shape, np.float32)
+    return GroupBatch(PROMPTS, LENGTH, samples.tokens, samples.length, blank, blank)
+
+
+def test_sampler_log_probabilities_are_those_of_training(samples, params):
+    wanted = jax.jit(lambda p, b: policy.token_logp(CONFIG, p, b))(params, group_of(samples))
+    live = np.arange(C)[None, None, :] < samples.length[..., None]
+    np.testing.assert_allclose(samples.token_logp[live], np.asarray(wanted)[live], atol=1e-5)
+    assert (samples.token_logp[~live] == 0).all()
+
+
+def test_a_completion_ends_with_its_first_eos_which_counts(samples):
+    assert 0.2 < samples.has_eos.mean() < 0.98
+    for tokens, length, has_eos in zip(
+        samples.tokens.reshape(-1, C), samples.length.ravel(), samples.has_eos.ravel(), strict=True
+    ):
+        found = np.flatnonzero(tokens[:length] == EOS)
+        assert list(found) == ([length - 1] if has_eos else [])
+        assert has_eos or length == C
+        assert (tokens[length:] == 0).all()
+
+
+def test_draws_at_temperature_one_have_the_model_s_distribution(sample, params):
+    prompts = np.tile(PROMPTS[1], (B, 1))
+    length = np.full(B, LENGTH[1])
+    drawn = [sample(params, prompts, length, row_keys(0, at, B)) for at in range(5)]
+    first = np.concatenate([s.tokens[..., 0].ravel() for s in drawn])
+    logp = np.concatenate([s.token_logp[..., 0].ravel() for s in drawn])
+    count = np.bincount(first, minlength=CONFIG.vocab_size)
+    hidden = tiny.plain_hidden(CONFIG, params, jnp.asarray(PROMPTS[1:2]))[0, LENGTH[1] - 1]
+    expected = np.asarray(jax.nn.softmax(hidden @ functional.output_matrix(params))) * len(first)
+    assert expected.max() < 0.7 * len(first)
+    chi_square = ((count - expected) ** 2 / expected).sum()
+    assert chi_square < 24.3  # 7 degrees of freedom, 1 in 1,000
+    np.testing.assert_allclose(np.exp(logp), expected[first] / len(first), rtol=1e-4)
+
+
+def test_samples_of_a_prompt_differ_and_a_step_has_its_own_draws(sample, samples, params):
+    assert len({tuple(row) for row in samples.tokens[1]}) > K // 4
+    again = sample(params, PROMPTS, LENGTH, row_keys(0, 0, B))
+    np.testing.assert_array_equal(again.tokens, samples.tokens)
+    later = sample(params, PROMPTS, LENGTH, row_keys(0, 1, B))
+    assert (later.tokens != samples.tokens).any()
+
+
+def test_the_draws_of_a_row_do_not_depend_on_its_batch(sample, samples, params):
+    order = np.array([5, 0, 3, 3, 7, 1, 2, 6])
+    moved = sample(params, PROMPTS[order], LENGTH[order], row_keys(0, 0, B)[order])
+    np.testing.assert_array_equal(moved.tokens, samples.tokens[order])
+
+
+def test_generation_stops_when_every_row_has_ended(sample, params):
+    # Without attention and MLP the hidden state is all ones; the head then only knows EOS.
+    sure = jax.tree.map(jnp.zeros_like, params)
+    sure |= {"embed_tokens": jnp.ones_like(params["embed_tokens"]), "norm": params["norm"]}
+    sure["lm_head"] = jnp.zeros_like(params["lm_head"]).at[:, EOS].set(10.0)
+    trips.clear()
+    ended = sample(sure, PROMPTS, LENGTH, row_keys(0, 0, B))
+    assert (ended.length == 1).all() and ended.has_eos.all() and not trips
+    never = sure | {"lm_head": sure["lm_head"].at[:, EOS].set(-10.0)}
+    endless = sample(never, PROMPTS, LENGTH, row_keys(0, 0, B))
+    assert (endless.length == C).all() and not endless.has_eos.any() and len(trips) == C - 1
+
+
+def test_greedy_is_the_most_likely_token_of_the_whole_text_recomputed(params):
+    greedy = jax.device_get(sampler_on(mesh(), 1, 0.0)(params, PROMPTS, LENGTH, row_keys(0, 0, B)))
+    matrix = functional.output_matrix(params)
+    texts = np.zeros((B, P + C), np.int32)
+    for b in range(B):
+        texts[b, : LENGTH[b]] = PROMPTS[b, : LENGTH[b]]
+    live = np.ones(B, bool)
+    length = np.zeros(B, int)
+    for at in range(C):
+        hidden = tiny.plain_hidden(CONFIG, params, jnp.asarray(texts))
+        logp = np.asarray(jax.nn.log_softmax(hidden @ matrix))[np.arange(B), LENGTH + at - 1]
+        token = logp.argmax(-1)
+        np.testing.assert_array_equal(greedy.tokens[live, 0, at], token[live])
+        np.testing.assert_allclose(greedy.token_logp[live, 0, at], logp.max(-1)[live], atol=1e-5)
+        texts[np.arange(B), LENGTH + at] = token
+        length += live
+        live &= token != EOS
+    np.testing.assert_array_equal(greedy.length[:, 0], length)
+
+
+def test_eight_devices_draw_what_one_device_draws(samples, params):
+    on_eight = sampler_on(mesh(1, 4, 2), K, 1.0)(params, PROMPTS, LENGTH, row_keys(0, 0, B))
+    np.testing.assert_array_equal(on_eight.tokens, samples.tokens)
+    np.testing.assert_array_equal(on_eight.length, samples.length)
+    np.testing.assert_allclose(on_eight.token_logp, samples.token_logp, atol=1e-5)
