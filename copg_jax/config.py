@@ -173,6 +173,3 @@ class QuickstartConfig:
     vocab_size: int = option(700, "size of the tokenizer that is trained on them")
     hidden_size: int = option(128, "width of the tiny Llama")
     num_layers: int = option(3, "its depth")
-    overrides: dict[str, list[str]] = option(
-        {}, "stage (sft, reward, score, copg, dpo, ipo, evaluate) -> list of key=value"
-    )

@@ -247,7 +247,8 @@ def train(
     abstract = train_state.abstract_state(optimizer, shapes)
     with checkpoint.Checkpoints(folder / "checkpoints", best_metric=best_metric) as checkpoints:
         start = checkpoints.latest_step or 0
-        if start >= total and (folder / "model" / "config.json").exists():
+        exports = ["model"] if checkpoints.best() is None else ["model", "best"]
+        if start >= total and all((folder / name / "config.json").exists() for name in exports):
             log.info("%s: already complete (%d steps)", folder, total)
             return
         stream = GroupStream(
