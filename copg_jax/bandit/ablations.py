@@ -92,7 +92,7 @@ def predicted_regret(bandit: Bandit, num_pairs: ArrayLike, *, reward_noise: Arra
     fisher = jnp.diag(best) - best[:, None] * best[None, :]
     laplacian = exact.pair_laplacian(exact.pair_weights(bandit.mu1, bandit.mu2))
     inverse = jnp.linalg.pinv(laplacian, rtol=1e-12, hermitian=True)
-    return reward_noise**2 / (num_pairs * bandit.beta) * jnp.trace(fisher @ inverse)
+    return jnp.trace(fisher @ inverse) * jnp.square(reward_noise) / (num_pairs * bandit.beta)
 
 
 def group_regret(

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -72,13 +73,13 @@ def _check_reward(reward: np.ndarray) -> None:
 
 
 def make_bandit(
-    reward: ArrayLike,
+    reward: npt.ArrayLike,
     *,
-    mu1: ArrayLike,
-    mu2: ArrayLike,
+    mu1: npt.ArrayLike,
+    mu2: npt.ArrayLike,
     beta: float,
-    ref: ArrayLike | None = None,
-    context_prob: ArrayLike | None = None,
+    ref: npt.ArrayLike | None = None,
+    context_prob: npt.ArrayLike | None = None,
 ) -> Bandit:
     """Builds a checked float64 `Bandit`; `Bandit(...)` itself checks nothing.
 
@@ -237,7 +238,7 @@ def pair_laplacian(weights: Array) -> Array:
     return jnp.where(jnp.eye(weights.shape[-1], dtype=bool), degree, 0.0) - weights
 
 
-def pair_components(weights: ArrayLike) -> np.ndarray:
+def pair_components(weights: npt.ArrayLike) -> np.ndarray:
     """Numbers the sets of arms that pairs connect; L has one maximiser if and only if there is one
     set.
 

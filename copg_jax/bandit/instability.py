@@ -101,7 +101,9 @@ def normalise(reward: Array, how: str) -> Array:
     return half_gap / scale
 
 
-def pair_loss(theta: Array, problem: Problem, arms: Array, reward: Array, beta: ArrayLike) -> Array:
+def pair_loss(
+    theta: Array, problem: Problem, arms: Array, reward: Array, beta: Array | float
+) -> Array:
     """Mean CoPG loss of a batch of pairs under the log-linear policy; minimised; scalar.
 
     The normaliser is left out: CoPG does not see a shift of both log-ratios.
@@ -119,7 +121,7 @@ def fit(
     key: Array,
     problem: Problem,
     arms: Array,
-    beta: ArrayLike,
+    beta: Array | float,
     *,
     how: str = "none",
     batch_size: int = 64,

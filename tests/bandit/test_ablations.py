@@ -80,6 +80,17 @@ def test_dividing_rewards_by_their_scale_is_a_change_of_beta():
     assert set(np.unique(np.round(signs[:, 0] - signs[:, 1], 12))) <= {-1.0, 0.0, 1.0}
 
 
+def test_normalising_every_batch_is_that_change_of_beta_too_up_to_noise():
+    problem = instability.make_problem(jax.random.key(3), num_arms=64, num_features=4)
+    arms = instability.sample_arms(jax.random.key(4), problem.log_ref, 300)
+    gap = problem.reward[arms] @ jnp.array([1.0, -1.0])
+    scale = jnp.sqrt((gap**2).mean())
+    fit = instability.fit(jax.random.key(7), problem, arms, 0.5, how="batch", num_steps=2000)[-1]
+    target = instability.least_squares(problem, arms, 0.5 * scale)
+    assert jnp.linalg.norm(fit - target) < 0.15 * jnp.linalg.norm(target)
+    assert jnp.linalg.norm(fit - target * scale) > 0.3 * jnp.linalg.norm(target)
+
+
 def test_stochastic_training_reaches_the_least_squares_solution():
     problem = instability.make_problem(jax.random.key(5), num_arms=64, num_features=4, misfit=0.0)
     arms = instability.sample_arms(jax.random.key(6), problem.log_ref, 300)
