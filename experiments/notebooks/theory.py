@@ -43,8 +43,8 @@ bandit
 # %%
 best = exact.optimal_policy(bandit)
 print("π*              ", jnp.exp(best))
-print("J(π*)            %.5f" % exact.optimal_value(bandit))
-print("regret of uniform %.5f" % exact.regret(uniform, bandit))
+print(f"J(π*)            {exact.optimal_value(bandit):.5f}")
+print(f"regret of uniform {exact.regret(uniform, bandit):.5f}")
 
 # %% [markdown]
 # ## 2. The objective is a least-squares fit
@@ -57,8 +57,8 @@ print("regret of uniform %.5f" % exact.regret(uniform, bandit))
 
 # %%
 policy = jax.nn.log_softmax(jnp.array([0.3, -1.0, 0.4]))
-print("L by pairs, Eq. (6):    %.15f" % exact.copg_population_objective(policy, bandit))
-print("L by squares, Eq. (15): %.15f" % exact.copg_square_form(policy, bandit))
+print(f"L by pairs, Eq. (6):    {exact.copg_population_objective(policy, bandit):.15f}")
+print(f"L by squares, Eq. (15): {exact.copg_square_form(policy, bandit):.15f}")
 
 # %% [markdown]
 # ## 3. Theorem 1: the maximiser is π*, from every start, and the only one
@@ -74,7 +74,7 @@ for start in 3 * jax.random.normal(jax.random.key(0), (3, 3)):
         start,
         "→",
         jnp.exp(ascend(start)),
-        "TV to π*: %.0e" % exact.total_variation(ascend(start), best),
+        f"TV to π*: {exact.total_variation(ascend(start), best):.0e}",
     )
 weights = exact.pair_weights(bandit.mu1, bandit.mu2)
 print("curvatures", bandit.beta * jnp.linalg.eigvalsh(exact.pair_laplacian(weights)))
@@ -167,8 +167,7 @@ slope = jax.grad(lambda t: exact.copg_population_objective(logp(t), sequence_ban
 table = jax.jit(lambda t: jax.lax.fori_loop(0, 20_000, lambda _, t: t + 2.0 * slope(t), t))(table)
 target = exact.optimal_policy(sequence_bandit)
 print(
-    "TV to the sequence-level π*: start %.3f, end %.0e"
-    % (exact.total_variation(jnp.log(start), target), exact.total_variation(logp(table), target))
+    f"TV to the sequence-level π*: start {exact.total_variation(jnp.log(start), target):.3f}, end {exact.total_variation(logp(table), target):.0e}"
 )
 
 # %% [markdown]
