@@ -31,7 +31,7 @@ class Checkpoints:
     def __init__(self, folder: Path, *, best_metric: str | None = None) -> None:
         self.folder = Path(folder).absolute()
         self._best_metric = best_metric
-        keep: list[Any] = [policies.LatestN(1)]
+        keep: list[Any] = [policies.LatestN(2)]
         value_of = None if best_metric is None else (lambda metrics: metrics[best_metric])
         if value_of is not None:
             keep.append(
@@ -68,14 +68,14 @@ class Checkpoints:
             return None
         self._manager.wait_until_finished()
         found = [
-            (metrics[self._best_metric], step)
+            (metrics[self._best_metric], -step)  # the earlier of equals, as the loop keeps it
             for step in self._manager.all_steps()
             if (metrics := self._manager.metrics(step)) and self._best_metric in metrics
         ]
         if not found:
             return None
         value, step = max(found)
-        return step, value
+        return -step, value
 
     def save(
         self,

@@ -6,13 +6,14 @@ another run.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from copg_jax.cli import option, section
 from copg_jax.data.tldr import DataConfig
 from copg_jax.errors import InputError
 from copg_jax.evaluate import GenerationConfig
 from copg_jax.loop import TrainingConfig
-from copg_jax.models.llama import DTYPES, REMAT_POLICIES
+from copg_jax.models.llama import DTYPES
 from copg_jax.optim import OptimConfig
 from copg_jax.rewards import RewardSpec
 from copg_jax.sharding import MeshConfig
@@ -23,8 +24,8 @@ MAY_DIFFER = (
     "training.log_every",
     "training.tensorboard",
     "training.num_microbatches",
-    "model.remat",
-    "model.logits_chunk",
+    "training.remat",
+    "logits_chunk",
 )
 """Config fields that do not define a run: resuming with another value of them is allowed."""
 
@@ -36,20 +37,19 @@ class ModelConfig:
     path: str = option(help="Hugging Face folder or hub id (safetensors)")
     revision: str | None = option(None, "hub revision; a commit pins the weights")
     dtype: str = option("bfloat16", "compute dtype: bfloat16 or float32 (parameters stay float32)")
-    remat: str = option("full", "what the backward pass recomputes: none, dots, or full")
-    logits_chunk: int | None = option(
-        None, "completion positions whose logits exist at a time; null = all"
-    )
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got '{self.dtype}'")
-        if self.remat not in REMAT_POLICIES:
-            raise InputError(
-                f"remat must be one of {', '.join(REMAT_POLICIES)}, got '{self.remat}'"
-            )
-        if self.logits_chunk is not None and self.logits_chunk < 1:
-            raise InputError(f"logits_chunk must be >= 1 or null, got {self.logits_chunk}")
+
+
+def _logits_chunk() -> Any:
+    return option(None, "completion positions whose logits exist at a time; null = all")
+
+
+def _check_chunk(logits_chunk: int | None) -> None:
+    if logits_chunk is not None and logits_chunk < 1:
+        raise InputError(f"logits_chunk must be >= 1 or null, got {logits_chunk}")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,11 @@ class SFTConfig:
     optim: OptimConfig = section(lambda: OptimConfig(learning_rate=2e-5, decay="cosine"))
     training: TrainingConfig = section(TrainingConfig)
     mesh: MeshConfig = section(MeshConfig)
+    logits_chunk: int | None = _logits_chunk()
     seed: int = option(0, "seed of the data order")
+
+    def __post_init__(self):
+        _check_chunk(self.logits_chunk)
 
 
 @dataclass(frozen=True)
@@ -112,11 +116,13 @@ class ScoreConfig:
     rewards: list[RewardSpec] = option([], "reward functions; the reward is their weighted sum")
     batch_size: int = option(64, "groups per forward pass")
     part_size: int = option(2048, "groups per Parquet part; an interrupted run resumes at a part")
+    logits_chunk: int | None = _logits_chunk()
     mesh: MeshConfig = section(MeshConfig)
 
     def __post_init__(self):
         if self.batch_size < 1 or self.part_size < 1:
             raise InputError("batch_size and part_size must be >= 1")
+        _check_chunk(self.logits_chunk)
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,11 @@ class PolicyConfig:
         None, "generation every training.eval_every steps; null = none"
     )
     mesh: MeshConfig = section(MeshConfig)
+    logits_chunk: int | None = _logits_chunk()
     seed: int = option(0, "seed of the data order")
+
+    def __post_init__(self):
+        _check_chunk(self.logits_chunk)
 
 
 @dataclass(frozen=True)
@@ -155,11 +165,13 @@ class EvaluateConfig:
     reference: ModelConfig | None = option(None, "π_ref for the KL; null = no KL, no objective")
     evaluation: PolicyEvaluationConfig = section(PolicyEvaluationConfig)
     beta: float = option(0.06, "β of the reported objective E[R] − β·KL")
+    logits_chunk: int | None = _logits_chunk()
     mesh: MeshConfig = section(MeshConfig)
 
     def __post_init__(self):
         if not self.beta > 0:
             raise InputError(f"beta must be > 0, got {self.beta}")
+        _check_chunk(self.logits_chunk)
 
 
 @dataclass(frozen=True)
@@ -173,3 +185,6 @@ class QuickstartConfig:
     vocab_size: int = option(700, "size of the tokenizer that is trained on them")
     hidden_size: int = option(128, "width of the tiny Llama")
     num_layers: int = option(3, "its depth")
+    overrides: dict[str, list[str]] = option(
+        {}, "stage (sft, reward, scored, copg, dpo, ipo, evaluate) -> list of key=value"
+    )

@@ -9,8 +9,9 @@ time:
 3. compute ln π_ref of the same tokens and estimate the KL from the samples.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -40,7 +41,7 @@ class GenerationConfig:
         1.0, "1 estimates J(pi), an expectation under pi; 0 is greedy decoding"
     )
     missing_eos_reward: float | None = option(
-        None, "reward of a completion without EOS instead of its own; null = judge it as it is"
+        None, "reward of a completion without EOS; null = that of its text, like any other"
     )
     batch_size: int = option(32, "prompts generated at a time")
     num_texts: int = option(4, "generations shown and logged as text")
@@ -141,6 +142,8 @@ class GenerationEvaluator:
         beta: β of the reported objective.
         mesh: the device mesh.
         ref_params: parameters of π_ref, or None for no KL and no objective.
+        logits_chunk: see `logprobs.token_logp`.
+        inputs: name to hash of what this evaluation reads, for the run's header.
     """
 
     def __init__(
@@ -155,7 +158,10 @@ class GenerationEvaluator:
         beta: float,
         mesh: jax.sharding.Mesh,
         ref_params: Any = None,
+        logits_chunk: int | None = None,
+        inputs: Mapping[str, str] | None = None,
     ) -> None:
+        self.inputs = dict(inputs or {})
         self._sampler, self._prompts, self._tokenizer = sampler, prompts, tokenizer
         self._rewards, self._generation, self._beta = rewards, generation, beta
         self._mesh, self._ref_params = mesh, ref_params
@@ -164,7 +170,7 @@ class GenerationEvaluator:
         self._prompt_size = -(-max(len(p.prompt_tokens) for p in prompts) // 8) * 8
         rows = sharding.batch_sharding(mesh)
         self._ref_token_logp = jax.jit(
-            lambda params, batch: policy.token_logp(config, params, batch),
+            partial(policy.token_logp, config, chunk=logits_chunk),
             in_shardings=(None, rows),
             out_shardings=sharding.replicated(mesh),
         )
@@ -172,11 +178,7 @@ class GenerationEvaluator:
     def __call__(self, params: Any, step: int) -> tuple[dict[str, float], dict[str, str]]:
         """Metrics (`eval/…`) and sample texts of the policy `params` at `step`; see `summarize`."""
         generations = [g for batch in self.batches(params, step) for g in batch]
-        shown = generations[:: self._generation.num_samples][: self._generation.num_texts]
-        texts = {
-            f"sample/{i}": f"[reward {g.reward:.3f}] {g.completion.strip()}"
-            for i, g in enumerate(shown)
-        }
+        texts = sample_texts(generations, self._generation)
         return summarize(generations, beta=self._beta), texts
 
     def batches(self, params: Any, step: int, first: int = 0) -> Iterator[list[Generation]]:
@@ -224,7 +226,7 @@ class GenerationEvaluator:
                     Generation(
                         id=prompt.id,
                         prompt=prompt.prompt,
-                        completion=self._tokenizer.decode(ids, skip_special_tokens=True),
+                        completion=self._text(ids),
                         reward=np.nan,
                         logp=float(logp.sum()),
                         ref_logp=float((logp - log_ratio).sum()),
@@ -234,6 +236,12 @@ class GenerationEvaluator:
                     )
                 )
         return found
+
+    def _text(self, ids: Any) -> str:
+        """What was written, blank for blank."""
+        return self._tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
 
     def _judge(self, chunk: Sequence[TokenGroup], found: list[Generation]) -> list[Generation]:
         """Fills in the rewards."""
@@ -265,6 +273,15 @@ def _prompt_batch(
         batch.prompt_tokens[row, : len(group.prompt_tokens)] = group.prompt_tokens
         batch.prompt_length[row] = len(group.prompt_tokens)
     return batch
+
+
+def sample_texts(generations: Sequence[Generation], sizes: GenerationConfig) -> dict[str, str]:
+    """The first completions of the first prompts, with their rewards, to look at."""
+    shown = generations[:: sizes.num_samples][: sizes.num_texts]
+    return {
+        f"sample/{i}": f"[reward {g.reward:.3f}] {g.completion.strip()}"
+        for i, g in enumerate(shown)
+    }
 
 
 def summarize(generations: Sequence[Generation], *, beta: float) -> dict[str, float]:

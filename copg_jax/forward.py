@@ -5,6 +5,8 @@ is all the rest.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +16,9 @@ from jax import Array
 from copg_jax import sharding
 from copg_jax.data import groups
 from copg_jax.data.groups import GroupBatch, TokenGroup
+from copg_jax.models import functional, hf_weights
+from copg_jax.models.llama import LlamaConfig
+from copg_jax.runtime import Progress
 
 _PROMPT_MULTIPLE, _COMPLETION_MULTIPLE = 64, 16
 """Shapes are rounded up to these, so that a data set needs few compilations."""
@@ -29,6 +34,7 @@ class GroupForward:
         param_shardings: where they lie.
         mesh: the device mesh.
         batch_size: groups per call, rounded up to a multiple of data·fsdp.
+        name: what is computed, for the progress of long calls.
     """
 
     def __init__(
@@ -39,7 +45,9 @@ class GroupForward:
         param_shardings: Any,
         mesh: jax.sharding.Mesh,
         batch_size: int,
+        name: str,
     ) -> None:
+        self._name = name
         shards = sharding.num_batch_shards(mesh)
         self._batch_size = -(-batch_size // shards) * shards
         self._params = params
@@ -53,38 +61,49 @@ class GroupForward:
     def __call__(
         self,
         rows: Sequence[TokenGroup],
-        on_progress: Callable[[int], None] | None = None,
     ) -> list[np.ndarray]:
-        """One float32 array [number of completions] per group, in the order of `rows`.
-
-        Args:
-            rows: groups of any lengths.
-            on_progress: called after each batch with the number of groups done.
-        """
+        """One float32 array [number of completions] per group, in the order of `rows`."""
+        progress = Progress(self._name, len(rows))
         sizes = [
             (len(row.prompt_tokens), max(len(ids) for ids in row.completion_tokens)) for row in rows
         ]
         # Longest first: running out of memory shows at once, not at the end.
         order = sorted(range(len(rows)), key=lambda i: sizes[i], reverse=True)
         results: list[np.ndarray] = [np.empty(0, np.float32)] * len(rows)
-        num_completions = max((len(row.completion_tokens) for row in rows), default=1)
         for start in range(0, len(order), self._batch_size):
             chunk = order[start : start + self._batch_size]
             batch = groups.collate(
                 [rows[i] for i in chunk],
                 batch_size=self._batch_size,
                 prompt_size=_round_up(max(sizes[i][0] for i in chunk), _PROMPT_MULTIPLE),
-                num_completions=num_completions,
+                num_completions=_power_of_two(max(len(rows[i].completion_tokens) for i in chunk)),
                 completion_size=_round_up(max(sizes[i][1] for i in chunk), _COMPLETION_MULTIPLE),
             )
             placed = sharding.place(sharding.host_rows(batch), self._rows)
             values = np.asarray(jax.device_get(self._function(self._params, placed)))
             for i, row_values in zip(chunk, values, strict=False):
                 results[i] = row_values[: len(rows[i].completion_tokens)]
-            if on_progress is not None:
-                on_progress(start + len(chunk))
+            progress.update(start + len(chunk))
         return results
+
+
+def load_frozen(folder: Path, config: LlamaConfig, *, head: str, shardings: Any) -> Any:
+    """Weights that are only read (π_ref, a reward model), stored in the compute dtype.
+
+    Args:
+        folder: Hugging Face folder.
+        config: architecture and compute dtype.
+        head: "lm" or "score".
+        shardings: where each weight shall lie.
+    """
+    params = hf_weights.load_params(folder, config, head=head, shardings=shardings)
+    cast = partial(functional.cast_matrices, config)
+    return jax.jit(cast, out_shardings=shardings)(params)
 
 
 def _round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()

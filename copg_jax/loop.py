@@ -1,11 +1,10 @@
 """The one training loop; stages differ by the step function, the stream and the evaluation they
 hand it.
 
-1. Restore the newest checkpoint, if any; the stream starts at its step.
-2. Each step: take a batch, place it, call the step function. Metrics are read one step late, so
+1. Each step: take a batch, place it, call the step function. Metrics are read one step late, so
    that the device never waits for the host.
-3. Now and then evaluate (held-out loss, generation) and save; keep the newest and the best state.
-4. SIGTERM and Ctrl-C save and leave with the shell's exit code; the same command goes on from
+2. Now and then evaluate (held-out loss, generation) and save; keep the newest and the best state.
+3. SIGTERM and Ctrl-C save and leave with the shell's exit code; the same command goes on from
    there.
 """
 
@@ -24,6 +23,7 @@ from copg_jax.cli import option
 from copg_jax.data.groups import GroupBatch
 from copg_jax.errors import InputError
 from copg_jax.metrics import MetricsLogger
+from copg_jax.models.llama import REMAT_POLICIES
 from copg_jax.runtime import GracefulExit
 from copg_jax.train_state import TrainState
 
@@ -38,6 +38,7 @@ class TrainingConfig:
 
     batch_size: int = option(128, "groups per optimiser step, over all devices")
     num_microbatches: int = option(1, "pieces a batch is processed in (gradient accumulation)")
+    remat: str = option("full", "what the backward pass recomputes per layer: none, dots or full")
     num_epochs: int = option(2, "passes over the data")
     max_steps: int | None = option(None, "stop after this many steps; null = all epochs")
     eval_every: int = option(50, "steps between evaluations; one also runs before the first step")
@@ -49,6 +50,10 @@ class TrainingConfig:
         for name in ("batch_size", "num_microbatches", "num_epochs", "eval_every", "save_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.remat not in REMAT_POLICIES:
+            raise InputError(
+                f"remat must be one of {', '.join(REMAT_POLICIES)}, got '{self.remat}'"
+            )
         if self.log_every < 1 or (self.max_steps is not None and self.max_steps < 1):
             raise InputError("log_every must be >= 1 and max_steps >= 1 or null")
         if self.batch_size % self.num_microbatches:
@@ -74,12 +79,13 @@ class NonFiniteLoss(RuntimeError):
 
 
 def _non_finite(step: int, ids: list[str], per_group: np.ndarray, folder: Path) -> NonFiniteLoss:
-    culprits = [name for name, value in zip(ids, per_group, strict=False) if not np.isfinite(value)]
+    culprits = [name for name, value in zip(ids, per_group, strict=True) if not np.isfinite(value)]
     named = ", ".join(culprits[:8]) or "none by its loss alone: the gradient overflowed"
     return NonFiniteLoss(
         f"step {step}: the loss or its gradient is not finite. Offending examples: {named}. The "
-        f"state from before this step is saved in {folder}. Look at these examples, lower "
-        "optim.learning_rate, raise loss.beta or set optim.clip_norm."
+        f"state from before this step is saved in {folder}; the same command would meet the same "
+        "batch. Look at these examples and start again in a new output_dir without them, with a "
+        "lower optim.learning_rate, a higher loss.beta or optim.clip_norm."
     )
 
 
@@ -105,8 +111,62 @@ class _Pending:
         }
         logger.log(self.step, {name: float(value) for name, value in values.items()} | rates)
         if not finite:
-            raise _non_finite(self.step, self.ids, per_group, folder)
+            # Ids are this host's, losses those of the global batch.
+            raise _non_finite(self.step, self.ids, sharding.host_rows(per_group), folder)
         return now
+
+
+class _Milestones:
+    """What happens at some steps only: evaluation, checkpoints, the best step so far."""
+
+    def __init__(
+        self,
+        num_steps: int,
+        eval_every: int,
+        save_every: int,
+        evaluate: Evaluate | None,
+        best_metric: str | None,
+        logger: MetricsLogger,
+        checkpoints: Checkpoints,
+    ) -> None:
+        self._num_steps, self._eval_every, self._save_every = num_steps, eval_every, save_every
+        self._evaluate, self._best_metric = evaluate, best_metric
+        self._logger, self._checkpoints = logger, checkpoints
+        found = checkpoints.best()
+        self._best = -np.inf if found is None else found[1]
+        self._evaluated = -1
+
+    def _is_evaluation(self, step: int) -> bool:
+        due = step % self._eval_every == 0 or step == self._num_steps
+        return self._evaluate is not None and due
+
+    def _is_checkpoint(self, step: int) -> bool:
+        return step % self._save_every == 0 or step == self._num_steps
+
+    def is_due(self, step: int) -> bool:
+        """Whether anything happens at `step`."""
+        return self._is_evaluation(step) or self._is_checkpoint(step)
+
+    def reach(self, step: int, state: TrainState) -> None:
+        """Evaluates and saves, where that is due or `step` is the best so far."""
+        value: float | None = None
+        if self._evaluate is not None and self._is_evaluation(step):
+            metrics, texts = self._evaluate(state.params, step)
+            self._logger.log(step, metrics, text=texts)
+            self._evaluated = step
+            value = metrics.get(self._best_metric) if self._best_metric is not None else None
+        # The state before training is the model it started from: no checkpoint of its own.
+        if step == 0:
+            return
+        is_best = value is not None and value > self._best
+        self._best = value if value is not None and is_best else self._best
+        if is_best or self._is_checkpoint(step):
+            self._checkpoints.save(step, state, value)
+
+    def leave(self, step: int, state: TrainState) -> None:
+        """Saves a run that stops at `step`, saying whether its evaluation is still to be done."""
+        done = self._evaluated == step or not self._is_evaluation(step)
+        self._checkpoints.save(step, state, is_evaluated=done)
 
 
 def run(
@@ -145,36 +205,14 @@ def run(
         SystemExit: 143 or 130 after SIGTERM or Ctrl-C, with the state saved.
     """
     placement = sharding.batch_sharding(mesh)
-    found = checkpoints.best()
-    best = -np.inf if found is None else found[1]
-
-    evaluated = -1
-
-    def is_due(step: int) -> bool:
-        return evaluate is not None and (step % eval_every == 0 or step == num_steps)
-
-    def evaluate_and_save(step: int, state: TrainState) -> None:
-        nonlocal best, evaluated
-        value: float | None = None
-        if evaluate is not None and is_due(step):
-            metrics, texts = evaluate(state.params, step)
-            logger.log(step, metrics, text=texts)
-            evaluated = step
-            value = metrics.get(best_metric) if best_metric is not None else None
-        # The state before training is the model it started from: no checkpoint of its own.
-        if step == 0:
-            return
-        is_best = value is not None and value > best
-        if is_best:
-            best = value
-        if is_best or step == num_steps or step % save_every == 0:
-            checkpoints.save(step, state, value)
-
+    milestones = _Milestones(
+        num_steps, eval_every, save_every, evaluate, best_metric, logger, checkpoints
+    )
     pending: _Pending | None = None
     with GracefulExit() as exit_request:
         # An evaluation that was due where the run was left is made up for.
         if start_step == 0 or not checkpoints.is_evaluated(start_step):
-            evaluate_and_save(start_step, state)
+            milestones.reach(start_step, state)
         clock = time.perf_counter()
         try:
             for step in range(start_step + 1, num_steps + 1):
@@ -183,23 +221,18 @@ def run(
                 previous, pending = pending, _Pending(step, ids, batch, metrics)
                 if previous is not None:
                     clock = previous.log(logger, clock, checkpoints.folder)
-                stop = exit_request.requested is not None
-                if stop or step % eval_every == 0 or step % save_every == 0 or step == num_steps:
+                if exit_request.requested or milestones.is_due(step):
                     clock, pending = pending.log(logger, clock, checkpoints.folder), None
-                    if stop:
-                        checkpoints.save(step, state, is_evaluated=not is_due(step))
-                        print(
-                            f"{exit_request.requested}: saved step {step}; the same command goes on"
-                        )
+                    if exit_request.requested:
+                        milestones.leave(step, state)
+                        print(f"{exit_request.requested}: saved step {step} of {num_steps}")
                         raise SystemExit(exit_request.exit_code)
-                    evaluate_and_save(step, state)
+                    milestones.reach(step, state)
                     clock = time.perf_counter()
         except Exception:
             # Whatever stopped it (a non-finite loss, a failing reward function): keep what is
             # learned.
             if not state.step.is_deleted():
-                last = int(state.step)
-                done = evaluated == last or not is_due(last)
-                checkpoints.save(last, state, is_evaluated=done)
+                milestones.leave(int(state.step), state)
             raise
     return state

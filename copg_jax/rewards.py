@@ -25,15 +25,17 @@ from copg_jax.cli import option
 from copg_jax.data import groups
 from copg_jax.data.groups import TokenGroup
 from copg_jax.data.prompts import normalize_completion
-from copg_jax.data.schemas import TextGroup
+from copg_jax.data.schemas import InvalidRow, TextGroup
 from copg_jax.data.tldr import Limits
 from copg_jax.data.tokenizer import Encoder, load_tokenizer
 from copg_jax.errors import InputError
-from copg_jax.forward import GroupForward
+from copg_jax.forward import GroupForward, load_frozen
 from copg_jax.models import functional, hf_weights
 from copg_jax.models.reward import reward as model_reward
 
 RewardFn = Callable[..., Sequence[float | None]]
+
+_LONGEST_RUN = 8  # completions of one prompt that share a group, so that few shapes are compiled
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,14 @@ def score_texts(
             f"reward function {name}: cannot be called as f(prompts, completions, **columns) with "
             f"the columns of this data, {sorted(columns)}: {error}"
         ) from error
-    values = list(function(prompts=list(prompts), completions=list(completions), **columns))
+    values = function(prompts=list(prompts), completions=list(completions), **columns)
+    try:
+        values = list(values)
+    except TypeError:
+        raise InputError(
+            f"reward function {name}: wanted a list of {len(completions)} numbers or None, got "
+            f"{values!r:.80}; is a `return` missing?"
+        ) from None
     if len(values) != len(completions):
         raise InputError(
             f"reward function {name}: wanted {len(completions)} rewards, one a completion, "
@@ -143,6 +152,11 @@ class WeightedRewards:
         self._parts = [(spec, load_reward(spec)) for spec in specs]
 
     @property
+    def fingerprint(self) -> str:
+        """Hash of all of them."""
+        return hashlib.sha256(repr(self.provenance).encode()).hexdigest()
+
+    @property
     def provenance(self) -> list[dict[str, Any]]:
         """Each spec with a hash of what computes it: a model's weights, or a function's source."""
         return [asdict(spec) | {"hash": _fingerprint(function)} for spec, function in self._parts]
@@ -155,9 +169,10 @@ class WeightedRewards:
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Total [N] (NaN where any part is absent) and the parts by dotted path, each [N]."""
         total, parts = np.zeros(len(completions)), {}
-        for spec, function in self._parts:
+        for number, (spec, function) in enumerate(self._parts):
             values = score_texts(function, prompts, completions, columns, name=spec.function)
-            parts[spec.function] = values
+            name = spec.function if spec.function not in parts else f"{spec.function}[{number}]"
+            parts[name] = values
             total = total + spec.weight * values
         return total, parts
 
@@ -232,7 +247,8 @@ def pairwise_accuracy(function: RewardFn, labelled: Iterable[TextGroup]) -> floa
 class RewardModel:
     """A Bradley–Terry reward model as a reward function.
 
-    Texts are tokenised with the model's own tokenizer; equal neighbouring prompts share one group.
+    Texts are tokenised with the model's own tokenizer and end in its EOS, whether or not the policy
+    wrote one; equal neighbouring prompts share one group.
 
     Args:
         path: folder or hub id that `LlamaForSequenceClassification` (num_labels=1) could load.
@@ -268,22 +284,24 @@ class RewardModel:
                 batch.completion_tokens,
                 batch.completion_length,
             ),
-            hf_weights.load_params(folder, self._config, head="score", shardings=layout),
+            load_frozen(folder, self._config, head="score", shardings=layout),
             param_shardings=layout,
             mesh=mesh,
             batch_size=batch_size,
+            name="reward model",
         )
 
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
-    ) -> list[float]:
-        """Scores, reward units, one a completion."""
+    ) -> list[float | None]:
+        """Scores, reward units, one a completion; None for a text that spells EOS."""
         runs = self._group(prompts, completions)
         scores = self._forward([group for group, _ in runs])
-        rewards = np.empty(len(completions))
+        rewards: list[float | None] = [None] * len(completions)
         for (_, slots), values in zip(runs, scores, strict=True):
-            rewards[slots] = values
-        return rewards.tolist()
+            for slot, value in zip(slots, values.tolist(), strict=True):
+                rewards[slot] = value
+        return rewards
 
     def _group(
         self, prompts: Sequence[str], completions: Sequence[str]
@@ -291,19 +309,31 @@ class RewardModel:
         """Groups runs of equal prompts; each with the indices of its completions."""
         runs: list[list[int]] = []
         for index, prompt in enumerate(prompts):
-            if runs and prompts[runs[-1][0]] == prompt:
+            if runs and prompts[runs[-1][0]] == prompt and len(runs[-1]) < _LONGEST_RUN:
                 runs[-1].append(index)
             else:
                 runs.append([index])
-        grouped = []
-        for run in runs:
-            text = TextGroup(
-                id=str(run[0]),
-                where=f"completion {run[0]}",
-                prompt=prompts[run[0]],
-                completions=tuple(normalize_completion(completions[i]) for i in run),
-            )
+        return [found for run in runs for found in self._tokenize(run, prompts, completions)]
+
+    def _tokenize(
+        self, run: list[int], prompts: Sequence[str], completions: Sequence[str]
+    ) -> list[tuple[TokenGroup, list[int]]]:
+        """One group of a run; completions that cannot be encoded (they spell EOS) are left out."""
+        text = TextGroup(
+            id=str(run[0]),
+            where=f"prompt {prompts[run[0]][:60]!r}",
+            prompt=prompts[run[0]],
+            completions=tuple(normalize_completion(completions[i]) for i in run),
+        )
+        try:
             tokens = groups.tokenize_group(text, self._encoder, self._limits, Counter())
-            assert isinstance(tokens, TokenGroup)  # nothing is dropped under these limits
-            grouped.append((tokens, run))
-        return grouped
+        except InvalidRow as error:
+            if error.reason != groups.EOS_INSIDE:
+                raise InputError(
+                    f"reward model: {error}\nIts own limit is the reward function's argument "
+                    f"max_prompt_tokens={self._limits.max_prompt_tokens}."
+                ) from error
+            alone = [[i] for i in run] if len(run) > 1 else []
+            return [found for one in alone for found in self._tokenize(one, prompts, completions)]
+        assert isinstance(tokens, TokenGroup)  # nothing is dropped under these limits
+        return [(tokens, run)]

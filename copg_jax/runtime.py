@@ -13,7 +13,8 @@ import platform
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -25,6 +26,10 @@ import yaml
 import copg_jax
 from copg_jax.cli import config_differences, to_yaml
 from copg_jax.errors import InputError
+
+log = logging.getLogger(__name__)
+
+_PROGRESS_SEC = 15.0
 
 RECORDED_PACKAGES = (
     "jax",
@@ -38,6 +43,27 @@ RECORDED_PACKAGES = (
     "tokenizers",
     "datasets",
 )
+
+
+class Progress:
+    """Logs how far a long piece of work is, at most every 15 seconds; silent where it is short.
+
+    Args:
+      name: What is done.
+      total: Number of items.
+    """
+
+    def __init__(self, name: str, total: int) -> None:
+        self._name, self._total = name, total
+        self._start = self._last = time.monotonic()
+
+    def update(self, done: int) -> None:
+        """Note that `done` items are finished."""
+        now = time.monotonic()
+        if now - self._last >= _PROGRESS_SEC and done:
+            self._last = now
+            left = (now - self._start) / done * (self._total - done)
+            log.info("%s: %d of %d, %.0f s left", self._name, done, self._total, left)
 
 
 def is_main_process() -> bool:
@@ -119,17 +145,41 @@ def check_run_folder(output_dir: Path, config: Any, *, may_differ: Sequence[str]
         _check_same_run(output_dir / "config.yaml", to_yaml(config), may_differ)
 
 
-def write_run_header(output_dir: Path, config: Any) -> None:
-    """Write config.yaml and versions.json into `output_dir`, made when absent; process 0 only.
+def write_run_header(output_dir: Path, config: Any, inputs: Mapping[str, str]) -> None:
+    """Write config.yaml, versions.json and inputs.json into `output_dir`; process 0 only.
 
     Called once the inputs are known to be good, so that a typo in them does not claim the folder.
+
+    Args:
+      output_dir: Folder of the run; made when absent.
+      config: Config dataclass of the run.
+      inputs: Name to hash of the models, data and rewards that the run reads. A file may change
+        while its path, and so the config, stays the same.
+
+    Raises:
+      InputError: The run began with other inputs.
     """
     if not is_main_process():
         return
     output_dir = Path(output_dir)
+    path = output_dir / "inputs.json"
+    if path.exists():
+        _check_same_inputs(path, inputs)
     output_dir.mkdir(parents=True, exist_ok=True)
     _write_text(output_dir / "config.yaml", to_yaml(config))
     _write_text(output_dir / "versions.json", json.dumps(_versions(), indent=2) + "\n")
+    _write_text(path, json.dumps(dict(inputs), indent=2) + "\n")
+
+
+def _check_same_inputs(path: Path, inputs: Mapping[str, str]) -> None:
+    previous = json.loads(path.read_text(encoding="utf-8"))
+    changed = [name for name in inputs if previous.get(name) != inputs[name]]
+    if changed:
+        raise InputError(
+            f"output_dir {path.parent} holds a run that began with another content of: "
+            f"{', '.join(changed)} (hashes in {path.name}); going on would mix the two. Fix: set "
+            f"another output_dir, delete {path.parent} to start over, or restore what it began with"
+        )
 
 
 def _check_same_run(path: Path, resolved: str, may_differ: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ function.
 """
 
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -17,14 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from copg_jax.cli import config_differences
 from copg_jax.data import scored
 from copg_jax.data.dataset import GroupDataset
 from copg_jax.data.groups import TokenGroup
-from copg_jax.errors import InputError
 from copg_jax.forward import GroupForward
 from copg_jax.metrics import MetricsLogger
 from copg_jax.rewards import WeightedRewards
+
+log = logging.getLogger(__name__)
 
 
 def score_dataset(
@@ -47,13 +48,10 @@ def score_dataset(
         side_car: what makes the numbers; written as incomplete first and as complete at the end.
 
     Raises:
-        InputError: a reward function that misbehaves (finished parts stay), or parts there that
-            another model, tokenizer or reward function made.
+        InputError: a reward function that misbehaves; finished parts stay.
     """
     num_parts = -(-len(dataset) // part_size)
     finished = scored.finished_parts(folder)
-    if finished:
-        _check_same_source(folder, side_car)
     scored.write_side_car(folder, side_car)
     done = min(len(finished) * part_size, len(dataset))
     with MetricsLogger(
@@ -89,19 +87,14 @@ def score_dataset(
                     "perf/reward_share": reward_sec / seconds,
                 },
             )
-    scored.write_side_car(folder, dataclasses.replace(side_car, complete=True))
-
-
-def _check_same_source(folder: Path, side_car: scored.SideCar) -> None:
-    """A model trained anew has the same path: only the hashes tell that parts would not fit."""
-    there = dataclasses.replace(scored.read_side_car(folder), complete=side_car.complete)
-    differences = config_differences(there, side_car)
-    if differences:
-        raise InputError(
-            f"{folder} holds parts that were scored with something else (theirs -> yours):\n  "
-            + "\n  ".join(differences)
-            + f"\nFix: give another output_dir, or delete {folder} to score again."
-        )
+    counts = dataset.stats | scored.count_rewards(folder)
+    scored.write_side_car(folder, dataclasses.replace(side_car, complete=True, counts=counts))
+    log.info(
+        "%s: %d completions scored, %d of them without a reward (they will be left out)",
+        folder,
+        counts["completions scored"],
+        counts["without a reward"],
+    )
 
 
 def _reward_groups(

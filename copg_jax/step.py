@@ -259,6 +259,7 @@ def make_train_step(
     mesh: jax.sharding.Mesh,
     state_shardings: TrainState,
     num_microbatches: int = 1,
+    schedule: optax.Schedule | None = None,
 ) -> Callable[[TrainState, GroupBatch], tuple[TrainState, dict[str, Array]]]:
     """Builds the jitted optimiser step (state, batch) → (state, metrics).
 
@@ -273,6 +274,7 @@ def make_train_step(
         mesh: the device mesh.
         state_shardings: from `train_state.state_shardings`.
         num_microbatches: pieces the batch is processed in; divides B / (data·fsdp).
+        schedule: the optimiser's learning rate by step, to report as `optim/learning_rate`.
 
     Returns:
         A function that donates its state. Metrics: averages by name, `optim/grad_norm`, `finite`
@@ -293,6 +295,8 @@ def make_train_step(
         new = TrainState(state.step + 1, params, opt_state, halted)
         new = jax.tree.map(lambda a, b: jnp.where(halted, b, a), new, state)._replace(halted=halted)
         metrics = _averages(aux.metrics) | {"optim/grad_norm": grad_norm}
+        if schedule is not None:
+            metrics["optim/learning_rate"] = jnp.asarray(schedule(state.step))
         return new, metrics | {"finite": finite, "per_group": aux.per_group}
 
     whole = sharding.replicated(mesh)

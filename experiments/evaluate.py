@@ -16,7 +16,7 @@ from typing import Any
 from copg_jax import runtime, sharding, stages
 from copg_jax.cli import run_main
 from copg_jax.config import EvaluateConfig
-from copg_jax.evaluate import Generation, summarize
+from copg_jax.evaluate import Generation, sample_texts, summarize
 from copg_jax.metrics import MetricsLogger
 
 
@@ -29,14 +29,21 @@ def main(config: EvaluateConfig) -> dict[str, float]:
     model = stages.open_model(config.model, mesh)
     reference = config.reference and stages.open_model(config.reference, mesh)
     evaluator = stages.open_evaluation(
-        config.evaluation, model, mesh, folder, beta=config.beta, reference=reference
+        config.evaluation,
+        model,
+        mesh,
+        folder,
+        beta=config.beta,
+        reference=reference,
+        logits_chunk=config.logits_chunk,
     )
-    runtime.write_run_header(folder, config)
+    runtime.write_run_header(folder, config, evaluator.inputs | {"model": model.hash})
 
     sizes = config.evaluation.generation
     path = folder / "generations.jsonl"
     found = _read(path, sizes.num_samples)
     done = len(found) // sizes.num_samples
+    total = sizes.num_prompts * sizes.num_samples
     params = model.load_frozen() if done < sizes.num_prompts else None
     logger = MetricsLogger(
         folder, total_steps=sizes.num_prompts, log_every=1, resume_step=done or None
@@ -47,7 +54,11 @@ def main(config: EvaluateConfig) -> dict[str, float]:
             file.writelines(map(_line, batch))
             file.flush()
             found += batch
-            logger.log(len(found) // sizes.num_samples, summarize(found, beta=config.beta))
+            logger.log(
+                len(found) // sizes.num_samples,
+                summarize(found, beta=config.beta),
+                text=sample_texts(found, sizes) if len(found) == total else None,
+            )
     metrics = summarize(found, beta=config.beta)
     (folder / "evaluation.json").write_text(json.dumps(_jsonable(metrics), indent=2) + "\n")
     return metrics

@@ -34,6 +34,7 @@ from experiments import evaluate, figures, score, train_policy, train_reward, tr
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "quickstart"
 METHODS = ("copg", "dpo", "ipo")
+PARTS = ("train", "validation")
 REWARD = "copg_jax.rewards.RewardModel"
 
 
@@ -42,13 +43,14 @@ def main(config: QuickstartConfig) -> None:
     folder = Path(config.output_dir)
     runtime.setup()
     runtime.check_run_folder(folder, config)
-    runtime.write_run_header(folder, config)
+    runtime.write_run_header(folder, config, inputs={})
     make_inputs(config, folder)
 
     def run(
         stage: Callable[[Any], Any], cls: type, name: str, *arguments: str, read: str = ""
     ) -> Any:
         file = CONFIGS / f"{read or name}.yaml"
+        arguments = (*arguments, *config.overrides.get(read or name, []))
         return stage(load_config(cls, [str(file), *arguments, f"output_dir={folder / name}"]))
 
     posts, comparisons = folder / "data/sft.jsonl", folder / "data/comparisons.jsonl"
@@ -81,15 +83,11 @@ def reward_accuracy(comparisons: Path, reward_model: Path) -> dict[str, float]:
     held-out ones.
     """
     model = RewardModel(path=str(reward_model), batch_size=64)
-    config = load_config(
-        RewardModelConfig, [str(CONFIGS / "reward.yaml"), "output_dir=", "model.path="]
-    )
-    parts = {"train": config.data, "validation": config.validation}
+    data = load_config(RewardModelConfig, [str(CONFIGS / "reward.yaml")]).data
+    parts = {part: replace(data, path=str(comparisons), part=part) for part in PARTS}
     return {
-        f"{name}_accuracy": pairwise_accuracy(
-            model, GroupReader(replace(part, path=str(comparisons)))
-        )
-        for name, part in parts.items()
+        f"{part}_accuracy": pairwise_accuracy(model, GroupReader(section))
+        for part, section in parts.items()
     }
 
 

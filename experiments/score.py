@@ -24,14 +24,16 @@ def main(config: ScoreConfig) -> None:
     mesh = sharding.make_mesh(config.mesh)
     reference = stages.open_model(config.reference, mesh)
     dataset = stages.open_data(config.data, reference, folder, "groups")
-    runtime.write_run_header(folder, config)
     rewards = WeightedRewards(config.rewards)
+    inputs = {"reference": reference.hash, "data": dataset.fingerprint}
+    runtime.write_run_header(folder, config, inputs | {"rewards": rewards.fingerprint})
     seq_logp = GroupForward(
-        partial(policy.seq_logp, reference.config, chunk=config.reference.logits_chunk),
+        partial(policy.seq_logp, reference.config, chunk=config.logits_chunk),
         reference.load_frozen(),
         param_shardings=reference.shardings,
         mesh=mesh,
         batch_size=config.batch_size,
+        name="reference",
     )
     scoring.score_dataset(
         dataset,

@@ -8,7 +8,7 @@ Writes metrics.jsonl, checkpoints/, model/ (the last step) and best/ (the step o
 generation reward).
 """
 
-from copg_jax import stages, step
+from copg_jax import stages, step, training
 from copg_jax.cli import run_main
 from copg_jax.config import PolicyConfig
 
@@ -16,7 +16,7 @@ from copg_jax.config import PolicyConfig
 def main(config: PolicyConfig) -> None:
     """Trains the SFT model with the loss named in `loss.name`."""
     loss, evaluation = config.loss, config.evaluation
-    stages.train(
+    training.train(
         config,
         head="lm",
         make_loss=lambda model: step.make_policy_loss(
@@ -24,13 +24,19 @@ def main(config: PolicyConfig) -> None:
             loss.name,
             beta=loss.beta,
             baseline=loss.baseline,
-            chunk=config.model.logits_chunk,
+            chunk=config.logits_chunk,
         ),
-        check_data=lambda model, dataset: stages.require_scored(config, model, dataset),
-        make_evaluate=evaluation
+        check_data=stages.require_scored,
+        make_evaluation=evaluation
         and (
             lambda model, mesh, folder: stages.open_evaluation(
-                evaluation, model, mesh, folder, beta=loss.beta, reference=model
+                evaluation,
+                model,
+                mesh,
+                folder,
+                beta=loss.beta,
+                reference=model,
+                logits_chunk=config.logits_chunk,
             )
         ),
         best_metric="eval/reward_mean" if evaluation else None,

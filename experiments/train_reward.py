@@ -6,18 +6,18 @@ Writes metrics.jsonl, checkpoints/ and model/, which `LlamaForSequenceClassifica
 loads.
 """
 
-from copg_jax import stages, step
+from copg_jax import stages, step, training
 from copg_jax.cli import run_main
 from copg_jax.config import RewardModelConfig
 
 
 def main(config: RewardModelConfig) -> None:
     """Trains the SFT backbone with a new scalar head on labelled pairs."""
-    stages.train(
+    training.train(
         config,
         head="score",
         make_loss=step.make_bradley_terry_loss,
-        check_data=lambda _, dataset: stages.require_rewards(dataset, at_least=2),
+        check_data=lambda _section, _model, dataset: stages.require_rewards(dataset, at_least=2),
     )
 
 

@@ -5,17 +5,17 @@
 Writes metrics.jsonl, checkpoints/ and model/, a Hugging Face folder.
 """
 
-from copg_jax import stages, step
+from copg_jax import step, training
 from copg_jax.cli import run_main
 from copg_jax.config import SFTConfig
 
 
 def main(config: SFTConfig) -> None:
     """Trains with the negative log-likelihood of the completion tokens."""
-    stages.train(
+    training.train(
         config,
         head="lm",
-        make_loss=lambda model: step.make_nll_loss(model, chunk=config.model.logits_chunk),
+        make_loss=lambda model: step.make_nll_loss(model, chunk=config.logits_chunk),
     )
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: newest and best are kept, any mesh restores them, another model's are refused."""
+"""Checkpoints: the newest and the best are kept, any mesh restores them, another model's are refused."""
 
 import jax
 import jax.numpy as jnp
@@ -45,22 +45,22 @@ def test_saving_returns_before_the_state_may_be_donated(tmp_path, trained):
         assert_trees_equal(checkpoints.restore(1, trained.abstract, trained.layout), wanted)
 
 
-def test_only_the_newest_is_kept_without_a_metric(tmp_path, trained):
+def test_only_the_newest_two_are_kept_without_a_metric(tmp_path, trained):
     with Checkpoints(tmp_path) as checkpoints:
         for at in (1, 2, 3):
             checkpoints.save(at, trained.state)
         assert checkpoints.best() is None
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["3"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
 
 
-def test_the_newest_and_the_best_by_the_metric_are_kept(tmp_path, trained):
+def test_the_newest_two_and_the_best_by_the_metric_are_kept(tmp_path, trained):
     values = {1: 0.5, 2: 2.0, 3: 1.0, 4: None, 5: 1.5}
     with Checkpoints(tmp_path, best_metric=METRIC) as checkpoints:
         assert checkpoints.best() is None
         for at, value in values.items():
             checkpoints.save(at, trained.state, value)
         assert checkpoints.best() == (2, 2.0)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "5"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4", "5"]
     with Checkpoints(tmp_path, best_metric=METRIC) as checkpoints:  # and after a restart
         assert checkpoints.best() == (2, 2.0)
         assert checkpoints.latest_step == 5

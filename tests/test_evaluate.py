@@ -60,7 +60,8 @@ def test_nothing_known_gives_nan_and_no_warning():
 class Decoder:
     """Stands in for a tokenizer: ids as words."""
 
-    def decode(self, ids: Any, *, skip_special_tokens: bool) -> str:
+    def decode(self, ids: Any, **options: bool) -> str:
+        assert options == {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         return " ".join(f"w{i}" for i in ids)
 
 

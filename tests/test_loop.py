@@ -119,7 +119,7 @@ def test_a_run_that_sigterm_interrupts_and_resumes_is_the_uninterrupted_one_bit_
     with pytest.raises(SystemExit) as caught:
         train(tmp_path, spoil=signal_at(step))
     assert caught.value.code == 143
-    assert f"SIGTERM: saved step {step}; the same command goes on" in capfd.readouterr().out
+    assert f"SIGTERM: saved step {step} of {STEPS}" in capfd.readouterr().out
     state = train(tmp_path)
     assert_trees_equal(state, whole[1])
     assert lines(tmp_path) == lines(whole[0])
@@ -212,10 +212,13 @@ def test_an_evaluation_that_fails_leaves_a_checkpoint_and_is_made_up_for(whole, 
     assert lines(tmp_path) == lines(whole[0])
 
 
-def test_without_an_evaluation_only_the_last_state_is_kept(whole, tmp_path):
+def test_without_an_evaluation_only_the_last_states_are_kept(whole, tmp_path):
     assert_trees_equal(train(tmp_path, evaluate=None), whole[1])
     assert not [row for row in lines(tmp_path) if METRIC in row]
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [str(STEPS)]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        str(STEPS - 1),
+        str(STEPS),
+    ]
 
 
 def test_an_evaluation_without_a_reward_is_never_the_best(tmp_path):

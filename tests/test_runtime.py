@@ -33,7 +33,7 @@ class Config:
 
 def test_the_header_holds_the_resolved_config_and_the_versions(tmp_path):
     folder = tmp_path / "runs" / "a"
-    write_run_header(folder, Config(beta=0.3))
+    write_run_header(folder, Config(beta=0.3), {})
     assert load_config(Config, [str(folder / "config.yaml")]) == Config(beta=0.3)
     versions = json.loads((folder / "versions.json").read_text())
     assert versions["jax"] == jax.__version__
@@ -41,19 +41,27 @@ def test_the_header_holds_the_resolved_config_and_the_versions(tmp_path):
     assert versions["device_count"] == 8
     assert versions["platform"] == "cpu"
     assert versions["device_kind"]
-    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "versions.json"]
+    names = ["config.yaml", "inputs.json", "versions.json"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+
+
+def test_a_run_that_began_with_another_content_is_refused(tmp_path):
+    write_run_header(tmp_path, Config(), {"data": "a", "model": "b"})
+    write_run_header(tmp_path, Config(), {"data": "a", "model": "b"})
+    with pytest.raises(InputError, match=r"another content of: model \(.*another output_dir"):
+        write_run_header(tmp_path, Config(), {"data": "a", "model": "c"})
 
 
 def test_the_same_config_resumes(tmp_path):
-    write_run_header(tmp_path, Config())
+    write_run_header(tmp_path, Config(), {})
     before = (tmp_path / "config.yaml").read_text()
     check_run_folder(tmp_path, Config())
-    write_run_header(tmp_path, Config())
+    write_run_header(tmp_path, Config(), {})
     assert (tmp_path / "config.yaml").read_text() == before
 
 
 def test_the_folder_of_another_run_is_refused_with_differences_and_fixes(tmp_path):
-    write_run_header(tmp_path, Config())
+    write_run_header(tmp_path, Config(), {})
     other = Config(beta=0.3, log_every=5, optim=Optim(2e-5))
     with pytest.raises(InputError) as caught:
         check_run_folder(tmp_path, other, may_differ=["log_every"])
@@ -67,15 +75,15 @@ def test_the_folder_of_another_run_is_refused_with_differences_and_fixes(tmp_pat
 
 @pytest.mark.parametrize("prefix", ["optim", "optim.learning_rate"])
 def test_fields_that_may_differ_do_not_make_another_run(tmp_path, prefix):
-    write_run_header(tmp_path, Config())
+    write_run_header(tmp_path, Config(), {})
     changed = replace(Config(), optim=Optim(2e-5))
     check_run_folder(tmp_path, changed, may_differ=[prefix])
-    write_run_header(tmp_path, changed)
+    write_run_header(tmp_path, changed, {})
     assert load_config(Config, [str(tmp_path / "config.yaml")]) == changed
 
 
 def test_a_prefix_ends_at_a_dot(tmp_path):
-    write_run_header(tmp_path, Config())
+    write_run_header(tmp_path, Config(), {})
     with pytest.raises(InputError, match=r"optim\.learning_rate"):
         check_run_folder(tmp_path, Config(optim=Optim(1.0)), may_differ=["opt"])
 
@@ -95,7 +103,7 @@ def test_an_output_dir_that_is_a_file_is_refused(tmp_path):
 
 def test_only_process_0_writes_the_header(tmp_path, monkeypatch):
     monkeypatch.setattr(runtime, "is_main_process", lambda: False)
-    write_run_header(tmp_path / "run", Config())
+    write_run_header(tmp_path / "run", Config(), {})
     assert not (tmp_path / "run").exists()
 
 

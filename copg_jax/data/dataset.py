@@ -6,6 +6,7 @@
 3. `GroupDataset` reads group i from the memory map.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -46,10 +47,13 @@ class GroupDataset:
 
     Attributes:
         stats: what was kept, cut and dropped by reason, and lengths; see `format_stats`.
+        fingerprint: hash of contents and settings it was made from.
     """
 
     def __init__(self, path: Path) -> None:
-        self.stats: dict[str, Any] = json.loads(_side_car(path).read_text())["stats"]
+        side_car = json.loads(_side_car(path).read_text())
+        self.stats: dict[str, Any] = side_car["stats"]
+        self.fingerprint = hashlib.sha256(str(side_car["key"]).encode()).hexdigest()
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         # Batches of a memory map hold pointers only; threads may share them, not the reader.
         self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]

@@ -18,6 +18,7 @@ from copg_jax.data.tokenizer import Encoder
 from copg_jax.errors import InputError
 
 TOO_FEW = "too few completions left"
+EOS_INSIDE = "EOS inside a completion"
 
 
 class GroupBatch(NamedTuple):
@@ -68,7 +69,7 @@ def tokenize_group(
         if encoder.eos_id in ids[:-1]:
             raise InvalidRow(
                 group.where,
-                "EOS inside a completion",
+                EOS_INSIDE,
                 f"completion {index} contains the end-of-sequence token {encoder.eos_token!r} as "
                 "text. It is appended by id: remove it from the text.",
             )

@@ -22,7 +22,6 @@ _NEWS = re.compile(r"TITLE: .*\n\nTL;DR:\s*", re.DOTALL)
 # Cutting text changes the tokens next to the cut, not those further away; 32 is far beyond any
 # merge of the usual tokenizers, so counts need checking only within 32 tokens of the limit.
 _SLACK_TOKENS = 32
-_HASHED_CHARS = 200
 
 
 class Post(NamedTuple):
@@ -93,14 +92,11 @@ def normalize_completion(text: str) -> str:
 def post_fraction(prompt: str) -> float:
     """Returns a number in [0, 1) that depends on the post only, not on its schema or a cut end.
 
-    Hashed are the title and the first 200 characters of the post, blanks and newlines collapsed,
-    because copies of a post differ in those and in where they were cut. Other prompts: the whole.
+    Hashed are subreddit and title, blanks and newlines collapsed, because copies of a post differ
+    in those and in where the post was cut. Other prompts: the whole.
     """
     post = parse_prompt(prompt)
-    if post is None:
-        text = _collapse(prompt)
-    else:
-        text = f"{_collapse(post.title)}\n{_collapse(post.post)[:_HASHED_CHARS].rstrip()}"
+    text = _collapse(prompt if post is None else f"{post.subreddit} {post.title}")
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
 
 

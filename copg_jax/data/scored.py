@@ -95,6 +95,15 @@ def write_side_car(folder: Path, side_car: SideCar) -> None:
     os.replace(part, folder / SIDE_CAR)
 
 
+def count_rewards(folder: Path) -> dict[str, int]:
+    """Returns how many completions the parts hold and how many have no reward."""
+    total = absent = 0
+    for path in sorted(folder.glob("part-*.parquet")):
+        rewards = pq.read_table(path, columns=["rewards"])["rewards"].combine_chunks().flatten()
+        total, absent = total + len(rewards), absent + rewards.null_count
+    return {"completions scored": total, "without a reward": absent}
+
+
 def read_side_car(folder: Path) -> SideCar:
     """Reads the side-car of a scored folder.
 

@@ -11,7 +11,7 @@ def posts(count: int) -> list[dict]:
     """Preference pairs: two for each post."""
     return [
         {
-            "prompt": f"SUBREDDIT: r/x\n\nTITLE: t\n\nPOST: post {i // 2}\n\nTL;DR:",
+            "prompt": f"SUBREDDIT: r/x\n\nTITLE: t{i // 2}\n\nPOST: post\n\nTL;DR:",
             "chosen": f"a{i}",
             "rejected": f"b{i}",
         }

@@ -1,0 +1,399 @@
+"""The stages end to end on a tiny model, through their configs and mains; and bad input to them."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from copg_jax import config, training
+from copg_jax.cli import load_config
+from copg_jax.data import scored
+from copg_jax.data.generated import write_generated
+from copg_jax.data.tokenizer import load_tokenizer
+from copg_jax.errors import InputError
+from copg_jax.models import functional, hf_weights
+from copg_jax.models.llama import LlamaConfig
+from experiments import evaluate, score, train_policy, train_reward, train_sft
+from tests.toys import names_all
+
+MAINS: dict[str, tuple[Any, type]] = {
+    "sft": (train_sft.main, config.SFTConfig),
+    "reward": (train_reward.main, config.RewardModelConfig),
+    "score": (score.main, config.ScoreConfig),
+    "policy": (train_policy.main, config.PolicyConfig),
+    "evaluate": (evaluate.main, config.EvaluateConfig),
+}
+DATA = ["data.max_rows=24", "data.max_prompt_tokens=192", "data.max_completion_tokens=96"]
+TRAINING = [
+    "training.batch_size=8",
+    "training.max_steps=3",
+    "training.eval_every=2",
+    "training.remat=none",
+]
+MODEL = ["dtype=float32"]
+GENERATION = ["num_prompts=5", "max_new_tokens=6", "batch_size=8", "num_texts=1"]
+
+
+def tiny_model(folder: Path, tokenizer: Any, vocab_size: int) -> None:
+    """Writes a random Llama with a tokenizer."""
+    model = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        tie_word_embeddings=True,
+    )
+    params = functional.init(model, jax.random.key(0))
+    hf_weights.save_pretrained(folder, model, params, head="lm", tokenizer=tokenizer)
+
+
+class Workplace:
+    """Data, a base model, and the arguments of every stage on them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        write_generated(folder / "data", num_posts=40, num_comparisons=48, seed=0, vocab_size=400)
+        tokenizer = load_tokenizer(folder / "data" / "tokenizer")
+        tiny_model(folder / "base", tokenizer, len(tokenizer))
+        self.posts = folder / "data" / "sft.jsonl"
+        self.comparisons = folder / "data" / "comparisons.jsonl"
+
+    def arguments(self, stage: str) -> list[str]:
+        """Arguments of a run of the stage into `folder`/`stage`."""
+        folder = self.folder
+        sft = folder / "sft" / "model"
+        reward = f"copg_jax.rewards.RewardModel, arguments: {{path: {folder / 'reward' / 'model'}}}"
+        rewards = f"rewards=[{{function: {reward}}}]"
+        evaluation = [
+            f"evaluation.data.path={self.posts}",
+            f"evaluation.{rewards}",
+            *(f"evaluation.generation.{setting}" for setting in GENERATION),
+        ]
+        own = {
+            "sft": [
+                f"model.path={folder / 'base'}",
+                f"data.path={self.posts}",
+                f"validation.path={self.posts}",
+                "validation.max_rows=11",
+                *TRAINING,
+            ],
+            "reward": [f"model.path={sft}", f"data.path={self.comparisons}", *TRAINING],
+            "score": [
+                f"reference.path={sft}",
+                f"data.path={self.comparisons}",
+                rewards,
+                "part_size=16",
+                "batch_size=8",
+            ],
+            "policy": [
+                f"model.path={sft}",
+                f"data.path={folder / 'score'}",
+                "optim.learning_rate=1e-2",
+                *TRAINING,
+                *evaluation,
+            ],
+            "evaluate": [
+                f"model.path={folder / 'policy' / 'model'}",
+                f"reference.path={sft}",
+                *(f"reference.{setting}" for setting in MODEL),
+                *evaluation,
+            ],
+        }[stage]
+        name = "reference" if stage == "score" else "model"
+        common = [f"{name}.{setting}" for setting in MODEL]
+        common += [] if stage == "evaluate" else DATA
+        return [*common, *own, f"output_dir={folder / stage}"]
+
+    def run(self, stage: str, *more: str) -> Any:
+        """Runs a stage through its config and main."""
+        main, cls = MAINS[stage]
+        return main(load_config(cls, [*self.arguments(stage), *more]))
+
+    def refusal(self, stage: str, *more: str) -> str:
+        """The text of the InputError that a stage gives."""
+        with pytest.raises(InputError) as caught:
+            self.run(stage, *more)
+        return str(caught.value)
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory) -> Workplace:
+    """A folder in which all stages have run, in order."""
+    place = Workplace(tmp_path_factory.mktemp("stages"))
+    for stage in MAINS:
+        place.run(stage)
+    return place
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def names_in(rows: Sequence[dict[str, Any]]) -> set[str]:
+    """All metric names that occur with a number."""
+    return {name for row in rows for name, value in row.items() if value is not None}
+
+
+def test_every_stage_writes_its_config_and_versions(workplace):
+    for stage, (_, cls) in MAINS.items():
+        folder = workplace.folder / stage
+        again = load_config(cls, [str(folder / "config.yaml")])
+        assert again == load_config(cls, workplace.arguments(stage))
+        versions = json.loads((folder / "versions.json").read_text())
+        assert {"jax", "flax", "python", "device_count"} <= versions.keys()
+
+
+def test_sft_logs_its_losses_and_leaves_a_language_model(workplace):
+    rows = metrics(workplace.folder / "sft")
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
+    assert [row["step"] for row in rows if "eval/loss" in row] == [0, 2, 3]
+    assert {"optim/grad_norm", "perf/pairs_per_sec", "perf/tokens_per_sec"} <= names_in(rows)
+    # An untrained model gives each of the tokens about the same probability.
+    model = hf_weights.read_config(workplace.folder / "sft" / "model")
+    assert rows[0]["eval/loss"] == pytest.approx(np.log(model.vocab_size), rel=0.05)
+    base = hf_weights.load_params(workplace.folder / "base", model, head="lm")
+    trained = hf_weights.load_params(workplace.folder / "sft" / "model", model, head="lm")
+    change = np.abs(base["embed_tokens"] - trained["embed_tokens"]).max()
+    assert 1e-6 < change < 1e-3  # 3 steps of at most 2e-5
+    load_tokenizer(workplace.folder / "sft" / "model")
+
+
+def test_the_reward_stage_leaves_a_sequence_classifier(workplace):
+    folder = workplace.folder / "reward"
+    assert {"loss", "rewards/accuracies", "rewards/margins", "rewards/mean"} <= names_in(
+        metrics(folder)
+    )
+    raw = json.loads((folder / "model" / "config.json").read_text())
+    assert raw["architectures"] == ["LlamaForSequenceClassification"]
+    loaded = hf_weights.load_params(
+        folder / "model", hf_weights.read_config(folder / "model"), head="score"
+    )
+    assert loaded["score"].shape == (16,)
+
+
+def test_the_scored_folder_says_where_its_numbers_come_from(workplace):
+    folder = workplace.folder / "score"
+    assert scored.finished_parts(folder) == [0, 1]
+    side_car = scored.read_side_car(folder)
+    assert side_car.complete
+    assert side_car.reference_hash == hf_weights.params_hash(workplace.folder / "sft" / "model")
+    assert side_car.rewards[0]["function"] == "copg_jax.rewards.RewardModel"
+
+
+def test_the_policy_starts_at_its_reference_and_the_last_and_the_best_model_are_left(workplace):
+    folder = workplace.folder / "policy"
+    rows = metrics(folder)
+    first = next(row for row in rows if row["step"] == 1)
+    # The policy is π_ref: all log-ratios are 0, whatever path computed them.
+    assert first["rewards/chosen"] == pytest.approx(0, abs=1e-5)
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert first["copg/reward_r2"] == pytest.approx(0, abs=1e-3)
+    start = rows[0]
+    assert start["step"] == 0
+    assert start["eval/kl"] == pytest.approx(0, abs=1e-4)
+    assert start["eval/kl_k3"] == pytest.approx(0, abs=1e-4)
+    assert {f"eval/{name}" for name in EVALUATED} <= names_in(rows)
+    assert [row["step"] for row in rows if "eval/reward_mean" in row] == [0, 2, 3]
+    assert all("sample/0" in row["text"] for row in rows if "eval/reward_mean" in row)
+    best = max(row["eval/reward_mean"] for row in rows[1:] if "eval/reward_mean" in row)
+    (step,) = {r["step"] for r in rows[1:] if r.get("eval/reward_mean") == best}
+    for name, kept in (("model", 3), ("best", step)):
+        model = hf_weights.read_config(folder / name)
+        params = hf_weights.load_params(folder / name, model, head="lm")
+        assert jax.tree.map(np.shape, params) == jax.tree.map(
+            lambda leaf: leaf.shape, functional.abstract_params(model)
+        )
+        assert (folder / "checkpoints" / str(kept)).is_dir()
+    same = hf_weights.params_hash(folder / "model") == hf_weights.params_hash(folder / "best")
+    assert same == (step == 3)
+
+
+EVALUATED = (
+    "reward_mean",
+    "reward_stderr",
+    "kl",
+    "kl_k3",
+    "objective",
+    "length",
+    "eos_rate",
+    "num_prompts",
+    "dropped_rewards",
+)
+
+
+def test_evaluation_alone_writes_its_averages_and_every_generation(workplace):
+    folder = workplace.folder / "evaluate"
+    averages = json.loads((folder / "evaluation.json").read_text())
+    assert {f"eval/{name}" for name in EVALUATED} <= averages.keys()
+    assert averages["eval/num_prompts"] == 5
+    assert averages["eval/kl_k3"] > 0  # the policy has moved away from its reference
+    lines = (folder / "generations.jsonl").read_text().splitlines()
+    generations = [json.loads(line) for line in lines]
+    assert len(generations) == 5
+    assert averages["eval/reward_mean"] == pytest.approx(
+        np.mean([row["reward"] for row in generations])
+    )
+    assert len({row["prompt"] for row in generations}) == 5
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(workplace):
+    folder = workplace.folder / "evaluate"
+    whole = (folder / "generations.jsonl").read_text()
+    averages = json.loads((folder / "evaluation.json").read_text())
+    lines = whole.splitlines(True)
+    (folder / "generations.jsonl").write_text("".join(lines[:3]) + lines[3][:20])
+    assert workplace.run("evaluate") == pytest.approx(averages, rel=1e-5)
+    again = (folder / "generations.jsonl").read_text().splitlines(True)
+    assert again[:3] == lines[:3]
+    assert [json.loads(line)["completion"] for line in again] == [
+        json.loads(line)["completion"] for line in lines
+    ]
+
+
+def test_a_completed_run_is_not_run_again(workplace, monkeypatch):
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("ran again")
+
+    monkeypatch.setattr(training.loop, "run", never)
+    before = (workplace.folder / "sft" / "metrics.jsonl").read_text()
+    workplace.run("sft")
+    workplace.run("policy")
+    assert (workplace.folder / "sft" / "metrics.jsonl").read_text() == before
+
+
+def test_an_export_that_was_cut_short_is_made_up_for(workplace):
+    folder = workplace.folder / "policy"
+    wanted = [hf_weights.params_hash(folder / name) for name in ("best", "model")]
+    before = metrics(folder)
+    shutil.rmtree(folder / "best")
+    shutil.rmtree(folder / "model")
+    workplace.run("policy")
+    assert [hf_weights.params_hash(folder / name) for name in ("best", "model")] == wanted
+    assert metrics(folder) == before
+
+
+def test_the_folder_of_another_run_is_refused_with_the_differences(workplace):
+    text = workplace.refusal("sft", "optim.learning_rate=0.5", "seed=3")
+    names_all(text, [str(workplace.folder / "sft"), "optim.learning_rate: 2e-05 -> 0.5"])
+    names_all(text, ["seed: 0 -> 3", "another output_dir"])
+    assert "training" not in text
+    refused = workplace.refusal("score", "part_size=5")
+    assert "part_size: 16 -> 5" in refused
+
+
+def test_a_run_whose_data_changed_under_the_same_path_is_refused(workplace, tmp_path):
+    data = tmp_path / "comparisons.jsonl"
+    lines = workplace.comparisons.read_text().splitlines(True)
+    data.write_text("".join(lines))
+    changed = [f"data.path={data}", f"output_dir={tmp_path / 'scored'}"]
+    workplace.run("score", *changed)
+    data.write_text("".join(lines[1:]))
+    text = workplace.refusal("score", *changed)
+    names_all(text, ["another content of: data", "output_dir", "inputs.json"])
+
+
+def test_what_does_not_define_a_run_may_differ_when_it_is_resumed(workplace):
+    workplace.run("sft", "mesh.fsdp=4", "mesh.tensor=2", "training.log_every=1")
+
+
+@pytest.fixture
+def elsewhere(workplace, tmp_path) -> str:
+    """Argument for an output folder that is not used yet."""
+    return f"output_dir={tmp_path / 'run'}"
+
+
+def test_unknown_and_mistyped_keys_are_named_with_the_one_that_was_meant(workplace, elsewhere):
+    names_all(
+        workplace.refusal("policy", elsewhere, "loss.bta=0.1", "training.max_steps=many"),
+        ["'loss.bta'", "did you mean 'loss.beta'?", "training.max_steps", "wanted int", "'many'"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("stage", "setting", "parts"),
+    [
+        ("policy", "loss.beta=0", ["loss.beta must be > 0", "got 0"]),
+        ("evaluate", "beta=-1", ["beta must be > 0", "got -1"]),
+        ("policy", "loss.name=ppo", ["loss.name must be one of copg, dpo", "'ppo'"]),
+        ("policy", "loss.baseline=1", ["loss.baseline", "name=pg", "1.0 with copg"]),
+        ("sft", "model.dtype=float16", ["model.dtype must be one of", "'float16'"]),
+        ("sft", "training.remat=some", ["training.remat must be one of", "'some'"]),
+        ("sft", "logits_chunk=0", ["logits_chunk must be >= 1", "got 0"]),
+        ("score", "part_size=0", ["part_size"]),
+        ("sft", "training.num_microbatches=3", ["training.batch_size", "multiple", "8 and 3"]),
+        ("sft", "training.num_microbatches=2", ["training.batch_size", "2 x 8", "e.g. 16"]),
+        ("sft", "mesh.tensor=3", ["mesh", "tensor=3", "8 device"]),
+        ("sft", "training.batch_size=64", ["24 groups", "64", "batch size"]),
+        ("sft", "model.path=nowhere/at/all", ["nowhere/at/all", "model folder"]),
+        ("sft", "data.path=nowhere.jsonl", ["nowhere.jsonl"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "=" in value else "",
+)
+def test_bad_settings_are_named_with_what_was_wanted(workplace, elsewhere, stage, setting, parts):
+    names_all(workplace.refusal(stage, elsewhere, setting), parts)
+
+
+def test_a_mesh_that_does_not_divide_the_model_lists_what_it_does_not_divide(workplace, elsewhere):
+    text = workplace.refusal("sft", elsewhere, "mesh.tensor=4", "mesh.fsdp=2")
+    names_all(text, ["k_proj", "kv_heads", "size 2", "mesh.tensor=4"])
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(workplace, elsewhere, tmp_path):
+    tiny_model(tmp_path / "small", load_tokenizer(workplace.folder / "base"), 300)
+    text = workplace.refusal("sft", elsewhere, f"model.path={tmp_path / 'small'}")
+    names_all(text, [str(tmp_path / "small"), "400 ids", "300", "vocab_size in config.json", "Fix"])
+
+
+def test_fewer_prompts_than_asked_for_are_refused(workplace, elsewhere):
+    text = workplace.refusal("evaluate", elsewhere, "evaluation.generation.num_prompts=1000")
+    names_all(text, ["evaluation.data", "wanted 1000", "got 40", str(workplace.posts)])
+    assert "num_prompts=40" in text
+
+
+def test_data_without_choices_trains_no_reward_model(workplace, elsewhere):
+    text = workplace.refusal("reward", elsewhere, f"data.path={workplace.posts}")
+    names_all(text, ["wanted 2 or more completions", "got at most 1", "missing", "comparisons"])
+
+
+def test_data_that_was_not_scored_trains_no_policy(workplace, elsewhere):
+    text = workplace.refusal("policy", elsewhere, f"data.path={workplace.comparisons}")
+    names_all(text, [str(workplace.comparisons), "no ref_logps", "experiments.score"])
+
+
+def test_data_scored_with_another_reference_or_tokenizer_trains_no_policy(
+    workplace, elsewhere, tmp_path
+):
+    text = workplace.refusal("policy", elsewhere, f"model.path={workplace.folder / 'base'}")
+    names_all(text, ["scored.json", "reference_hash", "score again"])
+    for field in ("tokenizer_hash", "complete"):
+        copy = tmp_path / field
+        shutil.copytree(workplace.folder / "score", copy)
+        change = {"tokenizer_hash": {"tokenizer_hash": "f" * 16}, "complete": {"complete": False}}
+        scored.write_side_car(
+            copy, dataclasses.replace(scored.read_side_car(copy), **change[field])
+        )
+        text = workplace.refusal("policy", elsewhere, f"data.path={copy}")
+        names_all(
+            text,
+            [str(copy)] + (["interrupted"] if field == "complete" else ["tokenizer", "f" * 16]),
+        )
+
+
+@pytest.mark.parametrize(("stage", "key"), [("policy", "evaluation.rewards"), ("score", "rewards")])
+def test_no_reward_function_is_refused_with_an_example(workplace, elsewhere, stage, key):
+    names_all(workplace.refusal(stage, elsewhere, f"{key}=[]"), ["rewards", "got none", "rouge_l"])
+
+
+def test_a_refused_run_leaves_no_config_behind(workplace, elsewhere, tmp_path):
+    workplace.refusal("reward", elsewhere, f"data.path={workplace.posts}")
+    assert not (tmp_path / "run" / "config.yaml").exists()
