@@ -1,4 +1,4 @@
-"""Checkpoints: the newest and the best are kept, any mesh restores them, another model's are refused."""
+"""Checkpoints: the newest and the best are kept, any mesh restores, other models are refused."""
 
 import jax
 import jax.numpy as jnp
