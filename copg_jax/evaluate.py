@@ -170,7 +170,7 @@ class GenerationEvaluator:
         self._prompt_size = -(-max(len(p.prompt_tokens) for p in prompts) // 8) * 8
         rows = sharding.batch_sharding(mesh)
         self._ref_token_logp = jax.jit(
-            partial(policy.token_logp, config, chunk=logits_chunk),
+            sharding.batch_parallel(mesh)(partial(policy.token_logp, config, chunk=logits_chunk)),
             in_shardings=(None, rows),
             out_shardings=sharding.replicated(mesh),
         )

@@ -53,7 +53,7 @@ class GroupForward:
         self._params = params
         self._rows = sharding.batch_sharding(mesh)
         self._function = jax.jit(
-            function,
+            sharding.batch_parallel(mesh)(function),
             in_shardings=(param_shardings, self._rows),
             out_shardings=sharding.replicated(mesh),
         )

@@ -138,7 +138,7 @@ def make_sampler(
 
     rows = sharding.batch_sharding(mesh)
     return jax.jit(
-        sample,
+        sharding.batch_parallel(mesh)(sample),
         in_shardings=(param_shardings, rows, rows, rows),
         out_shardings=sharding.replicated(mesh),
     )

@@ -4,14 +4,16 @@ from it.
 1. `make_mesh` lays the devices out as (data, fsdp, tensor);
 2. `LOGICAL_TO_MESH` says which mesh axis cuts which logical axis; models speak logical axes only;
 3. `shardings` turns a tree of logical axes into shardings; `batch_sharding` cuts batches along
-   groups;
+   groups, and `constrain_batch` the activations that come of them;
 4. `place` makes global arrays from what each host holds.
 
 This is the only file that names a mesh axis.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +93,29 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of a batch array [B, ...]: groups over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(LOGICAL_TO_MESH["batch"]))
+
+
+_activations: ContextVar[NamedSharding | None] = ContextVar("activations", default=None)
+
+
+@contextmanager
+def batch_parallel(mesh: Mesh) -> Iterator[None]:
+    """While a function is traced in here, `constrain_batch` pins its activations to the batch axis.
+
+    Without it the compiler may keep the `embed` axis of the weights cut, and then computes the
+    whole batch on every device and gathers activations instead of weights.
+    """
+    token = _activations.set(batch_sharding(mesh))
+    try:
+        yield
+    finally:
+        _activations.reset(token)
+
+
+def constrain_batch(x: jax.Array) -> jax.Array:
+    """Cuts an activation [B, ...] along B only, inside `batch_parallel`; elsewhere does nothing."""
+    layout = _activations.get()
+    return x if layout is None else jax.lax.with_sharding_constraint(x, layout)
 
 
 def shardings(mesh: Mesh, logical_axes: Any, shapes: Any) -> Any:

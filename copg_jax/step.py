@@ -301,7 +301,7 @@ def make_train_step(
 
     whole = sharding.replicated(mesh)
     return jax.jit(
-        _traced_once(train_step),
+        _traced_once(sharding.batch_parallel(mesh)(train_step)),
         in_shardings=(state_shardings, sharding.batch_sharding(mesh)),
         out_shardings=(state_shardings, whole),
         donate_argnums=0,
@@ -320,7 +320,7 @@ def make_loss_step(
 
     batch_sharding: NamedSharding = sharding.batch_sharding(mesh)
     return jax.jit(
-        _traced_once(loss_step),
+        _traced_once(sharding.batch_parallel(mesh)(loss_step)),
         in_shardings=(param_shardings, batch_sharding),
         out_shardings=sharding.replicated(mesh),
     )

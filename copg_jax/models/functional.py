@@ -28,6 +28,7 @@ from copg_jax.models.llama import (
     rms_norm,
     rotary_angles,
 )
+from copg_jax.sharding import constrain_batch
 
 
 class Hidden(NamedTuple):
@@ -236,11 +237,12 @@ def _run_layers(
     def layer_step(x, inputs):
         weights, layer_slices = inputs
         layer = nnx.merge(graph, weights)
-        return layer(x, rotation, lambda q, k, v: attend(q, k, v, *layer_slices))
+        x, extra = layer(x, rotation, lambda q, k, v: attend(q, k, v, *layer_slices))
+        return constrain_batch(x), extra
 
     # Inside a scan the barrier against common-subexpression elimination is not needed.
     layer_step = jax.checkpoint(layer_step, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
-    x = jnp.take(params["embed_tokens"], tokens, axis=0).astype(config.dtype)
+    x = constrain_batch(jnp.take(params["embed_tokens"], tokens, axis=0).astype(config.dtype))
     return jax.lax.scan(layer_step, x, (params["layers"], slices))
 
 

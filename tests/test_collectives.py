@@ -1,0 +1,65 @@
+"""What devices say to each other in a train step: weights, never activations."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from copg_jax import sharding, step, train_state
+from copg_jax.data.groups import GroupBatch
+from copg_jax.models import functional
+from copg_jax.models.llama import LlamaConfig
+
+CONFIG = LlamaConfig(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=176,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+)
+B, P, K, C = 48, 40, 2, 24
+
+
+def gathered_shapes() -> set[tuple[int, ...]]:
+    """Shapes of the all-gathers in the compiled CoPG step on 8 fsdp shards."""
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    optimizer = optax.adam(1e-3)
+    params = functional.abstract_params(CONFIG)
+    axes = functional.logical_axes(CONFIG)
+    train_step = step.make_train_step(
+        step.make_policy_loss(CONFIG, "copg", beta=0.1),
+        optimizer,
+        mesh=mesh,
+        state_shardings=train_state.state_shardings(mesh, optimizer, params, axes),
+    )
+    ints = {"prompt_tokens": (B, P), "prompt_length": (B,)}
+    ints |= {"completion_tokens": (B, K, C), "completion_length": (B, K)}
+    arrays = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in ints.items()}
+    floats = dict.fromkeys(("reward", "ref_logp"), jax.ShapeDtypeStruct((B, K), jnp.float32))
+    state = train_state.abstract_state(optimizer, params)
+    compiled = train_step.lower(state, GroupBatch(**arrays, **floats)).compile()
+    found = re.findall(r"= f32\[([\d,]*)\]\S* all-gather\(", compiled.as_text())
+    return {tuple(int(size) for size in shape.split(",")) for shape in found}
+
+
+def activations(shapes: set[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Gathered shapes that are neither a weight (axes may be merged) nor one number a group."""
+    params = functional.abstract_params(CONFIG)
+    sizes = {math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(params.pop("layers"))}
+    sizes |= {leaf.size for leaf in jax.tree.leaves(params)} | {B}
+    return [shape for shape in shapes if math.prod(shape) not in sizes]
+
+
+def test_a_train_step_gathers_weights_and_no_activation_or_logits():
+    shapes = gathered_shapes()
+    assert shapes and activations(shapes) == []
+
+
+def test_without_the_constraint_activations_would_be_gathered(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(functional, "constrain_batch", lambda x: x)
+    assert activations(gathered_shapes())
