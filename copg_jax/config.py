@@ -75,35 +75,33 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
-class SFTConfig:
-    """Supervised fine-tuning on the author's summaries: gives π_ref."""
+class TrainConfig:
+    """What every training stage has."""
 
-    output_dir: str = option(help="folder of the run: checkpoints, metrics, model/")
+    output_dir: str = option(help="folder of the run: checkpoints, metrics.jsonl, model/")
     model: ModelConfig = section(ModelConfig)
     data: DataConfig = section(DataConfig)
     validation: DataConfig | None = option(None, "held-out data; null = none")
-    optim: OptimConfig = section(lambda: OptimConfig(learning_rate=2e-5, decay="cosine"))
+    optim: OptimConfig = section(OptimConfig)
     training: TrainingConfig = section(TrainingConfig)
     mesh: MeshConfig = section(MeshConfig)
+    seed: int = option(0, "seed of the data order, and of a new score head")
+
+
+@dataclass(frozen=True)
+class SFTConfig(TrainConfig):
+    """Supervised fine-tuning on the author's summaries: gives π_ref."""
+
+    optim: OptimConfig = section(lambda: OptimConfig(learning_rate=2e-5, decay="cosine"))
     logits_chunk: int | None = _logits_chunk()
-    seed: int = option(0, "seed of the data order")
 
     def __post_init__(self):
         _check_chunk(self.logits_chunk)
 
 
 @dataclass(frozen=True)
-class RewardModelConfig:
+class RewardModelConfig(TrainConfig):
     """Bradley–Terry reward model on human comparisons."""
-
-    output_dir: str = option(help="folder of the run: checkpoints, metrics, model/")
-    model: ModelConfig = section(ModelConfig)
-    data: DataConfig = section(DataConfig)
-    validation: DataConfig | None = option(None, "held-out comparisons; null = none")
-    optim: OptimConfig = section(OptimConfig)
-    training: TrainingConfig = section(TrainingConfig)
-    mesh: MeshConfig = section(MeshConfig)
-    seed: int = option(0, "seed of the data order and of the new score head")
 
 
 @dataclass(frozen=True)
@@ -135,22 +133,16 @@ class PolicyEvaluationConfig:
 
 
 @dataclass(frozen=True)
-class PolicyConfig:
-    """CoPG, DPO, IPO, PG or RLOO on scored groups."""
+class PolicyConfig(TrainConfig):
+    """CoPG, DPO, IPO, PG or RLOO on scored groups; `model` is the first policy and π_ref, `data` a
+    scored folder.
+    """
 
-    output_dir: str = option(help="folder of the run: checkpoints, metrics, model/, best/")
-    model: ModelConfig = section(ModelConfig)
-    data: DataConfig = section(DataConfig)
-    validation: DataConfig | None = option(None, "held-out scored groups; null = none")
     loss: LossConfig = section(LossConfig)
-    optim: OptimConfig = section(OptimConfig)
-    training: TrainingConfig = section(TrainingConfig)
     evaluation: PolicyEvaluationConfig | None = option(
         None, "generation every training.eval_every steps; null = none"
     )
-    mesh: MeshConfig = section(MeshConfig)
     logits_chunk: int | None = _logits_chunk()
-    seed: int = option(0, "seed of the data order")
 
     def __post_init__(self):
         _check_chunk(self.logits_chunk)

@@ -61,6 +61,33 @@ def _choose(logits: Array, keys: Array, index: Array, temperature: float) -> tup
     return tokens.astype(jnp.int32), logp - jax.nn.logsumexp(logits, axis=-1)
 
 
+def _empty(batch: int, num_samples: int, max_new_tokens: int) -> Samples:
+    """No tokens yet."""
+    rows = (batch, num_samples)
+    return Samples(
+        tokens=jnp.zeros((*rows, max_new_tokens), jnp.int32),
+        length=jnp.zeros(rows, jnp.int32),
+        token_logp=jnp.zeros((*rows, max_new_tokens), jnp.float32),
+        has_eos=jnp.zeros(rows, bool),
+    )
+
+
+def _append(samples: Samples, tokens: Array, logp: Array, index: Array, eos_id: int) -> Samples:
+    """Writes token number `index` into the rows that have not ended."""
+    live = ~samples.has_eos
+
+    def column(array: Array, new: Array) -> Array:
+        new = jnp.where(live, new, 0).astype(array.dtype)
+        return jax.lax.dynamic_update_index_in_dim(array, new, index, axis=2)
+
+    return Samples(
+        tokens=column(samples.tokens, tokens),
+        length=samples.length + live,
+        token_logp=column(samples.token_logp, logp),
+        has_eos=samples.has_eos | (tokens == eos_id),
+    )
+
+
 def make_sampler(
     config: LlamaConfig,
     *,
@@ -85,22 +112,10 @@ def make_sampler(
     """
 
     def append(samples: Samples, hidden: Array, params: Any, keys: Array, index: Array) -> Samples:
-        """Writes token number `index` into the rows that have not ended."""
         matrix = functional.output_matrix(params).astype(hidden.dtype)
         logits = jnp.einsum("bkd,dv->bkv", hidden, matrix, preferred_element_type=jnp.float32)
         tokens, logp = _choose(logits, keys, index, temperature)
-        live = ~samples.has_eos
-
-        def column(array: Array, new: Array) -> Array:
-            new = jnp.where(live, new, 0).astype(array.dtype)
-            return jax.lax.dynamic_update_index_in_dim(array, new, index, axis=2)
-
-        return Samples(
-            tokens=column(samples.tokens, tokens),
-            length=samples.length + live,
-            token_logp=column(samples.token_logp, logp),
-            has_eos=samples.has_eos | (tokens == eos_id),
-        )
+        return _append(samples, tokens, logp, index, eos_id)
 
     def sample(params: Any, prompt_tokens: Array, prompt_length: Array, keys: Array) -> Samples:
         batch = prompt_tokens.shape[0]
@@ -114,12 +129,7 @@ def make_sampler(
             num_samples=num_samples,
             max_new_tokens=max_new_tokens,
         )
-        empty = Samples(
-            tokens=jnp.zeros((batch, num_samples, max_new_tokens), jnp.int32),
-            length=jnp.zeros((batch, num_samples), jnp.int32),
-            token_logp=jnp.zeros((batch, num_samples, max_new_tokens), jnp.float32),
-            has_eos=jnp.zeros((batch, num_samples), bool),
-        )
+        empty = _empty(batch, num_samples, max_new_tokens)
         hidden = jnp.broadcast_to(last[:, None, :], (batch, num_samples, last.shape[-1]))
         first = _Loop(jnp.int32(0), cache, append(empty, hidden, params, keys, jnp.int32(0)))
 

@@ -62,31 +62,7 @@ def score_dataset(
                 continue
             first = part * part_size
             rows = [dataset[i] for i in range(first, min(first + part_size, len(dataset)))]
-            begin = time.perf_counter()
-            totals, sources = _reward_groups(rewards, rows)
-            reward_sec = time.perf_counter() - begin
-            ref_logps = seq_logp(rows)
-            groups = [
-                scored.ScoredGroup(row, total.tolist(), ref_logp.tolist(), source)
-                for row, total, ref_logp, source in zip(
-                    rows, totals, ref_logps, sources, strict=True
-                )
-            ]
-            scored.write_part(folder, part, groups)
-            seconds = time.perf_counter() - begin
-            values = np.concatenate(totals)
-            kept = values[~np.isnan(values)]
-            logger.log(
-                first + len(rows),
-                {
-                    "reward/mean": kept.mean() if len(kept) else math.nan,
-                    "reward/std": kept.std() if len(kept) else math.nan,
-                    "reward/dropped": len(values) - len(kept),
-                    "ref_logp/mean": np.concatenate(ref_logps).mean(),
-                    "perf/groups_per_sec": len(rows) / seconds,
-                    "perf/reward_share": reward_sec / seconds,
-                },
-            )
+            logger.log(first + len(rows), _score_part(folder, part, rows, rewards, seq_logp))
     counts = dataset.stats | scored.count_rewards(folder)
     scored.write_side_car(folder, dataclasses.replace(side_car, complete=True, counts=counts))
     log.info(
@@ -95,6 +71,36 @@ def score_dataset(
         counts["completions scored"],
         counts["without a reward"],
     )
+
+
+def _score_part(
+    folder: Path,
+    part: int,
+    rows: Sequence[TokenGroup],
+    rewards: WeightedRewards,
+    seq_logp: GroupForward,
+) -> dict[str, float]:
+    """Scores and writes one part; returns its metrics."""
+    begin = time.perf_counter()
+    totals, sources = _reward_groups(rewards, rows)
+    reward_sec = time.perf_counter() - begin
+    ref_logps = seq_logp(rows)
+    groups = [
+        scored.ScoredGroup(row, total.tolist(), ref_logp.tolist(), source)
+        for row, total, ref_logp, source in zip(rows, totals, ref_logps, sources, strict=True)
+    ]
+    scored.write_part(folder, part, groups)
+    seconds = time.perf_counter() - begin
+    values = np.concatenate(totals)
+    kept = values[~np.isnan(values)]
+    return {
+        "reward/mean": float(kept.mean()) if len(kept) else math.nan,
+        "reward/std": float(kept.std()) if len(kept) else math.nan,
+        "reward/dropped": len(values) - len(kept),
+        "ref_logp/mean": float(np.concatenate(ref_logps).mean()),
+        "perf/groups_per_sec": len(rows) / seconds,
+        "perf/reward_share": reward_sec / seconds,
+    }
 
 
 def _reward_groups(

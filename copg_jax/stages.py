@@ -180,6 +180,19 @@ def side_car(config: ScoreConfig, reference: Model, rewards: WeightedRewards) ->
     )
 
 
+def _first_prompts(dataset: GroupDataset, num_prompts: int, path: str) -> list[TokenGroup]:
+    """The first different prompts of a data set (comparisons repeat theirs)."""
+    prompts: dict[str, TokenGroup] = {}
+    for group in dataset:
+        prompts.setdefault(group.prompt, group)
+        if len(prompts) == num_prompts:
+            return list(prompts.values())
+    raise InputError(
+        f"evaluation.data: wanted {num_prompts} different prompts, got {len(prompts)} from {path}. "
+        f"Fix: more data, or evaluation.generation.num_prompts={len(prompts)}."
+    )
+
+
 def open_evaluation(
     section: PolicyEvaluationConfig,
     model: Model,
@@ -209,17 +222,7 @@ def open_evaluation(
         require_comparable(model, reference)
     generation = section.generation
     dataset = open_data(section.data, model, folder, "prompts")
-    prompts: dict[str, TokenGroup] = {}
-    for group in dataset:
-        prompts.setdefault(group.prompt, group)
-        if len(prompts) == generation.num_prompts:
-            break
-    if len(prompts) < generation.num_prompts:
-        raise InputError(
-            f"evaluation.data: wanted {generation.num_prompts} different prompts, got "
-            f"{len(prompts)} from {section.data.path}. Fix: more data, or "
-            f"evaluation.generation.num_prompts={len(prompts)}."
-        )
+    prompts = _first_prompts(dataset, generation.num_prompts, section.data.path)
     rewards = WeightedRewards(section.rewards)
     sampler = make_sampler(
         model.config,
@@ -236,7 +239,7 @@ def open_evaluation(
     return GenerationEvaluator(
         model.config,
         sampler=sampler,
-        prompts=list(prompts.values()),
+        prompts=prompts,
         tokenizer=model.tokenizer,
         rewards=rewards,
         generation=generation,

@@ -19,7 +19,7 @@ import optax
 
 from copg_jax import loop, optim, runtime, sharding, stages, step, train_state
 from copg_jax.checkpoint import Checkpoints
-from copg_jax.config import MAY_DIFFER, PolicyConfig, RewardModelConfig, SFTConfig
+from copg_jax.config import MAY_DIFFER, TrainConfig
 from copg_jax.data.dataset import GroupDataset
 from copg_jax.data.stream import GroupStream, num_steps
 from copg_jax.data.tldr import DataConfig
@@ -33,7 +33,6 @@ from copg_jax.train_state import TrainState
 
 log = logging.getLogger(__name__)
 
-TrainConfig = SFTConfig | RewardModelConfig | PolicyConfig
 MakeEvaluation = Callable[[Model, jax.sharding.Mesh, Path], GenerationEvaluator]
 
 

@@ -1,7 +1,6 @@
 """Generates on fixed prompts and measures reward, KL to the reference, length and EOS rate.
 
-    python -m experiments.evaluate configs/evaluate_smollm2.yaml model.path=runs/copg/best
-    output_dir=runs/copg_eval
+    python -m experiments.evaluate configs/smollm2_evaluate.yaml
 
 Writes evaluation.json (the averages) and generations.jsonl (every completion with its numbers). An
 interrupted evaluation goes on at the first prompt it has not done.
