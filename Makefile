@@ -39,7 +39,7 @@ check: $(STAMP)  ## check format, lint, import contracts and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/lint-imports
-	$(VENV)/bin/pyright
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 format: $(STAMP)  ## format the code and fix what lint can fix
 	$(VENV)/bin/ruff format .
