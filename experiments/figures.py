@@ -62,7 +62,7 @@ def summarize_quickstart(
         table.add_row(
             LABELS[policy],
             f"{row['reward_mean']:.3f} ± {row['reward_stderr']:.3f}",
-            f"{row['kl']:.2f}",
+            f"{round(row['kl'], 2) + 0.0:.2f}",  # no "-0.00" from rounding
             f"{row['objective']:.3f}",
             f"{row['length_mean']:.1f}",
             f"{row['eos_rate']:.2f}",
@@ -71,6 +71,7 @@ def summarize_quickstart(
     console.print(table)
     console.print(
         f"reward model accuracy: {accuracy['train_accuracy']:.3f} on its training comparisons, "
-        f"{accuracy['validation_accuracy']:.3f} on held-out posts"
+        f"{accuracy['validation_accuracy']:.3f} on held-out posts",
+        soft_wrap=True,
     )
     console.print(f"wrote {folder / 'summary.json'} and {folder / 'reward_curves.png'}")
