@@ -51,7 +51,8 @@ def test_the_readme_shows_every_stage_but_the_quickstart():
 @pytest.mark.parametrize("command", STAGE_COMMANDS, ids=" ".join)
 def test_a_stage_command_of_the_readme_is_a_valid_config(command, monkeypatch):
     monkeypatch.chdir(ROOT)
-    load_config(STAGES[command[2].removeprefix("experiments.")], command[3:])
+    config = load_config(STAGES[command[2].removeprefix("experiments.")], command[3:])
+    assert config.output_dir.startswith("runs/")
 
 
 def test_make_targets_of_the_readme_exist():
