@@ -1,0 +1,85 @@
+"""What a step has to compute, and what the chips that compute it can do.
+
+1. `useful_flops` counts what the mathematics needs: each prompt once, each completion once, nothing
+   for padding, recomputation or the masked half of attention. Divided by time and peak it is the
+   MFU.
+2. `CHIPS` has the published numbers that a peak or a roofline is taken from.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:  # only its sizes are read: this module needs no jax
+    from copg_jax.models.llama import LlamaConfig
+
+
+class Chip(NamedTuple):
+    """Published numbers of one chip; rates are 10^9 or 10^12 a second, memory is GiB."""
+
+    peak_tflops: float  # bfloat16 products with float32 sums, dense
+    hbm_gib: float
+    hbm_gb_per_sec: float
+    link_gb_per_sec: float  # one link, one direction
+    num_links: int  # of a chip; 1 = all traffic goes through one switch
+    source: str
+
+
+CHIPS: dict[str, Chip] = {
+    # A TPU's published interconnect counts both directions of all its links: 400 GB/s = 4 x 2 x 50.
+    "TPU v4": Chip(275, 32, 1200, 50, 6, "cloud.google.com/tpu/docs/v4"),
+    "TPU v5 lite": Chip(197, 16, 819, 50, 4, "cloud.google.com/tpu/docs/v5e"),
+    "TPU v5": Chip(459, 95, 2765, 100, 6, "cloud.google.com/tpu/docs/v5p"),
+    "TPU v6 lite": Chip(918, 32, 1638, 100, 4, "cloud.google.com/tpu/docs/v6e"),
+    "NVIDIA H100 80GB HBM3": Chip(989, 80, 3350, 450, 1, "nvidia.com/en-us/data-center/h100"),
+    "NVIDIA H200": Chip(989, 141, 4800, 450, 1, "nvidia.com/en-us/data-center/h200"),
+}
+"""By `jax.Device.device_kind`; "TPU v5 lite" is v5e, "TPU v5" is v5p, "TPU v6 lite" is v6e."""
+
+PEAK_TFLOPS: dict[str, float] = {kind: chip.peak_tflops for kind, chip in CHIPS.items()}
+"""bfloat16 peak by `jax.Device.device_kind`."""
+
+
+def block_parameters(config: LlamaConfig) -> int:
+    """Parameters of all matrices in the decoder layers."""
+    query = config.num_attention_heads * config.head_dim
+    key = config.num_key_value_heads * config.head_dim
+    layer = config.hidden_size * (2 * query + 2 * key + 3 * config.intermediate_size)
+    return config.num_hidden_layers * layer
+
+
+def useful_flops(
+    config: LlamaConfig,
+    prompt_length: np.ndarray,
+    completion_length: np.ndarray,
+    *,
+    training: bool = True,
+    head: str = "lm",
+) -> float:
+    """Σ_groups 6·N_block·(p + Σc) + 12·H·L·(p(p+1)/2 + Σ(c·p + c(c+1)/2)) + 6·d·V·Σc.
+
+    N_block is `block_parameters`, H the width of all query heads, and 6 and 12 are forward (2, 4)
+    and backward (4, 8).
+
+    Args:
+        config: architecture.
+        prompt_length: tokens; [B].
+        completion_length: tokens, EOS included, 0 = absent; [B, K].
+        training: with a backward pass; False counts the forward pass alone, a third.
+        head: "lm" has logits at every completion token, "score" none (its vector costs nothing).
+
+    Returns:
+        Floating-point operations, all devices together.
+    """
+    prompt = np.asarray(prompt_length, np.float64)
+    completion = np.asarray(completion_length, np.float64)
+    own = completion.sum(-1)
+    pairs = prompt * (prompt + 1) / 2 + (completion * prompt[:, None]).sum(-1)
+    pairs = pairs + (completion * (completion + 1) / 2).sum(-1)
+    width = config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    forward = 2 * block_parameters(config) * (prompt + own) + 4 * width * pairs
+    if head == "lm":
+        forward = forward + 2 * config.hidden_size * config.vocab_size * own
+    return float(forward.sum()) * (3 if training else 1)
