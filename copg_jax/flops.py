@@ -3,12 +3,14 @@
 1. `useful_flops` counts what the mathematics needs: each prompt once, each completion once, nothing
    for padding, recomputation or the masked half of attention. Divided by time and peak it is the
    MFU.
-2. `CHIPS` has the published numbers that a peak or a roofline is taken from.
+2. `matmul_flops` counts the matrix products that a traced program really computes.
+3. `CHIPS` has the published numbers that a peak or a roofline is taken from.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -83,3 +85,25 @@ def useful_flops(
     if head == "lm":
         forward = forward + 2 * config.hidden_size * config.vocab_size * own
     return float(forward.sum()) * (3 if training else 1)
+
+
+def matmul_flops(jaxpr: Any, *, loop_trips: int = 1) -> float:
+    """Operations of all matrix products of a traced program, the bodies of loops as often as run.
+
+    Args:
+        jaxpr: `jax.jit(function).trace(...).jaxpr`, or one inside it.
+        loop_trips: rounds of a `while` loop, which the data decide.
+    """
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        if name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            sizes = [eqn.invars[0].aval.shape[axis] for axis in contracted]
+            total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(sizes)
+        rounds = {"scan": eqn.params.get("length"), "while": loop_trips}.get(name, 1)
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                if hasattr(inner, "eqns"):
+                    total += rounds * matmul_flops(inner, loop_trips=loop_trips)
+    return total

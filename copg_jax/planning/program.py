@@ -1,0 +1,249 @@
+"""The step of a stage as its script would jit it, with abstract arrays for arguments.
+
+Batches have the largest shape that the config allows; as many of their slots are filled as TL;DR
+fills.
+"""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from copg_jax import optim, sharding, step, train_state
+from copg_jax.config import (
+    EvaluateConfig,
+    ModelConfig,
+    PolicyConfig,
+    RewardModelConfig,
+    SFTConfig,
+    TrainConfig,
+)
+from copg_jax.data import groups, packing
+from copg_jax.data.groups import GroupBatch, TokenGroup
+from copg_jax.errors import InputError
+from copg_jax.flops import block_parameters, useful_flops
+from copg_jax.loop import check_batch
+from copg_jax.models import functional, hf_weights
+from copg_jax.models.llama import LlamaConfig
+from copg_jax.sampling import make_sampler, row_keys
+from copg_jax.step import LossFn
+
+STAGES: dict[str, type] = {
+    "sft": SFTConfig,
+    "reward": RewardModelConfig,
+    "policy": PolicyConfig,
+    "evaluate": EvaluateConfig,
+}
+"""Stages whose step can be planned; of `evaluate`, it is the sampling of one batch of prompts."""
+
+# TL;DR under a Llama tokenizer: mean and standard deviation.
+_PROMPT_TOKENS, _COMPLETION_TOKENS = NormalDist(343, 100), NormalDist(34, 11)
+
+
+class Program(NamedTuple):
+    """A step, and what it needs whoever compiles it."""
+
+    function: Any  # jitted
+    trains: bool
+    arguments: tuple[Any, ...]  # ShapeDtypeStructs with shardings
+    num_groups: int
+    num_tokens: int  # useful ones: no padding
+    useful_flops: float  # all chips together
+    hbm_bytes: float  # that a chip reads and writes at least, arguments and results aside
+    loop_trips: int  # of a loop that the data can end early: all of them
+
+
+def read_architecture(section: ModelConfig) -> LlamaConfig:
+    """Reads config.json of a local folder, which needs to hold nothing else.
+
+    Raises:
+        InputError: not a folder with a config.json that this model can compute.
+    """
+    if not (Path(section.path) / "config.json").is_file():
+        raise InputError(
+            f"model.path {section.path}: wanted a local folder with a config.json (a plan needs no "
+            "weights), got none. Fix: for example model.path=configs/models/llama2_7b."
+        )
+    return replace(hf_weights.read_config(section.path), dtype=section.dtype)
+
+
+def make_program(
+    config: TrainConfig | EvaluateConfig, model: LlamaConfig, mesh: jax.sharding.Mesh
+) -> Program:
+    """The step of the stage that `config` configures."""
+    if isinstance(config, EvaluateConfig):
+        return _sampling_program(config, model, mesh)
+    chunk = getattr(config, "logits_chunk", None)
+    if isinstance(config, PolicyConfig):
+        loss_fn = step.make_policy_loss(
+            model,
+            config.loss.name,
+            beta=config.loss.beta,
+            baseline=config.loss.baseline,
+            chunk=chunk,
+        )
+        return _training_program(config, model, mesh, loss_fn, num_completions=2)
+    if isinstance(config, RewardModelConfig):
+        loss_fn = step.make_bradley_terry_loss(model)
+        return _training_program(config, model, mesh, loss_fn, num_completions=2, head="score")
+    return _training_program(
+        config, model, mesh, step.make_nll_loss(model, chunk=chunk), num_completions=1
+    )
+
+
+def _training_program(
+    config: TrainConfig,
+    model: LlamaConfig,
+    mesh: jax.sharding.Mesh,
+    loss_fn: LossFn,
+    *,
+    num_completions: int,
+    head: str = "lm",
+) -> Program:
+    training = config.training
+    check_batch(training.batch_size, training.num_microbatches, mesh)
+    schedule = optim.make_schedule(config.optim, num_steps=1)
+    optimizer = optim.make_optimizer(config.optim, num_steps=1)
+    params = functional.abstract_params(model, head=head)
+    axes = functional.logical_axes(model, head=head)
+    layout = train_state.state_shardings(mesh, optimizer, params, axes)
+    function = step.make_train_step(
+        loss_fn,
+        optimizer,
+        mesh=mesh,
+        state_shardings=layout,
+        num_microbatches=training.num_microbatches,
+        schedule=schedule,
+    )
+    batch = _full_batch(
+        config,
+        num_completions,
+        num_blocks=sharding.num_batch_shards(mesh) * training.num_microbatches,
+    )
+    lengths = batch.prompt_length, batch.completion_length
+    state = train_state.abstract_state(optimizer, params)
+    return Program(
+        function,
+        trains=True,
+        arguments=(
+            train_state.with_shardings(state, layout),
+            _abstract(batch, sharding.batch_sharding(mesh)),
+        ),
+        num_groups=training.batch_size,
+        num_tokens=int(sum(map(np.sum, lengths))),
+        useful_flops=useful_flops(model, *lengths, head=head),
+        # Matrices are read in the forward and in the backward pass, their gradient is written.
+        hbm_bytes=3 * training.num_microbatches * _matrix_bytes(model, mesh),
+        loop_trips=1,
+    )
+
+
+def _full_batch(config: TrainConfig, num_completions: int, *, num_blocks: int) -> GroupBatch:
+    """A batch of the largest shape that the config allows, with the lengths of TL;DR."""
+    size, data = config.training.batch_size, config.data
+    draw = np.random.default_rng(0)
+
+    def lengths(of: NormalDist, most: int) -> np.ndarray:
+        values = [of.inv_cdf((i + 0.5) / size) for i in range(size)]
+        return draw.permutation(np.clip(np.round(values), 1, most).astype(int))
+
+    prompts = lengths(_PROMPT_TOKENS, data.max_prompt_tokens)
+    completions = np.stack(
+        [lengths(_COMPLETION_TOKENS, data.max_completion_tokens) for _ in range(num_completions)],
+        axis=1,
+    )
+    own = completions.sum(1)
+    blocks = packing.balance(prompts + own, num_blocks)
+    room = [_round_up(sizes[blocks].sum(1).max(), 128) for sizes in (prompts + own, own)]
+    rows = [_token_group(int(prompts[i]), completions[i]) for i in blocks.flat]
+    return groups.collate(
+        rows,
+        batch_size=size,
+        prompt_size=_round_up(data.max_prompt_tokens, 8),
+        num_completions=num_completions,
+        completion_size=_round_up(data.max_completion_tokens, 8),
+        num_blocks=num_blocks,
+        capacity=packing.Capacity(*room),
+    )
+
+
+def _token_group(prompt_length: int, completion_lengths: np.ndarray) -> TokenGroup:
+    completions = tuple(np.zeros(size, np.int32) for size in completion_lengths)
+    return TokenGroup(
+        id="",
+        where="",
+        prompt="",
+        prompt_tokens=np.zeros(prompt_length, np.int32),
+        completions=("",) * len(completions),
+        completion_tokens=completions,
+    )
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-int(size) // multiple) * multiple
+
+
+def _sampling_program(
+    config: EvaluateConfig, model: LlamaConfig, mesh: jax.sharding.Mesh
+) -> Program:
+    """Sampling for one batch of prompts, all of them to the last token."""
+    generation, shards = config.evaluation.generation, sharding.num_batch_shards(mesh)
+    prompt_size = _round_up(config.evaluation.data.max_prompt_tokens, 8)
+    size = _round_up(min(generation.batch_size, generation.num_prompts), shards)
+    num_steps = generation.max_new_tokens
+    params = jax.eval_shape(
+        partial(functional.cast_matrices, model), functional.abstract_params(model)
+    )
+    layout = sharding.shardings(mesh, functional.logical_axes(model), params)
+    function = make_sampler(
+        model,
+        eos_id=0,
+        max_new_tokens=num_steps,
+        num_samples=generation.num_samples,
+        temperature=generation.sampling_temperature,
+        mesh=mesh,
+        param_shardings=layout,
+    )
+    rows = sharding.batch_sharding(mesh)
+    prompts = np.full(size, round(_PROMPT_TOKENS.mean), np.int32)
+    completions = np.full((size, generation.num_samples), num_steps, np.int32)
+    keys = jax.eval_shape(lambda: row_keys(0, 0, size))
+    heads = model.num_key_value_heads * model.head_dim * model.num_hidden_layers
+    cache = 2 * size * prompt_size * heads * _itemsize(model) / mesh.size
+    return Program(
+        function,
+        trains=False,
+        arguments=(
+            _abstract(params, layout),
+            *_abstract((np.zeros((size, prompt_size), np.int32), prompts, keys), rows),
+        ),
+        num_groups=size,
+        num_tokens=int(prompts.sum() + completions.sum()),
+        useful_flops=useful_flops(model, prompts, completions, training=False),
+        # Every token reads the matrices, and every one but the first the prompts' cache.
+        hbm_bytes=num_steps * _matrix_bytes(model, mesh) + (num_steps - 1) * cache,
+        loop_trips=num_steps - 1,
+    )
+
+
+def _matrix_bytes(model: LlamaConfig, mesh: jax.sharding.Mesh) -> float:
+    """All matrices of the layers in the compute dtype, as far as one chip multiplies by them."""
+    return block_parameters(model) * _itemsize(model) / mesh.shape["tensor"]
+
+
+def _itemsize(model: LlamaConfig) -> int:
+    return jnp.dtype(model.dtype).itemsize
+
+
+def _abstract(tree: Any, shardings: Any) -> Any:
+    """Shapes with shardings, which are a tree as well or one for all."""
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+    )
