@@ -1,0 +1,1 @@
+"""How fast the library is: its real train step and sampler on a workload that its peers run too."""

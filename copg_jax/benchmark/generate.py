@@ -1,0 +1,139 @@
+"""Times greedy generation: the sampler that evaluation uses, with an EOS that never comes.
+
+1. The first prompts of the workload form one batch.
+2. The sampler makes exactly as many tokens as asked; the same sampler limited to one token gives
+   the time of the prefill.
+3. On a chip whose memory bandwidth is known, the decoding rate that reading weights and cache
+   allows is given beside the measured one.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from copg_jax import sampling, sharding
+from copg_jax.benchmark.cost import peak_device_bytes
+from copg_jax.data.groups import TokenGroup
+from copg_jax.errors import InputError
+from copg_jax.flops import CHIPS, block_parameters
+from copg_jax.models import functional
+from copg_jax.models.llama import LlamaConfig
+
+_NO_EOS = -1
+_ROUNDS = 3
+
+
+def measure(
+    config: LlamaConfig,
+    rows: Sequence[TokenGroup],
+    *,
+    batch_size: int,
+    num_new: int,
+    num_samples: int,
+    mesh: jax.sharding.Mesh,
+) -> dict[str, float | int | None]:
+    """Generates and returns the numbers of one JSON line.
+
+    Args:
+        config: architecture and compute dtype.
+        rows: the workload.
+        batch_size: prompts, all in one batch.
+        num_new: tokens of every completion, at least 2.
+        num_samples: completions of a prompt.
+        mesh: the device mesh.
+
+    Raises:
+        InputError: too few prompts or tokens, or a batch that cannot be cut over the mesh.
+    """
+    shards = sharding.num_batch_shards(mesh)
+    if num_new < 2 or num_samples < 1 or batch_size < 1 or batch_size % shards:
+        raise InputError(
+            f"wanted --new >= 2, --samples >= 1 and --batch a multiple of data x fsdp = {shards}, "
+            f"got {num_new}, {num_samples} and {batch_size}"
+        )
+    if len(rows) < batch_size:
+        raise InputError(
+            f"--batch: wanted at most the {len(rows)} prompts of the workload, got {batch_size}"
+        )
+    layout = sharding.shardings(
+        mesh, functional.logical_axes(config), functional.abstract_params(config)
+    )
+    params = _random_params(config, layout)
+    inputs = _prompts(rows[:batch_size], mesh)
+
+    def median_sec(max_new_tokens: int) -> float:
+        sample = sampling.make_sampler(
+            config,
+            eos_id=_NO_EOS,
+            max_new_tokens=max_new_tokens,
+            num_samples=num_samples,
+            temperature=0.0,
+            mesh=mesh,
+            param_shardings=layout,
+        )
+        jax.block_until_ready(sample(params, *inputs))  # compiles
+        return statistics.median(_seconds(sample, params, *inputs) for _ in range(_ROUNDS))
+
+    prefill_sec, total_sec = median_sec(1), median_sec(num_new)
+    decode_sec = total_sec - prefill_sec
+    made = batch_size * num_samples
+    length = np.array([len(row.prompt_tokens) for row in rows[:batch_size]])
+    chip = CHIPS.get(mesh.devices.flat[0].device_kind)
+    step_bytes = _bytes_per_step(config, length, num_samples, num_new)
+    bound = chip and made * chip.hbm_gb_per_sec * 1e9 * mesh.size / step_bytes
+    return {
+        "tokens_per_s": made * num_new / total_sec,
+        "seconds": total_sec,
+        "prefill_s": prefill_sec,
+        "decode_s": decode_sec,
+        "decode_tokens_per_s": made * (num_new - 1) / decode_sec,
+        "decode_bound_tokens_per_s": bound,
+        "peak_device_bytes": peak_device_bytes(),
+    }
+
+
+def _random_params(config: LlamaConfig, layout: Any) -> Any:
+    """Random weights in the compute dtype, as a model that only generates is loaded."""
+    key = jax.random.key(0)
+    make = lambda: functional.cast_matrices(config, functional.init(config, key))
+    return jax.jit(make, out_shardings=layout)()
+
+
+def _prompts(rows: Sequence[TokenGroup], mesh: jax.sharding.Mesh) -> tuple[Any, ...]:
+    """The sampler's arrays: tokens [B, P], lengths [B], keys [B]."""
+    length = np.array([len(row.prompt_tokens) for row in rows], np.int32)
+    tokens = np.zeros((len(rows), -(-length.max() // 8) * 8), np.int32)
+    for into, row in zip(tokens, rows, strict=True):
+        into[: len(row.prompt_tokens)] = row.prompt_tokens
+    placed = sharding.place((tokens, length), sharding.batch_sharding(mesh))
+    return *placed, sampling.row_keys(0, 0, len(rows))
+
+
+def _seconds(function: Callable[..., Any], *args: Any) -> float:
+    """Seconds of one call, until its result is there."""
+    start = time.perf_counter()
+    jax.block_until_ready(function(*args))
+    return time.perf_counter() - start
+
+
+def _bytes_per_step(
+    config: LlamaConfig, prompt_length: np.ndarray, num_samples: int, num_new: int
+) -> float:
+    """Bytes that decoding one token of every completion must read: all weights, the keys and values
+    of the prompts once for all their samples, and on average half of each completion's own.
+
+    Args:
+        config: architecture and compute dtype.
+        prompt_length: tokens; [B].
+        num_samples: K.
+        num_new: tokens of a completion.
+    """
+    width = jax.numpy.dtype(config.dtype).itemsize
+    weights = block_parameters(config) + config.vocab_size * config.hidden_size
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    cached = prompt_length.sum() + len(prompt_length) * num_samples * num_new / 2
+    return width * float(weights + per_token * cached)

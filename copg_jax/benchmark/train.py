@@ -1,0 +1,223 @@
+"""Times the optimiser step of policy training, the one that a run takes.
+
+1. State, loss, optimiser and step are built as `training` builds them; the weights are random.
+2. Batches hold the workload's groups in their order: the same ids at the same step as in the
+   scripts of other libraries.
+3. After a warm-up each step is timed alone, from collating its batch to its metrics; then as many
+   in a row, with metrics read one step late, as the training loop does.
+"""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from copg_jax import optim, sharding, step, train_state
+from copg_jax.benchmark.cost import compile_cost, peak_device_bytes
+from copg_jax.data import groups
+from copg_jax.data.groups import GroupBatch, TokenGroup
+from copg_jax.errors import InputError
+from copg_jax.flops import PEAK_TFLOPS, useful_flops
+from copg_jax.loop import check_batch
+from copg_jax.models import functional
+from copg_jax.models.llama import LlamaConfig
+from copg_jax.train_state import TrainState
+
+_BETA = 0.06
+_SCHEDULE_STEPS = 1000  # of the learning rate; any number costs the same
+
+
+def measure(
+    config: LlamaConfig,
+    rows: Sequence[TokenGroup],
+    *,
+    batch_size: int,
+    num_steps: int,
+    num_warmup: int,
+    mesh: jax.sharding.Mesh,
+    num_microbatches: int = 1,
+    logits_chunk: int | None = None,
+    peak_tflops: float | None = None,
+    profile: Path | None = None,
+) -> dict[str, float | int | None]:
+    """Runs CoPG steps and returns the numbers of one JSON line.
+
+    Args:
+        config: architecture, compute dtype and rematerialisation.
+        rows: the workload; from the start again where it is too short.
+        batch_size: groups of a step, over all devices.
+        num_steps: steps to time.
+        num_warmup: steps before that, at least 1.
+        mesh: the device mesh.
+        num_microbatches: pieces of a batch.
+        logits_chunk: see `logprobs.token_logp`.
+        peak_tflops: of one device, 10^12 operations a second; None = known by its kind, or no MFU.
+        profile: folder for a profiler trace of the steps in a row.
+
+    Raises:
+        InputError: too few steps, or a batch that cannot be cut over the mesh.
+        RuntimeError: the loss became NaN or infinite: what was timed is no training.
+    """
+    if num_steps < 1 or num_warmup < 1:
+        raise InputError(f"--steps and --warmup must be >= 1, got {num_steps} and {num_warmup}")
+    check_batch(batch_size, num_microbatches, mesh)
+    make_batch = batch_maker(rows, batch_size, sharding.num_batch_shards(mesh) * num_microbatches)
+    traces: list[int] = []
+    optimizer = _counted(make_optimizer(), traces)
+    step_fn, layout = make_step(
+        config,
+        optimizer,
+        mesh=mesh,
+        num_microbatches=num_microbatches,
+        logits_chunk=logits_chunk,
+    )
+    runner = _Runner(step_fn, _create_state(config, optimizer, layout), make_batch, mesh)
+    cost = compile_cost(step_fn, runner.state, runner.place(make_batch(0)))
+    timed = range(num_warmup, num_warmup + num_steps)
+    for index in range(num_warmup):
+        runner.run([index])
+    step_sec = statistics.median(runner.run([index]) for index in timed)
+    with jax.profiler.trace(profile) if profile else contextlib.nullcontext():
+        steady_sec = runner.run(timed) / num_steps
+    batches = [make_batch(index) for index in timed]
+    tokens = np.mean([b.prompt_length.sum() + b.completion_length.sum() for b in batches])
+    flops = np.mean([useful_flops(config, b.prompt_length, b.completion_length) for b in batches])
+    peak = peak_tflops or PEAK_TFLOPS.get(mesh.devices.flat[0].device_kind)
+    return {
+        "pairs_per_s": batch_size / step_sec,
+        "step_s": step_sec,
+        "steady_pairs_per_s": batch_size / steady_sec,
+        "useful_tokens_per_s": float(tokens) / step_sec,
+        "mfu": peak and float(flops) / step_sec / (peak * 1e12 * mesh.size),
+        "utilisation": float(tokens / np.mean([b.token_slots.size for b in batches])),
+        "useful_flops": float(flops),
+        "compiled_flops": cost.flops,
+        "temp_bytes": cost.temp_bytes,
+        "compile_s": cost.compile_sec,
+        "num_traces": len(traces),
+        "peak_device_bytes": peak_device_bytes(),
+    }
+
+
+def batch_maker(
+    rows: Sequence[TokenGroup], batch_size: int, num_blocks: int
+) -> Callable[[int], GroupBatch]:
+    """Returns step → batch of consecutive rows, shaped as a training stream shapes it.
+
+    Args:
+        rows: the workload; from the start again after the last one.
+        batch_size: groups of a batch.
+        num_blocks: pieces that are packed apart, see `GroupBatch`.
+    """
+    completions = [ids for row in rows for ids in row.completion_tokens]
+    longest = max(len(row.prompt_tokens) for row in rows), max(map(len, completions))
+    prompt_size, completion_size = (-(-size // 8) * 8 for size in longest)
+
+    def make_batch(index: int) -> GroupBatch:
+        first = index * batch_size
+        return groups.collate(
+            [rows[i % len(rows)] for i in range(first, first + batch_size)],
+            batch_size=batch_size,
+            prompt_size=prompt_size,
+            num_completions=max(len(row.completion_tokens) for row in rows),
+            completion_size=completion_size,
+            num_blocks=num_blocks,
+        )
+
+    return make_batch
+
+
+def make_optimizer() -> optax.GradientTransformation:
+    """The optimiser of a run with the default config."""
+    return optim.make_optimizer(optim.OptimConfig(), _SCHEDULE_STEPS)
+
+
+def make_step(
+    config: LlamaConfig,
+    optimizer: optax.GradientTransformation,
+    *,
+    mesh: jax.sharding.Mesh,
+    num_microbatches: int = 1,
+    logits_chunk: int | None = None,
+) -> tuple[Callable[..., Any], TrainState]:
+    """The step that `experiments.train_policy` takes, and the shardings of its state.
+
+    Args:
+        config: architecture.
+        optimizer: from `make_optimizer`.
+        mesh: the device mesh.
+        num_microbatches: pieces of a batch.
+        logits_chunk: see `logprobs.token_logp`.
+    """
+    shapes, axes = functional.abstract_params(config), functional.logical_axes(config)
+    layout = train_state.state_shardings(mesh, optimizer, shapes, axes)
+    step_fn = step.make_train_step(
+        step.make_policy_loss(config, "copg", beta=_BETA, chunk=logits_chunk),
+        optimizer,
+        mesh=mesh,
+        state_shardings=layout,
+        num_microbatches=num_microbatches,
+    )
+    return step_fn, layout
+
+
+class _Runner:
+    """A state that steps move on, and the clock around them."""
+
+    def __init__(
+        self,
+        step_fn: Callable[..., Any],
+        state: TrainState,
+        make_batch: Callable[[int], GroupBatch],
+        mesh: jax.sharding.Mesh,
+    ) -> None:
+        self.state = state
+        self._step_fn, self._make_batch = step_fn, make_batch
+        self._placement = sharding.batch_sharding(mesh)
+
+    def place(self, batch: GroupBatch) -> GroupBatch:
+        """The batch on the devices."""
+        return sharding.place(batch, self._placement)
+
+    def run(self, indices: Sequence[int]) -> float:
+        """Seconds that these steps take in a row, until the last one's metrics are on the host."""
+        start = time.perf_counter()
+        pending = None
+        for index in indices:
+            batch = self.place(self._make_batch(index))
+            self.state, metrics = self._step_fn(self.state, batch)
+            previous, pending = pending, metrics
+            if previous is not None:
+                jax.device_get(previous)
+        values = jax.device_get(pending)
+        seconds = time.perf_counter() - start
+        if not values["finite"]:
+            raise RuntimeError("The loss or its gradient is not finite: no training was timed.")
+        return seconds
+
+
+def _create_state(
+    config: LlamaConfig, optimizer: optax.GradientTransformation, layout: TrainState
+) -> TrainState:
+    """Random weights, made where they lie."""
+    key = jax.random.key(0)
+    params = jax.jit(lambda: functional.init(config, key), out_shardings=layout.params)()
+    return train_state.create_state(optimizer, params, layout)
+
+
+def _counted(
+    optimizer: optax.GradientTransformation, traces: list[int]
+) -> optax.GradientTransformation:
+    """The same optimiser; `traces` grows each time that a step with it is traced."""
+
+    def update(*args: Any) -> Any:
+        traces.append(len(traces))
+        return optimizer.update(*args)
+
+    return optimizer._replace(update=update)

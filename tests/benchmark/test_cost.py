@@ -1,0 +1,70 @@
+"""The count of operations: loops count as often as they run."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from copg_jax.benchmark.cost import compile_cost
+
+ROUNDS, SIZE = 5, 64
+X = jax.ShapeDtypeStruct((SIZE, SIZE), jnp.float32)
+WEIGHTS = jax.ShapeDtypeStruct((ROUNDS, SIZE, SIZE), jnp.float32)
+PRODUCT = 2 * SIZE**3
+
+
+def layer(x, w):
+    return jnp.maximum(x @ w, 0.0)
+
+
+def scanned(x, weights):
+    return jax.lax.scan(lambda x, w: (layer(x, w), None), x, weights)[0].sum()
+
+
+def unrolled(x, weights):
+    for w in weights:
+        x = layer(x, w)
+    return x.sum()
+
+
+def test_a_loop_costs_what_its_rounds_cost():
+    loop = compile_cost(jax.jit(jax.grad(scanned, argnums=1)), X, WEIGHTS)
+    plain = compile_cost(jax.jit(jax.grad(unrolled, argnums=1)), X, WEIGHTS)
+    assert loop.flops == pytest.approx(plain.flops, rel=0.05)
+    # The gradient needs two products more than the value, but none for the first x.
+    assert loop.flops == pytest.approx(PRODUCT * 3 * ROUNDS, rel=0.1)
+
+
+def test_what_the_backward_pass_computes_again_counts():
+    again = lambda x, weights: jax.lax.scan(
+        jax.checkpoint(lambda x, w: (layer(x, w), None), prevent_cse=False), x, weights
+    )[0].sum()
+    stored = compile_cost(jax.jit(jax.grad(scanned, argnums=1)), X, WEIGHTS)
+    computed = compile_cost(jax.jit(jax.grad(again, argnums=1)), X, WEIGHTS)
+    assert computed.flops - stored.flops == pytest.approx(PRODUCT * ROUNDS, rel=0.15)
+
+
+def test_loops_in_loops_multiply():
+    def nested(x, weights):
+        return jax.lax.scan(lambda x, _: (scanned_x(x, weights), None), x, None, length=3)[0].sum()
+
+    def scanned_x(x, weights):
+        return jax.lax.scan(lambda x, w: (layer(x, w), None), x, weights)[0]
+
+    assert compile_cost(jax.jit(nested), X, WEIGHTS).flops == pytest.approx(
+        3 * ROUNDS * PRODUCT, rel=0.05
+    )
+
+
+def test_memory_and_time_are_those_of_the_compiler_and_a_call_compiles_no_more():
+    traces = []
+
+    def function(x, weights):
+        traces.append(1)
+        return jnp.linalg.norm(jnp.stack([layer(x, w) for w in weights]))
+
+    jitted = jax.jit(function)
+    cost = compile_cost(jitted, X, WEIGHTS)
+    assert cost.temp_bytes >= 4 * ROUNDS * SIZE**2 and 0 < cost.compile_sec < 60
+    jitted(np.ones(X.shape, np.float32), np.ones(WEIGHTS.shape, np.float32))
+    assert len(traces) == 1
