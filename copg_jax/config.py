@@ -10,6 +10,7 @@ from typing import Any
 
 from copg_jax.cli import option, section
 from copg_jax.data.tldr import DataConfig
+from copg_jax.distributed import MODES
 from copg_jax.errors import InputError
 from copg_jax.evaluate import GenerationConfig
 from copg_jax.loop import TrainingConfig
@@ -20,6 +21,7 @@ from copg_jax.sharding import MeshConfig
 from copg_jax.step import POLICY_LOSSES
 
 MAY_DIFFER = (
+    "distributed",
     "mesh",
     "training.log_every",
     "training.tensorboard",
@@ -41,6 +43,22 @@ class ModelConfig:
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got '{self.dtype}'")
+
+
+def _distributed() -> Any:
+    return option(
+        "auto",
+        "join other processes: auto (TPU pod, SLURM, Open MPI, Kubernetes, or "
+        "JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID), on (or fail) or off",
+    )
+
+
+def _check_distributed(config: Any) -> None:
+    # YAML reads on and off as booleans.
+    mode = {"True": "on", "False": "off"}.get(config.distributed, config.distributed)
+    if mode not in MODES:
+        raise InputError(f"distributed must be one of {', '.join(MODES)}, got '{mode}'")
+    object.__setattr__(config, "distributed", mode)
 
 
 def _logits_chunk() -> Any:
@@ -85,7 +103,11 @@ class TrainConfig:
     optim: OptimConfig = section(OptimConfig)
     training: TrainingConfig = section(TrainingConfig)
     mesh: MeshConfig = section(MeshConfig)
+    distributed: str = _distributed()
     seed: int = option(0, "seed of the data order, and of a new score head")
+
+    def __post_init__(self):
+        _check_distributed(self)
 
 
 @dataclass(frozen=True)
@@ -96,6 +118,7 @@ class SFTConfig(TrainConfig):
     logits_chunk: int | None = _logits_chunk()
 
     def __post_init__(self):
+        super().__post_init__()
         _check_chunk(self.logits_chunk)
 
 
@@ -116,8 +139,10 @@ class ScoreConfig:
     part_size: int = option(2048, "groups per Parquet part; an interrupted run resumes at a part")
     logits_chunk: int | None = _logits_chunk()
     mesh: MeshConfig = section(MeshConfig)
+    distributed: str = _distributed()
 
     def __post_init__(self):
+        _check_distributed(self)
         if self.batch_size < 1 or self.part_size < 1:
             raise InputError("batch_size and part_size must be >= 1")
         _check_chunk(self.logits_chunk)
@@ -145,6 +170,7 @@ class PolicyConfig(TrainConfig):
     logits_chunk: int | None = _logits_chunk()
 
     def __post_init__(self):
+        super().__post_init__()
         _check_chunk(self.logits_chunk)
 
 
@@ -159,8 +185,10 @@ class EvaluateConfig:
     beta: float = option(0.06, "β of the reported objective E[R] − β·KL")
     logits_chunk: int | None = _logits_chunk()
     mesh: MeshConfig = section(MeshConfig)
+    distributed: str = _distributed()
 
     def __post_init__(self):
+        _check_distributed(self)
         if not self.beta > 0:
             raise InputError(f"beta must be > 0, got {self.beta}")
         _check_chunk(self.logits_chunk)

@@ -101,9 +101,7 @@ def make_loss_evaluator(
     def evaluate(params: Any) -> dict[str, float]:
         totals: dict[str, np.ndarray] = {}
         for _, batch in batches_of(dataset, batch_size, shape):
-            sums = jax.device_get(
-                loss_step(params, sharding.place(sharding.host_rows(batch), placement))
-            )
+            sums = jax.device_get(loss_step(params, sharding.place_whole(batch, placement)))
             for name, pair in sums.items():
                 totals[name] = totals.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
         return {
@@ -198,7 +196,7 @@ class GenerationEvaluator:
             # Rows past the last prompt reuse key 0: they are dropped.
             index = np.arange(start, start + self._batch_size)
             row = keys[np.where(index < len(keys), index, 0)]
-            placed = sharding.place(sharding.host_rows(batch), placement)
+            placed = sharding.place_whole(batch, placement)
             samples = self._sampler(params, placed.prompt_tokens, placed.prompt_length, row)
             ref_logp = None
             if self._ref_params is not None:

@@ -79,7 +79,7 @@ class GroupForward:
                 num_completions=_power_of_two(max(len(rows[i].completion_tokens) for i in chunk)),
                 completion_size=_round_up(max(sizes[i][1] for i in chunk), _COMPLETION_MULTIPLE),
             )
-            placed = sharding.place(sharding.host_rows(batch), self._rows)
+            placed = sharding.place_whole(batch, self._rows)
             values = np.asarray(jax.device_get(self._function(self._params, placed)))
             for i, row_values in zip(chunk, values, strict=False):
                 results[i] = row_values[: len(rows[i].completion_tokens)]

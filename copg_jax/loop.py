@@ -4,10 +4,11 @@ hand it.
 1. Each step: take a batch, place it, call the step function. Metrics are read one step late, so
    that the device never waits for the host.
 2. Now and then evaluate (held-out loss, generation) and save; keep the newest and the best state.
-3. SIGTERM and Ctrl-C save and leave with the shell's exit code; the same command goes on from
-   there.
+3. SIGTERM and Ctrl-C, to any process, save and leave with the shell's exit code; the same command
+   goes on from there.
 """
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from copg_jax import sharding
+from copg_jax import distributed, sharding
 from copg_jax.checkpoint import Checkpoints
 from copg_jax.cli import option
 from copg_jax.data.groups import GroupBatch
@@ -92,10 +93,18 @@ def _non_finite(step: int, ids: list[str], per_group: np.ndarray, folder: Path) 
 class _Pending:
     """Metrics of the previous step, still on the device while the next one runs."""
 
-    def __init__(self, step: int, ids: list[str], batch: GroupBatch, metrics: dict[str, Any]):
-        self.step, self.ids, self.metrics = step, ids, metrics
-        self.pairs = int((np.asarray(batch.completion_length) > 0).any(-1).sum())
-        self.tokens = int(batch.prompt_length.sum() + batch.completion_length.sum())
+    def __init__(
+        self,
+        step: int,
+        ids: list[str],
+        batch: GroupBatch,
+        metrics: dict[str, Any],
+        mesh: jax.sharding.Mesh,
+    ) -> None:
+        self.step, self.ids, self.metrics, self.mesh = step, ids, metrics, mesh
+        _, num_shares = sharding.batch_share(mesh)
+        self.pairs = num_shares * int((np.asarray(batch.completion_length) > 0).any(-1).sum())
+        self.tokens = num_shares * int(batch.prompt_length.sum() + batch.completion_length.sum())
 
     def log(self, logger: MetricsLogger, since: float, folder: Path) -> float:
         """Waits for the step, logs it, and returns the time it was done; raises if it was not
@@ -104,15 +113,15 @@ class _Pending:
         values = jax.device_get(self.metrics)
         per_group, finite = values.pop("per_group"), values.pop("finite")
         now = time.perf_counter()
-        hosts = jax.process_count()
         rates = {
-            "perf/pairs_per_sec": self.pairs * hosts / (now - since),
-            "perf/tokens_per_sec": self.tokens * hosts / (now - since),
+            "perf/pairs_per_sec": self.pairs / (now - since),
+            "perf/tokens_per_sec": self.tokens / (now - since),
         }
         logger.log(self.step, {name: float(value) for name, value in values.items()} | rates)
         if not finite:
             # Ids are this host's, losses those of the global batch.
-            raise _non_finite(self.step, self.ids, sharding.host_rows(per_group), folder)
+            own = sharding.host_rows(per_group, sharding.batch_sharding(self.mesh))
+            raise _non_finite(self.step, self.ids, own, folder)
         return now
 
 
@@ -158,7 +167,8 @@ class _Milestones:
         # The state before training is the model it started from: no checkpoint of its own.
         if step == 0:
             return
-        is_best = value is not None and value > self._best
+        # Of process 0: a reward function may tell each process something else.
+        is_best = bool(distributed.from_main(value is not None and value > self._best))
         self._best = value if value is not None and is_best else self._best
         if is_best or self._is_checkpoint(step):
             self._checkpoints.save(step, state, value)
@@ -167,6 +177,12 @@ class _Milestones:
         """Saves a run that stops at `step`, saying whether its evaluation is still to be done."""
         done = self._evaluated == step or not self._is_evaluation(step)
         self._checkpoints.save(step, state, is_evaluated=done)
+
+
+def _say_saved(exit_code: int, step: int, num_steps: int) -> None:
+    if distributed.is_main_process():
+        name = signal.Signals(exit_code - 128).name
+        print(f"{name}: saved step {step} of {num_steps}", flush=True)
 
 
 def run(
@@ -208,6 +224,7 @@ def run(
     milestones = _Milestones(
         num_steps, eval_every, save_every, evaluate, best_metric, logger, checkpoints
     )
+    host_max, is_alone = sharding.make_host_max(mesh), jax.process_count() == 1
     pending: _Pending | None = None
     with GracefulExit() as exit_request:
         # An evaluation that was due where the run was left is made up for.
@@ -217,22 +234,25 @@ def run(
         try:
             for step in range(start_step + 1, num_steps + 1):
                 ids, batch = next(batches)
+                # Queued before the step, so that the answer does not wait for its end.
+                exit_codes = host_max(exit_request.exit_code)
                 state, metrics = step_fn(state, sharding.place(batch, placement))
-                previous, pending = pending, _Pending(step, ids, batch, metrics)
+                previous, pending = pending, _Pending(step, ids, batch, metrics, mesh)
                 if previous is not None:
                     clock = previous.log(logger, clock, checkpoints.folder)
-                if exit_request.requested or milestones.is_due(step):
+                exit_code = exit_request.exit_code if is_alone else int(exit_codes)
+                if exit_code or milestones.is_due(step):
                     clock, pending = pending.log(logger, clock, checkpoints.folder), None
-                    if exit_request.requested:
+                    if exit_code:
                         milestones.leave(step, state)
-                        print(f"{exit_request.requested}: saved step {step} of {num_steps}")
-                        raise SystemExit(exit_request.exit_code)
+                        _say_saved(exit_code, step, num_steps)
+                        raise SystemExit(exit_code)
                     milestones.reach(step, state)
                     clock = time.perf_counter()
-        except Exception:
+        except Exception as error:
             # Whatever stopped it (a non-finite loss, a failing reward function): keep what is
-            # learned.
-            if not state.step.is_deleted():
+            # learned. Of several processes only one may have failed; it cannot save alone.
+            if not state.step.is_deleted() and (is_alone or isinstance(error, NonFiniteLoss)):
                 milestones.leave(int(state.step), state)
             raise
     return state

@@ -1,6 +1,6 @@
 """What a run needs from the process around it.
 
-1. `setup`: logging and the persistent compilation cache.
+1. `setup`: logging, the persistent compilation cache, and the other processes of the run.
 2. `check_run_folder` and `write_run_header`: the resolved config and the versions, on disk before
    any work, and never over those of another run.
 3. `GracefulExit`: SIGTERM and SIGINT become a flag that the loop reads between two steps.
@@ -24,7 +24,9 @@ import jax
 import yaml
 
 import copg_jax
+from copg_jax import distributed
 from copg_jax.cli import config_differences, to_yaml
+from copg_jax.distributed import is_main_process
 from copg_jax.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -66,22 +68,23 @@ class Progress:
             log.info("%s: %d of %d, %.0f s left", self._name, done, self._total, left)
 
 
-def is_main_process() -> bool:
-    """Whether this is process 0, the only one that writes logs and metadata."""
-    return jax.process_index() == 0
-
-
-def setup() -> None:
-    """Set up logging and the persistent compilation cache.
+def setup(mode: str = "off") -> None:
+    """Set up logging and the persistent compilation cache, and join the processes of the run.
 
     The environment variable JAX_COMPILATION_CACHE_DIR moves the cache; the default is
     `~/.cache/copg_jax/xla`.
+
+    Args:
+      mode: See `distributed.start`.
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
-    logging.getLogger("copg_jax").setLevel(logging.INFO)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         cache = Path.home() / ".cache" / "copg_jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
+    index = distributed.start(mode)
+    logging.getLogger("copg_jax").setLevel(logging.WARNING if index else logging.INFO)
+    if jax.distributed.is_initialized():
+        log.info("process 0 of %d, %d devices", jax.process_count(), jax.device_count())
 
 
 class GracefulExit:
@@ -146,7 +149,7 @@ def check_run_folder(output_dir: Path, config: Any, *, may_differ: Sequence[str]
 
 
 def write_run_header(output_dir: Path, config: Any, inputs: Mapping[str, str]) -> None:
-    """Write config.yaml, versions.json and inputs.json into `output_dir`; process 0 only.
+    """Write config.yaml, versions.json and inputs.json into `output_dir`; process 0 writes them.
 
     Called once the inputs are known to be good, so that a typo in them does not claim the folder.
 
@@ -157,18 +160,19 @@ def write_run_header(output_dir: Path, config: Any, inputs: Mapping[str, str]) -
         while its path, and so the config, stays the same.
 
     Raises:
-      InputError: The run began with other inputs.
+      InputError: The run began with other inputs, or processes do not share `output_dir`.
     """
-    if not is_main_process():
-        return
     output_dir = Path(output_dir)
     path = output_dir / "inputs.json"
-    if path.exists():
-        _check_same_inputs(path, inputs)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    _write_text(output_dir / "config.yaml", to_yaml(config))
-    _write_text(output_dir / "versions.json", json.dumps(_versions(), indent=2) + "\n")
-    _write_text(path, json.dumps(dict(inputs), indent=2) + "\n")
+    with distributed.main_first(path):
+        if not is_main_process():
+            return
+        if path.exists():
+            _check_same_inputs(path, inputs)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        _write_text(output_dir / "config.yaml", to_yaml(config))
+        _write_text(output_dir / "versions.json", json.dumps(_versions(), indent=2) + "\n")
+        _write_text(path, json.dumps(dict(inputs), indent=2) + "\n")
 
 
 def _check_same_inputs(path: Path, inputs: Mapping[str, str]) -> None:

@@ -6,6 +6,9 @@ function.
 1. Groups are taken part by part; parts that are on disk already are skipped.
 2. The reward function sees the texts, the reference model the tokens.
 3. Each part is written whole or not at all; the side-car that makes the folder usable comes last.
+
+Every process calls the reward functions (a model that is spread over all devices needs them all)
+and process 0 writes what it was told.
 """
 
 import dataclasses
@@ -18,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from copg_jax import distributed
 from copg_jax.data import scored
 from copg_jax.data.dataset import GroupDataset
 from copg_jax.data.groups import TokenGroup
@@ -50,19 +54,28 @@ def score_dataset(
     Raises:
         InputError: a reward function that misbehaves; finished parts stay.
     """
-    num_parts = -(-len(dataset) // part_size)
-    finished = scored.finished_parts(folder)
-    scored.write_side_car(folder, side_car)
-    done = min(len(finished) * part_size, len(dataset))
+    first_rows = range(0, len(dataset), part_size)
+    parts = scored.finished_parts(folder)
+    finished = distributed.from_main(np.isin(np.arange(len(first_rows)), parts))
+    with distributed.main_first(folder / scored.SIDE_CAR):
+        if distributed.is_main_process():
+            scored.write_side_car(folder, side_car)
+    done = min(int(finished.sum()) * part_size, len(dataset))
     with MetricsLogger(
         folder, total_steps=len(dataset), log_every=1, resume_step=done or None
     ) as logger:
-        for part in range(num_parts):
-            if part in finished:
+        for part, first in enumerate(first_rows):
+            if finished[part]:
                 continue
-            first = part * part_size
             rows = [dataset[i] for i in range(first, min(first + part_size, len(dataset)))]
             logger.log(first + len(rows), _score_part(folder, part, rows, rewards, seq_logp))
+    with distributed.main_first(folder):
+        if distributed.is_main_process():
+            _finish(dataset, folder, side_car)
+
+
+def _finish(dataset: GroupDataset, folder: Path, side_car: scored.SideCar) -> None:
+    """Makes the folder usable: the side-car with the counts of all parts."""
     counts = dataset.stats | scored.count_rewards(folder)
     scored.write_side_car(folder, dataclasses.replace(side_car, complete=True, counts=counts))
     log.info(
@@ -89,7 +102,8 @@ def _score_part(
         scored.ScoredGroup(row, total.tolist(), ref_logp.tolist(), source)
         for row, total, ref_logp, source in zip(rows, totals, ref_logps, sources, strict=True)
     ]
-    scored.write_part(folder, part, groups)
+    if distributed.is_main_process():
+        scored.write_part(folder, part, groups)
     seconds = time.perf_counter() - begin
     values = np.concatenate(totals)
     kept = values[~np.isnan(values)]

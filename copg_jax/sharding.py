@@ -5,20 +5,24 @@ from it.
 2. `LOGICAL_TO_MESH` says which mesh axis cuts which logical axis; models speak logical axes only;
 3. `shardings` turns a tree of logical axes into shardings; `batch_sharding` cuts batches along
    groups, and `constrain_batch` the activations that come of them;
-4. `place` makes global arrays from what each host holds.
+4. `place` and `place_whole` make global arrays from what each host holds; `batch_share` says which
+   part of every batch a host has to load, and `make_host_max` lets hosts agree on a number.
 
 This is the only file that names a mesh axis.
 """
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from copg_jax.cli import option
@@ -69,15 +73,49 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     if -1 in sizes and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
     if math.prod(sizes) != len(devices):
-        legal = [size for size in range(1, len(devices) + 1) if len(devices) % size == 0]
         raise InputError(
             f"mesh: data={config.data} x fsdp={config.fsdp} x tensor={config.tensor} does not lay "
-            f"out {len(devices)} device(s) ({devices[0].device_kind}). Sizes must multiply to "
-            f"{len(devices)}, so each must be one of {legal}; mesh.fsdp=-1 takes all that remain."
+            f"out {len(devices)} device(s) ({devices[0].device_kind}): sizes must multiply to "
+            f"{len(devices)}. Nearest that do: {_nearest(config, len(devices))}; mesh.fsdp=-1 "
+            "takes all that remain."
         )
-    return jax.make_mesh(
-        tuple(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices
-    )
+    axes = ("data", "fsdp", "tensor")
+    return Mesh(_lay_out(sizes, devices), axes, axis_types=(AxisType.Auto,) * 3)
+
+
+def _nearest(config: MeshConfig, num_devices: int) -> str:
+    """The three meshes of `num_devices` whose sizes are closest in ratio to those asked for."""
+    factors = [size for size in range(1, num_devices + 1) if num_devices % size == 0]
+    asked = (config.data, config.fsdp, config.tensor)
+
+    def distance(sizes: tuple[int, ...]) -> float:
+        pairs = zip(sizes, asked, strict=True)
+        return sum(abs(math.log(size / wanted)) for size, wanted in pairs if wanted != -1)
+
+    legal = [
+        (data, num_devices // (data * tensor), tensor)
+        for data in factors
+        for tensor in factors
+        if num_devices % (data * tensor) == 0
+    ]
+    names = ("data={} fsdp={} tensor={}".format(*sizes) for sizes in sorted(legal, key=distance))
+    return ", ".join(itertools.islice(names, 3))
+
+
+def _lay_out(sizes: list[int], devices: list) -> np.ndarray:
+    """Devices in the shape `sizes`, near ones along the last axes, which talk to each other most.
+
+    Not `jax.make_mesh`: it refuses more than one host of GPUs, and meshes that cut an axis of a
+    v4 or v5p torus in two.
+    """
+    if devices[0].platform != "tpu":
+        return np.array(sorted(devices, key=lambda device: device.id)).reshape(sizes)
+    if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
+        raise InputError(
+            f"mesh: wanted the devices of one TPU slice, got {len(devices)} of several. Fix: one "
+            "run per slice; take a larger slice for a larger run."
+        )
+    return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 def num_batch_shards(mesh: Mesh) -> int:
@@ -154,29 +192,71 @@ def shardings(mesh: Mesh, logical_axes: Any, shapes: Any) -> Any:
     return tree
 
 
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """Which share of every batch this host loads: its index, and the number of equal shares.
+
+    Hosts that hold the same rows (where `tensor` spans hosts) load the same share.
+
+    Raises:
+        InputError: a host's devices hold rows that it shares with another host in part.
+    """
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    owners = owners.reshape(num_batch_shards(mesh), -1)  # rows in the order of `batch_sharding`
+    rows = {host: tuple(np.flatnonzero((owners == host).any(1))) for host in np.unique(owners)}
+    shares = sorted(set(rows.values()))
+    if len({len(share) for share in shares}) > 1 or sum(map(len, shares)) != len(owners):
+        raise InputError(
+            f"mesh: tensor={mesh.shape['tensor']} cuts across the devices of hosts, so that they "
+            "cannot load equal shares of a batch. Fix: a mesh.tensor that divides the "
+            f"{mesh.devices.size // len(rows)} devices of a host, or a multiple of them."
+        )
+    return shares.index(rows[jax.process_index()]), len(shares)
+
+
 def place(tree: Any, sharding: NamedSharding) -> Any:
-    """Makes global arrays, sharded along their first axis, from the rows this host holds.
+    """Makes global arrays, sharded along their first axis, from the rows that each host loads.
 
     Args:
-        tree: NumPy arrays [B / num_hosts, ...]: this host's contiguous slice of the global batch.
+        tree: NumPy arrays [B / number of shares, ...]: this host's `batch_share`.
         sharding: usually `batch_sharding(mesh)`.
 
     Returns:
-        Same structure of global `jax.Array`s [B, ...].
+        Same structure of global `jax.Array`s [B, ...]. Shares lie where the devices of their host
+        lie in the mesh, so that rows may come in another order than shares.
     """
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree
     )
 
 
-def host_rows(tree: Any) -> Any:
-    """This host's contiguous slice of a batch that every host holds whole; [B, ...] → [B /
-    num_hosts, ...].
+def place_whole(tree: Any, sharding: NamedSharding) -> Any:
+    """Makes global arrays from arrays that every host holds whole, rows in their order."""
+
+    def whole(x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(whole, tree)
+
+
+def host_rows(x: np.ndarray, sharding: NamedSharding) -> np.ndarray:
+    """Of a global batch array, the rows that this host gave to `place`, in its order."""
+    held = sharding.addressable_devices_indices_map(x.shape).values()
+    cuts = sorted({cut[0].indices(len(x))[:2] for cut in held if cut is not None})
+    return np.concatenate([x[start:stop] for start, stop in cuts])
+
+
+def make_host_max(mesh: Mesh) -> Callable[[int], Any]:
+    """Builds number of this host → the largest of all hosts' numbers, an array not waited for.
+
+    Every host has to call it equally often. With one host it is the number itself.
     """
-    hosts, host = jax.process_count(), jax.process_index()
+    if jax.process_count() == 1:
+        return lambda value: value
+    everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    largest = jax.jit(jnp.max, out_shardings=replicated(mesh))
 
-    def rows(x: np.ndarray) -> np.ndarray:
-        size = len(x) // hosts
-        return x[host * size : (host + 1) * size]
+    def host_max(value: int) -> jax.Array:
+        shape, mine = (mesh.devices.size,), np.full(1, value, np.int32)
+        return largest(jax.make_array_from_callback(shape, everywhere, lambda _: mine))
 
-    return jax.tree.map(rows, tree)
+    return host_max

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from copg_jax import sharding
+from copg_jax import distributed, sharding
 from copg_jax.cli import config_differences
 from copg_jax.config import ModelConfig, PolicyEvaluationConfig, ScoreConfig
 from copg_jax.data import scored
@@ -99,13 +99,15 @@ def open_model(
 
 def open_data(section: DataConfig, model: Model, folder: Path, name: str) -> GroupDataset:
     """Tokenises a data set into `folder`/tokens (once) and logs what was kept, cut and dropped."""
-    dataset = prepare(
-        GroupReader(section),
-        model.tokenizer,
-        path=folder / "tokens" / f"{name}.arrow",
-        limits=section.limits,
-        vocab_size=model.config.vocab_size,
-    )
+    path = folder / "tokens" / f"{name}.arrow"
+    with distributed.main_first(path):
+        dataset = prepare(
+            GroupReader(section),
+            model.tokenizer,
+            path=path,
+            limits=section.limits,
+            vocab_size=model.config.vocab_size,
+        )
     log.info("%s: %s\n%s", name, section.path, format_stats(dataset.stats))
     prompt, _, completion = dataset.shape(multiple=1)
     if prompt + completion > model.config.max_position_embeddings:

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import optax
 
-from copg_jax import loop, optim, runtime, sharding, stages, step, train_state
+from copg_jax import distributed, loop, optim, runtime, sharding, stages, step, train_state
 from copg_jax.checkpoint import Checkpoints
 from copg_jax.config import MAY_DIFFER, TrainConfig
 from copg_jax.data.dataset import GroupDataset
@@ -76,21 +76,23 @@ def train(
         check_data: raises InputError where a data set does not fit the stage.
         best_metric: metric whose best trained step is exported to best/.
     """
-    runtime.setup()
+    runtime.setup(config.distributed)
     run = _prepare(config, head, check_data)
     with Checkpoints(run.folder / "checkpoints", best_metric=best_metric) as checkpoints:
         start = checkpoints.latest_step or 0
-        if start >= run.num_steps and (run.folder / "model" / "config.json").exists():
+        exported = (run.folder / "model" / "config.json").exists()
+        if distributed.from_main(start >= run.num_steps and exported):
             log.info("%s: already complete (%d steps)", run.folder, run.num_steps)
             return
+        host, num_hosts = sharding.batch_share(run.mesh)
         stream = GroupStream(
             run.data,
             batch_size=config.training.batch_size,
             num_epochs=config.training.num_epochs,
             seed=config.seed,
             start_step=start,
-            host=jax.process_index(),
-            num_hosts=jax.process_count(),
+            host=host,
+            num_hosts=num_hosts,
         )
         loss_fn = make_loss(run.model.config)
         generation = make_evaluation and make_evaluation(run.model, run.mesh, run.folder)

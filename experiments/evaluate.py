@@ -8,11 +8,12 @@ interrupted evaluation goes on at the first prompt it has not done.
 
 import json
 import math
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from copg_jax import runtime, sharding, stages
+from copg_jax import distributed, runtime, sharding, stages
 from copg_jax.cli import run_main
 from copg_jax.config import EvaluateConfig
 from copg_jax.evaluate import Generation, sample_texts, summarize
@@ -22,8 +23,8 @@ from copg_jax.metrics import MetricsLogger
 def main(config: EvaluateConfig) -> dict[str, float]:
     """Evaluates one model and returns the averages that evaluation.json holds."""
     folder = Path(config.output_dir)
-    runtime.setup()
-    runtime.check_run_folder(folder, config, may_differ=("mesh",))
+    runtime.setup(config.distributed)
+    runtime.check_run_folder(folder, config, may_differ=("distributed", "mesh"))
     mesh = sharding.make_mesh(config.mesh)
     model = stages.open_model(config.model, mesh)
     reference = config.reference and stages.open_model(config.reference, mesh)
@@ -41,13 +42,15 @@ def main(config: EvaluateConfig) -> dict[str, float]:
     sizes = config.evaluation.generation
     path = folder / "generations.jsonl"
     found = _read(path, sizes.num_samples)
-    done = len(found) // sizes.num_samples
+    done = int(distributed.from_main(len(found) // sizes.num_samples))
     total = sizes.num_prompts * sizes.num_samples
     params = model.load_frozen() if done < sizes.num_prompts else None
     logger = MetricsLogger(
         folder, total_steps=sizes.num_prompts, log_every=1, resume_step=done or None
     )
-    with path.open("w", encoding="utf-8") as file, logger:
+    # Every process generates and knows the averages; process 0 writes.
+    is_main = distributed.is_main_process()
+    with open(path if is_main else os.devnull, "w", encoding="utf-8") as file, logger:
         file.writelines(map(_line, found))
         for batch in evaluator.batches(params, step=0, first=done):
             file.writelines(map(_line, batch))
@@ -59,7 +62,10 @@ def main(config: EvaluateConfig) -> dict[str, float]:
                 text=sample_texts(found, sizes) if len(found) == total else None,
             )
     metrics = summarize(found, beta=config.beta)
-    (folder / "evaluation.json").write_text(json.dumps(_jsonable(metrics), indent=2) + "\n")
+    path = folder / "evaluation.json"
+    with distributed.main_first(path):
+        if is_main:
+            path.write_text(json.dumps(_jsonable(metrics), indent=2) + "\n")
     return metrics
 
 

@@ -50,7 +50,8 @@ def main(config: QuickstartConfig) -> None:
         stage: Callable[[Any], Any], cls: type, name: str, *arguments: str, read: str = ""
     ) -> Any:
         file = CONFIGS / f"{read or name}.yaml"
-        arguments = (*arguments, *config.overrides.get(read or name, []))
+        # One process, even where a cluster would be detected.
+        arguments = (*arguments, "distributed=off", *config.overrides.get(read or name, []))
         return stage(load_config(cls, [str(file), *arguments, f"output_dir={folder / name}"]))
 
     posts, comparisons = folder / "data/sft.jsonl", folder / "data/comparisons.jsonl"

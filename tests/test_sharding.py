@@ -1,6 +1,7 @@
 """Meshes, the table from logical to mesh axes, and where optimiser state and batches lie."""
 
 import math
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -21,11 +22,22 @@ def test_minus_one_takes_all_devices_that_remain():
     assert dict(make_mesh(MeshConfig(-1, 4, 1)).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
 
 
-@pytest.mark.parametrize("sizes", [(1, 3, 1), (1, 16, 1), (3, -1, 1), (1, 4, 1)])
-def test_sizes_that_do_not_lay_out_the_devices_are_refused_with_those_that_would(sizes):
+@pytest.mark.parametrize(
+    ("sizes", "nearest"),
+    [
+        ((1, 7, 1), (1, 8, 1)),
+        ((1, 16, 1), (1, 8, 1)),
+        ((3, -1, 1), (4, 2, 1)),
+        ((-1, 2, 3), (1, 2, 4)),
+        ((2, 2, 3), (2, 2, 2)),
+    ],
+)
+def test_sizes_that_do_not_lay_out_the_devices_are_refused_with_the_nearest_that_do(sizes, nearest):
     with pytest.raises(InputError) as caught:
         make_mesh(MeshConfig(*sizes))
-    names_all(str(caught.value), ["mesh", f"fsdp={sizes[1]}", "8 device", "[1, 2, 4, 8]", "-1"])
+    asked = "data={} x fsdp={} x tensor={}".format(*sizes)
+    first = "Nearest that do: data={} fsdp={} tensor={},".format(*nearest)
+    names_all(str(caught.value), ["mesh", asked, "8 device", first, "-1"])
 
 
 @pytest.mark.parametrize("sizes", [(0, 1, 1), (-2, 1, 1), (-1, -1, 1)])
@@ -69,19 +81,57 @@ def test_each_device_holds_its_share_of_parameters_and_of_both_moments():
 def test_a_batch_is_cut_along_groups_only():
     on = mesh(2, 2, 2)
     batch = group_batch(np.arange(16.0).reshape(8, 2))
-    placed = sharding.place(sharding.host_rows(batch), sharding.batch_sharding(on))
+    placed = sharding.place_whole(batch, sharding.batch_sharding(on))
     assert sharding.num_batch_shards(on) == 4
     for name, array in placed._asdict().items():
         assert {shard.data.shape for shard in array.addressable_shards} == {(2, *array.shape[1:])}
         np.testing.assert_array_equal(array, getattr(batch, name))
 
 
-def test_hosts_take_contiguous_rows_in_order(monkeypatch):
-    rows = {"x": np.arange(12).reshape(6, 2)}
-    monkeypatch.setattr(jax, "process_count", lambda: 3)
-    parts = []
-    for host in range(3):
+def hosts(of_devices: list[int], shape: tuple[int, int, int]) -> SimpleNamespace:
+    """A mesh of which only the hosts of its devices, in the mesh's order, are known."""
+    devices = np.array([SimpleNamespace(process_index=host) for host in of_devices], object)
+    names = ("data", "fsdp", "tensor")
+    return SimpleNamespace(
+        devices=devices.reshape(shape), shape=dict(zip(names, shape, strict=True))
+    )
+
+
+@pytest.mark.parametrize(
+    ("of_devices", "shape", "shares"),
+    [
+        ([0] * 4 + [1] * 4, (1, 8, 1), [(0, 2), (1, 2)]),
+        ([1] * 4 + [0] * 4, (1, 8, 1), [(1, 2), (0, 2)]),
+        # A ring through both hosts: each has two pieces of the batch, not next to each other.
+        ([0, 0, 1, 1, 1, 1, 0, 0], (1, 8, 1), [(0, 2), (1, 2)]),
+        ([0] * 4 + [1] * 4, (2, 2, 2), [(0, 2), (1, 2)]),
+        ([0] * 4 + [1] * 4, (1, 1, 8), [(0, 1), (0, 1)]),
+        ([0, 0, 1, 1, 2, 2, 3, 3], (1, 2, 4), [(0, 2), (0, 2), (1, 2), (1, 2)]),
+    ],
+)
+def test_hosts_load_equal_shares_and_the_same_one_where_they_hold_the_same_rows(
+    monkeypatch, of_devices, shape, shares
+):
+    for host, share in enumerate(shares):
         monkeypatch.setattr(jax, "process_index", lambda host=host: host)
-        parts.append(sharding.host_rows(rows)["x"])
-    np.testing.assert_array_equal(np.concatenate(parts), rows["x"])
-    assert parts[1].tolist() == [[4, 5], [6, 7]]
+        assert sharding.batch_share(hosts(of_devices, shape)) == share
+
+
+def test_a_tensor_axis_that_cuts_across_hosts_is_refused():
+    with pytest.raises(InputError) as caught:
+        sharding.batch_share(hosts([0] * 4 + [1] * 4 + [2] * 4, (1, 2, 6)))
+    names_all(str(caught.value), ["mesh: tensor=6", "equal shares", "the 4 devices of a host"])
+
+
+def test_host_rows_are_those_of_the_host_s_own_devices():
+    on = mesh(1, 4, 2)
+    x = np.arange(16).reshape(8, 2)
+    np.testing.assert_array_equal(sharding.host_rows(x, sharding.batch_sharding(on)), x)
+
+    class Second:
+        """A host whose devices hold the second and the last quarter, in two copies."""
+
+        def addressable_devices_indices_map(self, shape):
+            return dict(enumerate([(slice(6, 8),), (slice(2, 4),)] * 2))
+
+    np.testing.assert_array_equal(sharding.host_rows(x, Second()), x[[2, 3, 6, 7]])

@@ -1,0 +1,195 @@
+"""The processes of a run, one or many: how they start together, wait for each other and agree.
+
+1. `start` joins the processes that a cluster, or JAX's environment variables, name.
+2. `main_first` lets process 0 do what is done once, such as writing a file, before the others go
+   on.
+3. `from_main` gives every process what process 0 holds.
+
+All processes see one output folder: a shared file system, or a bucket. With one process nothing
+here does anything.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax._src.clusters import ClusterEnv
+from jax.experimental import multihost_utils
+
+from copg_jax.errors import InputError
+
+MODES = ("auto", "on", "off")
+_ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+_VISIBLE_SEC = 90.0  # by then any network file system shows what another host has written
+
+
+class _Member(NamedTuple):
+    """This process among those of the run."""
+
+    address: str
+    count: int
+    index: int
+
+
+def start(mode: str, *, timeout_sec: float = 300.0) -> int:
+    """Joins this process to the others of its run, before anything uses a device.
+
+    Args:
+        mode: "auto" joins where JAX detects a cluster (TPU pod, SLURM, Open MPI, Kubernetes) or its
+            environment variables name one, "on" insists on it, "off" runs alone.
+        timeout_sec: how long processes wait for each other. After it the process ends with status
+            2 and a text that names the address: JAX itself could only abort.
+
+    Returns:
+        Index of this process.
+
+    Raises:
+        InputError: no cluster with mode "on", one described in part, or JAX refuses it.
+    """
+    if jax.distributed.is_initialized():
+        return jax.process_index()
+    member = None if mode == "off" else _detect(timeout_sec)
+    if member is None and mode == "on":
+        raise InputError(
+            "distributed=on: wanted a TPU pod, SLURM, Open MPI or Kubernetes job, or the variables "
+            f"{_ADDRESS}=HOST:PORT, {_COUNT} and {_INDEX}; got none of them. Fix: set these in "
+            "every process, or distributed=off for a run of one process."
+        )
+    if member is None or member.count == 1:
+        return 0
+    _join(member, timeout_sec)
+    return member.index
+
+
+def is_main_process() -> bool:
+    """Whether this is process 0, the only one that writes logs and files."""
+    return jax.process_index() == 0
+
+
+@contextmanager
+def main_first(path: Any) -> Iterator[None]:
+    """Process 0 runs the body, which makes `path`; then the others run it.
+
+    Args:
+        path: file or folder (`pathlib` or `epath`) that all processes see.
+
+    Raises:
+        InputError: in the others, where process 0 failed or `path` does not appear.
+    """
+    if jax.process_count() == 1:
+        yield
+    elif is_main_process():
+        done = False
+        try:
+            yield
+            done = True
+        finally:
+            from_main(done)
+    else:
+        if not from_main(False):
+            raise InputError(f"{path}: process 0 could not make it; see its message.")
+        _wait_until_visible(path)
+        yield
+
+
+def from_main(value: Any) -> Any:
+    """What process 0 holds: a number, bool or array; of equal shape and dtype in every process."""
+    return multihost_utils.broadcast_one_to_all(np.asarray(value))
+
+
+def _detect(timeout_sec: float) -> _Member | None:
+    """What the environment says of this process; None outside a cluster."""
+    given = os.environ.get(_ADDRESS), _number(_COUNT), _number(_INDEX)
+    address, count, index = given if None not in given else _ask_cluster(given, timeout_sec)
+    if (address, count, index) == (None, None, None):
+        return None
+    if address is None or count is None or index is None:
+        found = dict(zip((_ADDRESS, _COUNT, _INDEX), (address, count, index), strict=True))
+        missing = [name for name, value in found.items() if value is None]
+        raise InputError(
+            f"distributed: wanted {', '.join(found)} together, got no {', '.join(missing)}. Fix: "
+            "set all three in every process, or none."
+        )
+    if not address.rpartition(":")[2].isdigit() or not 0 <= index < count:
+        raise InputError(
+            f"distributed: wanted {_ADDRESS}=HOST:PORT and 0 <= {_INDEX} < {_COUNT}, got "
+            f"'{address}', {index} and {count}."
+        )
+    return _Member(address, count, index)
+
+
+def _ask_cluster(given: tuple[str | None, int | None, int | None], timeout_sec: float) -> Any:
+    """What is given, the rest filled in from the cluster that JAX detects, if any."""
+    try:
+        # Not public, but the only way to ask whether there is a cluster before joining it.
+        found = ClusterEnv.auto_detect_unset_distributed_params(
+            *given, None, None, int(timeout_sec)
+        )
+    except Exception as error:  # each kind of cluster fails in its own way
+        raise InputError(
+            f"distributed: JAX detects a cluster but cannot read its description: {error}\nFix: "
+            f"set {_ADDRESS}, {_COUNT} and {_INDEX} in every process, or distributed=off for a run "
+            "of this process alone."
+        ) from error
+    return found[:3]
+
+
+def _number(name: str) -> int | None:
+    text = os.environ.get(name)
+    if text is not None and not text.isdigit():
+        raise InputError(f"distributed: {name}: wanted a number, got '{text}'.")
+    return None if text is None else int(text)
+
+
+def _join(member: _Member, timeout_sec: float) -> None:
+    def give_up() -> None:
+        print(
+            f"error: distributed: process {member.index} waited {timeout_sec:g} s for all "
+            f"{member.count} processes to meet at the coordinator {member.address} (process 0), "
+            "and they did not. Fix: start every process, with the same address and number of "
+            "processes; see that process 0 lives and that its port can be reached from here; or "
+            "distributed=off for a run of this process alone.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(2)
+
+    timer = threading.Timer(timeout_sec, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.distributed.initialize(
+            member.address,
+            member.count,
+            member.index,
+            initialization_timeout=int(timeout_sec) + 60,  # ours comes first
+            shutdown_timeout_seconds=60,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"distributed: process {member.index} of {member.count} could not join at "
+            f"{member.address}: {error}"
+        ) from error
+    finally:
+        timer.cancel()
+    # JAX catches SIGTERM for a service that nothing here reads, and a scoring run would outlive it.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _wait_until_visible(path: Any) -> None:
+    deadline = time.monotonic() + _VISIBLE_SEC
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise InputError(
+                f"{path}: process 0 wrote it, process {jax.process_index()} does not see it. "
+                "Wanted one output_dir for all processes. Fix: a folder on a shared file system, "
+                "or a bucket (gs://...)."
+            )
+        time.sleep(0.2)
