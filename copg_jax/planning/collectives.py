@@ -15,7 +15,9 @@ _NAMES = "all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute"
 _OPERATION = re.compile(rf" ({_NAMES})(-start)?\(")
 _COMPUTATION = re.compile(r"(ENTRY )?%([\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%([\w.-]+) = (.*)")
-_CALLED = re.compile(r"[, ](?:calls|to_apply|body|\w+_computations?)=(?:%([\w.-]+)|\{([^}]*)\})")
+_CALLED = re.compile(
+    r"[, ](?:calls|to_apply|condition|body|\w+_computations?)=(?:%([\w.-]+)|\{([^}]*)\})"
+)
 _WHILE = re.compile(r" while\(%([\w.-]+)\), condition=%([\w.-]+), body=%([\w.-]+)")
 _SHAPE = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")
 _RING = re.compile(r"windowed_dot_general_body_(ag|rs)")
