@@ -21,6 +21,7 @@ from copg_jax.sharding import MeshConfig
 from copg_jax.step import POLICY_LOSSES
 
 MAY_DIFFER = (
+    "output_dir",  # a folder may be moved
     "distributed",
     "mesh",
     "training.log_every",

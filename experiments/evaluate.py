@@ -24,7 +24,7 @@ def main(config: EvaluateConfig) -> dict[str, float]:
     """Evaluates one model and returns the averages that evaluation.json holds."""
     folder = Path(config.output_dir)
     runtime.setup(config.distributed)
-    runtime.check_run_folder(folder, config, may_differ=("distributed", "mesh"))
+    runtime.check_run_folder(folder, config, may_differ=("output_dir", "distributed", "mesh"))
     mesh = sharding.make_mesh(config.mesh)
     model = stages.open_model(config.model, mesh)
     reference = config.reference and stages.open_model(config.reference, mesh)

@@ -20,7 +20,9 @@ def main(config: ScoreConfig) -> None:
     """Scores every group of the data set."""
     folder = Path(config.output_dir)
     runtime.setup(config.distributed)
-    runtime.check_run_folder(folder, config, may_differ=("distributed", "mesh", "batch_size"))
+    runtime.check_run_folder(
+        folder, config, may_differ=("output_dir", "distributed", "mesh", "batch_size")
+    )
     mesh = sharding.make_mesh(config.mesh)
     reference = stages.open_model(config.reference, mesh)
     dataset = stages.open_data(config.data, reference, folder, "groups")
