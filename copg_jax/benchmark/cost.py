@@ -32,7 +32,7 @@ def compile_cost(function: Any, *args: Any) -> Cost:
     compiled = traced.lower().compile()
     seconds = time.perf_counter() - start
     devices = {d for s in jax.tree.leaves(compiled.output_shardings) for d in s.device_set}
-    counted = compiled.cost_analysis()["flops"] * len(devices)
+    counted = compiled.cost_analysis().get("flops", 0.0) * len(devices)
     left_out = _matmul_flops(traced.jaxpr.jaxpr) - _matmul_flops(traced.jaxpr.jaxpr, loops=False)
     return Cost(counted + left_out, compiled.memory_analysis().temp_size_in_bytes, seconds)
 

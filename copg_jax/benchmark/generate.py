@@ -17,7 +17,7 @@ import numpy as np
 
 from copg_jax import sampling, sharding
 from copg_jax.benchmark.cost import peak_device_bytes
-from copg_jax.data.groups import TokenGroup
+from copg_jax.benchmark.workload import Workload
 from copg_jax.errors import InputError
 from copg_jax.flops import CHIPS, block_parameters
 from copg_jax.models import functional
@@ -29,7 +29,7 @@ _ROUNDS = 3
 
 def measure(
     config: LlamaConfig,
-    rows: Sequence[TokenGroup],
+    workload: Workload,
     *,
     batch_size: int,
     num_new: int,
@@ -40,7 +40,7 @@ def measure(
 
     Args:
         config: architecture and compute dtype.
-        rows: the workload.
+        workload: its first prompts are continued.
         batch_size: prompts, all in one batch.
         num_new: tokens of every completion, at least 2.
         num_samples: completions of a prompt.
@@ -55,15 +55,16 @@ def measure(
             f"wanted --new >= 2, --samples >= 1 and --batch a multiple of data x fsdp = {shards}, "
             f"got {num_new}, {num_samples} and {batch_size}"
         )
-    if len(rows) < batch_size:
+    if len(workload) < batch_size:
         raise InputError(
-            f"--batch: wanted at most the {len(rows)} prompts of the workload, got {batch_size}"
+            f"--batch: wanted at most the {len(workload)} prompts of the workload, got {batch_size}"
         )
     layout = sharding.shardings(
         mesh, functional.logical_axes(config), functional.abstract_params(config)
     )
     params = _random_params(config, layout)
-    inputs = _prompts(rows[:batch_size], mesh)
+    prompts = [workload[index].prompt_tokens for index in range(batch_size)]
+    inputs = _inputs(prompts, mesh)
 
     def median_sec(max_new_tokens: int) -> float:
         sample = sampling.make_sampler(
@@ -81,9 +82,10 @@ def measure(
     prefill_sec, total_sec = median_sec(1), median_sec(num_new)
     decode_sec = total_sec - prefill_sec
     made = batch_size * num_samples
-    length = np.array([len(row.prompt_tokens) for row in rows[:batch_size]])
     chip = CHIPS.get(mesh.devices.flat[0].device_kind)
-    step_bytes = _bytes_per_step(config, length, num_samples, num_new)
+    step_bytes = _bytes_per_step(
+        config, np.array([len(ids) for ids in prompts]), num_samples, num_new
+    )
     bound = chip and made * chip.hbm_gb_per_sec * 1e9 * mesh.size / step_bytes
     return {
         "tokens_per_s": made * num_new / total_sec,
@@ -103,14 +105,14 @@ def _random_params(config: LlamaConfig, layout: Any) -> Any:
     return jax.jit(make, out_shardings=layout)()
 
 
-def _prompts(rows: Sequence[TokenGroup], mesh: jax.sharding.Mesh) -> tuple[Any, ...]:
-    """The sampler's arrays: tokens [B, P], lengths [B], keys [B]."""
-    length = np.array([len(row.prompt_tokens) for row in rows], np.int32)
-    tokens = np.zeros((len(rows), -(-length.max() // 8) * 8), np.int32)
-    for into, row in zip(tokens, rows, strict=True):
-        into[: len(row.prompt_tokens)] = row.prompt_tokens
+def _inputs(prompts: Sequence[np.ndarray], mesh: jax.sharding.Mesh) -> tuple[Any, ...]:
+    """The sampler's arrays: tokens [B, P], lengths [B], slots [R, N], keys [B]."""
+    length = np.array([len(ids) for ids in prompts], np.int32)
+    tokens = np.zeros((len(prompts), -(-length.max() // 8) * 8), np.int32)
+    for row, ids in zip(tokens, prompts, strict=True):
+        row[: len(ids)] = ids
     placed = sharding.place((tokens, length), sharding.batch_sharding(mesh))
-    return *placed, sampling.row_keys(0, 0, len(rows))
+    return *placed, sampling.row_keys(0, 0, len(prompts))
 
 
 def _seconds(function: Callable[..., Any], *args: Any) -> float:

@@ -1,13 +1,13 @@
 """Times the optimiser step of policy training, the one that a run takes.
 
 1. State, loss, optimiser and step are built as `training` builds them; the weights are random.
-2. Batches hold the workload's groups in their order: the same ids at the same step as in the
-   scripts of other libraries.
-3. After a warm-up each step is timed alone, from collating its batch to its metrics; then as many
-   in a row, with metrics read one step late, as the training loop does.
+2. Batches come from the training stream, which shuffles, packs and prefetches them.
+3. After a warm-up each step is timed alone, from the transfer of its batch to its metrics; then as
+   many in a row, with metrics read one step late, as the training loop does.
 """
 
 import contextlib
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -20,8 +20,9 @@ import optax
 
 from copg_jax import optim, sharding, step, train_state
 from copg_jax.benchmark.cost import compile_cost, peak_device_bytes
-from copg_jax.data import groups
-from copg_jax.data.groups import GroupBatch, TokenGroup
+from copg_jax.benchmark.workload import Workload
+from copg_jax.data.groups import GroupBatch
+from copg_jax.data.stream import GroupStream
 from copg_jax.errors import InputError
 from copg_jax.flops import PEAK_TFLOPS, useful_flops
 from copg_jax.loop import check_batch
@@ -35,7 +36,7 @@ _SCHEDULE_STEPS = 1000  # of the learning rate; any number costs the same
 
 def measure(
     config: LlamaConfig,
-    rows: Sequence[TokenGroup],
+    workload: Workload,
     *,
     batch_size: int,
     num_steps: int,
@@ -50,7 +51,7 @@ def measure(
 
     Args:
         config: architecture, compute dtype and rematerialisation.
-        rows: the workload; from the start again where it is too short.
+        workload: groups; seen again where they are too few.
         batch_size: groups of a step, over all devices.
         num_steps: steps to time.
         num_warmup: steps before that, at least 1.
@@ -67,36 +68,25 @@ def measure(
     if num_steps < 1 or num_warmup < 1:
         raise InputError(f"--steps and --warmup must be >= 1, got {num_steps} and {num_warmup}")
     check_batch(batch_size, num_microbatches, mesh)
-    make_batch = batch_maker(rows, batch_size, sharding.num_batch_shards(mesh) * num_microbatches)
+    num_blocks = sharding.num_batch_shards(mesh) * num_microbatches
+    batches = make_batches(workload, batch_size, num_blocks, num_warmup + 2 * num_steps)
     traces: list[int] = []
     optimizer = _counted(make_optimizer(), traces)
     step_fn, layout = make_step(
-        config,
-        optimizer,
-        mesh=mesh,
-        num_microbatches=num_microbatches,
-        logits_chunk=logits_chunk,
+        config, optimizer, mesh=mesh, num_microbatches=num_microbatches, logits_chunk=logits_chunk
     )
-    runner = _Runner(step_fn, _create_state(config, optimizer, layout), make_batch, mesh)
-    cost = compile_cost(step_fn, runner.state, runner.place(make_batch(0)))
-    timed = range(num_warmup, num_warmup + num_steps)
-    for index in range(num_warmup):
-        runner.run([index])
-    step_sec = statistics.median(runner.run([index]) for index in timed)
+    runner = _Runner(step_fn, _create_state(config, optimizer, layout), mesh)
+    cost = compile_cost(step_fn, runner.state, runner.place(batches[0]))
+    first, second = num_warmup, num_warmup + num_steps
+    for batch in batches[:first]:
+        runner.run([batch])
+    step_sec = statistics.median(runner.run([batch]) for batch in batches[first:second])
     with jax.profiler.trace(profile) if profile else contextlib.nullcontext():
-        steady_sec = runner.run(timed) / num_steps
-    batches = [make_batch(index) for index in timed]
-    tokens = np.mean([b.prompt_length.sum() + b.completion_length.sum() for b in batches])
-    flops = np.mean([useful_flops(config, b.prompt_length, b.completion_length) for b in batches])
-    peak = peak_tflops or PEAK_TFLOPS.get(mesh.devices.flat[0].device_kind)
+        steady_sec = runner.run(batches[second:]) / num_steps
+    timed = batches[first:second]
     return {
-        "pairs_per_s": batch_size / step_sec,
-        "step_s": step_sec,
+        **_rates(config, timed, step_sec, mesh, peak_tflops),
         "steady_pairs_per_s": batch_size / steady_sec,
-        "useful_tokens_per_s": float(tokens) / step_sec,
-        "mfu": peak and float(flops) / step_sec / (peak * 1e12 * mesh.size),
-        "utilisation": float(tokens / np.mean([b.token_slots.size for b in batches])),
-        "useful_flops": float(flops),
         "compiled_flops": cost.flops,
         "temp_bytes": cost.temp_bytes,
         "compile_s": cost.compile_sec,
@@ -105,32 +95,47 @@ def measure(
     }
 
 
-def batch_maker(
-    rows: Sequence[TokenGroup], batch_size: int, num_blocks: int
-) -> Callable[[int], GroupBatch]:
-    """Returns step → batch of consecutive rows, shaped as a training stream shapes it.
+def _rates(
+    config: LlamaConfig,
+    batches: Sequence[GroupBatch],
+    step_sec: float,
+    mesh: jax.sharding.Mesh,
+    peak_tflops: float | None,
+) -> dict[str, float | None]:
+    """What steps of `step_sec` do a second, and which share of it is useful."""
+    tokens = np.mean([b.prompt_length.sum() + b.completion_length.sum() for b in batches])
+    slots = np.mean([b.token_slots.size for b in batches])
+    flops = np.mean([useful_flops(config, b.prompt_length, b.completion_length) for b in batches])
+    peak = peak_tflops or PEAK_TFLOPS.get(mesh.devices.flat[0].device_kind)
+    return {
+        "pairs_per_s": len(batches[0].reward) / step_sec,
+        "step_s": step_sec,
+        "useful_tokens_per_s": float(tokens) / step_sec,
+        "mfu": peak and float(flops) / step_sec / (peak * 1e12 * mesh.size),
+        "utilisation": float(tokens / slots),
+        "useful_flops": float(flops),
+    }
+
+
+def make_batches(
+    workload: Workload, batch_size: int, num_blocks: int, num_batches: int
+) -> list[GroupBatch]:
+    """The first batches of a training stream, made ahead as its threads do.
 
     Args:
-        rows: the workload; from the start again after the last one.
+        workload: groups; seen again where they are too few.
         batch_size: groups of a batch.
-        num_blocks: pieces that are packed apart, see `GroupBatch`.
+        num_blocks: pieces of a batch that are packed apart, see `GroupBatch`.
+        num_batches: how many.
     """
-    completions = [ids for row in rows for ids in row.completion_tokens]
-    longest = max(len(row.prompt_tokens) for row in rows), max(map(len, completions))
-    prompt_size, completion_size = (-(-size // 8) * 8 for size in longest)
-
-    def make_batch(index: int) -> GroupBatch:
-        first = index * batch_size
-        return groups.collate(
-            [rows[i % len(rows)] for i in range(first, first + batch_size)],
-            batch_size=batch_size,
-            prompt_size=prompt_size,
-            num_completions=max(len(row.completion_tokens) for row in rows),
-            completion_size=completion_size,
-            num_blocks=num_blocks,
-        )
-
-    return make_batch
+    stream = GroupStream(
+        workload,
+        batch_size=batch_size,
+        num_epochs=-(-batch_size * num_batches // len(workload)),
+        seed=0,
+        num_blocks=num_blocks,
+    )
+    return [batch for _, batch in itertools.islice(stream, num_batches)]
 
 
 def make_optimizer() -> optax.GradientTransformation:
@@ -174,24 +179,22 @@ class _Runner:
         self,
         step_fn: Callable[..., Any],
         state: TrainState,
-        make_batch: Callable[[int], GroupBatch],
         mesh: jax.sharding.Mesh,
     ) -> None:
         self.state = state
-        self._step_fn, self._make_batch = step_fn, make_batch
+        self._step_fn = step_fn
         self._placement = sharding.batch_sharding(mesh)
 
     def place(self, batch: GroupBatch) -> GroupBatch:
         """The batch on the devices."""
         return sharding.place(batch, self._placement)
 
-    def run(self, indices: Sequence[int]) -> float:
-        """Seconds that these steps take in a row, until the last one's metrics are on the host."""
+    def run(self, batches: Sequence[GroupBatch]) -> float:
+        """Seconds that steps on these take in a row, until the last metrics are on the host."""
         start = time.perf_counter()
         pending = None
-        for index in indices:
-            batch = self.place(self._make_batch(index))
-            self.state, metrics = self._step_fn(self.state, batch)
+        for batch in batches:
+            self.state, metrics = self._step_fn(self.state, self.place(batch))
             previous, pending = pending, metrics
             if previous is not None:
                 jax.device_get(previous)

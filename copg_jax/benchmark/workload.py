@@ -1,16 +1,19 @@
 """What is timed: rows of token ids that any library can run, and the models to run them on.
 
 1. `write_workload` draws groups with the lengths of TL;DR under a Llama-class tokenizer.
-2. `read_workload` checks such a file, row by row, before anything is compiled.
+2. `read_workload` checks such a file, row by row, before anything is compiled; the training stream
+   reads from the `Workload` that it returns.
 3. `MODELS` names the architectures; weights are random, since speed does not depend on them.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from copg_jax.data.dataset import GroupDataset
 from copg_jax.data.groups import TokenGroup
 from copg_jax.errors import InputError
 from copg_jax.models.llama import LlamaConfig
@@ -83,7 +86,37 @@ def write_workload(path: Path, *, num_pairs: int, seed: int = 0) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def read_workload(path: Path, *, vocab_size: int) -> list[TokenGroup]:
+class Workload(GroupDataset):
+    """Groups of a workload, in memory instead of in a prepared file.
+
+    Args:
+        groups: at least one.
+    """
+
+    def __init__(self, groups: Sequence[TokenGroup]) -> None:
+        self._groups = groups
+        lengths = [[len(ids) for ids in group.completion_tokens] for group in groups]
+        self._sizes = np.array(
+            [
+                (len(group.prompt_tokens), sum(own))
+                for group, own in zip(groups, lengths, strict=True)
+            ]
+        )
+        self.stats = {
+            "kept": len(groups),
+            "prompt_tokens": {"max": int(self._sizes[:, 0].max())},
+            "completion_tokens": {"max": max(map(max, lengths))},
+            "completions": {"max": max(map(len, lengths))},
+        }
+
+    def __getitem__(self, index: int) -> TokenGroup:
+        return self._groups[index]
+
+    def num_tokens(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        return self._sizes[np.asarray(indices)]
+
+
+def read_workload(path: Path, *, vocab_size: int) -> Workload:
     """Reads and checks a workload; ln π_ref is 0 everywhere, which costs a step the same.
 
     Args:
@@ -102,7 +135,7 @@ def read_workload(path: Path, *, vocab_size: int) -> list[TokenGroup]:
     found = [_group(f"{path}:{i}", line, vocab_size) for i, line in enumerate(lines, start=1)]
     if not found:
         raise InputError(f"--workload {path}: wanted at least one row, got an empty file.")
-    return found
+    return Workload(found)
 
 
 def _group(where: str, line: str, vocab_size: int) -> TokenGroup:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from copg_jax.benchmark.workload import MODELS
+from copg_jax.data.groups import TokenGroup
 from tests.toys import LLAMA
 
 
@@ -16,7 +17,11 @@ def rows() -> list[dict]:
     rng = np.random.default_rng(0)
     draw = lambda most: rng.integers(0, LLAMA.vocab_size, rng.integers(1, most)).tolist()
     return [
-        {"prompt_ids": draw(20), "completion_ids": [draw(6), draw(6)], "rewards": [0.5, -1.0]}
+        {
+            "prompt_ids": draw(20),
+            "completion_ids": [draw(6), draw(6)],
+            "rewards": rng.normal(size=2).tolist(),
+        }
         for _ in range(10)
     ]
 
@@ -38,3 +43,20 @@ def toy_model(monkeypatch):
     """The toy Llama under the name tiny."""
     monkeypatch.setitem(MODELS, "tiny", LLAMA)
     return LLAMA
+
+
+@pytest.fixture
+def groups(rows) -> list[TokenGroup]:
+    """The rows as groups of tokens."""
+    return [
+        TokenGroup(
+            id=str(i),
+            where="",
+            prompt="",
+            prompt_tokens=np.array(row["prompt_ids"], np.int32),
+            completions=("", ""),
+            completion_tokens=tuple(np.array(ids, np.int32) for ids in row["completion_ids"]),
+            rewards=np.array(row["rewards"], np.float32),
+        )
+        for i, row in enumerate(rows)
+    ]

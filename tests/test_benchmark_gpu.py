@@ -1,0 +1,91 @@
+"""benchmark_gpu.sh: one line a variant whatever happens to it, and no more time than allowed."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from experiments import benchmark
+from tests.toys import names_all
+
+SCRIPT = Path(__file__).parents[1] / "experiments" / "benchmark_gpu.sh"
+
+FAKE = """#!/bin/bash
+printf '%s\\n' "$*" >>"$RECORD"
+case "$*" in
+  *"remat full"*) echo RESOURCE_EXHAUSTED >&2; exit 1 ;;
+  *"remat dots"*) exec sleep 30 ;;
+  *pip*) for last; do :; done; [[ -f $last ]] ;;
+  *) echo '{"pairs_per_s": 2.5, "mfu": null}' ;;
+esac
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs the script beside a python that records its arguments."""
+    (tmp_path / "python").write_text(FAKE)
+    (tmp_path / "python").chmod(0o755)
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "XLA_", "JAX_"))}
+
+    def run(*arguments, **extra):
+        env = clean | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RECORD": f"{tmp_path}/calls"}
+        command = ["bash", SCRIPT, *map(str, arguments)]
+        done = subprocess.run(command, env=env | extra, capture_output=True, text=True)
+        calls = tmp_path / "calls"
+        return done, calls.read_text().splitlines() if calls.exists() else []
+
+    return run
+
+
+def test_what_fails_or_takes_too_long_leaves_the_others(run, tmp_path):
+    out = tmp_path / "out"
+    done, _ = run(out, SHAPES="tiny", MOST="1")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    found = {line.pop("variant"): line for line in lines}
+    good = {"pairs_per_s": 2.5, "mfu": None}
+    assert found == {
+        "train tiny none": good,
+        "generate tiny x1": good,
+        "train tiny dots": {"failed": 124},
+        "train tiny full": {"failed": 1},
+        "generate tiny x2": good,
+    }
+    names_all(
+        (out / "log.txt").read_text(), ["== train tiny full: train --shape tiny", "EXHAUSTED"]
+    )
+    names_all(done.stdout, ['"variant": "train tiny full", "failed": 1', "results.jsonl"])
+
+
+def test_what_there_is_no_time_for_is_left_out(run, tmp_path):
+    done, calls = run(tmp_path / "out", SHAPES="7b 1b", LIMIT="10")
+    assert done.returncode == 0
+    assert done.stdout.count('"left_out": "no time"') == 8
+    assert len(calls) == 1 and " workload " in calls[0]
+
+
+def test_wheels_are_installed_before_anything_is_imported(run, tmp_path):
+    (tmp_path / "some.whl").touch()
+    done, calls = run(tmp_path / "out", SHAPES="tiny", LIMIT="10", WHEELS=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert calls[0].startswith("-m pip install") and calls[0].endswith("some.whl")
+
+
+def test_the_benchmark_knows_every_argument(run, tmp_path, capsys):
+    _, calls = run(tmp_path / "out", SHAPES="7b 1b tiny", MOST="1")
+    runs = [call.split()[2:] for call in calls]
+    assert len(runs) == 1 + 3 + 5 + 5
+    for arguments in runs:
+        missing = ["--workload", str(tmp_path / "none")]
+        with pytest.raises(SystemExit):
+            benchmark.main([*arguments, *missing] if arguments[0] != "workload" else ["--help"])
+        err = capsys.readouterr().err
+        assert not err or err.startswith("error: --workload"), err
+
+
+def test_one_folder_is_wanted(run):
+    done, _ = run()
+    assert done.returncode == 2 and "wanted one folder" in done.stderr
