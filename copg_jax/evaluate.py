@@ -19,7 +19,7 @@ import numpy as np
 
 from copg_jax import policy, sharding
 from copg_jax.cli import option
-from copg_jax.data import groups
+from copg_jax.data import groups, packing
 from copg_jax.data.dataset import GroupDataset
 from copg_jax.data.groups import GroupBatch, TokenGroup
 from copg_jax.errors import InputError
@@ -55,31 +55,6 @@ class GenerationConfig:
             raise InputError("sampling_temperature and num_texts must be >= 0")
 
 
-def batches_of(
-    dataset: Sequence[TokenGroup] | GroupDataset, batch_size: int, shape: tuple[int, int, int]
-) -> Any:
-    """Yields (groups, GroupBatch) in order; the last batch is filled up with absent groups.
-
-    Args:
-        dataset: anything with a length and an index.
-        batch_size: B.
-        shape: (P, K, C) of every batch.
-    """
-    prompt_size, num_completions, completion_size = shape
-    for start in range(0, len(dataset), batch_size):
-        chunk = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-        yield (
-            chunk,
-            groups.collate(
-                chunk,
-                batch_size=batch_size,
-                prompt_size=prompt_size,
-                num_completions=num_completions,
-                completion_size=completion_size,
-            ),
-        )
-
-
 def make_loss_evaluator(
     loss_step: Callable[[Any, GroupBatch], dict[str, Any]],
     dataset: GroupDataset,
@@ -95,12 +70,27 @@ def make_loss_evaluator(
         batch_size: groups per forward pass.
         mesh: the device mesh.
     """
-    shape = dataset.shape()
-    placement = sharding.batch_sharding(mesh)
+    prompt_size, num_completions, completion_size = dataset.shape()
+    placement, num_blocks = sharding.batch_sharding(mesh), sharding.num_batch_shards(mesh)
+    tokens = dataset.num_tokens(np.arange(len(dataset)))
+    dealt = packing.deal(tokens.sum(1), batch_size=batch_size, num_blocks=num_blocks)
+    # A place without a group still has a prompt of one token.
+    blocks = np.where(dealt[:, :, None] < 0, [1, 0], tokens[dealt])
+    blocks = blocks.reshape(len(dealt), num_blocks, -1, 2).sum(2)
+    capacity = packing.Capacity(int(blocks.sum(-1).max()), int(blocks[..., 1].max()))
 
     def evaluate(params: Any) -> dict[str, float]:
         totals: dict[str, np.ndarray] = {}
-        for _, batch in batches_of(dataset, batch_size, shape):
+        for rows in dealt:
+            batch = groups.collate(
+                [None if row < 0 else dataset[row] for row in rows],
+                batch_size=batch_size,
+                prompt_size=prompt_size,
+                num_completions=num_completions,
+                completion_size=completion_size,
+                num_blocks=num_blocks,
+                capacity=capacity,
+            )
             sums = jax.device_get(loss_step(params, sharding.place_whole(batch, placement)))
             for name, pair in sums.items():
                 totals[name] = totals.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
@@ -190,14 +180,21 @@ class GenerationEvaluator:
         keys = row_keys(self._generation.seed, step, len(self._prompts))
         shape = (self._prompt_size, self._generation.num_samples, self._generation.max_new_tokens)
         placement = sharding.batch_sharding(self._mesh)
+        num_blocks = sharding.num_batch_shards(self._mesh)
         for start in range(first, len(self._prompts), self._batch_size):
             chunk = self._prompts[start : start + self._batch_size]
-            batch = _prompt_batch(chunk, self._batch_size, *shape)
+            batch = _prompt_batch(chunk, num_blocks, self._batch_size, *shape)
             # Rows past the last prompt reuse key 0: they are dropped.
             index = np.arange(start, start + self._batch_size)
             row = keys[np.where(index < len(keys), index, 0)]
             placed = sharding.place_whole(batch, placement)
-            samples = self._sampler(params, placed.prompt_tokens, placed.prompt_length, row)
+            prompt_slots = sharding.place_whole(
+                packing.slots_of(batch.prompt_length, self._prompt_size, num_blocks, None),
+                placement,
+            )
+            samples = self._sampler(
+                params, placed.prompt_tokens, placed.prompt_length, prompt_slots, row
+            )
             ref_logp = None
             if self._ref_params is not None:
                 scored = placed._replace(
@@ -257,7 +254,12 @@ class GenerationEvaluator:
 
 
 def _prompt_batch(
-    chunk: Sequence[TokenGroup], batch_size: int, prompt_size: int, num_samples: int, max_new: int
+    chunk: Sequence[TokenGroup],
+    num_blocks: int,
+    batch_size: int,
+    prompt_size: int,
+    num_samples: int,
+    max_new: int,
 ) -> GroupBatch:
     """Prompts of a batch, with room for the samples."""
     batch = groups.collate(
@@ -266,6 +268,7 @@ def _prompt_batch(
         prompt_size=prompt_size,
         num_completions=num_samples,
         completion_size=max_new,
+        num_blocks=num_blocks,
     )
     for row, group in enumerate(chunk):
         batch.prompt_tokens[row, : len(group.prompt_tokens)] = group.prompt_tokens

@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from copg_jax import sharding
-from copg_jax.data import groups
+from copg_jax.data import groups, packing
 from copg_jax.data.groups import GroupBatch, TokenGroup
 from copg_jax.models import functional, hf_weights
 from copg_jax.models.llama import LlamaConfig
@@ -49,7 +49,7 @@ class GroupForward:
     ) -> None:
         self._name = name
         shards = sharding.num_batch_shards(mesh)
-        self._batch_size = -(-batch_size // shards) * shards
+        self._num_blocks, self._batch_size = shards, -(-batch_size // shards) * shards
         self._params = params
         self._rows = sharding.batch_sharding(mesh)
         self._function = jax.jit(
@@ -71,20 +71,48 @@ class GroupForward:
         order = sorted(range(len(rows)), key=lambda i: sizes[i], reverse=True)
         results: list[np.ndarray] = [np.empty(0, np.float32)] * len(rows)
         for start in range(0, len(order), self._batch_size):
-            chunk = order[start : start + self._batch_size]
-            batch = groups.collate(
-                [rows[i] for i in chunk],
-                batch_size=self._batch_size,
-                prompt_size=_round_up(max(sizes[i][0] for i in chunk), _PROMPT_MULTIPLE),
-                num_completions=_power_of_two(max(len(rows[i].completion_tokens) for i in chunk)),
-                completion_size=_round_up(max(sizes[i][1] for i in chunk), _COMPLETION_MULTIPLE),
-            )
+            chunk = self._by_block(rows, order[start : start + self._batch_size])
+            batch = self._batch([None if i is None else rows[i] for i in chunk])
             placed = sharding.place_whole(batch, self._rows)
             values = np.asarray(jax.device_get(self._function(self._params, placed)))
-            for i, row_values in zip(chunk, values, strict=False):
-                results[i] = row_values[: len(rows[i].completion_tokens)]
+            for i, row_values in zip(chunk, values, strict=True):
+                if i is not None:
+                    results[i] = row_values[: len(rows[i].completion_tokens)]
             progress.update(start + len(chunk))
         return results
+
+    def _by_block(self, rows: Sequence[TokenGroup], chunk: Sequence[int]) -> list[int | None]:
+        """Deals the groups of a batch to the devices, and None to the places that are left."""
+        tokens = [
+            len(rows[i].prompt_tokens) + sum(map(len, rows[i].completion_tokens)) for i in chunk
+        ]
+        (dealt,) = packing.deal(
+            np.array(tokens), batch_size=self._batch_size, num_blocks=self._num_blocks
+        )
+        return [chunk[i] if 0 <= i < len(chunk) else None for i in dealt]
+
+    def _batch(self, rows: Sequence[TokenGroup | None]) -> GroupBatch:
+        """Collates a batch of the smallest rounded shape and room."""
+        present = [row for row in rows if row is not None]
+        longest = max(len(ids) for row in present for ids in row.completion_tokens)
+        most = max(len(row.completion_tokens) for row in present)
+        prompt_size = _round_up(max(len(row.prompt_tokens) for row in present), _PROMPT_MULTIPLE)
+        batch = groups.collate(
+            rows,
+            batch_size=self._batch_size,
+            prompt_size=prompt_size,
+            num_completions=_power_of_two(most),
+            completion_size=_round_up(longest, _COMPLETION_MULTIPLE),
+            num_blocks=self._num_blocks,
+        )
+        room = packing.room_of(
+            batch.prompt_length,
+            batch.completion_length,
+            num_blocks=self._num_blocks,
+            # About 3 % of the slots: little is wasted, and few sizes need few compilations.
+            multiple=max(8, batch.token_slots.shape[1] // 32),
+        )
+        return groups.with_slots(batch, num_blocks=self._num_blocks, capacity=room)
 
 
 def load_frozen(folder: Path, config: LlamaConfig, *, head: str, shardings: Any) -> Any:

@@ -1,8 +1,7 @@
 """From hidden states to log-probabilities of completions, in float32.
 
 1. `predictive_hidden` lines up, for every completion token, the hidden state that predicts it;
-2. `token_logp` applies the output matrix there, and only there: logits are [B, K, C, V], never [B,
-   T, V];
+2. `token_logp` applies the output matrix there, and only there: never at prompt positions;
 3. `seq_logp` sums over the tokens of each completion.
 """
 
@@ -37,17 +36,17 @@ def token_logp(
     """ln softmax(hidden @ output_matrix)[token], accumulated and normalised in float32.
 
     Args:
-        hidden: hidden states that predict `tokens`, compute dtype; [B, K, C, D].
+        hidden: hidden states that predict `tokens`, compute dtype; [..., T, D].
         output_matrix: output embedding, cast to the dtype of `hidden`; [D, V].
-        tokens: token ids in [0, V); out-of-range ids give NaN; [B, K, C].
-        chunk: number of positions of C whose logits exist at a time (recomputed in the backward
-            pass); it bounds memory to B·K·chunk·V floats. None computes all at once. Chunking along
-            C leaves the sharded B whole.
+        tokens: token ids in [0, V); out-of-range ids give NaN; [..., T].
+        chunk: number of positions of T whose logits exist at a time (recomputed in the backward
+            pass); it bounds memory to ...·chunk·V floats. None computes all at once. Chunking along
+            T leaves the sharded first axis whole.
 
     Returns:
-        Log-probabilities, nats, float32; [B, K, C].
+        Log-probabilities, nats, float32; [..., T].
     """
-    chex.assert_rank([hidden, output_matrix, tokens], [4, 2, 3])
+    chex.assert_rank(output_matrix, 2)
     chex.assert_shape(tokens, hidden.shape[:-1])
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1 or None, got {chunk}")
@@ -60,21 +59,22 @@ def token_logp(
         chosen = jnp.where(tokens < 0, jnp.nan, chosen)
         return chosen - jax.nn.logsumexp(logits, axis=-1)
 
-    length = tokens.shape[2]
+    *leading, length = tokens.shape
     if chunk is None or chunk >= length:
         return logp(hidden, tokens)
     num_chunks = -(-length // chunk)
-    padding = num_chunks * chunk - length
-    hidden = jnp.pad(hidden, ((0, 0), (0, 0), (0, padding), (0, 0)))
-    tokens = jnp.pad(tokens, ((0, 0), (0, 0), (0, padding)))
+    padding = [(0, 0)] * len(leading) + [(0, num_chunks * chunk - length)]
+    hidden = jnp.pad(hidden, [*padding, (0, 0)])
+    tokens = jnp.pad(tokens, padding)
+    axis = len(leading)
 
     def split(x: Array) -> Array:
-        pieces = x.reshape(*x.shape[:2], num_chunks, chunk, *x.shape[3:])
-        return jnp.moveaxis(pieces, 2, 0)
+        pieces = x.reshape(*leading, num_chunks, chunk, *x.shape[axis + 1 :])
+        return jnp.moveaxis(pieces, axis, 0)
 
     pieces = jax.lax.map(lambda piece: jax.checkpoint(logp)(*piece), (split(hidden), split(tokens)))
-    joined = jnp.moveaxis(pieces, 0, 2)
-    return joined.reshape(*joined.shape[:2], num_chunks * chunk)[:, :, :length]
+    joined = jnp.moveaxis(pieces, 0, axis)
+    return joined.reshape(*leading, num_chunks * chunk)[..., :length]
 
 
 def length_mask(length: Array, size: int) -> Array:

@@ -11,7 +11,9 @@ from jax import Array
 from copg_jax import logprobs
 from copg_jax.data.groups import GroupBatch
 from copg_jax.models import functional
+from copg_jax.models.group_forward import predictive_hidden
 from copg_jax.models.llama import LlamaConfig
+from copg_jax.models.packing import Packing
 
 
 def token_logp(
@@ -26,14 +28,16 @@ def token_logp(
         chunk: see `logprobs.token_logp`.
 
     Returns:
-        Nats, float32; [B, K, C]. Positions past a completion's end hold numbers without meaning.
+        Nats, float32; [B, K, C]. Positions that `completion_slots` leaves
+        out are 0; others past a completion's end hold numbers without meaning.
     """
-    hidden = functional.apply(
-        config, params, batch.prompt_tokens, batch.prompt_length, batch.completion_tokens
-    )
-    predictive = logprobs.predictive_hidden(hidden.last_prompt, hidden.completion)
+    num_blocks, shape = len(batch.completion_slots), batch.completion_tokens.shape
+    packing = Packing.of(batch.completion_slots, batch.completion_tokens.size // num_blocks)
+    hidden = predictive_hidden(config, params, batch)
+    tokens = packing.pack(batch.completion_tokens.reshape(num_blocks, -1))
     matrix = functional.output_matrix(params)
-    return logprobs.token_logp(predictive, matrix, batch.completion_tokens, chunk=chunk)
+    logp = logprobs.token_logp(hidden, matrix, tokens, chunk=chunk)
+    return packing.unpack(logp).reshape(shape)
 
 
 def seq_logp(

@@ -16,6 +16,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -276,14 +277,7 @@ class RewardModel:
         shapes = functional.abstract_params(self._config, head="score")
         layout = sharding.shardings(mesh, axes, shapes)
         self._forward = GroupForward(
-            lambda params, batch: model_reward(
-                self._config,
-                params,
-                batch.prompt_tokens,
-                batch.prompt_length,
-                batch.completion_tokens,
-                batch.completion_length,
-            ),
+            partial(model_reward, self._config),
             load_frozen(folder, self._config, head="score", shardings=layout),
             param_shardings=layout,
             mesh=mesh,

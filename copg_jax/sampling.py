@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from copg_jax import sharding
-from copg_jax.models import functional
+from copg_jax.models import decoding, functional
 from copg_jax.models.llama import LlamaConfig
 
 
@@ -29,12 +29,12 @@ class Samples(NamedTuple):
 
 class _Loop(NamedTuple):
     index: Array  # position of the newest token
-    cache: functional.Cache
+    cache: decoding.Cache
     samples: Samples
 
 
-Sampler = Callable[[Any, Array, Array, Array], Samples]
-"""(params, prompt_tokens [B, P], prompt_length [B], keys [B]) → Samples."""
+Sampler = Callable[[Any, Array, Array, Array, Array], Samples]
+"""(params, prompt_tokens [B, P], prompt_length [B], prompt_slots [R, N], keys [B]) → Samples."""
 
 
 def _choose(logits: Array, keys: Array, index: Array, temperature: float) -> tuple[Array, Array]:
@@ -117,15 +117,18 @@ def make_sampler(
         tokens, logp = _choose(logits, keys, index, temperature)
         return _append(samples, tokens, logp, index, eos_id)
 
-    def sample(params: Any, prompt_tokens: Array, prompt_length: Array, keys: Array) -> Samples:
+    def sample(
+        params: Any, prompt_tokens: Array, prompt_length: Array, prompt_slots: Array, keys: Array
+    ) -> Samples:
         batch = prompt_tokens.shape[0]
         # Once here instead of at every token: decoding is bound by reading the weights.
         params = functional.cast_matrices(config, params)
-        cache, last = functional.prefill(
+        cache, last = decoding.prefill(
             config,
             params,
             prompt_tokens,
             prompt_length,
+            prompt_slots,
             num_samples=num_samples,
             max_new_tokens=max_new_tokens,
         )
@@ -140,7 +143,7 @@ def make_sampler(
             newest = jax.lax.dynamic_index_in_dim(
                 loop.samples.tokens, loop.index, axis=2, keepdims=False
             )
-            hidden, cache = functional.decode_step(config, params, loop.cache, newest, loop.index)
+            hidden, cache = decoding.decode_step(config, params, loop.cache, newest, loop.index)
             index = loop.index + 1
             return _Loop(index, cache, append(loop.samples, hidden, params, keys, index))
 
@@ -149,7 +152,7 @@ def make_sampler(
     rows = sharding.batch_sharding(mesh)
     return jax.jit(
         sharding.batch_parallel(mesh)(sample),
-        in_shardings=(param_shardings, rows, rows, rows),
+        in_shardings=(param_shardings, rows, rows, rows, rows),
         out_shardings=sharding.replicated(mesh),
     )
 

@@ -82,14 +82,7 @@ def make_bradley_terry_loss(config: LlamaConfig) -> LossFn:
 
     def loss_fn(params: Any, batch: GroupBatch) -> tuple[Array, LossOutput]:
         mask = _present(batch)
-        score = model_reward(
-            config,
-            params,
-            batch.prompt_tokens,
-            batch.prompt_length,
-            batch.completion_tokens,
-            batch.completion_length,
-        )
+        score = model_reward(config, params, batch)
         per_group = losses.bradley_terry_loss(score, batch.reward, mask=mask)
         preferred = losses.preferences(batch.reward, mask)
         gap = score[:, :, None] - score[:, None, :]
@@ -199,19 +192,20 @@ def policy_metrics(
     }
 
 
-def _microbatches(batch: GroupBatch, num: int) -> GroupBatch:
-    """[B, ...] → [num, B/num, ...] by every num-th row, so that each device keeps its own rows."""
-    return jax.tree.map(
-        lambda x: x.reshape(x.shape[0] // num, num, *x.shape[1:]).swapaxes(0, 1), batch
-    )
+def _split(x: Array, num: int, num_shards: int) -> Array:
+    """[B, ...] → [num, B / num, ...]; every shard gives the same number of its rows to each."""
+    pieces = x.reshape(num_shards, num, -1, *x.shape[1:])
+    return pieces.swapaxes(0, 1).reshape(num, -1, *x.shape[1:])
 
 
-def _loss_and_grads(loss_fn: LossFn, params: Any, batch: GroupBatch, num_microbatches: int):
+def _loss_and_grads(
+    loss_fn: LossFn, params: Any, batch: GroupBatch, num_microbatches: int, num_shards: int
+):
     """Sums of loss, gradients, weight and metrics over the microbatches of a global batch."""
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     if num_microbatches == 1:
         return value_and_grad(params, batch)
-    micro = _microbatches(batch, num_microbatches)
+    micro = jax.tree.map(lambda x: _split(x, num_microbatches, num_shards), batch)
     first = jax.tree.map(lambda x: x[0], micro)
     shapes = jax.eval_shape(value_and_grad, params, first)
     (loss, aux), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
@@ -223,7 +217,9 @@ def _loss_and_grads(loss_fn: LossFn, params: Any, batch: GroupBatch, num_microba
 
     carry = (loss, aux.weight, aux.metrics, grads)
     (loss, weight, metrics, grads), per_group = jax.lax.scan(body, carry, micro)
-    return (loss, LossOutput(weight, per_group.swapaxes(0, 1).reshape(-1), metrics)), grads
+    # Back in the order of the batch: the same split with the roles exchanged.
+    per_group = _split(per_group.reshape(-1), num_shards, num_microbatches).reshape(-1)
+    return (loss, LossOutput(weight, per_group, metrics)), grads
 
 
 def _averages(metrics: Metrics) -> dict[str, Array]:
@@ -231,22 +227,26 @@ def _averages(metrics: Metrics) -> dict[str, Array]:
     return {name: total / weight for name, (total, weight) in metrics.items()}
 
 
-def _traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Raises when `function` is traced again: a recompilation in the middle of a run is a bug.
+_MAX_SHAPES = 2
 
-    Unlike `chex.assert_max_traces`, which counts by source text, it counts by object, so that one
-    process may build several steps (the quickstart trains three policies).
+
+def _traced_once_per_shape(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Raises when `function` is traced for a shape it knows, or for a third one.
+
+    A recompilation in the middle of a run is a bug: batches have two shapes at most, see
+    `GroupStream`. Unlike `chex.assert_max_traces`, which counts by source text, it counts by
+    object, so that one process may build several steps (the quickstart trains three policies).
     """
-    first: list[Any] = []
+    known: list[Any] = []
 
     def traced(*args: Any) -> Any:
         shapes = jax.tree.map(jnp.shape, args[-1])
-        if first:
+        if shapes in known or len(known) == _MAX_SHAPES:
             raise RuntimeError(
-                f"{function.__name__} was traced twice: shapes and dtypes are fixed for a run. "
-                f"First batch {first[0]}, now {shapes}"
+                f"{function.__name__} was traced again: dtypes are fixed for a run and a batch has "
+                f"{_MAX_SHAPES} shapes at most. Known {known}, now {shapes}"
             )
-        first.append(shapes)
+        known.append(shapes)
         return function(*args)
 
     return wraps(function)(traced)
@@ -273,17 +273,20 @@ def make_train_step(
         optimizer: optax transform.
         mesh: the device mesh.
         state_shardings: from `train_state.state_shardings`.
-        num_microbatches: pieces the batch is processed in; divides B / (data·fsdp).
+        num_microbatches: pieces the batch is processed in; divides B / (data·fsdp). Batches have
+            data·fsdp·num_microbatches blocks.
         schedule: the optimiser's learning rate by step, to report as `optim/learning_rate`.
 
     Returns:
         A function that donates its state. Metrics: averages by name, `optim/grad_norm`, `finite`
-        (bool) and `per_group` [B]. Being traced twice raises: shapes and dtypes are fixed for a
-        run.
+        (bool) and `per_group` [B]. Being traced twice for one shape raises.
     """
+    num_shards = sharding.num_batch_shards(mesh)
 
     def train_step(state: TrainState, batch: GroupBatch):
-        (loss, aux), grads = _loss_and_grads(loss_fn, state.params, batch, num_microbatches)
+        (loss, aux), grads = _loss_and_grads(
+            loss_fn, state.params, batch, num_microbatches, num_shards
+        )
         # A batch of ties has weight 0 and gradient 0: no update, rather than 0/0.
         scale = 1.0 / jnp.maximum(aux.weight, 1e-6)
         grads = jax.tree.map(lambda g: g * scale, grads)
@@ -301,7 +304,7 @@ def make_train_step(
 
     whole = sharding.replicated(mesh)
     return jax.jit(
-        _traced_once(sharding.batch_parallel(mesh)(train_step)),
+        _traced_once_per_shape(sharding.batch_parallel(mesh)(train_step)),
         in_shardings=(state_shardings, sharding.batch_sharding(mesh)),
         out_shardings=(state_shardings, whole),
         donate_argnums=0,
@@ -320,7 +323,7 @@ def make_loss_step(
 
     batch_sharding: NamedSharding = sharding.batch_sharding(mesh)
     return jax.jit(
-        _traced_once(sharding.batch_parallel(mesh)(loss_step)),
+        _traced_once_per_shape(sharding.batch_parallel(mesh)(loss_step)),
         in_shardings=(param_shardings, batch_sharding),
         out_shardings=sharding.replicated(mesh),
     )

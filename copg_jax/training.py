@@ -90,6 +90,7 @@ def train(
             batch_size=config.training.batch_size,
             num_epochs=config.training.num_epochs,
             seed=config.seed,
+            num_blocks=sharding.num_batch_shards(run.mesh) * config.training.num_microbatches,
             start_step=start,
             host=host,
             num_hosts=num_hosts,

@@ -11,10 +11,11 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
@@ -82,6 +83,22 @@ class GroupDataset:
             ref_logps=row["ref_logps"].values.to_numpy() if row["ref_logps"].is_valid else None,
             columns=json.loads(row["columns"].as_py()),
         )
+
+    def num_tokens(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Tokens of each of these groups, as (prompt, all completions); int64 [n, 2]."""
+        sizes = np.empty((len(indices), 2), int)
+        rows = np.asarray(indices) % _ROWS_PER_RECORD_BATCH
+        which = np.asarray(indices) // _ROWS_PER_RECORD_BATCH
+        for number in np.unique(which):
+            here = which == number
+            columns = self._batches[number]
+            prompt = columns["prompt_tokens"].offsets.to_numpy()
+            groups = columns["completion_tokens"].offsets.to_numpy()
+            tokens = columns["completion_tokens"].values.offsets.to_numpy()
+            first, after = rows[here], rows[here] + 1
+            sizes[here, 0] = prompt[after] - prompt[first]
+            sizes[here, 1] = tokens[groups[after]] - tokens[groups[first]]
+        return sizes
 
     def __iter__(self) -> Iterator[TokenGroup]:
         return (self[index] for index in range(len(self)))

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from copg_jax.data import packing
+from copg_jax.data.packing import Capacity
 from copg_jax.data.prompts import parse_prompt, truncate_prompt
 from copg_jax.data.schemas import InvalidRow, TextGroup
 from copg_jax.data.tldr import Limits
@@ -22,7 +24,12 @@ EOS_INSIDE = "EOS inside a completion"
 
 
 class GroupBatch(NamedTuple):
-    """B prompts with K completions each, padded on the right with token 0; NumPy or JAX arrays."""
+    """B prompts with K completions each, padded on the right with token 0; NumPy or JAX arrays.
+
+    The last two fields say what is computed. Block r of R holds the groups [r B/R, (r + 1) B/R),
+    and its slots are numbered through: first the prompt slots g P + p, then the completion slots
+    (g K + k) C + c.
+    """
 
     prompt_tokens: Any  # [B, P] int32
     prompt_length: Any  # [B] int32, at least 1
@@ -30,6 +37,8 @@ class GroupBatch(NamedTuple):
     completion_length: Any  # [B, K] int32, 0 where the slot is absent
     reward: Any  # [B, K] float32, reward units
     ref_logp: Any  # [B, K] float32, nats, summed over the completion
+    token_slots: Any  # [R, N] int32, slots of the tokens to compute; S past the last one
+    completion_slots: Any  # [R, M] int32, completion slots alone, counted from 0; the same
 
 
 @dataclass(frozen=True)
@@ -99,24 +108,28 @@ def tokenize_group(
 
 
 def collate(
-    groups: Sequence[TokenGroup],
+    groups: Sequence[TokenGroup | None],
     *,
     batch_size: int,
     prompt_size: int,
     num_completions: int,
     completion_size: int,
+    num_blocks: int = 1,
+    capacity: Capacity | None = None,
 ) -> GroupBatch:
     """Pads at most `batch_size` groups into one batch; missing groups have only absent completions.
 
     Args:
-        groups: groups to place, first to last.
+        groups: groups to place, first to last; None leaves a row out.
         batch_size: B.
         prompt_size: P, tokens.
         num_completions: K.
         completion_size: C, tokens.
+        num_blocks: R, divides B.
+        capacity: room of a block; None = every slot is computed, valid or not.
 
     Raises:
-        InputError: a group is larger than the batch's shape.
+        InputError: a group is larger than the batch's shape, or a block than its room.
     """
     slots = (batch_size, num_completions)
     batch = GroupBatch(
@@ -126,10 +139,14 @@ def collate(
         completion_length=np.zeros(slots, np.int32),
         reward=np.zeros(slots, np.float32),
         ref_logp=np.zeros(slots, np.float32),
+        token_slots=None,
+        completion_slots=None,
     )
     if len(groups) > batch_size:
         raise InputError(f"{len(groups)} groups do not fit a batch of {batch_size}.")
     for row, group in enumerate(groups):
+        if group is None:
+            continue
         size = (
             len(group.prompt_tokens),
             len(group.completion_tokens),
@@ -153,7 +170,30 @@ def collate(
             batch.reward[row, : size[1]] = group.rewards
         if group.ref_logps is not None:
             batch.ref_logp[row, : size[1]] = group.ref_logps
-    return batch
+    return with_slots(batch, num_blocks=num_blocks, capacity=capacity)
+
+
+def with_slots(
+    batch: GroupBatch, *, num_blocks: int = 1, capacity: Capacity | None = None
+) -> GroupBatch:
+    """Sets the slots to compute, from the lengths; arguments as in `collate`."""
+    prompt_size, completion_size = batch.prompt_tokens.shape[1], batch.completion_tokens.shape[2]
+    return batch._replace(
+        token_slots=packing.token_slots(
+            batch.prompt_length,
+            batch.completion_length,
+            prompt_size=prompt_size,
+            completion_size=completion_size,
+            num_blocks=num_blocks,
+            room=capacity and capacity.tokens,
+        ),
+        completion_slots=packing.slots_of(
+            batch.completion_length,
+            completion_size,
+            num_blocks,
+            capacity and capacity.completion_tokens,
+        ),
+    )
 
 
 def _fit_prompt(group: TextGroup, encoder: Encoder, max_tokens: int) -> tuple[str, list[int]]:

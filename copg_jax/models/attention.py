@@ -1,8 +1,8 @@
 """Who sees whom: the one definition of attention inside a group.
 
 1. `prompt_attention`: a prompt token sees its prompt up to itself.
-2. `completion_attention`: a completion token sees its whole prompt and its own completion up to
-   itself, never another completion; one softmax over both parts.
+2. `completion_attention`: a query sees its whole prompt and the first tokens of its own
+   completion, never another completion; one softmax over both parts.
 
 Both keep query heads as [KV, H / KV], so grouped key-value heads are never repeated in memory, and
 take scores and softmax in float32.
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 # Finite, so that a row without any visible key would still give a number and not NaN.
 _MASKED = float(jnp.finfo(jnp.float32).min)
+_QUERY_BLOCK = 128
 
 
 def prompt_attention(
@@ -29,14 +30,27 @@ def prompt_attention(
     Returns:
         [B, P, H, Hd]; rows of padding are finite and mean nothing.
     """
-    size = q.shape[1]
-    position = jnp.arange(size)
-    causal = position[None, None, :] <= position[None, :, None]
-    visible = causal & (position[None, None, :] < prompt_length[:, None, None])
-    scores = _scores("bqkge,bpke->bkgqp", _group_heads(q, k.shape[2]), k)
-    scores = jnp.where(visible[:, None, None, :, :], scores, _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return _mix("bkgqp,bpke->bqkge", weights, v).astype(q.dtype).reshape(q.shape)
+    queries, keys, values = _by_head(q, k.shape[2]), _by_head(k), _by_head(v)
+    # A block of queries sees no key after its last one: half of the square is never computed.
+    blocks = [
+        _causal_block(queries[:, :, :, start : start + _QUERY_BLOCK], keys, values, start)
+        for start in range(0, q.shape[1], _QUERY_BLOCK)
+    ]
+    return _from_heads(jnp.concatenate(blocks, axis=3)).astype(q.dtype)
+
+
+def _causal_block(q: jax.Array, k: jax.Array, v: jax.Array, start: int) -> jax.Array:
+    """Queries at positions start, start + 1, ...: [B, KV, G, Q, Hd] against [B, KV, P, Hd]."""
+    num_queries = q.shape[3]
+    stop = start + num_queries
+    # Padding is on the right, so no valid query comes after it: causality alone hides it.
+    visible = jnp.arange(stop)[None, :] <= jnp.arange(start, stop)[:, None]
+    visible = jnp.tile(visible, (q.shape[2], 1))
+    rows = q.reshape(*q.shape[:2], -1, q.shape[-1])
+    scores = jnp.where(visible[None, None], _scores(rows, k[:, :, :stop]), _MASKED)
+    weights, total = _softmax(scores)
+    mixed = _mix(weights.astype(q.dtype), v[:, :, :stop]) / total[..., None]
+    return mixed.reshape(q.shape)
 
 
 def completion_attention(
@@ -46,7 +60,7 @@ def completion_attention(
     prompt_length: jax.Array,
     own_k: jax.Array,
     own_v: jax.Array,
-    first_position: jax.Array | int,
+    num_seen: jax.Array,
 ) -> jax.Array:
     """One softmax over [whole prompt | own past], for every completion of a group at once.
 
@@ -57,30 +71,53 @@ def completion_attention(
         prompt_length: valid prompt tokens [B], at least 1.
         own_k: keys of the completions [B, K, C, KV, Hd].
         own_v: values of the completions [B, K, C, KV, Hd].
-        first_position: index of the first query in its own completion, 0 to C - Q.
+        num_seen: tokens of its own completion that a query sees, 0 to C; broadcasts to [B, K, Q].
+            A completion token at position t sees t + 1; the last prompt token, which predicts the
+            first token of each completion, sees 0.
 
     Returns:
         [B, K, Q, H, Hd]; rows of padding are finite and mean nothing.
     """
-    prompt_size, own_size = prompt_k.shape[1], own_k.shape[2]
-    grouped = _group_heads(q, prompt_k.shape[2])
-    prompt_scores = _scores("bnqkge,bpke->bknqgp", grouped, prompt_k)
-    own_scores = _scores("bnqkge,bncke->bknqgc", grouped, own_k)
+    batch, num_completions, num_queries = q.shape[:3]
+    num_heads, prompt_size, own_size = prompt_k.shape[2], prompt_k.shape[1], own_k.shape[2]
+    # Heads before rows; all completions of a group are rows of one product with its prompt.
+    rows = q.reshape(batch, num_completions, num_queries, num_heads, -1, q.shape[-1])
+    rows = rows.transpose(0, 3, 1, 4, 2, 5)  # [B, KV, K, G, Q, Hd]
+    shape = rows.shape[:-1]
+    whole = rows.reshape(batch, num_heads, -1, q.shape[-1])
+    split = rows.reshape(batch, num_heads, num_completions, -1, q.shape[-1])
+    own_k, own_v = (jnp.moveaxis(x, 3, 1) for x in (own_k, own_v))  # [B, KV, K, C, Hd]
 
     in_prompt = jnp.arange(prompt_size)[None, :] < prompt_length[:, None]
-    query = first_position + jnp.arange(q.shape[2])
-    own_past = jnp.arange(own_size)[None, :] <= query[:, None]
+    in_past = jnp.arange(own_size)[None, None, None, :] < num_seen[..., None]
+    prompt_scores = _scores(whole, _by_head(prompt_k)).reshape(*shape, -1)
+    own_scores = _scores(split, own_k).reshape(*shape, -1)
     scores = jnp.concatenate(
         [
             jnp.where(in_prompt[:, None, None, None, None, :], prompt_scores, _MASKED),
-            jnp.where(own_past[None, None, None, :, None, :], own_scores, _MASKED),
+            jnp.where(in_past[:, None, :, None, :, :], own_scores, _MASKED),
         ],
         axis=-1,
     )
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    mixed = _mix("bknqgp,bpke->bnqkge", weights[..., :prompt_size], prompt_v)
-    mixed += _mix("bknqgc,bncke->bnqkge", weights[..., prompt_size:], own_v)
-    return mixed.astype(q.dtype).reshape(q.shape)
+    weights, total = _softmax(scores)
+    weights = weights.astype(q.dtype)
+    of_prompt = weights[..., :prompt_size].reshape(*whole.shape[:-1], -1)
+    of_past = weights[..., prompt_size:].reshape(*split.shape[:-1], -1)
+    mixed = _mix(of_prompt, _by_head(prompt_v)).reshape(rows.shape)
+    mixed += _mix(of_past, own_v).reshape(rows.shape)
+    mixed = mixed / total[..., None]
+    return mixed.transpose(0, 2, 4, 1, 3, 5).reshape(q.shape).astype(q.dtype)
+
+
+def _softmax(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Softmax over the last axis as (numerator [..., N], denominator [...]).
+
+    Dividing what was mixed instead of the weights saves passes over the scores, most of all in the
+    backward pass, where the sum of the weights' gradients then comes from [..., Hd] alone.
+    """
+    largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    weights = jnp.exp(scores - largest)
+    return weights, weights.sum(-1)
 
 
 def _group_heads(q: jax.Array, num_key_value_heads: int) -> jax.Array:
@@ -88,10 +125,28 @@ def _group_heads(q: jax.Array, num_key_value_heads: int) -> jax.Array:
     return q.reshape(*q.shape[:-2], num_key_value_heads, -1, q.shape[-1])
 
 
-def _scores(equation: str, q: jax.Array, k: jax.Array) -> jax.Array:
-    products = jnp.einsum(equation, q, k, preferred_element_type=jnp.float32)
-    return products * q.shape[-1] ** -0.5
+def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    """[..., Q, Hd], [..., T, Hd] → [..., Q, T]."""
+    scaled = q * q.shape[-1] ** -0.5
+    return jnp.matmul(scaled, k.swapaxes(-1, -2), preferred_element_type=jnp.float32)
 
 
-def _mix(equation: str, weights: jax.Array, values: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, weights, values, preferred_element_type=jnp.float32)
+def _mix(weights: jax.Array, values: jax.Array) -> jax.Array:
+    """[..., Q, T], [..., T, Hd] → [..., Q, Hd]."""
+    return jnp.matmul(weights, values, preferred_element_type=jnp.float32)
+
+
+def _by_head(x: jax.Array, num_groups: int | None = None) -> jax.Array:
+    """[B, T, H, Hd] → [B, H, T, Hd]; with groups → [B, KV, H / KV, T, Hd].
+
+    Consecutive query heads share a key-value head.
+    """
+    x = x.swapaxes(1, 2)
+    if num_groups is None:
+        return x
+    return x.reshape(len(x), num_groups, -1, *x.shape[2:])
+
+
+def _from_heads(x: jax.Array) -> jax.Array:
+    """[B, KV, G, T, Hd] → [B, T, KV G, Hd]."""
+    return x.reshape(len(x), -1, *x.shape[3:]).swapaxes(1, 2)

@@ -14,7 +14,14 @@ import jax
 import numpy as np
 
 from copg_jax.errors import InputError
-from copg_jax.models.llama import LlamaConfig, Params, ParamSpec, layer_specs, param_specs
+from copg_jax.models.llama import (
+    LlamaConfig,
+    Params,
+    ParamSpec,
+    layer_specs,
+    layer_stacks,
+    param_specs,
+)
 
 _LAYER_NAMES = {
     "input_layernorm": "input_layernorm",
@@ -37,9 +44,12 @@ _LISTED = 12  # differences of one kind that an error message spells out
 
 
 class HfSlot(NamedTuple):
-    """One Hugging Face tensor: our leaf, its layer (None = not stacked), the leaf's ParamSpec."""
+    """One Hugging Face tensor: our leaf, its stack and index there (None = not stacked), and the
+    ParamSpec of the leaf without the stack's axis.
+    """
 
     leaf: str
+    stack: str | None
     layer: int | None
     spec: ParamSpec
 
@@ -65,14 +75,15 @@ class TensorSource(Protocol):
 def hf_slots(config: LlamaConfig, *, head: str) -> dict[str, HfSlot]:
     """Every tensor name of a Hugging Face Llama with its place in our tree, in file order."""
     specs = param_specs(config, head=head)
-    slots = {_TOP_NAMES["embed_tokens"]: HfSlot("embed_tokens", None, specs["embed_tokens"])}
-    for layer in range(config.num_hidden_layers):
+    slots = {_TOP_NAMES["embed_tokens"]: HfSlot("embed_tokens", None, None, specs["embed_tokens"])}
+    places = [(stack, i) for stack, size in layer_stacks(config).items() for i in range(size)]
+    for number, (stack, layer) in enumerate(places):
         for leaf, spec in layer_specs(config).items():
-            name = f"model.layers.{layer}.{_LAYER_NAMES[leaf]}.weight"
-            slots[name] = HfSlot(leaf, layer, spec)
+            name = f"model.layers.{number}.{_LAYER_NAMES[leaf]}.weight"
+            slots[name] = HfSlot(leaf, stack, layer, spec)
     for leaf in ("norm", "lm_head", "score"):
         if leaf in specs:
-            slots[_TOP_NAMES[leaf]] = HfSlot(leaf, None, specs[leaf])
+            slots[_TOP_NAMES[leaf]] = HfSlot(leaf, None, None, specs[leaf])
     return slots
 
 
@@ -129,14 +140,13 @@ def assemble(
         slots: the tensors wanted; together they decide which leaves the tree has.
         shardings: tree of jax.sharding.Sharding like the result, or None for the default device.
     """
-    names: dict[str, list[str]] = {}
+    names: dict[tuple[str | None, str], list[str]] = {}
     for name, slot in slots.items():
-        names.setdefault(slot.leaf, []).append(name)
-    params: Params = {"layers": {}}
-    for leaf, of_leaf in names.items():
-        stacked = slots[of_leaf[0]].layer is not None
-        tree = params["layers"] if stacked else params
-        sharding = shardings and (shardings["layers"] if stacked else shardings)[leaf]
+        names.setdefault((slot.stack, slot.leaf), []).append(name)
+    params: Params = {}
+    for (stack, leaf), of_leaf in names.items():
+        tree = params if stack is None else params.setdefault(stack, {})
+        sharding = shardings and (shardings if stack is None else shardings[stack])[leaf]
         tree[leaf] = _assemble_leaf(source, [(n, slots[n]) for n in of_leaf], sharding)
     return params
 

@@ -71,6 +71,8 @@ class LlamaConfig:
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
+        if self.num_hidden_layers < 2:
+            raise InputError(f"num_hidden_layers must be at least 2, got {self.num_hidden_layers}")
         if self.head_dim % 2:
             raise InputError(f"head_dim must be even for rotary positions, got {self.head_dim}")
         for name, allowed in (("dtype", DTYPES), ("remat", tuple(REMAT_POLICIES))):
@@ -116,8 +118,17 @@ def layer_specs(config: LlamaConfig) -> dict[str, ParamSpec]:
     }
 
 
+def layer_stacks(config: LlamaConfig) -> dict[str, int]:
+    """The stacks that hold the layers, in order, with their sizes.
+
+    The last layer stands alone since it computes less than the others: what no loss reads is left
+    out. (A slice of one common stack would copy all its weights and gradients at every step.)
+    """
+    return {"layers": config.num_hidden_layers - 1, "last_layer": 1}
+
+
 def param_specs(config: LlamaConfig, *, head: str = "lm") -> dict[str, Any]:
-    """Describe the parameter tree: each leaf a ParamSpec, layers stacked on a leading axis.
+    """Describe the parameter tree: each leaf a ParamSpec, layers stacked as `layer_stacks` says.
 
     Args:
         config: sizes of the model.
@@ -129,11 +140,12 @@ def param_specs(config: LlamaConfig, *, head: str = "lm") -> dict[str, Any]:
     normal = initializers.normal(0.02)
     specs: dict[str, Any] = {
         "embed_tokens": ParamSpec((vocab, embed), ("vocab", "embed"), normal),
-        "layers": {
-            name: ParamSpec(
-                (config.num_hidden_layers, *spec.shape), ("layers", *spec.axes), spec.init
-            )
-            for name, spec in layer_specs(config).items()
+        **{
+            stack: {
+                name: ParamSpec((size, *spec.shape), ("layers", *spec.axes), spec.init)
+                for name, spec in layer_specs(config).items()
+            }
+            for stack, size in layer_stacks(config).items()
         },
         "norm": ParamSpec((embed,), ("embed",), initializers.ones),
     }
@@ -209,22 +221,30 @@ class LlamaLayer(nnx.Module):
         self.down_proj = param("down_proj")
 
     def __call__(
-        self, x: jax.Array, rotation: Rotation, attend: Callable[..., tuple[jax.Array, Any]]
+        self,
+        x: jax.Array,
+        rotation: Rotation,
+        attend: Callable[..., tuple[jax.Array, Any]],
+        read: Callable[[jax.Array], jax.Array] = lambda tokens: tokens,
     ) -> tuple[jax.Array, Any]:
         """Attention and MLP, each x + f(norm(x)).
 
         Args:
             x: [B, T, D], compute dtype.
             rotation: from `rotary_angles`, for the positions of the T tokens.
-            attend: (q [B, T, H, Hd], k, v [B, T, KV, Hd]) -> (mixed v [B, T, H, Hd], extra).
+            attend: (q [B, U, H, Hd], k, v [B, T, KV, Hd]) -> (mixed v [B, U, H, Hd], extra).
+            read: [B, T, ...] -> [B, U, ...], the tokens whose output is wanted. Of the others only
+                keys and values are computed.
 
         Returns:
-            The new x and `extra` (cache columns, or None) as `attend` gave it.
+            The new x [B, U, D] and `extra` (cache columns, or None) as `attend` gave it.
         """
         normed = rms_norm(x, self.input_layernorm[...], self.eps)
-        q = rotate(_project("btd,dhe->bthe", normed, self.q_proj), rotation)
         k = rotate(_project("btd,dhe->bthe", normed, self.k_proj), rotation)
         v = _project("btd,dhe->bthe", normed, self.v_proj)
+        x, rotation = jax.tree.map(read, (x, rotation))
+        normed = rms_norm(x, self.input_layernorm[...], self.eps)
+        q = rotate(_project("btd,dhe->bthe", normed, self.q_proj), rotation)
         mixed, extra = attend(q, k, v)
         # One merged contraction axis: over (h, e) XLA transposes the weights at every decode step.
         mixed = mixed.reshape(*mixed.shape[:2], -1)

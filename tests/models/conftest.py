@@ -1,25 +1,16 @@
 """Tiny random groups shared by the tests of the model."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from copg_jax.data.groups import GroupBatch, with_slots
+from copg_jax.data.packing import Capacity
 from copg_jax.models import functional
 from copg_jax.models.llama import LlamaConfig, Params
 from tests.models import tiny
-
-
-class Group(NamedTuple):
-    """Arguments of `functional.apply` plus the completions' lengths."""
-
-    prompt_tokens: jax.Array
-    prompt_length: jax.Array
-    completion_tokens: jax.Array
-    completion_length: jax.Array
 
 
 @pytest.fixture(scope="session")
@@ -40,21 +31,39 @@ def config() -> LlamaConfig:
 def params(config: LlamaConfig) -> Params:
     """Weights large enough for attention to matter, embeddings of size 1 for good conditioning."""
     drawn = functional.init(config, jax.random.key(1))
-    layers = {name: leaf if leaf.ndim == 2 else 10 * leaf for name, leaf in drawn["layers"].items()}
-    return {**drawn, "embed_tokens": 50 * drawn["embed_tokens"], "layers": layers}
+    stacks = {
+        stack: {name: leaf if leaf.ndim == 2 else 10 * leaf for name, leaf in drawn[stack].items()}
+        for stack in ("layers", "last_layer")
+    }
+    return {**drawn, "embed_tokens": 50 * drawn["embed_tokens"], **stacks}
 
 
 @pytest.fixture
-def make_group(rng: np.random.Generator) -> Callable[..., Group]:
-    """Random ids everywhere, padding included, so that padding is garbage by itself."""
+def make_group(rng: np.random.Generator) -> Callable[..., GroupBatch]:
+    """Random ids everywhere, padding included, so that padding is garbage by itself.
 
-    def make(prompt_length: list[int], completion_length: list[list[int]], p=8, c=6) -> Group:
+    `room` packs the tokens, in `blocks`; without it every slot is computed.
+    """
+
+    def make(
+        prompt_length: list[int],
+        completion_length: list[list[int]],
+        p=8,
+        c=6,
+        blocks: int = 1,
+        room: Capacity | None = None,
+    ) -> GroupBatch:
         b, k = np.shape(completion_length)
-        return Group(
-            jnp.asarray(rng.integers(0, tiny.VOCAB, (b, p))),
-            jnp.asarray(prompt_length),
-            jnp.asarray(rng.integers(0, tiny.VOCAB, (b, k, c))),
-            jnp.asarray(completion_length),
+        batch = GroupBatch(
+            prompt_tokens=rng.integers(0, tiny.VOCAB, (b, p)),
+            prompt_length=np.array(prompt_length),
+            completion_tokens=rng.integers(0, tiny.VOCAB, (b, k, c)),
+            completion_length=np.array(completion_length),
+            reward=np.zeros((b, k), np.float32),
+            ref_logp=np.zeros((b, k), np.float32),
+            token_slots=None,
+            completion_slots=None,
         )
+        return with_slots(batch, num_blocks=blocks, capacity=room)
 
     return make

@@ -10,6 +10,7 @@ from copg_jax.models.attention import completion_attention, prompt_attention
 
 B, K, P, C, H, KV, HD = 2, 2, 5, 4, 4, 2, 6
 LENGTH = jnp.array([3, 5])
+SEEN = 1 + jnp.arange(C)[None, None, :]
 
 
 def _normal(seed, *shape):
@@ -46,7 +47,7 @@ def _right(b, n, t, source, position):
 
 def test_completion_attention_is_one_softmax_over_prompt_and_own_past():
     q, prompt, own = _completion_inputs()
-    actual = completion_attention(q, *prompt, LENGTH, *own, 0)
+    actual = completion_attention(q, *prompt, LENGTH, *own, SEEN)
     np.testing.assert_allclose(actual, _dense(q, prompt, own, _right), atol=1e-5)
 
 
@@ -62,15 +63,15 @@ def test_completion_attention_is_one_softmax_over_prompt_and_own_past():
 )
 def test_a_wrong_mask_gives_another_result(wrong):
     q, prompt, own = _completion_inputs()
-    actual = completion_attention(q, *prompt, LENGTH, *own, 0)
+    actual = completion_attention(q, *prompt, LENGTH, *own, SEEN)
     assert np.abs(actual - _dense(q, prompt, own, wrong)).max() > 1e-2
 
 
 def test_single_queries_give_the_rows_of_the_whole():
     q, prompt, own = _completion_inputs()
-    whole = completion_attention(q, *prompt, LENGTH, *own, 0)
+    whole = completion_attention(q, *prompt, LENGTH, *own, SEEN)
     for t in range(C):
-        row = completion_attention(q[:, :, t : t + 1], *prompt, LENGTH, *own, t)
+        row = completion_attention(q[:, :, t : t + 1], *prompt, LENGTH, *own, SEEN[:, :, t : t + 1])
         np.testing.assert_allclose(row[:, :, 0], whole[:, :, t], atol=1e-5)
 
 
@@ -85,8 +86,27 @@ def test_prompt_attention_is_completion_attention_without_a_prompt():
 
 def test_prompt_padding_is_never_seen():
     q, k, v = (_normal(i, B, P, heads, HD) for i, heads in enumerate((H, KV, KV)))
-    loud = jnp.where((jnp.arange(P)[None, :] < LENGTH[:, None])[..., None, None], v, 1e6)
-    assert np.abs(prompt_attention(q, k, loud, LENGTH)).max() < 10
+    valid = (jnp.arange(P)[None, :] < LENGTH[:, None])[..., None, None]
+    mixed = prompt_attention(q, k, jnp.where(valid, v, 1e6), LENGTH)
+    assert np.abs(jnp.where(valid, mixed, 0)).max() < 10
+
+
+def test_long_prompts_are_cut_into_blocks_of_queries_without_a_trace():
+    size = 2 * attention._QUERY_BLOCK + 7
+    q, k, v = (_normal(i, 1, size, heads, HD) for i, heads in enumerate((H, KV, KV)))
+    mixed = prompt_attention(q, k, v, jnp.array([size]))
+    grouped = q.reshape(1, size, KV, H // KV, HD)
+    scores = jnp.einsum("bqkge,bpke->bkgqp", grouped, k) / HD**0.5
+    scores = jnp.where(jnp.tri(size, dtype=bool)[None, None, None], scores, -jnp.inf)
+    wanted = jnp.einsum("bkgqp,bpke->bqkge", jax.nn.softmax(scores, -1), v).reshape(q.shape)
+    np.testing.assert_allclose(mixed, wanted, atol=1e-5)
+
+
+def test_a_query_that_has_seen_nothing_sees_the_whole_prompt_alone():
+    q, prompt, own = _completion_inputs()
+    actual = completion_attention(q, *prompt, LENGTH, *own, jnp.zeros((1, 1, C), int))
+    sees = lambda b, n, t, source, position: source < 0 and position < LENGTH[b]
+    np.testing.assert_allclose(actual, _dense(q, prompt, own, sees), atol=1e-5)
 
 
 def test_softmax_is_taken_in_float32_for_bfloat16_inputs():

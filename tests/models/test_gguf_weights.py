@@ -12,8 +12,9 @@ import pytest
 import regex
 from transformers import AutoTokenizer
 
+from copg_jax.data.packing import slots_of
 from copg_jax.errors import InputError
-from copg_jax.models import functional, gguf_weights, hf_weights
+from copg_jax.models import decoding, functional, gguf_weights, hf_weights
 from copg_jax.models.gguf_weights import _LAYER_NAMES, _TOP_NAMES
 from tests.models import tiny
 
@@ -146,7 +147,9 @@ def test_smollm2_knows_the_capital_of_france(smollm2: Path, tmp_path: Path) -> N
     assert len(tokenizer("2024")["input_ids"]) == 4
     tokens = jnp.asarray([tokenizer("The capital of France is")["input_ids"]])
     config, params = gguf_weights.load(smollm2)
-    prefill = partial(functional.prefill, config, num_samples=1, max_new_tokens=1)
-    _, hidden = jax.jit(prefill)(params, tokens, jnp.asarray([tokens.shape[1]]))
+    prefill = partial(decoding.prefill, config, num_samples=1, max_new_tokens=1)
+    length = np.array([tokens.shape[1]])
+    slots = slots_of(length, tokens.shape[1], 1, None)
+    _, hidden = jax.jit(prefill)(params, tokens, length, slots)
     best = int(np.argmax(tiny.logits(hidden, functional.output_matrix(params))))
     assert tokenizer.decode([best]) == " Paris"

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -21,17 +20,9 @@ def test_logits_equal_the_hugging_face_model(kind: str, tmp_path: Path) -> None:
     tiny.write_checkpoint(tmp_path, kind)
     config = hf_weights.read_config(tmp_path)
     params = hf_weights.load_params(tmp_path, config, head="lm")
-    length = jnp.full((len(tokens),), PROMPT)
-    hidden = jax.jit(functional.apply, static_argnums=0)(
-        config, params, tokens[:, :PROMPT], length, tokens[:, None, PROMPT:]
-    )
-    matrix = functional.output_matrix(params)
-    np.testing.assert_allclose(
-        tiny.logits(hidden.last_prompt, matrix), golden[:, PROMPT - 1], atol=1e-4
-    )
-    np.testing.assert_allclose(
-        tiny.logits(hidden.completion[:, 0], matrix), golden[:, PROMPT:], atol=1e-4
-    )
+    hidden = tiny.predictive(config, params, tiny.group_of(tokens, PROMPT))[:, 0]
+    logits = tiny.logits(hidden, functional.output_matrix(params))
+    np.testing.assert_allclose(logits, golden[:, PROMPT - 1 : -1], atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
@@ -42,14 +33,8 @@ def test_rewards_equal_the_hugging_face_sequence_classifier(kind: str, tmp_path:
     tiny.write_checkpoint(tmp_path, kind, "score")
     config = hf_weights.read_config(tmp_path)
     params = hf_weights.load_params(tmp_path, config, head="score")
-    ours = jax.jit(reward, static_argnums=0)(
-        config,
-        params,
-        rows[:, :PROMPT],
-        jnp.full((len(rows),), PROMPT),
-        rows[:, None, PROMPT:],
-        lengths[:, None] - PROMPT,
-    )
+    group = tiny.group_of(rows, PROMPT, lengths)
+    ours = jax.jit(reward, static_argnums=0)(config, params, group)
     np.testing.assert_allclose(ours[:, 0], golden, atol=1e-4)
 
 

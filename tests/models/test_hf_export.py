@@ -23,8 +23,8 @@ def _config(**changes) -> LlamaConfig:
 
 def _our_rewards(config, params, rows, lengths):
     cut = 5
-    arguments = rows[:, :cut], np.full(len(rows), cut), rows[:, None, cut:], lengths[:, None] - cut
-    return jax.jit(reward, static_argnums=0)(config, params, *arguments)[:, 0]
+    group = tiny.group_of(rows, cut, lengths)
+    return jax.jit(reward, static_argnums=0)(config, params, group)[:, 0]
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -37,10 +37,9 @@ def test_torch_gives_the_logits_of_an_exported_language_model(tied: bool, tmp_pa
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokens, _ = record_golden.inputs()
     with torch.no_grad():
-        wanted = model(torch.tensor(tokens, dtype=torch.long)).logits[:, 5:].numpy()
-    apply = jax.jit(functional.apply, static_argnums=0)
-    hidden = apply(config, params, tokens[:, :5], np.full(len(tokens), 5), tokens[:, None, 5:])
-    ours = tiny.logits(hidden.completion[:, 0], functional.output_matrix(params))
+        wanted = model(torch.tensor(tokens, dtype=torch.long)).logits[:, 4:-1].numpy()
+    hidden = tiny.predictive(config, params, tiny.group_of(tokens, 5))[:, 0]
+    ours = tiny.logits(hidden, functional.output_matrix(params))
     np.testing.assert_allclose(ours, wanted, atol=1e-4)
 
 

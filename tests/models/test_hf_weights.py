@@ -140,11 +140,16 @@ def test_llama_2_configs_without_rope_settings_get_the_default(tmp_path: Path) -
     assert (config.rope_theta, config.rope_scaling, config.num_key_value_heads) == (1e4, None, 4)
 
 
-@pytest.mark.parametrize(("pad_token", "pad_id"), [("<pad>", 2), ("<eos>", 0), (None, 0)])
-def test_an_export_pads_with_one_id_that_is_not_eos(pad_token, pad_id, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("pad_token", "unk_token", "pad_id"),
+    [("<pad>", "<unk>", 2), ("<eos>", "<unk>", 0), (None, "<unk>", 0), (None, None, None)],
+)
+def test_an_export_pads_with_a_special_token_that_is_not_eos_or_not_at_all(
+    pad_token, unk_token, pad_id, tmp_path: Path
+) -> None:
     config, params = _load(tiny.write_checkpoint(tmp_path / "in", "tied", "score"), "score")
     tokenizer = tiny.tokenizer()
-    tokenizer.pad_token = pad_token
+    tokenizer.pad_token, tokenizer.unk_token = pad_token, unk_token
     out = tmp_path / "out"
     hf_weights.save_pretrained(out, config, params, head="score", tokenizer=tokenizer)
     assert json.loads((out / "config.json").read_text())["pad_token_id"] == pad_id

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from copg_jax.data.packing import Capacity
 from copg_jax.models import functional
 from copg_jax.models.reward import reward
 from tests.models import tiny
@@ -21,9 +22,14 @@ def score_params(config, params):
     return {**params, "score": drawn["score"]}
 
 
-def test_reward_is_the_score_of_the_last_valid_state(config, score_params, make_group):
-    group = make_group([8, 1, 3], [[6, 1], [2, 3], [1, 5]])
-    rewards = _reward(config, score_params, *group)
+@pytest.mark.parametrize(
+    ("blocks", "room"), [(1, None), (1, Capacity(31, 18)), (3, Capacity(16, 9))]
+)
+def test_reward_is_the_score_of_the_last_valid_state(
+    config, score_params, make_group, blocks, room
+):
+    group = make_group([8, 1, 3], [[6, 1], [2, 3], [1, 5]], blocks=blocks, room=room)
+    rewards = _reward(config, score_params, group)
     assert rewards.dtype == jnp.float32
     hidden = tiny.plain_hidden(config, score_params, tiny.sequences(group))
     last = (group.prompt_length[:, None] + group.completion_length - 1).reshape(-1)
@@ -33,10 +39,10 @@ def test_reward_is_the_score_of_the_last_valid_state(config, score_params, make_
 
 def test_absent_completions_get_zero_and_give_no_gradient(config, score_params, make_group):
     group = make_group([4, 8, 2], [[3, 0], [0, 0], [0, 1]])
-    rewards = np.asarray(_reward(config, score_params, *group))
+    rewards = np.asarray(_reward(config, score_params, group))
     np.testing.assert_array_equal(rewards == 0, group.completion_length == 0)
-    value, grads = _sum_and_grad(config, score_params, *group)
+    value, grads = _sum_and_grad(config, score_params, group)
     assert np.isfinite(value) and np.any(grads["score"] != 0)
-    nothing = group._replace(completion_length=jnp.zeros((3, 2), jnp.int32))
-    for leaf in jax.tree.leaves(_sum_and_grad(config, score_params, *nothing)):
+    nothing = group._replace(completion_length=np.zeros((3, 2), np.int32))
+    for leaf in jax.tree.leaves(_sum_and_grad(config, score_params, nothing)):
         np.testing.assert_array_equal(leaf, 0.0)

@@ -16,7 +16,10 @@ import transformers
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from copg_jax.data.groups import GroupBatch, with_slots
+from copg_jax.models.group_forward import predictive_hidden
 from copg_jax.models.llama import LlamaConfig, Params
+from copg_jax.models.packing import Packing
 
 VOCAB = 61
 PAD = 2  # of the tiny tokenizer; EOS is 1
@@ -123,6 +126,32 @@ def logits(hidden: jax.Array, output_matrix: jax.Array) -> np.ndarray:
     return np.asarray(hidden) @ np.asarray(output_matrix)
 
 
+def group_of(tokens: np.ndarray, cut: int, length: np.ndarray | None = None) -> GroupBatch:
+    """Rows of ids [B, T] as groups of one completion, which begins at `cut`."""
+    b, size = tokens.shape
+    length = np.full(b, size) if length is None else length
+    batch = GroupBatch(
+        prompt_tokens=tokens[:, :cut],
+        prompt_length=np.full(b, cut),
+        completion_tokens=tokens[:, None, cut:],
+        completion_length=(length - cut)[:, None],
+        reward=np.zeros((b, 1), np.float32),
+        ref_logp=np.zeros((b, 1), np.float32),
+        token_slots=None,
+        completion_slots=None,
+    )
+    return with_slots(batch)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def predictive(config: LlamaConfig, params: Params, group: GroupBatch) -> jax.Array:
+    """The states that predict each completion token, in slots: [B, K, C, D]; 0 if not computed."""
+    num_blocks, shape = len(group.completion_slots), group.completion_tokens.shape
+    packing = Packing.of(group.completion_slots, group.completion_tokens.size // num_blocks)
+    hidden = predictive_hidden(config, params, group)
+    return packing.unpack(hidden).reshape(*shape, -1)
+
+
 def sequences(group: Any) -> jax.Array:
     """Each completion after its prompt, without a gap: ids [B * K, P + C], right-padded with 0."""
     b, k, c = group.completion_tokens.shape
@@ -156,7 +185,8 @@ def _plain_row(config: LlamaConfig, params: Params, tokens: jax.Array) -> jax.Ar
     x = params["embed_tokens"][tokens]
     repeats = config.num_attention_heads // config.num_key_value_heads
     for i in range(config.num_hidden_layers):
-        w = {name: leaf[i] for name, leaf in params["layers"].items()}
+        stacks = params["layers"], params["last_layer"]
+        w = {name: jnp.concatenate([s[name] for s in stacks])[i] for name in stacks[0]}
         y = norm(x, w["input_layernorm"])
         q = rotary(jnp.tensordot(y, w["q_proj"], 1))
         k = jnp.repeat(rotary(jnp.tensordot(y, w["k_proj"], 1)), repeats, axis=1)

@@ -1,0 +1,160 @@
+"""Decoding: the computation of `group_forward`, one completion token at a time.
+
+1. `prefill` runs the prompts once and keeps their keys and values.
+2. `decode_step` appends a token to every completion; all completions of a prompt share its cache.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from copg_jax.models.attention import completion_attention, prompt_attention
+from copg_jax.models.functional import embed, final_norm, last_layer, scan_layers
+from copg_jax.models.llama import LlamaConfig, Params, rotary_angles
+from copg_jax.models.packing import Packing, last_tokens, take_rows
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of a stack of l layers, positions last.
+
+    That is the order in which a step multiplies, so that it does not transpose the whole prompt for
+    one query (3x faster on CPU).
+    """
+
+    prompt_k: jax.Array  # [l, B, KV, Hd, P]
+    prompt_v: jax.Array
+    own_k: jax.Array  # [l, B, K, KV, Hd, C]
+    own_v: jax.Array
+
+
+class Cache(NamedTuple):
+    """What a decoding step remembers: prompts are written once, completions one column a step."""
+
+    prompt_length: jax.Array  # [B]
+    layers: KeyValues
+    last_layer: KeyValues
+
+
+def prefill(
+    config: LlamaConfig,
+    params: Params,
+    prompt_tokens: jax.Array,
+    prompt_length: jax.Array,
+    prompt_slots: jax.Array,
+    *,
+    num_samples: int,
+    max_new_tokens: int,
+) -> tuple[Cache, jax.Array]:
+    """Run the prompts once and make room for `num_samples` completions of each.
+
+    Args:
+        config: static.
+        params: tree of `init`.
+        prompt_tokens: ids [B, P], right-padded with any valid id.
+        prompt_length: valid tokens [B], at least 1.
+        prompt_slots: prompt slots of each block that are computed, see `GroupBatch`; [R, N].
+        num_samples: K, completions of each prompt.
+        max_new_tokens: C, columns of the own cache.
+
+    Returns:
+        The cache and the hidden state of the last prompt token [B, D], after the final norm.
+    """
+    num_blocks, shape = len(prompt_slots), prompt_tokens.shape
+    packing = Packing.of(prompt_slots, prompt_tokens.size // num_blocks)
+
+    def pack(x: jax.Array) -> jax.Array:
+        return packing.pack(x.reshape(num_blocks, -1, *x.shape[2:]))
+
+    def unpack(x: jax.Array) -> jax.Array:
+        return packing.unpack(x).reshape(*shape, *x.shape[2:])
+
+    def attend(q, k, v):
+        k, v = unpack(k), unpack(v)
+        mixed = prompt_attention(unpack(q), k, v, prompt_length)
+        return pack(mixed), (_to_cache(k), _to_cache(v))
+
+    def attend_last(q, k, v):
+        k, v = unpack(k), unpack(v)
+        # A completion without tokens yet: its query sees the whole prompt and nothing of its own.
+        rows, none = q.reshape(len(k), 1, 1, *q.shape[2:]), k[:, None, :0]
+        num_seen = jnp.zeros((1, 1, 1), jnp.int32)
+        mixed = completion_attention(rows, k, v, prompt_length, none, none, num_seen)
+        return mixed.reshape(q.shape), (_to_cache(k), _to_cache(v))
+
+    index = last_tokens(packing.token, prompt_length)
+    positions = jnp.broadcast_to(jnp.arange(shape[1])[None, :], shape)
+    rotation = rotary_angles(config, pack(positions))
+    x = embed(config, params, pack(prompt_tokens))
+    x, first = scan_layers(config, params["layers"], x, rotation, attend)
+    read = partial(take_rows, index=index)
+    x, last = last_layer(config, params["last_layer"], x, rotation, attend_last, read=read)
+
+    def stack(prompt_k: jax.Array, prompt_v: jax.Array) -> KeyValues:
+        size, batch, heads, head_dim, _ = prompt_k.shape
+        own = jnp.zeros((size, batch, num_samples, heads, head_dim, max_new_tokens), prompt_k.dtype)
+        return KeyValues(prompt_k, prompt_v, own, own)
+
+    hidden = final_norm(config, params, x).reshape(len(prompt_length), -1)
+    return Cache(prompt_length, stack(*first), stack(*last)), hidden
+
+
+def decode_step(
+    config: LlamaConfig,
+    params: Params,
+    cache: Cache,
+    tokens: jax.Array,
+    index: jax.Array | int,
+) -> tuple[jax.Array, Cache]:
+    """Append one token to every completion; the same attention as in training, one query a row.
+
+    Args:
+        config: static.
+        params: tree of `init`.
+        cache: from `prefill` or the previous step; columns before `index` are filled.
+        tokens: ids [B, K], the tokens at position `index` of the completions.
+        index: column to write, 0 to C - 1.
+
+    Returns:
+        Hidden states [B, K, D], which predict token index + 1, and the cache with column `index`
+        written (in place where the cache is donated or carried by a loop).
+    """
+    positions = jnp.broadcast_to((cache.prompt_length + index)[:, None], tokens.shape)
+    rotation = rotary_angles(config, positions)
+    num_seen = jnp.broadcast_to(index + 1, (1, 1, 1))
+
+    def write(past: jax.Array, column: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(past, column, index, axis=-1)
+
+    def attend(q, k, v, past: KeyValues):
+        column = k[..., None], v[..., None]
+        own = map(write, (past.own_k, past.own_v), column)
+        prompt_k, prompt_v, own_k, own_v = map(_from_cache, (past.prompt_k, past.prompt_v, *own))
+        mixed = completion_attention(
+            q[:, :, None], prompt_k, prompt_v, cache.prompt_length, own_k, own_v, num_seen
+        )
+        return mixed[:, :, 0], column
+
+    def keep(past: KeyValues, columns: tuple[jax.Array, jax.Array]) -> KeyValues:
+        # Layers return their new column only, so that one small write updates the whole cache.
+        new_k, new_v = columns
+        return past._replace(own_k=write(past.own_k, new_k), own_v=write(past.own_v, new_v))
+
+    x = embed(config, params, tokens)
+    x, first = scan_layers(config, params["layers"], x, rotation, attend, (cache.layers,))
+    x, last = last_layer(config, params["last_layer"], x, rotation, attend, (cache.last_layer,))
+    hidden = final_norm(config, params, x)
+    return hidden, Cache(
+        cache.prompt_length, keep(cache.layers, first), keep(cache.last_layer, last)
+    )
+
+
+def _to_cache(x: jax.Array) -> jax.Array:
+    """[..., T, KV, Hd] -> [..., KV, Hd, T]."""
+    return jnp.moveaxis(x, -3, -1)
+
+
+def _from_cache(x: jax.Array) -> jax.Array:
+    """[..., KV, Hd, T] -> [..., T, KV, Hd]."""
+    return jnp.moveaxis(x, -1, -3)
