@@ -150,11 +150,11 @@ def pod(tmp_path):
         calls=calls,
         home=lambda worker: cloud / "workers" / str(worker),
     )
-    for process in started:
-        process.kill()
-        process.communicate()
     for pid in cloud.glob("workers/*/copg_jax.pid"):
         subprocess.run(["pkill", "-KILL", "-P", pid.read_text().strip()])
+    for process in started:
+        process.terminate()
+        process.communicate()
 
 
 def remains(result) -> bool:
