@@ -41,8 +41,10 @@ def gathered_shapes() -> set[tuple[int, ...]]:
     ints |= {"completion_tokens": (B, K, C), "completion_length": (B, K)}
     arrays = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in ints.items()}
     floats = dict.fromkeys(("reward", "ref_logp"), jax.ShapeDtypeStruct((B, K), jnp.float32))
+    slots = {"token_slots": (8, 160), "completion_slots": (8, 48)}
+    slots = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in slots.items()}
     state = train_state.abstract_state(optimizer, params)
-    compiled = train_step.lower(state, GroupBatch(**arrays, **floats)).compile()
+    compiled = train_step.lower(state, GroupBatch(**arrays, **floats, **slots)).compile()
     found = re.findall(r"= f32\[([\d,]*)\]\S* all-gather\(", compiled.as_text())
     return {tuple(int(size) for size in shape.split(",")) for shape in found}
 
@@ -50,7 +52,8 @@ def gathered_shapes() -> set[tuple[int, ...]]:
 def activations(shapes: set[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """Gathered shapes that are neither a weight (axes may be merged) nor one number a group."""
     params = functional.abstract_params(CONFIG)
-    sizes = {math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(params.pop("layers"))}
+    stacks = params.pop("layers"), params.pop("last_layer")
+    sizes = {math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(stacks)}
     sizes |= {leaf.size for leaf in jax.tree.leaves(params)} | {B}
     return [shape for shape in shapes if math.prod(shape) not in sizes]
 
@@ -60,6 +63,12 @@ def test_a_train_step_gathers_weights_and_no_activation_or_logits():
     assert shapes and activations(shapes) == []
 
 
-def test_without_the_constraint_activations_would_be_gathered(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(functional, "constrain_batch", lambda x: x)
+def test_activations_cut_along_another_axis_would_be_seen(monkeypatch: pytest.MonkeyPatch):
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    along_embed = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, None, "fsdp"))
+    monkeypatch.setattr(
+        functional,
+        "constrain_batch",
+        lambda x: jax.lax.with_sharding_constraint(x, along_embed),
+    )
     assert activations(gathered_shapes())

@@ -10,8 +10,18 @@ import pytest
 
 from copg_jax import policy, sharding, step, train_state
 from copg_jax.models import functional
+from copg_jax.models.group_forward import predictive_hidden
 from copg_jax.optim import OptimConfig, make_optimizer
-from tests.toys import LLAMA, Toy, assert_trees_equal, group_batch, leaves, mesh, toy_loss
+from tests.toys import (
+    LLAMA,
+    Toy,
+    assert_trees_equal,
+    group_batch,
+    in_blocks,
+    leaves,
+    mesh,
+    toy_loss,
+)
 
 BATCH = group_batch(
     np.random.default_rng(0).normal(size=(8, 3)),
@@ -62,7 +72,8 @@ def one_step(head: str, loss_fn: step.LossFn, sizes: tuple[int, ...], num_microb
     step_fn = step.make_train_step(
         loss_fn, optimizer, mesh=on, state_shardings=layout, num_microbatches=num_microbatches
     )
-    new, metrics = step_fn(state, sharding.place(BATCH, sharding.batch_sharding(on)))
+    batch = in_blocks(BATCH, sharding.num_batch_shards(on) * num_microbatches)
+    new, metrics = step_fn(state, sharding.place(batch, sharding.batch_sharding(on)))
     gradient = jax.tree.map(lambda old, after: old - np.asarray(after), host, new.params)
     return jax.device_get(metrics), gradient
 
@@ -112,14 +123,23 @@ def test_microbatches_leave_the_adam_update_and_the_per_group_losses_alone(num_m
     np.testing.assert_allclose(metrics["per_group"], cut_metrics["per_group"], rtol=1e-6)
 
 
-def test_a_second_shape_is_refused_and_a_second_step_function_is_not():
+def test_a_third_shape_is_refused_and_a_second_step_function_is_not():
     toy = Toy()
     state, _ = toy.step(toy.state, toy.place(group_batch(np.ones((8, 2)))))
     state, _ = toy.step(state, toy.place(group_batch(np.zeros((8, 2)))))
-    with pytest.raises(RuntimeError, match=r"train_step was traced twice.*\(8, 3\)"):
+    state, _ = toy.step(state, toy.place(in_blocks(group_batch(np.zeros((8, 2))), 8)))
+    with pytest.raises(RuntimeError, match=r"train_step was traced again.*\(8, 3\)"):
         toy.step(state, toy.place(group_batch(np.ones((8, 3)))))
     other = Toy()
     other.step(other.state, other.place(group_batch(np.ones((8, 2)))))
+
+
+def test_the_same_shape_is_not_traced_again_for_another_dtype():
+    toy = Toy()
+    state, _ = toy.step(toy.state, toy.place(group_batch(np.ones((8, 2)))))
+    batch = group_batch(np.ones((8, 2)))
+    with pytest.raises(RuntimeError, match="dtypes are fixed"):
+        toy.step(state, toy.place(batch._replace(reward=batch.reward.astype(np.float16))))
 
 
 def test_the_state_is_donated():
@@ -137,8 +157,8 @@ def test_masters_moments_and_metrics_are_float32_under_bfloat16_compute():
     step_fn = step.make_train_step(loss_fn, optimizer, mesh=mesh(), state_shardings=layout)
     state, metrics = jax.eval_shape(step_fn, train_state.abstract_state(optimizer, shapes), BATCH)
     # The model did compute in bfloat16: its hidden states show it.
-    hidden = jax.eval_shape(lambda p: functional.apply(config, p, *BATCH[:3]), shapes)
-    assert hidden.completion.dtype == jnp.bfloat16
+    hidden = jax.eval_shape(lambda p: predictive_hidden(config, p, BATCH), shapes)
+    assert hidden.dtype == jnp.bfloat16
     for leaf in jax.tree.leaves((state.params, state.opt_state, metrics)):
         assert leaf.dtype in (jnp.float32, jnp.int32, jnp.bool_), leaf
 

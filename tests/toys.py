@@ -13,7 +13,8 @@ import numpy as np
 import optax
 
 from copg_jax import sharding, step, train_state
-from copg_jax.data.groups import GroupBatch
+from copg_jax.data.groups import GroupBatch, with_slots
+from copg_jax.data.packing import room_of
 from copg_jax.models.llama import LlamaConfig
 
 LLAMA = LlamaConfig(
@@ -43,14 +44,24 @@ def group_batch(reward: Any, length: Any = None, ref_logp: Any = None, seed: int
     p, c = 6, 5
     draw = rng.integers(1, c + 1, (b, k))
     length = draw if length is None else np.asarray(length)
-    return GroupBatch(
-        rng.integers(0, LLAMA.vocab_size, (b, p)).astype(np.int32),
-        rng.integers(1, p + 1, b).astype(np.int32),
-        rng.integers(0, LLAMA.vocab_size, (b, k, c)).astype(np.int32),
-        length.astype(np.int32),
-        reward,
-        np.zeros((b, k), np.float32) if ref_logp is None else np.asarray(ref_logp, np.float32),
+    batch = GroupBatch(
+        prompt_tokens=rng.integers(0, LLAMA.vocab_size, (b, p)).astype(np.int32),
+        prompt_length=rng.integers(1, p + 1, b).astype(np.int32),
+        completion_tokens=rng.integers(0, LLAMA.vocab_size, (b, k, c)).astype(np.int32),
+        completion_length=length.astype(np.int32),
+        reward=reward,
+        ref_logp=np.zeros((b, k)) if ref_logp is None else np.asarray(ref_logp),
+        token_slots=None,
+        completion_slots=None,
     )
+    # A block a group, and every slot: one shape, on any mesh.
+    return with_slots(batch._replace(ref_logp=batch.ref_logp.astype(np.float32)), num_blocks=b)
+
+
+def in_blocks(batch: GroupBatch, num_blocks: int) -> GroupBatch:
+    """The batch packed into blocks, each with a little more room than the fullest needs."""
+    room = room_of(batch.prompt_length, batch.completion_length, num_blocks=num_blocks, multiple=5)
+    return with_slots(batch, num_blocks=num_blocks, capacity=room)
 
 
 def toy_params(value: float = 1.0) -> dict[str, jax.Array]:

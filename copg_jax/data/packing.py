@@ -105,7 +105,7 @@ def balance(sizes: np.ndarray, num_bins: int) -> np.ndarray:
         num_bins: divides n.
 
     Returns:
-        int64 [num_bins, n / num_bins], indices of the items.
+        int64 [num_bins, n / num_bins], indices of the items, ascending in each bin.
     """
     rounds = np.argsort(-sizes, kind="stable").reshape(-1, num_bins)
     totals = np.zeros(num_bins)
@@ -113,7 +113,7 @@ def balance(sizes: np.ndarray, num_bins: int) -> np.ndarray:
     for dealt, items in zip(bins, rounds, strict=True):
         dealt[np.argsort(totals, kind="stable")] = items
         totals += sizes[dealt]
-    return bins.T
+    return np.sort(bins.T, axis=1)
 
 
 def deal(sizes: np.ndarray, *, batch_size: int, num_blocks: int) -> np.ndarray:

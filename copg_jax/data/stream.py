@@ -32,6 +32,18 @@ def num_steps(num_rows: int, batch_size: int, num_epochs: int) -> int:
     return num_rows * num_epochs // batch_size
 
 
+def _windows(num_rows: int, batch_size: int, num_epochs: int) -> np.ndarray:
+    """First steps of the windows, and the number of steps; no window mixes two epochs.
+
+    A batch that lies across the end of an epoch is a window of its own.
+    """
+    firsts = {num_steps(num_rows, batch_size, num_epochs)}
+    for epoch in range(num_epochs):
+        first, after = -(-epoch * num_rows // batch_size), (epoch + 1) * num_rows // batch_size
+        firsts.update(range(first, after, max(1, _WINDOW // batch_size)), [after])
+    return np.array(sorted(firsts))
+
+
 class GroupStream:
     """Iterates over `(ids, GroupBatch)` from `start_step` to the last step; each pass is the same.
 
@@ -84,12 +96,12 @@ class GroupStream:
         self._batch_size, self._num_blocks = batch_size, num_blocks
         self._start_step, self._host, self._num_hosts = start_step, host, num_hosts
         self._prompt_size, self._num_completions, self._completion_size = shape or dataset.shape()
-        self._steps_per_window = max(1, _WINDOW // batch_size)
+        self._windows = _windows(len(dataset), batch_size, num_epochs)
         # The seed goes through `.seed`: `shuffle(seed)` adds the epoch to it, so that the second
         # epoch of one seed would be the first epoch of the next.
         self._order = grain.MapDataset.range(len(dataset)).seed(seed).shuffle().repeat(num_epochs)
-        # A step needs its whole window; neighbours, and two threads, share the last few.
-        self._window = lru_cache(maxsize=4)(self._deal_window)
+        # A step needs its whole window: neighbours and threads share the last few.
+        self._deal = lru_cache(maxsize=4)(self._deal_window)
         self.capacity = self._sample_capacity()
 
     def __iter__(self) -> Iterator[tuple[list[str], GroupBatch]]:
@@ -98,8 +110,7 @@ class GroupStream:
 
     def _deal_window(self, window: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the window's steps [steps, B] and tokens of their blocks [steps, R, 2]."""
-        first = window * self._steps_per_window
-        after = min(first + self._steps_per_window, self.num_steps)
+        first, after = self._windows[window : window + 2]
         rows = np.array(
             [self._order[i] for i in range(first * self._batch_size, after * self._batch_size)]
         )
@@ -109,9 +120,9 @@ class GroupStream:
         return rows[dealt], blocks
 
     def _sample_capacity(self) -> Capacity:
-        num_windows = -(-self.num_steps // self._steps_per_window)
-        sample = np.unique(np.linspace(0, num_windows - 1, _SAMPLED_WINDOWS, dtype=int))
-        blocks = np.concatenate([self._deal_window(int(i))[1].reshape(-1, 2) for i in sample])
+        sample = np.linspace(0, len(self._windows) - 2, _SAMPLED_WINDOWS, dtype=int)
+        blocks = [self._deal_window(int(i))[1].reshape(-1, 2) for i in np.unique(sample)]
+        blocks = np.concatenate(blocks)
         tokens, completion_tokens = (
             -(-int(most) // _ROOM_MULTIPLE) * _ROOM_MULTIPLE
             for most in (blocks.sum(1).max(), blocks[:, 1].max())
@@ -119,8 +130,8 @@ class GroupStream:
         return Capacity(tokens, completion_tokens)
 
     def _load(self, step: int) -> tuple[list[str], GroupBatch]:
-        window, offset = divmod(int(step), self._steps_per_window)
-        rows, blocks = (array[offset] for array in self._window(window))
+        window = int(np.searchsorted(self._windows, step, side="right")) - 1
+        rows, blocks = (array[step - self._windows[window]] for array in self._deal(window))
         # Decided from the blocks of all hosts, so that all hosts decide the same.
         fits = blocks.sum(1).max() <= self.capacity.tokens
         fits &= blocks[:, 1].max() <= self.capacity.completion_tokens

@@ -94,8 +94,10 @@ def test_collate_pads_on_the_right_and_fills_up_with_absent_groups(with_bos):
         (3, 3),
         (3, 3),
         (3, 3),
+        (1, 3 * (16 + 3 * 8)),
+        (1, 3 * 3 * 8),
     ]
-    assert [x.dtype for x in batch] == [np.int32] * 4 + [np.float32] * 2
+    assert [x.dtype for x in batch] == [np.int32] * 4 + [np.float32] * 2 + [np.int32] * 2
     for row, group in enumerate(groups):
         length = batch.prompt_length[row]
         assert batch.prompt_tokens[row, :length].tolist() == group.prompt_tokens.tolist()

@@ -57,8 +57,10 @@ def test_the_same_seed_gives_the_same_batches_and_another_seed_others(dataset):
 
 @pytest.mark.parametrize("num_hosts", [2, 4])
 def test_the_hosts_slices_make_up_the_single_host_batch(dataset, num_hosts):
-    whole = steps(dataset)
-    slices = [steps(dataset, host=host, num_hosts=num_hosts) for host in range(num_hosts)]
+    whole = steps(dataset, num_blocks=4)
+    slices = [
+        steps(dataset, num_blocks=4, host=host, num_hosts=num_hosts) for host in range(num_hosts)
+    ]
     joined = []
     for parts in zip(*slices, strict=True):
         ids = [i for part, _ in parts for i in part]
@@ -84,10 +86,63 @@ def test_batches_have_the_shape_asked_for(dataset):
     assert batch.completion_length[:, 2].tolist() == [0] * 4
 
 
+@pytest.fixture(scope="module")
+def uneven(plain, tmp_path_factory):
+    """600 pairs whose lengths are spread like those of TL;DR: 343 +- 100 and 34 +- 11 tokens."""
+    rng = np.random.default_rng(0)
+
+    def words(mean, spread):
+        return " a" * int(np.clip(rng.normal(mean, spread), mean / 5, 2 * mean))
+
+    groups = (
+        TextGroup(str(i), f"f:{i}", words(343, 100), (words(34, 11), words(34, 11)), (1.0, 0.0))
+        for i in range(600)
+    )
+    path = tmp_path_factory.mktemp("uneven") / "a.arrow"
+    return prepare(groups, plain, path=path, limits=Limits(1024, 192), vocab_size=500)
+
+
+@pytest.mark.parametrize(("batch_size", "num_blocks"), [(8, 1), (64, 1), (64, 8), (64, 16)])
+def test_what_is_computed_is_95_percent_useful_in_one_shape(uneven, batch_size, num_blocks):
+    stream = GroupStream(uneven, batch_size=batch_size, num_epochs=2, seed=0, num_blocks=num_blocks)
+    batches = [batch for _, batch in stream]
+    assert {batch.token_slots.shape for batch in batches} == {(num_blocks, stream.capacity.tokens)}
+    useful = sum(b.prompt_length.sum() + b.completion_length.sum() for b in batches)
+    assert useful >= 0.95 * sum(b.token_slots.size for b in batches)
+
+
+def test_every_valid_token_is_computed_once_and_nothing_else(uneven):
+    _, batch = next(iter(GroupStream(uneven, batch_size=16, num_epochs=1, seed=3, num_blocks=4)))
+    prompt = np.arange(batch.prompt_tokens.shape[1]) < batch.prompt_length[:, None]
+    size = batch.completion_tokens.shape[2]
+    completion = np.arange(size) < batch.completion_length[..., None]
+    valid = np.concatenate([prompt.reshape(4, -1), completion.reshape(4, -1)], axis=1)
+    for slots, wanted, room in (
+        (batch.token_slots, valid, valid.shape[1]),
+        (batch.completion_slots, completion.reshape(4, -1), completion.size // 4),
+    ):
+        for row, mask in zip(slots, wanted, strict=True):
+            assert row[row < room].tolist() == np.flatnonzero(mask).tolist()
+            assert (row[mask.sum() :] == room).all()
+
+
+def test_a_step_that_does_not_fit_computes_every_slot(uneven):
+    stream = GroupStream(uneven, batch_size=8, num_epochs=1, seed=0)
+    small = stream.capacity._replace(tokens=stream.capacity.tokens - 200)
+    stream.capacity = small
+    shapes = {batch.token_slots.shape for _, batch in stream}
+    (full,) = {batch.prompt_tokens.size + batch.completion_tokens.size for _, batch in stream}
+    assert shapes == {(1, small.tokens), (1, full)}
+
+
 def test_impossible_settings_are_refused_with_the_numbers(dataset):
     with pytest.raises(InputError, match="has 22 groups, fewer than one batch of 32"):
         steps(dataset, batch_size=32)
-    with pytest.raises(InputError, match="batch of 4 groups cannot be shared equally by 3 hosts"):
-        steps(dataset, num_hosts=3)
+    with pytest.raises(
+        InputError, match="4 groups in 2 blocks cannot be shared equally by 4 hosts"
+    ):
+        steps(dataset, num_blocks=2, num_hosts=4)
+    with pytest.raises(InputError, match="batch of 4 groups cannot be cut into 3 equal blocks"):
+        steps(dataset, num_blocks=3)
     with pytest.raises(InputError, match="Resuming at step 17, but 3 epochs of 22 groups"):
         steps(dataset, start_step=17)
