@@ -23,6 +23,7 @@ from copg_jax.checkpoint import Checkpoints
 from copg_jax.cli import option
 from copg_jax.data.groups import GroupBatch
 from copg_jax.errors import InputError
+from copg_jax.flops import PEAK_TFLOPS
 from copg_jax.metrics import MetricsLogger
 from copg_jax.models.llama import REMAT_POLICIES
 from copg_jax.runtime import GracefulExit
@@ -31,6 +32,8 @@ from copg_jax.train_state import TrainState
 Batches = Iterator[tuple[list[str], GroupBatch]]
 Evaluate = Callable[[Any, int], tuple[dict[str, float], dict[str, str]]]
 """(params, step) → (metrics, texts)."""
+UsefulFlops = Callable[[GroupBatch], float]
+"""Host batch → floating-point operations that its training step needs."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,30 @@ def _non_finite(step: int, ids: list[str], per_group: np.ndarray, folder: Path) 
     )
 
 
+def work_of(
+    batch: GroupBatch, mesh: jax.sharding.Mesh, useful_flops: UsefulFlops | None = None
+) -> dict[str, float]:
+    """How much a step does, by the name of the rate it becomes when divided by its seconds.
+
+    Args:
+        batch: this host's share.
+        mesh: the device mesh.
+        useful_flops: operations that a batch needs; without it, or where the peak of the devices
+            is not known, there is no `perf/mfu`.
+    """
+    _, num_shares = sharding.batch_share(mesh)
+    tokens = int(batch.prompt_length.sum() + batch.completion_length.sum())
+    work = {
+        "perf/pairs_per_sec": num_shares * int((batch.completion_length > 0).any(-1).sum()),
+        "perf/tokens_per_sec": num_shares * tokens,
+    }
+    peak = PEAK_TFLOPS.get(mesh.devices.flat[0].device_kind)
+    if useful_flops is not None and peak is not None:
+        available = peak * 1e12 * mesh.devices.size
+        work["perf/mfu"] = num_shares * useful_flops(batch) / available
+    return work
+
+
 class _Pending:
     """Metrics of the previous step, still on the device while the next one runs."""
 
@@ -97,14 +124,12 @@ class _Pending:
         self,
         step: int,
         ids: list[str],
-        batch: GroupBatch,
         metrics: dict[str, Any],
+        work: dict[str, float],
         mesh: jax.sharding.Mesh,
     ) -> None:
-        self.step, self.ids, self.metrics, self.mesh = step, ids, metrics, mesh
-        _, num_shares = sharding.batch_share(mesh)
-        self.pairs = num_shares * int((np.asarray(batch.completion_length) > 0).any(-1).sum())
-        self.tokens = num_shares * int(batch.prompt_length.sum() + batch.completion_length.sum())
+        self.step, self.ids, self.metrics = step, ids, metrics
+        self.work, self.mesh = work, mesh
 
     def log(self, logger: MetricsLogger, since: float, folder: Path) -> float:
         """Waits for the step, logs it, and returns the time it was done; raises if it was not
@@ -113,10 +138,7 @@ class _Pending:
         values = jax.device_get(self.metrics)
         per_group, finite = values.pop("per_group"), values.pop("finite")
         now = time.perf_counter()
-        rates = {
-            "perf/pairs_per_sec": self.pairs / (now - since),
-            "perf/tokens_per_sec": self.tokens / (now - since),
-        }
+        rates = {name: amount / (now - since) for name, amount in self.work.items()}
         logger.log(self.step, {name: float(value) for name, value in values.items()} | rates)
         if not finite:
             # Ids are this host's, losses those of the global batch.
@@ -199,6 +221,7 @@ def run(
     save_every: int,
     evaluate: Evaluate | None = None,
     best_metric: str | None = None,
+    useful_flops: UsefulFlops | None = None,
 ) -> TrainState:
     """Trains from `start_step` to `num_steps` and returns the final state, which is saved.
 
@@ -215,6 +238,7 @@ def run(
         save_every: steps between checkpoints.
         evaluate: (params, step) → metrics and texts.
         best_metric: metric of `evaluate` whose largest value is worth a checkpoint of its own.
+        useful_flops: see `work_of`.
 
     Raises:
         NonFiniteLoss: names the step and the examples; the state from before it is saved.
@@ -237,7 +261,8 @@ def run(
                 # Queued before the step, so that the answer does not wait for its end.
                 exit_codes = host_max(exit_request.exit_code)
                 state, metrics = step_fn(state, sharding.place(batch, placement))
-                previous, pending = pending, _Pending(step, ids, batch, metrics, mesh)
+                work = work_of(batch, mesh, useful_flops)
+                previous, pending = pending, _Pending(step, ids, metrics, work, mesh)
                 if previous is not None:
                     clock = previous.log(logger, clock, checkpoints.folder)
                 exit_code = exit_request.exit_code if is_alone else int(exit_codes)

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import optax
 
-from copg_jax import distributed, loop, optim, runtime, sharding, stages, step, train_state
+from copg_jax import distributed, flops, loop, optim, runtime, sharding, stages, step, train_state
 from copg_jax.checkpoint import Checkpoints
 from copg_jax.config import MAY_DIFFER, TrainConfig
 from copg_jax.data.dataset import GroupDataset
@@ -127,6 +127,9 @@ def train(
                 save_every=config.training.save_every,
                 evaluate=_evaluation(run, loss_fn, generation),
                 best_metric=best_metric,
+                useful_flops=lambda batch: flops.useful_flops(
+                    run.model.config, batch.prompt_length, batch.completion_length, head=head
+                ),
             )
         _export_all(run, checkpoints, state)
 

@@ -16,7 +16,7 @@ from copg_jax.checkpoint import Checkpoints
 from copg_jax.errors import InputError
 from copg_jax.metrics import MetricsLogger
 from copg_jax.train_state import TrainState
-from tests.toys import Toy, assert_trees_equal, leaves, mesh, names_all, toy_batches
+from tests.toys import Toy, assert_trees_equal, group_batch, leaves, mesh, names_all, toy_batches
 
 METRIC = "eval/reward_mean"
 STEPS = 7
@@ -252,3 +252,14 @@ def test_a_batch_that_microbatches_and_mesh_do_not_divide_is_refused_with_one_th
 def test_a_value_out_of_range_is_named(field, value):
     with pytest.raises(InputError, match=field):
         loop.TrainingConfig(**{field: value})
+
+
+def test_the_rates_of_a_step_count_pairs_tokens_and_useful_operations(monkeypatch):
+    batch = group_batch(np.ones((4, 2)), length=[[1, 2], [3, 0], [0, 0], [5, 5]])
+    tokens = int(batch.prompt_length.sum()) + 16
+    work = {"perf/pairs_per_sec": 3, "perf/tokens_per_sec": tokens}
+    flops = lambda batch: 1e12 * len(batch.prompt_length)
+    assert loop.work_of(batch, mesh(1, 4), flops) == work  # the peak of a CPU is not known
+    monkeypatch.setitem(loop.PEAK_TFLOPS, "cpu", 10.0)
+    assert loop.work_of(batch, mesh(1, 4), flops) == work | {"perf/mfu": 0.1}
+    assert loop.work_of(batch, mesh(1, 4)) == work
