@@ -19,7 +19,8 @@ from copg_jax import sharding
 from copg_jax.benchmark import generate, peers, train
 from copg_jax.benchmark.workload import MODELS, read_workload, write_workload
 from copg_jax.errors import InputError
-from copg_jax.models.llama import DTYPES, REMAT_POLICIES
+from copg_jax.models import flash
+from copg_jax.models.llama import DTYPES, REMAT_POLICIES, LlamaConfig
 
 
 def make_parser(module: str, description: str | None) -> argparse.ArgumentParser:
@@ -95,6 +96,7 @@ def _add_shared(add: Any) -> None:
 
 def _add_model(add: Any) -> None:
     add("--dtype", choices=DTYPES, default="float32", help="compute dtype")
+    add("--attention", choices=flash.CHOICES, default="auto", help="what computes prompts")
     add("--mesh", type=_mesh, default=sharding.MeshConfig(), help="data=N,fsdp=N,tensor=N")
 
 
@@ -118,8 +120,8 @@ def write(args: argparse.Namespace) -> dict[str, Any]:
 
 def time_training(args: argparse.Namespace) -> dict[str, Any]:
     """time full optimiser steps of policy training"""
-    config = dataclasses.replace(MODELS[args.shape], dtype=args.dtype, remat=args.remat)
     mesh = sharding.make_mesh(args.mesh)
+    config = dataclasses.replace(_architecture(args, mesh), remat=args.remat)
     measured = train.measure(
         config,
         read_workload(args.workload, vocab_size=config.vocab_size),
@@ -132,13 +134,14 @@ def time_training(args: argparse.Namespace) -> dict[str, Any]:
         peak_tflops=args.peak_tflops,
         profile=args.profile,
     )
-    return _setting(args, mesh) | {"remat": args.remat, "steps": args.steps} | measured
+    setting = _setting(args, config, mesh) | {"remat": args.remat, "steps": args.steps}
+    return setting | measured
 
 
 def time_generation(args: argparse.Namespace) -> dict[str, Any]:
     """time greedy generation of a fixed number of tokens"""
-    config = dataclasses.replace(MODELS[args.shape], dtype=args.dtype)
     mesh = sharding.make_mesh(args.mesh)
+    config = _architecture(args, mesh)
     measured = generate.measure(
         config,
         read_workload(args.workload, vocab_size=config.vocab_size),
@@ -147,15 +150,25 @@ def time_generation(args: argparse.Namespace) -> dict[str, Any]:
         num_samples=args.samples,
         mesh=mesh,
     )
-    return _setting(args, mesh) | {"new": args.new, "samples": args.samples} | measured
+    setting = _setting(args, config, mesh) | {"new": args.new, "samples": args.samples}
+    return setting | measured
 
 
-def _setting(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+def _architecture(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> LlamaConfig:
+    """The model of that shape as it computes on these devices."""
+    config = dataclasses.replace(MODELS[args.shape], dtype=args.dtype)
+    return flash.choose(args.attention, config, mesh)
+
+
+def _setting(
+    args: argparse.Namespace, config: LlamaConfig, mesh: jax.sharding.Mesh
+) -> dict[str, Any]:
     """What the numbers of a line belong to."""
     return {
         "shape": args.shape,
         "batch": args.batch,
-        "dtype": args.dtype,
+        "dtype": config.dtype,
+        "attention": config.attention,
         "mesh": dict(mesh.shape),
         "device": mesh.devices.flat[0].device_kind,
         "jax": jax.__version__,

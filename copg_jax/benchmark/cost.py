@@ -58,6 +58,8 @@ def _matmul_flops(jaxpr: core.Jaxpr, *, loops: bool = True) -> float:
             product: Any = eqn.outvars[0].aval
             terms = math.prod(left.shape[axis] for axis in contracted)
             total += 2.0 * math.prod(product.shape) * terms
+        if eqn.primitive.name == "pallas_call":
+            continue
         rounds = eqn.params["length"] if loops and eqn.primitive.name == "scan" else 1
         for value in jax.tree.leaves(tuple(eqn.params.values()), is_leaf=_is_jaxpr):
             if _is_jaxpr(value):

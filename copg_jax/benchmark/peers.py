@@ -141,8 +141,10 @@ def compare(
     """
     found = []
     for number in range(1, rounds + 1):
-        rates = {c.name: _run(c, timeout_sec) for c in contestants}
-        log.info("round %d of %d: %s", number, rounds, rates)
+        rates = {}
+        for contestant in contestants:
+            rates[contestant.name] = rate = _run(contestant, timeout_sec)
+            log.info("round %d of %d: %s %s", number, rounds, contestant.name, rate)
         found.append(rates)
     return found
 
