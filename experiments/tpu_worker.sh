@@ -46,12 +46,13 @@ start() {
     stop
     timeout 600 tail -f --pid="$(cat copg_jax.pid)" /dev/null || pkill -KILL -P "$(cat copg_jax.pid)"
   fi
-  rm -f copg_jax.status
+  rm -f copg_jax.pid copg_jax.status
   cd copg_jax
   # shellcheck disable=SC2016 # for the inner shell to expand
-  PATH=$PWD/.venv/bin:$PATH setsid bash -c '"$@"; echo $? >../copg_jax.status' - "$@" \
+  PATH=$PWD/.venv/bin:$PATH setsid \
+    bash -c 'echo $$ >../copg_jax.pid; "$@"; echo $? >../copg_jax.status' - "$@" \
     </dev/null >../copg_jax.log 2>&1 &
-  echo $! >../copg_jax.pid
+  until [[ -s ../copg_jax.pid ]]; do sleep 0.1; done # before it, the connection could take it along
 }
 
 follow() {
