@@ -14,25 +14,27 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors relies on)
 import numpy as np
 import transformers
-from safetensors import safe_open
-from safetensors.numpy import save_file
+from jax.experimental import multihost_utils
 
+from copg_jax import distributed
 from copg_jax.errors import InputError
 from copg_jax.models.hf_layout import HfSlot, assemble, check_fit, hf_slots, to_hf
 from copg_jax.models.llama import LlamaConfig, Params, RopeScaling
+from copg_jax.models.safetensors_files import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    SafetensorsFolder,
+    write_safetensors,
+)
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 _SNAPSHOT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def resolve(path_or_id: str, revision: str | None = None) -> Path:
@@ -117,63 +119,6 @@ def _read_rope(rope: Mapping[str, Any], file: Path) -> tuple[float, RopeScaling 
     return float(rope["rope_theta"]), scaling
 
 
-class SafetensorsFolder:
-    """The tensors of a folder: model.safetensors, or the files its index names."""
-
-    def __init__(self, folder: Path):
-        self._handles: dict[Path, Any] = {}
-        if (folder / INDEX_NAME).is_file():
-            files = {folder / f for f in _read_weight_map(folder / INDEX_NAME).values()}
-        else:
-            files = {folder / SINGLE_NAME}
-        absent = sorted(str(file) for file in files if not file.is_file())
-        if absent:
-            pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
-            hint = (
-                "Pickled weights (.bin, .pt) can run code and are never read: convert them, e.g. "
-                "load with torch and call save_pretrained of transformers"
-                if pickled
-                else "Copy the missing files"
-            )
-            raise InputError(f"wanted safetensors weights, got no {', '.join(absent)}. {hint}.")
-        self._file_of: dict[str, Path] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        for file in sorted(files):
-            self._open(file)
-
-    def _open(self, file: Path) -> None:
-        try:
-            handle = self._handles[file] = safe_open(file, framework="numpy")
-            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-        except Exception as error:  # safetensors raises its own type for a broken header
-            raise InputError(
-                f"{file}: not a readable safetensors file ({error}); copy it again"
-            ) from error
-        for name, part in slices.items():
-            if part.get_dtype() not in _FLOATS and not name.endswith("inv_freq"):
-                raise InputError(
-                    f"{file}: {name}: wanted a dtype of {_FLOATS}, got {part.get_dtype()}; "
-                    "quantised checkpoints are not supported"
-                )
-            self._file_of[name] = file
-            self._shapes[name] = tuple(part.get_shape())
-
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self._shapes
-
-    def read(self, name: str, index: Sequence[slice]) -> np.ndarray:
-        return self._handles[self._file_of[name]].get_slice(name)[tuple(index)]
-
-
-def _read_weight_map(index: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{index}: wanted JSON with a 'weight_map' of tensor names to files, got {error!r}"
-        ) from error
-
-
 def load_params(
     folder: str | Path,
     config: LlamaConfig,
@@ -220,7 +165,10 @@ def save_pretrained(
     tokenizer: transformers.PreTrainedTokenizerBase,
     max_shard_bytes: int = 4 << 30,
 ) -> None:
-    """Write config.json, safetensors (float32) and tokenizer; the folder appears complete or not.
+    """Write config.json, safetensors (float32) and tokenizer; config.json, which comes last, marks
+    the folder as complete.
+
+    Every process calls it, to gather each tensor in turn; process 0 writes.
 
     Args:
         folder: target; replaced where it is a model folder already.
@@ -231,23 +179,37 @@ def save_pretrained(
         max_shard_bytes: size at which the next safetensors file begins.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
-        raise InputError(
-            f"{folder}: wanted a new folder or an older model folder to replace, got other files; "
-            "choose another folder"
-        )
-    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    temporary.mkdir(parents=True)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    with distributed.main_first(folder.parent):
+        if distributed.is_main_process():
+            _check_replaceable(folder)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            padded = copy.deepcopy(tokenizer)  # the caller's tokenizer stays as it is
+            if (pad_id := _pad_id(tokenizer)) is not None:
+                padded.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
+            padded.save_pretrained(temporary)
     try:
-        padding = copy.deepcopy(tokenizer)  # the caller's tokenizer stays as it is
-        padding.pad_token = tokenizer.convert_ids_to_tokens(_pad_id(tokenizer))
-        padding.save_pretrained(temporary)
         _write_weights(temporary, hf_slots(config, head=head), params, max_shard_bytes)
-        hf_config(config, head=head, tokenizer=tokenizer).save_pretrained(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        with distributed.main_first(folder / "config.json"):
+            if distributed.is_main_process():
+                shutil.rmtree(folder, ignore_errors=True)
+                temporary.rename(folder)
+                hf_config(config, head=head, tokenizer=tokenizer).save_pretrained(folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if distributed.is_main_process():
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Raises InputError unless a folder is new, empty, or holds a model, perhaps in part."""
+    marks = ("config.json", "tokenizer_config.json")
+    is_model = any((folder / mark).is_file() for mark in marks)
+    if folder.exists() and any(folder.iterdir()) and not is_model:
+        raise InputError(
+            f"{folder}: wanted a new folder or an older model folder to replace, got other "
+            "files; choose another folder"
+        )
 
 
 def hf_config(
@@ -276,13 +238,15 @@ def hf_config(
 
 
 def _pad_id(tokenizer: transformers.PreTrainedTokenizerBase) -> Any:
-    """An id to pad with that is not EOS.
+    """The id of a special token to pad with that is not EOS; None where there is no such token.
 
     LlamaForSequenceClassification reads the last token that differs from pad_token_id: with
-    padding equal to EOS it would read the token before the EOS.
+    padding equal to EOS it would read the token before the EOS. Without pad_token_id it takes
+    batches of one text and refuses larger ones. An ordinary token is no substitute: as padding it
+    would count as special, and decoding would leave it out of texts.
     """
-    candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0, 1)
-    return next(i for i in candidates if i is not None and i != tokenizer.eos_token_id)
+    candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id)
+    return next((i for i in candidates if i is not None and i != tokenizer.eos_token_id), None)
 
 
 def _write_weights(
@@ -302,13 +266,20 @@ def _write_weights(
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         if len(shards) == 1:
             file = SINGLE_NAME
-        tensors = {name: to_hf(slots[name], _fetch(params, slots[name])) for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o644)  # safetensors makes it readable by its owner only
+        _write_file(folder / file, {name: slots[name] for name in names}, params)
         weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
+    if len(shards) > 1 and distributed.is_main_process():
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_file(path: Path, slots: Mapping[str, HfSlot], params: Params) -> None:
+    def tensor(name: str) -> np.ndarray:
+        return to_hf(slots[name], _fetch(params, slots[name]))
+
+    # Other processes take part in the gathering, and throw away what they get.
+    with path.open("wb") if distributed.is_main_process() else open(os.devnull, "wb") as stream:
+        write_safetensors(stream, {name: slot.hf_shape for name, slot in slots.items()}, tensor)
 
 
 @jax.jit
@@ -318,9 +289,12 @@ def _take_layer(leaf: jax.Array, layer: int) -> jax.Array:
 
 
 def _fetch(params: Params, slot: HfSlot) -> np.ndarray:
-    if slot.layer is None:
-        return np.asarray(params[slot.leaf], np.float32)
-    return np.asarray(_take_layer(params["layers"][slot.leaf], slot.layer), np.float32)
+    """A leaf, or one layer of it, whole and in float32 on every host."""
+    if slot.stack is None:
+        value = params[slot.leaf]
+    else:
+        value = _take_layer(params[slot.stack][slot.leaf], slot.layer)
+    return np.asarray(multihost_utils.process_allgather(value, tiled=True), np.float32)
 
 
 def params_hash(folder: str | Path) -> str:
