@@ -4,18 +4,18 @@
 2. That count has the body of every loop once, so the matrix products of its other rounds are added.
 """
 
-import math
 import time
 from typing import Any, NamedTuple
 
 import jax
-from jax.extend import core
+
+from copg_jax.flops import matmul_flops
 
 
 class Cost(NamedTuple):
     """Cost of one call."""
 
-    flops: float  # all devices together; products inside custom kernels are not seen
+    flops: float  # all devices together; the compiler does not see into custom kernels
     temp_bytes: int  # one device: what is neither input nor output
     compile_sec: float  # tracing included
 
@@ -33,7 +33,7 @@ def compile_cost(function: Any, *args: Any) -> Cost:
     seconds = time.perf_counter() - start
     devices = {d for s in jax.tree.leaves(compiled.output_shardings) for d in s.device_set}
     counted = compiled.cost_analysis().get("flops", 0.0) * len(devices)
-    left_out = _matmul_flops(traced.jaxpr.jaxpr) - _matmul_flops(traced.jaxpr.jaxpr, loops=False)
+    left_out = matmul_flops(traced.jaxpr) - matmul_flops(traced.jaxpr, scan_trips=1)
     return Cost(counted + left_out, compiled.memory_analysis().temp_size_in_bytes, seconds)
 
 
@@ -41,32 +41,3 @@ def peak_device_bytes() -> int | None:
     """Most memory that this process ever had in use on its first device; None on CPU."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("peak_bytes_in_use")
-
-
-def _matmul_flops(jaxpr: core.Jaxpr, *, loops: bool = True) -> float:
-    """Operations of all matrix products.
-
-    Args:
-        jaxpr: the program.
-        loops: whether the body of a `scan` counts as often as it runs, or once.
-    """
-    total = 0.0
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            left: Any = eqn.invars[0].aval
-            product: Any = eqn.outvars[0].aval
-            terms = math.prod(left.shape[axis] for axis in contracted)
-            total += 2.0 * math.prod(product.shape) * terms
-        if eqn.primitive.name == "pallas_call":
-            continue
-        rounds = eqn.params["length"] if loops and eqn.primitive.name == "scan" else 1
-        for value in jax.tree.leaves(tuple(eqn.params.values()), is_leaf=_is_jaxpr):
-            if _is_jaxpr(value):
-                inner = getattr(value, "jaxpr", value)
-                total += rounds * _matmul_flops(inner, loops=loops)
-    return total
-
-
-def _is_jaxpr(value: Any) -> bool:
-    return isinstance(value, core.Jaxpr | core.ClosedJaxpr)
