@@ -22,21 +22,22 @@ class Chip(NamedTuple):
     """Published numbers of one chip; rates are 10^9 or 10^12 a second, memory is GiB."""
 
     peak_tflops: float  # bfloat16 products with float32 sums, dense
-    hbm_gib: float
+    hbm_gib: float  # that a program can have
     hbm_gb_per_sec: float
     link_gb_per_sec: float  # one link, one direction
-    num_links: int  # of a chip; 1 = all traffic goes through one switch
     source: str
 
 
 CHIPS: dict[str, Chip] = {
     # A TPU's published interconnect counts both directions of all its links: 400 GB/s = 4 x 2 x 50.
-    "TPU v4": Chip(275, 32, 1200, 50, 6, "cloud.google.com/tpu/docs/v4"),
-    "TPU v5 lite": Chip(197, 16, 819, 50, 4, "cloud.google.com/tpu/docs/v5e"),
-    "TPU v5": Chip(459, 95, 2765, 100, 6, "cloud.google.com/tpu/docs/v5p"),
-    "TPU v6 lite": Chip(918, 32, 1638, 100, 4, "cloud.google.com/tpu/docs/v6e"),
-    "NVIDIA H100 80GB HBM3": Chip(989, 80, 3350, 450, 1, "nvidia.com/en-us/data-center/h100"),
-    "NVIDIA H200": Chip(989, 141, 4800, 450, 1, "nvidia.com/en-us/data-center/h200"),
+    # Its compiler says what a program can have of the published 32, 16, 95 and 32 GB; of a GPU's 80
+    # and 141 GB the driver, the libraries and what is lost between arrays take about a tenth.
+    "TPU v4": Chip(275, 30.5, 1200, 50, "cloud.google.com/tpu/docs/v4"),
+    "TPU v5 lite": Chip(197, 15.75, 819, 50, "cloud.google.com/tpu/docs/v5e"),
+    "TPU v5": Chip(459, 95.74, 2765, 100, "cloud.google.com/tpu/docs/v5p"),
+    "TPU v6 lite": Chip(918, 31.25, 1638, 100, "cloud.google.com/tpu/docs/v6e"),
+    "NVIDIA H100 80GB HBM3": Chip(989, 72, 3350, 450, "nvidia.com/en-us/data-center/h100"),
+    "NVIDIA H200": Chip(989, 130, 4800, 450, "nvidia.com/en-us/data-center/h200"),
 }
 """By `jax.Device.device_kind`; "TPU v5 lite" is v5e, "TPU v5" is v5p, "TPU v6 lite" is v6e."""
 

@@ -157,18 +157,17 @@ def _full_batch(config: TrainConfig, num_completions: int, *, num_blocks: int) -
         [lengths(_COMPLETION_TOKENS, data.max_completion_tokens) for _ in range(num_completions)],
         axis=1,
     )
-    own = completions.sum(1)
-    blocks = packing.balance(prompts + own, num_blocks)
-    room = [_round_up(sizes[blocks].sum(1).max(), 128) for sizes in (prompts + own, own)]
-    rows = [_token_group(int(prompts[i]), completions[i]) for i in blocks.flat]
+    # As the stream would deal them: blocks of nearly equal totals, and the least room for them.
+    order = packing.balance(prompts + completions.sum(1), num_blocks).reshape(-1)
+    prompts, completions = prompts[order], completions[order]
     return groups.collate(
-        rows,
+        [_token_group(int(p), c) for p, c in zip(prompts, completions, strict=True)],
         batch_size=size,
         prompt_size=_round_up(data.max_prompt_tokens, 8),
         num_completions=num_completions,
         completion_size=_round_up(data.max_completion_tokens, 8),
         num_blocks=num_blocks,
-        capacity=packing.Capacity(*room),
+        capacity=packing.room_of(prompts, completions, num_blocks=num_blocks, multiple=8),
     )
 
 
@@ -212,6 +211,7 @@ def _sampling_program(
     rows = sharding.batch_sharding(mesh)
     prompts = np.full(size, round(_PROMPT_TOKENS.mean), np.int32)
     completions = np.full((size, generation.num_samples), num_steps, np.int32)
+    slots = packing.slots_of(prompts, prompt_size, shards, room=None)
     keys = jax.eval_shape(lambda: row_keys(0, 0, size))
     heads = model.num_key_value_heads * model.head_dim * model.num_hidden_layers
     cache = 2 * size * prompt_size * heads * _itemsize(model) / mesh.size
@@ -220,7 +220,7 @@ def _sampling_program(
         trains=False,
         arguments=(
             _abstract(params, layout),
-            *_abstract((np.zeros((size, prompt_size), np.int32), prompts, keys), rows),
+            *_abstract((np.zeros((size, prompt_size), np.int32), prompts, slots, keys), rows),
         ),
         num_groups=size,
         num_tokens=int(prompts.sum() + completions.sum()),

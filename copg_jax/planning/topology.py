@@ -17,7 +17,7 @@ from jax.experimental import topologies
 from copg_jax.errors import InputError
 from copg_jax.flops import CHIPS, Chip
 
-_TPUS = ("v4", "v5e", "v5p", "v6e")
+_TPUS = ("v5e", "v5p", "v6e")
 _GPUS = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
 
 
