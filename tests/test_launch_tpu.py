@@ -1,8 +1,4 @@
-"""launch_tpu.sh against a gcloud that records its calls and runs "remote" commands in folders.
-
-The fake keeps a list of states for the slice; each look at it moves one state on, up to the last.
-Workers are real processes: what the launcher starts there, stops and reads is really done.
-"""
+"""launch_tpu.sh against a gcloud that records its calls and runs "remote" commands in folders."""
 
 import os
 import shlex
@@ -11,151 +7,20 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-SCRIPTS = [ROOT / "launch_tpu.sh", ROOT / "experiments" / "tpu_worker.sh"]
-BASH, ENV = str(shutil.which("bash")), str(shutil.which("env"))
+from tests.fake_cloud import ROOT, SCRIPTS, FakeCloud
+
 SLICE = ["pod", "v5litepod-16", "us-west4-a"]
 TRAIN = ["python", "-m", "experiments.train_policy", "configs/a b.yaml", "rewards=[{f: 'x'}]"]
-
-GCLOUD = r"""#!/bin/bash
-fail() { echo "ERROR: (gcloud.compute.tpus) $*" >&2; exit 1; }
-printf '%s\0' "$@" '' >>"$CLOUD/calls"
-read -ra states <"$CLOUD/states"
-case "$*" in
-  "config get-value project") echo "$CONFIGURED_PROJECT" ;;
-  *" describe pod "*failedData*) echo "no quota for v5litepod-16" ;;
-  *" describe pod "*)
-    case "$3 $states" in
-      *BROKEN) fail "UNAUTHENTICATED: run gcloud auth login" ;;
-      *ABSENT) fail "NOT_FOUND: Resource 'pod' was not found" ;;
-      "tpu-vm CREATING" | "tpu-vm READY" | "tpu-vm PREEMPTED") ;;
-      tpu-vm* | *CREATING | *READY | *PREEMPTED) fail "NOT_FOUND: Resource 'pod' was not found" ;;
-    esac
-    echo "$states"
-    [[ ${#states[@]} == 1 ]] || echo "${states[@]:1}" >"$CLOUD/states" ;;
-  *" queued-resources create pod "*)
-    [[ -s $CLOUD/lives ]] || fail PERMISSION_DENIED
-    head -n 1 "$CLOUD/lives" >"$CLOUD/states" && sed -i 1d "$CLOUD/lives" ;;
-  *" delete pod "*)
-    [[ $3 == tpu-vm || ! -e $CLOUD/no_request ]] || fail "NOT_FOUND: Resource 'pod' was not found"
-    echo ABSENT >"$CLOUD/states" && rm -rf "$CLOUD"/workers/*/* "$CLOUD"/workers/*/.[a-z]* ;;
-  *" tpu-vm scp "*" pod: --worker=all "*)
-    for home in "$CLOUD"/workers/*; do cp "$5" "$home"; done ;;
-  *" tpu-vm ssh pod --worker=all "*)
-    hang_up() { kill -HUP -- "${workers[@]/#/-}" 2>/dev/null; } # with the session goes its group
-    trap 'hang_up; exit 255' TERM
-    for home in "$CLOUD"/workers/*; do
-      cd "$home"
-      HOME=$home WORKER=${home##*/} PATH=$CLOUD/tools:/usr/bin:/bin \
-        setsid bash -c "${7#--command=}" & workers+=($!)
-    done
-    for worker in "${workers[@]}"; do wait "$worker" || status=$?; done
-    hang_up
-    exit "${status:-0}" ;;
-  *) fail "unexpected: $*" ;;
-esac
-"""
-TOOLS = {
-    "curl": 'echo "$WORKER"',
-    "python3.13": "exit 1",
-    "python3.12": 'echo "$1 $2" >>~/made; [ "$2" != venv ] || cp -r "$CLOUD/venv" .venv',
-    "python3.11": "exit 1",
-    "python3": "exit 1",
-}
-VENV_PYTHON = """#!/bin/bash
-case "$1 $2" in
-  "-c "*) echo py312 ;;
-  "-m pip") echo "$@" >>~/pip ;;
-  *) printf '%s\\n' "$@" >~/arguments && . "$CLOUD/train" ;;
-esac
-"""
-
-
-def executable(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    path.chmod(0o755)
 
 
 @pytest.fixture
 def pod(tmp_path):
-    """A checkout, a gcloud with two workers, and functions that launch and look."""
-    cloud, tree = tmp_path / "cloud", tmp_path / "tree"
-    for name in ("0", "1"):
-        (cloud / "workers" / name).mkdir(parents=True)
-    (cloud / "calls").touch()
-    for name, text in TOOLS.items():
-        executable(cloud / "tools" / name, f"#!/bin/bash\n{text}\n")
-    executable(cloud / "venv" / "bin" / "python", VENV_PYTHON)
-    executable(tmp_path / "bin" / "gcloud", GCLOUD)
-    executable(tmp_path / "bin" / "sleep", "#!/bin/bash\nexec /bin/sleep 0.1\n")
-
-    (tree / "experiments").mkdir(parents=True)
-    for script in SCRIPTS:
-        shutil.copy(script, tree / script.relative_to(ROOT))
-    (tree / "constraints").mkdir()
-    (tree / "constraints" / "py312.txt").write_text("jax==1\n")
-    (tree / "setup.py").write_text("setup()\n")
-    (tree / ".gitignore").write_text("/runs/\n")
-    (tree / "runs").mkdir()
-    (tree / "runs" / "ignored").touch()
-    (tree / "deleted").touch()
-    for arguments in (["init", "-q"], ["add", "."]):
-        subprocess.run(["git", "-C", tree, *arguments], check=True)
-    (tree / "deleted").unlink()
-    (tree / "not tracked.py").touch()
-
-    env = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "CLOUD": str(cloud), "HOME": str(tmp_path)}
-
-    def set_up(states="READY", lives=(), train="echo training"):
-        (cloud / "states").write_text(states + "\n")
-        (cloud / "lives").write_text("".join(f"{life}\n" for life in lives))
-        (cloud / "train").write_text(train)
-
-    started = []
-
-    def start(*arguments, **extra):
-        # A shell cannot trap a signal that its parent ignores, as a job in the background may.
-        command = [ENV, "--default-signal=INT", BASH, str(tree / "launch_tpu.sh"), *arguments]
-        process = subprocess.Popen(
-            command,
-            env=env | {"CONFIGURED_PROJECT": "mine"} | extra,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
-
-    def finish(process):
-        out, err = process.communicate(timeout=60)
-        return SimpleNamespace(status=process.returncode, out=out, err=err)
-
-    def calls(*words):
-        recorded = (cloud / "calls").read_text().removesuffix("\0\0").split("\0\0")
-        lines = [line.split("\0") for line in recorded if line]
-        return [line for line in lines if set(words) <= set(line)]
-
-    set_up()
-    yield SimpleNamespace(
-        cloud=cloud,
-        tree=tree,
-        set_up=set_up,
-        start=start,
-        finish=finish,
-        launch=lambda *arguments, **extra: finish(start(*arguments, **extra)),
-        calls=calls,
-        home=lambda worker: cloud / "workers" / str(worker),
-    )
-    for pid in cloud.glob("workers/*/copg_jax.pid"):
-        subprocess.run(["pkill", "-KILL", "-P", pid.read_text().strip()])
-    for process in started:
-        process.terminate()
-        process.communicate()
+    cloud = FakeCloud(tmp_path)
+    yield cloud
+    cloud.end()
 
 
 def remains(result) -> bool:
@@ -244,7 +109,7 @@ def test_one_failing_worker_fails_the_launch_and_shows_its_log(pod):
 @pytest.mark.parametrize("tools", [{}, {"python3": 'echo "$@" >>~/uv; cp -r "$CLOUD/venv" .venv'}])
 def test_a_worker_without_python_3_11_gets_one_or_fails(pod, tools):
     for name, text in ({"python3.12": "exit 1"} | tools).items():
-        executable(pod.cloud / "tools" / name, f"#!/bin/bash\n{text}\n")
+        pod.give_workers(name, text)
     result = pod.launch(*SLICE, "--", *TRAIN)
     if tools:
         assert result.status == 0
