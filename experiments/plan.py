@@ -75,7 +75,7 @@ def print_table(found: list[tuple[Plan, list[str]]]) -> None:
         table.add_row(
             f"{plan.topology} ({plan.num_chips})",
             " ".join(f"{name}={size}" for name, size in plan.mesh.items()),
-            f"{plan.arguments_gib} + {_text(plan.temp_gib)}",
+            f"{plan.arguments_gib} + {plan.temp_gib}",
             _text(plan.hbm_gib_per_chip),
             {True: "yes", False: "no", None: "-"}[plan.fits],
             f"{plan.useful_tflops_per_chip}",

@@ -17,13 +17,12 @@ import jax
 from copg_jax import sharding
 from copg_jax.config import EvaluateConfig, TrainConfig
 from copg_jax.flops import Chip, matmul_flops
+from copg_jax.models import flash
 from copg_jax.planning import collectives
 from copg_jax.planning.program import Program, make_program, read_architecture
 from copg_jax.planning.topology import Topology
 
 _GIB = 2**30
-# What is left of a GPU's memory for arrays: the rest is the driver's, and lost between them.
-_GPU_SHARE = 0.92
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Plan:
     hbm_gib_per_chip: float | None
     fits: bool | None
     arguments_gib: float
-    temp_gib: float | None
+    temp_gib: float
     collectives: dict[str, dict[str, int]] | None
     useful_tflops_per_chip: float
     roofline_step_s: dict[str, float] | None
@@ -57,12 +56,14 @@ def make_plan(config: TrainConfig | EvaluateConfig, topology: Topology) -> tuple
         The plan, and what there is to say about it.
     """
     remat = config.training.remat if isinstance(config, TrainConfig) else "none"
-    model = replace(read_architecture(config.model), remat=remat)
     mesh = sharding.make_mesh(config.mesh, list(topology.devices))
+    model = flash.choose(
+        config.model.attention, replace(read_architecture(config.model), remat=remat), mesh
+    )
     program = make_program(config, model, mesh)
     start = time.perf_counter()
     traced = program.function.trace(*program.arguments)
-    compiled, temp = _compile(traced, program)
+    compiled, peak = _compile(traced, topology)
     seconds = time.perf_counter() - start
     chip, arguments = topology.chip, _argument_bytes(program)
     found = roofline = bound_by = None
@@ -84,9 +85,9 @@ def make_plan(config: TrainConfig | EvaluateConfig, topology: Topology) -> tuple
         num_chips=mesh.size,
         mesh=dict(mesh.shape),
         hbm_gib_per_chip=chip and chip.hbm_gib,
-        fits=_fits(topology, compiled, arguments),
+        fits=chip and compiled is not None and peak <= chip.hbm_gib * _GIB,
         arguments_gib=round(arguments / _GIB, 2),
-        temp_gib=temp and round(temp / _GIB, 2),
+        temp_gib=round((peak - arguments) / _GIB, 2),
         collectives=None if found is None else {k: one._asdict() for k, one in found.items()},
         useful_tflops_per_chip=round(program.useful_flops / mesh.size / 1e12, 2),
         roofline_step_s=roofline,
@@ -96,19 +97,21 @@ def make_plan(config: TrainConfig | EvaluateConfig, topology: Topology) -> tuple
     return plan, _remarks(plan, program, topology)
 
 
-def _compile(traced: Any, program: Program) -> tuple[Any, float | None]:
-    """The compiled step, or None where it does not fit, and its temporary bytes if known."""
+def _compile(traced: Any, topology: Topology) -> tuple[Any, float]:
+    """The compiled step, None where its compiler refuses it, and the most bytes one chip holds."""
     try:
         compiled = traced.lower().compile()
-        return compiled, compiled.memory_analysis().temp_size_in_bytes
     except jax.errors.JaxRuntimeError as error:
-        text = str(error)
-        if "RESOURCE_EXHAUSTED" not in text:
+        wanted = re.search(r"Ran out of memory.*?(?:\(|Used )([\d.]+)G", str(error), re.DOTALL)
+        if wanted is None:
             raise
-    if wanted := re.search(r"temporaries \(([\d.]+)G\)", text):
         return None, float(wanted[1]) * _GIB
-    wanted = re.search(r"Used ([\d.]+)G of", text)
-    return None, float(wanted[1]) * _GIB - _argument_bytes(program) if wanted else None
+    memory = compiled.memory_analysis()
+    if not topology.is_estimate:
+        return compiled, memory.peak_memory_in_bytes
+    # The CPU's compiler does not count temporaries there.
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return compiled, memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
 
 
 def _argument_bytes(program: Program) -> int:
@@ -117,18 +120,6 @@ def _argument_bytes(program: Program) -> int:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(program.arguments)
     )
-
-
-def _fits(topology: Topology, compiled: Any, arguments: float) -> bool | None:
-    """A TPU's compiler refuses what does not fit; of others the memory has to be compared."""
-    if not topology.is_estimate or compiled is None:
-        return compiled is not None
-    if topology.chip is None:
-        return None
-    memory = compiled.memory_analysis()
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    needed = arguments + results + memory.temp_size_in_bytes
-    return needed <= _GPU_SHARE * topology.chip.hbm_gib * _GIB
 
 
 def _roofline(

@@ -67,8 +67,10 @@ def _open_tpu(name: str, shape: list[int]) -> Topology:
             f"--topology {name}: wanted the TPU compiler, got no module libtpu. Fix: pip install "
             "-e '.[tpu]'; it needs no TPU. Or plan on virtual devices: cpu:8, gpu:8xh200."
         )
-    # The compiler would look for the TPU's host and say, on stderr, that there is none.
+    # The compiler would look for the TPU's host and say, on stderr, that there is none; and one
+    # process at a time could load it, as if each needed the TPU.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", name)
     alone = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(shape) == 1 else {}
     try:
