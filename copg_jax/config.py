@@ -14,6 +14,7 @@ from copg_jax.distributed import MODES
 from copg_jax.errors import InputError
 from copg_jax.evaluate import GenerationConfig
 from copg_jax.loop import TrainingConfig
+from copg_jax.models.flash import CHOICES
 from copg_jax.models.llama import DTYPES
 from copg_jax.optim import OptimConfig
 from copg_jax.rewards import RewardSpec
@@ -24,6 +25,7 @@ MAY_DIFFER = (
     "output_dir",  # a folder may be moved
     "distributed",
     "mesh",
+    "model.attention",
     "training.log_every",
     "training.tensorboard",
     "training.num_microbatches",
@@ -40,10 +42,16 @@ class ModelConfig:
     path: str = option(help="Hugging Face folder or hub id (safetensors)")
     revision: str | None = option(None, "hub revision; a commit pins the weights")
     dtype: str = option("bfloat16", "compute dtype: bfloat16 or float32 (parameters stay float32)")
+    attention: str = option(
+        "auto", "what computes prompts: xla, splash (TPU), cudnn (NVIDIA) or auto, which fits"
+    )
 
     def __post_init__(self):
-        if self.dtype not in DTYPES:
-            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got '{self.dtype}'")
+        for name, allowed in (("dtype", DTYPES), ("attention", CHOICES)):
+            if getattr(self, name) not in allowed:
+                raise InputError(
+                    f"{name} must be one of {', '.join(allowed)}, got '{getattr(self, name)}'"
+                )
 
 
 def _distributed() -> Any:

@@ -42,7 +42,9 @@ class TrainingConfig:
 
     batch_size: int = option(128, "groups per optimiser step, over all devices")
     num_microbatches: int = option(1, "pieces a batch is processed in (gradient accumulation)")
-    remat: str = option("full", "what the backward pass recomputes per layer: none, dots or full")
+    remat: str = option(
+        "full", "what the backward pass recomputes: none, dots (all but products), mlp or full"
+    )
     num_epochs: int = option(2, "passes over the data")
     max_steps: int | None = option(None, "stop after this many steps; null = all epochs")
     eval_every: int = option(50, "steps between evaluations; one also runs before the first step")

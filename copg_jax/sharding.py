@@ -4,7 +4,7 @@ from it.
 1. `make_mesh` lays the devices out as (data, fsdp, tensor);
 2. `LOGICAL_TO_MESH` says which mesh axis cuts which logical axis; models speak logical axes only;
 3. `shardings` turns a tree of logical axes into shardings; `batch_sharding` cuts batches along
-   groups, and `constrain_batch` the activations that come of them;
+   groups, `constrain_batch` the activations that come of them, and `on_shards` runs on the pieces;
 4. `place` and `place_whole` make global arrays from what each host holds; `batch_share` says which
    part of every batch a host has to load, and `make_host_max` lets hosts agree on a number.
 
@@ -13,7 +13,7 @@ This is the only file that names a mesh axis.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -37,6 +37,9 @@ LOGICAL_TO_MESH: Mapping[str, str | tuple[str, ...]] = {
     "mlp": "tensor",
 }
 """Logical axes that are cut; any other (`layers`, `head_dim`, None) is whole on every device."""
+
+Axes = tuple[str | None, ...]
+"""Logical axis names, one an array axis."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,34 @@ def constrain_batch(x: jax.Array) -> jax.Array:
     """Cuts an activation [B, ...] along B only, inside `batch_parallel`; elsewhere does nothing."""
     layout = _activations.get()
     return x if layout is None else jax.lax.with_sharding_constraint(x, layout)
+
+
+def on_shards(
+    function: Callable[..., jax.Array], *, in_axes: Sequence[Axes], out_axes: Axes
+) -> Callable[..., jax.Array]:
+    """Inside `batch_parallel`, each device runs the function on its pieces of the arguments.
+
+    For kernels that the compiler cannot cut. Elsewhere it is the function itself.
+
+    Args:
+        function: arrays → array; the axes that are cut must be independent of each other.
+        in_axes: logical axes of each argument.
+        out_axes: logical axes of the result.
+    """
+    layout = _activations.get()
+    if layout is None:
+        return function
+    return jax.shard_map(
+        function,
+        mesh=layout.mesh,
+        in_specs=tuple(map(_spec, in_axes)),
+        out_specs=_spec(out_axes),
+        check_vma=False,  # kernels do not say along which mesh axes their results vary
+    )
+
+
+def _spec(axes: Axes) -> PartitionSpec:
+    return PartitionSpec(*(axis and LOGICAL_TO_MESH.get(axis) for axis in axes))
 
 
 def shardings(mesh: Mesh, logical_axes: Any, shapes: Any) -> Any:

@@ -26,7 +26,7 @@ from copg_jax.data.tokenizer import load_tokenizer, tokenizer_hash
 from copg_jax.errors import InputError
 from copg_jax.evaluate import GenerationEvaluator
 from copg_jax.forward import load_frozen
-from copg_jax.models import functional, hf_weights
+from copg_jax.models import flash, functional, hf_weights
 from copg_jax.models.llama import LlamaConfig
 from copg_jax.rewards import WeightedRewards
 from copg_jax.sampling import make_sampler
@@ -74,17 +74,18 @@ def open_model(
     """Reads everything about a model but its weights, and checks that the parts fit.
 
     Args:
-        section: where it is and its compute dtype.
+        section: where it is and how it is computed.
         mesh: the device mesh.
         head: "lm" or "score".
         remat: what a backward pass recomputes; key of `llama.REMAT_POLICIES`.
 
     Raises:
-        InputError: no such folder, not a Llama, a tokenizer with more ids than the model has, or a
-            mesh that does not divide it.
+        InputError: no such folder, not a Llama, a tokenizer with more ids than the model has, a
+            mesh that does not divide it, or an attention that cannot run there.
     """
     folder = hf_weights.resolve(section.path, section.revision)
     config = replace(hf_weights.read_config(folder), dtype=section.dtype, remat=remat)
+    config = flash.choose(section.attention, config, mesh)
     tokenizer = load_tokenizer(folder)
     if len(tokenizer) > config.vocab_size:
         raise InputError(

@@ -1,6 +1,7 @@
 """Who sees whom: the one definition of attention inside a group.
 
-1. `prompt_attention`: a prompt token sees its prompt up to itself.
+1. `prompt_attention`: a prompt token sees its prompt up to itself. XLA or a fused kernel computes
+   it.
 2. `completion_attention`: a query sees its whole prompt and the first tokens of its own
    completion, never another completion; one softmax over both parts.
 
@@ -10,14 +11,21 @@ take scores and softmax in float32.
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from copg_jax.models.flash import fused_attention
+from copg_jax.models.llama import MIXED
 
 # Finite, so that a row without any visible key would still give a number and not NaN.
 _MASKED = float(jnp.finfo(jnp.float32).min)
 _QUERY_BLOCK = 128
+# Below this a fused kernel pays more for starting its many small products than it saves in traffic
+# (an estimate, see `flash`).
+_SHORTEST_FUSED = 256
 
 
 def prompt_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, prompt_length: jax.Array
+    q: jax.Array, k: jax.Array, v: jax.Array, prompt_length: jax.Array, *, backend: str = "xla"
 ) -> jax.Array:
     """Causal attention within right-padded prompts: softmax(q k / sqrt(Hd)) v.
 
@@ -26,17 +34,21 @@ def prompt_attention(
         k: keys [B, P, KV, Hd].
         v: values [B, P, KV, Hd].
         prompt_length: valid tokens [B], at least 1.
+        backend: one of `llama.ATTENTIONS`; XLA computes short prompts in any case.
 
     Returns:
         [B, P, H, Hd]; rows of padding are finite and mean nothing.
     """
+    if backend != "xla" and q.shape[1] >= _SHORTEST_FUSED:
+        return fused_attention(backend, q, k, v, prompt_length)
     queries, keys, values = _by_head(q, k.shape[2]), _by_head(k), _by_head(v)
     # A block of queries sees no key after its last one: half of the square is never computed.
     blocks = [
         _causal_block(queries[:, :, :, start : start + _QUERY_BLOCK], keys, values, start)
         for start in range(0, q.shape[1], _QUERY_BLOCK)
     ]
-    return _from_heads(jnp.concatenate(blocks, axis=3)).astype(q.dtype)
+    mixed = _from_heads(jnp.concatenate(blocks, axis=3)).astype(q.dtype)
+    return checkpoint_name(mixed, MIXED)
 
 
 def _causal_block(q: jax.Array, k: jax.Array, v: jax.Array, start: int) -> jax.Array:

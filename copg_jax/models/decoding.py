@@ -72,7 +72,7 @@ def prefill(
 
     def attend(q, k, v):
         k, v = unpack(k), unpack(v)
-        mixed = prompt_attention(unpack(q), k, v, prompt_length)
+        mixed = prompt_attention(unpack(q), k, v, prompt_length, backend=config.attention)
         return pack(mixed), (_to_cache(k), _to_cache(v))
 
     def attend_last(q, k, v):

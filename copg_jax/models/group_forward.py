@@ -157,7 +157,7 @@ def _run_groups(
     def attend(q, k, v):
         prompt_q, own_q = group.unpack(q)
         keys_values = in_slots(k, v)
-        mixed = prompt_attention(prompt_q, *keys_values[:3])
+        mixed = prompt_attention(prompt_q, *keys_values[:3], backend=config.attention)
         own_mixed = completion_attention(own_q, *keys_values, num_seen=own_position + 1)
         return group.pack(mixed, own_mixed), None
 

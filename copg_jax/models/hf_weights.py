@@ -217,7 +217,7 @@ def hf_config(
 ) -> transformers.LlamaConfig:
     """The transformers config of a model; `rope_parameters` in the form of transformers 5."""
     sizes = dataclasses.asdict(config)
-    for ours in ("dtype", "remat", "rope_theta", "rope_scaling"):
+    for ours in ("dtype", "attention", "remat", "rope_theta", "rope_scaling"):
         del sizes[ours]
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling is not None:

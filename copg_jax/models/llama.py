@@ -9,23 +9,40 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
 
 from copg_jax.errors import InputError
 
 HEADS = ("lm", "score")
 DTYPES = ("float32", "bfloat16")
+ATTENTIONS = ("xla", "splash", "cudnn")  # who computes prompts, see `flash.choose`
+# Names, for `jax.checkpoint`, of values that are costly to compute again.
+MIXED = "mixed"  # results of prompt attention, and what a fused kernel needs to differentiate them
+PROJECTED = "projected"  # q, k, v and the sum that the MLP reads
+
+
+def _mixed_saveable(primitive: Any, *_: Any, **params: Any) -> bool:
+    """What cuDNN returns cannot be named by us, so the kernel itself is known by its name."""
+    kernel = "dot_product_attention_fwd_wrapper"
+    return primitive.name == kernel or _only_mixed(primitive, **params)
+
+
+_only_mixed = jax.checkpoint_policies.save_only_these_names(MIXED)
+_both = jax.checkpoint_policies.save_from_both_policies
 # What the backward pass finds stored, instead of computing it again, per layer.
 REMAT_POLICIES: dict[str, Callable[..., Any]] = {
     "none": jax.checkpoint_policies.everything_saveable,
+    "dots": _both(jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _mixed_saveable),
+    "mlp": _both(jax.checkpoint_policies.save_only_these_names(PROJECTED), _mixed_saveable),
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 Params = dict[str, Any]
@@ -44,7 +61,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of a Llama (Hugging Face names), its compute dtype and its rematerialisation."""
+    """Sizes of a Llama (Hugging Face names), then compute dtype, attention, rematerialisation."""
 
     vocab_size: int
     hidden_size: int
@@ -59,6 +76,7 @@ class LlamaConfig:
     max_position_embeddings: int = 4096
     tie_word_embeddings: bool = False
     dtype: str = "float32"
+    attention: str = "xla"
     remat: str = "full"
 
     def __post_init__(self) -> None:
@@ -75,7 +93,8 @@ class LlamaConfig:
             raise InputError(f"num_hidden_layers must be at least 2, got {self.num_hidden_layers}")
         if self.head_dim % 2:
             raise InputError(f"head_dim must be even for rotary positions, got {self.head_dim}")
-        for name, allowed in (("dtype", DTYPES), ("remat", tuple(REMAT_POLICIES))):
+        choices = {"dtype": DTYPES, "attention": ATTENTIONS, "remat": tuple(REMAT_POLICIES)}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
 
@@ -239,17 +258,18 @@ class LlamaLayer(nnx.Module):
         Returns:
             The new x [B, U, D] and `extra` (cache columns, or None) as `attend` gave it.
         """
+        keep = partial(checkpoint_name, name=PROJECTED)
         normed = rms_norm(x, self.input_layernorm[...], self.eps)
-        k = rotate(_project("btd,dhe->bthe", normed, self.k_proj), rotation)
-        v = _project("btd,dhe->bthe", normed, self.v_proj)
+        k = keep(rotate(_project("btd,dhe->bthe", normed, self.k_proj), rotation))
+        v = keep(_project("btd,dhe->bthe", normed, self.v_proj))
         x, rotation = jax.tree.map(read, (x, rotation))
         normed = rms_norm(x, self.input_layernorm[...], self.eps)
-        q = rotate(_project("btd,dhe->bthe", normed, self.q_proj), rotation)
+        q = keep(rotate(_project("btd,dhe->bthe", normed, self.q_proj), rotation))
         mixed, extra = attend(q, k, v)
         # One merged contraction axis: over (h, e) XLA transposes the weights at every decode step.
         mixed = mixed.reshape(*mixed.shape[:2], -1)
         o_proj = self.o_proj[...].astype(x.dtype).reshape(mixed.shape[-1], -1)
-        x = x + jnp.einsum("btm,md->btd", mixed, o_proj)
+        x = keep(x + jnp.einsum("btm,md->btd", mixed, o_proj))
 
         normed = rms_norm(x, self.post_attention_layernorm[...], self.eps)
         gate = _project("btd,df->btf", normed, self.gate_proj)

@@ -91,17 +91,6 @@ def test_prompt_padding_is_never_seen():
     assert np.abs(jnp.where(valid, mixed, 0)).max() < 10
 
 
-def test_long_prompts_are_cut_into_blocks_of_queries_without_a_trace():
-    size = 2 * attention._QUERY_BLOCK + 7
-    q, k, v = (_normal(i, 1, size, heads, HD) for i, heads in enumerate((H, KV, KV)))
-    mixed = prompt_attention(q, k, v, jnp.array([size]))
-    grouped = q.reshape(1, size, KV, H // KV, HD)
-    scores = jnp.einsum("bqkge,bpke->bkgqp", grouped, k) / HD**0.5
-    scores = jnp.where(jnp.tri(size, dtype=bool)[None, None, None], scores, -jnp.inf)
-    wanted = jnp.einsum("bkgqp,bpke->bqkge", jax.nn.softmax(scores, -1), v).reshape(q.shape)
-    np.testing.assert_allclose(mixed, wanted, atol=1e-5)
-
-
 def test_a_query_that_has_seen_nothing_sees_the_whole_prompt_alone():
     q, prompt, own = _completion_inputs()
     actual = completion_attention(q, *prompt, LENGTH, *own, jnp.zeros((1, 1, C), int))
