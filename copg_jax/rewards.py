@@ -31,7 +31,7 @@ from copg_jax.data.tldr import Limits
 from copg_jax.data.tokenizer import Encoder, load_tokenizer
 from copg_jax.errors import InputError
 from copg_jax.forward import GroupForward, load_frozen
-from copg_jax.models import functional, hf_weights
+from copg_jax.models import flash, functional, hf_weights
 from copg_jax.models.reward import reward as model_reward
 
 RewardFn = Callable[..., Sequence[float | None]]
@@ -268,11 +268,12 @@ class RewardModel:
     ):
         folder = hf_weights.resolve(path)
         self.fingerprint = hf_weights.params_hash(folder)
-        self._config = replace(hf_weights.read_config(folder), dtype=dtype)
+        mesh = sharding.make_mesh(sharding.MeshConfig())
+        config = replace(hf_weights.read_config(folder), dtype=dtype)
+        self._config = flash.choose("auto", config, mesh)
         self._encoder = Encoder(load_tokenizer(folder))
         # Every completion gets a reward, however long it is.
         self._limits = Limits(max_prompt_tokens, max_completion_tokens=1 << 30)
-        mesh = sharding.make_mesh(sharding.MeshConfig())
         axes = functional.logical_axes(self._config, head="score")
         shapes = functional.abstract_params(self._config, head="score")
         layout = sharding.shardings(mesh, axes, shapes)
