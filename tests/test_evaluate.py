@@ -201,6 +201,10 @@ class Rows(list):
     def shape(self) -> tuple[int, int, int]:
         return 8, 3, 8
 
+    def num_tokens(self, indices):
+        rows = [self[i] for i in indices]
+        return np.array([(len(r.prompt_tokens), sum(map(len, r.completion_tokens))) for r in rows])
+
 
 def test_held_out_averages_do_not_depend_on_the_batch_size():
     rng = np.random.default_rng(0)

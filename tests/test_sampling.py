@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from copg_jax import policy, sampling, sharding
-from copg_jax.data.groups import GroupBatch
-from copg_jax.models import functional
+from copg_jax.data.groups import GroupBatch, with_slots
+from copg_jax.data.packing import slots_of
+from copg_jax.models import decoding, functional
 from copg_jax.models.llama import LlamaConfig
 from copg_jax.sampling import Samples, make_sampler, row_keys
 from tests.models import tiny
@@ -57,7 +58,7 @@ def sampler_on(on: jax.sharding.Mesh, num_samples: int, temperature: float) -> s
 @pytest.fixture(scope="module")
 def sample() -> sampling.Sampler:
     """K = 40 samples at temperature 1 on one device; `trips` grows by one per decode step."""
-    decode_step = functional.decode_step
+    decode_step = decoding.decode_step
 
     def counted(*args: Any) -> Any:
         jax.debug.callback(lambda: trips.append(1))
@@ -65,10 +66,11 @@ def sample() -> sampling.Sampler:
 
     sampler = sampler_on(mesh(), K, 1.0)
 
-    def call(*args: Any) -> Samples:
+    def call(params: Any, prompts: Any, length: Any, keys: Any) -> Samples:
         with pytest.MonkeyPatch.context() as patch:  # seen by the trace, at the first call
-            patch.setattr(functional, "decode_step", counted)
-            samples = jax.device_get(sampler(*args))
+            patch.setattr(decoding, "decode_step", counted)
+            slots = slots_of(length, P, 1, B * P)
+            samples = jax.device_get(sampler(params, prompts, length, slots, keys))
         jax.effects_barrier()
         return samples
 
@@ -84,7 +86,8 @@ def samples(sample, params) -> Samples:
 def group_of(samples: Samples) -> GroupBatch:
     """The samples as a batch to train on."""
     blank = np.zeros(samples.length.shape, np.float32)
-    return GroupBatch(PROMPTS, LENGTH, samples.tokens, samples.length, blank, blank)
+    batch = GroupBatch(PROMPTS, LENGTH, samples.tokens, samples.length, blank, blank, None, None)
+    return with_slots(batch)
 
 
 def test_sampler_log_probabilities_are_those_of_training(samples, params):
@@ -148,7 +151,8 @@ def test_generation_stops_when_every_row_has_ended(sample, params):
 
 
 def test_greedy_is_the_most_likely_token_of_the_whole_text_recomputed(params):
-    greedy = jax.device_get(sampler_on(mesh(), 1, 0.0)(params, PROMPTS, LENGTH, row_keys(0, 0, B)))
+    slots, keys = slots_of(LENGTH, P, 1, None), row_keys(0, 0, B)
+    greedy = jax.device_get(sampler_on(mesh(), 1, 0.0)(params, PROMPTS, LENGTH, slots, keys))
     matrix = functional.output_matrix(params)
     texts = np.zeros((B, P + C), np.int32)
     for b in range(B):
@@ -168,7 +172,8 @@ def test_greedy_is_the_most_likely_token_of_the_whole_text_recomputed(params):
 
 
 def test_eight_devices_draw_what_one_device_draws(samples, params):
-    on_eight = sampler_on(mesh(1, 4, 2), K, 1.0)(params, PROMPTS, LENGTH, row_keys(0, 0, B))
+    slots, keys = slots_of(LENGTH, P, 4, 11), row_keys(0, 0, B)
+    on_eight = sampler_on(mesh(1, 4, 2), K, 1.0)(params, PROMPTS, LENGTH, slots, keys)
     np.testing.assert_array_equal(on_eight.tokens, samples.tokens)
     np.testing.assert_array_equal(on_eight.length, samples.length)
     np.testing.assert_allclose(on_eight.token_logp, samples.token_logp, atol=1e-5)
