@@ -27,6 +27,9 @@ from copg_jax.models.llama import LlamaConfig
 from copg_jax.rewards import WeightedRewards
 from copg_jax.sampling import Sampler, Samples, row_keys
 
+_PROMPT_MULTIPLE = 64
+"""Prompt sizes are rounded up to it: short prompts do not pay for long ones, in few shapes."""
+
 
 @dataclass(frozen=True)
 class GenerationConfig:
@@ -150,12 +153,14 @@ class GenerationEvaluator:
         inputs: Mapping[str, str] | None = None,
     ) -> None:
         self.inputs = dict(inputs or {})
-        self._sampler, self._prompts, self._tokenizer = sampler, prompts, tokenizer
+        self._sampler, self._tokenizer = sampler, tokenizer
         self._rewards, self._generation, self._beta = rewards, generation, beta
         self._mesh, self._ref_params = mesh, ref_params
         shards = sharding.num_batch_shards(mesh)
         self._batch_size = -(-min(generation.batch_size, len(prompts)) // shards) * shards
-        self._prompt_size = -(-max(len(p.prompt_tokens) for p in prompts) // 8) * 8
+        # Batches of similar length, longest first: running out of memory shows at once.
+        self._order = np.argsort([-len(p.prompt_tokens) for p in prompts], kind="stable")
+        self._prompts = [prompts[i] for i in self._order]
         rows = sharding.batch_sharding(mesh)
         self._ref_token_logp = jax.jit(
             sharding.batch_parallel(mesh)(partial(policy.token_logp, config, chunk=logits_chunk)),
@@ -170,28 +175,23 @@ class GenerationEvaluator:
         return summarize(generations, beta=self._beta), texts
 
     def batches(self, params: Any, step: int, first: int = 0) -> Iterator[list[Generation]]:
-        """Generates and judges batch by batch.
+        """Generates and judges batch by batch, from the longest prompts to the shortest.
 
         Args:
             params: the policy's parameters.
-            step: folded into the seed; the same step gives the same samples, whatever `first` is.
+            step: folded into the seed; the same step gives a prompt the same samples, whatever its
+                batch.
             first: prompts to skip, when going on with an interrupted evaluation.
         """
-        keys = row_keys(self._generation.seed, step, len(self._prompts))
-        shape = (self._prompt_size, self._generation.num_samples, self._generation.max_new_tokens)
+        keys = row_keys(self._generation.seed, step, len(self._prompts))[self._order]
         placement = sharding.batch_sharding(self._mesh)
-        num_blocks = sharding.num_batch_shards(self._mesh)
         for start in range(first, len(self._prompts), self._batch_size):
             chunk = self._prompts[start : start + self._batch_size]
-            batch = _prompt_batch(chunk, num_blocks, self._batch_size, *shape)
+            batch, prompt_slots = self._batch(chunk)
             # Rows past the last prompt reuse key 0: they are dropped.
             index = np.arange(start, start + self._batch_size)
             row = keys[np.where(index < len(keys), index, 0)]
-            placed = sharding.place_whole(batch, placement)
-            prompt_slots = sharding.place_whole(
-                packing.slots_of(batch.prompt_length, self._prompt_size, num_blocks, None),
-                placement,
-            )
+            placed, prompt_slots = sharding.place_whole((batch, prompt_slots), placement)
             samples = self._sampler(
                 params, placed.prompt_tokens, placed.prompt_length, prompt_slots, row
             )
@@ -203,6 +203,35 @@ class GenerationEvaluator:
                 )
                 ref_logp = jax.device_get(self._ref_token_logp(self._ref_params, scored))
             yield self._judge(chunk, self._measure(chunk, jax.device_get(samples), ref_logp))
+
+    def _batch(self, chunk: Sequence[TokenGroup]) -> tuple[GroupBatch, np.ndarray]:
+        """Prompts of a batch with every slot of the samples to come, and the prompts' slots.
+
+        Shapes depend on the prompts alone, so that later evaluations compile nothing.
+        """
+        num_samples, size = self._generation.num_samples, self._generation.max_new_tokens
+        num_blocks = sharding.num_batch_shards(self._mesh)
+        longest = max(len(prompt.prompt_tokens) for prompt in chunk)
+        batch = groups.collate(
+            [],
+            batch_size=self._batch_size,
+            prompt_size=-(-longest // _PROMPT_MULTIPLE) * _PROMPT_MULTIPLE,
+            num_completions=num_samples,
+            completion_size=size,
+            num_blocks=num_blocks,
+        )
+        for row, group in enumerate(chunk):
+            batch.prompt_tokens[row, : len(group.prompt_tokens)] = group.prompt_tokens
+            batch.prompt_length[row] = len(group.prompt_tokens)
+        batch.completion_length[:] = size
+        room = packing.room_of(
+            batch.prompt_length, batch.completion_length, num_blocks=num_blocks, multiple=1
+        )
+        prompt_room = room.tokens - room.completion_tokens
+        prompt_slots = packing.slots_of(
+            batch.prompt_length, batch.prompt_tokens.shape[1], num_blocks, prompt_room
+        )
+        return groups.with_slots(batch, num_blocks=num_blocks, capacity=room), prompt_slots
 
     def _measure(
         self, chunk: Sequence[TokenGroup], samples: Samples, ref_token_logp: np.ndarray | None
@@ -251,29 +280,6 @@ class GenerationEvaluator:
             replace(g, reward=float(reward if penalty is None or g.has_eos else penalty))
             for g, reward in zip(found, rewards, strict=True)
         ]
-
-
-def _prompt_batch(
-    chunk: Sequence[TokenGroup],
-    num_blocks: int,
-    batch_size: int,
-    prompt_size: int,
-    num_samples: int,
-    max_new: int,
-) -> GroupBatch:
-    """Prompts of a batch, with room for the samples."""
-    batch = groups.collate(
-        [],
-        batch_size=batch_size,
-        prompt_size=prompt_size,
-        num_completions=num_samples,
-        completion_size=max_new,
-        num_blocks=num_blocks,
-    )
-    for row, group in enumerate(chunk):
-        batch.prompt_tokens[row, : len(group.prompt_tokens)] = group.prompt_tokens
-        batch.prompt_length[row] = len(group.prompt_tokens)
-    return batch
 
 
 def sample_texts(generations: Sequence[Generation], sizes: GenerationConfig) -> dict[str, str]:

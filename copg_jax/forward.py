@@ -5,6 +5,7 @@ is all the rest.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from copg_jax.runtime import Progress
 
 _PROMPT_MULTIPLE, _COMPLETION_MULTIPLE = 64, 16
 """Shapes are rounded up to these, so that a data set needs few compilations."""
+_MOST_COMPLETIONS = 8
 
 
 class GroupForward:
@@ -58,27 +60,40 @@ class GroupForward:
             out_shardings=sharding.replicated(mesh),
         )
 
-    def __call__(
-        self,
-        rows: Sequence[TokenGroup],
-    ) -> list[np.ndarray]:
-        """One float32 array [number of completions] per group, in the order of `rows`."""
+    def __call__(self, rows: Sequence[TokenGroup]) -> list[np.ndarray]:
+        """One float32 array [number of completions] per group, in the order of `rows`.
+
+        What occurs several times is computed once: groups with the same prompt are merged, equal
+        completions of it too.
+        """
+        merged, places = _merge(rows)
+        values = self._run(merged)
+        return [np.array([values[i][k] for i, k in of_row], np.float32) for of_row in places]
+
+    def _run(self, rows: Sequence[TokenGroup]) -> list[np.ndarray]:
         progress = Progress(self._name, len(rows))
-        sizes = [
-            (len(row.prompt_tokens), max(len(ids) for ids in row.completion_tokens)) for row in rows
-        ]
         # Longest first: running out of memory shows at once, not at the end.
-        order = sorted(range(len(rows)), key=lambda i: sizes[i], reverse=True)
+        order = sorted(range(len(rows)), key=lambda i: _sizes(rows[i]), reverse=True)
         results: list[np.ndarray] = [np.empty(0, np.float32)] * len(rows)
+        pending: list[tuple[list[int | None], Array]] = []
+
+        def fetch() -> None:
+            chunk, values = pending.pop(0)
+            for i, row_values in zip(chunk, np.asarray(jax.device_get(values)), strict=True):
+                if i is not None:
+                    results[i] = row_values
+
         for start in range(0, len(order), self._batch_size):
             chunk = self._by_block(rows, order[start : start + self._batch_size])
             batch = self._batch([None if i is None else rows[i] for i in chunk])
             placed = sharding.place_whole(batch, self._rows)
-            values = np.asarray(jax.device_get(self._function(self._params, placed)))
-            for i, row_values in zip(chunk, values, strict=True):
-                if i is not None:
-                    results[i] = row_values[: len(rows[i].completion_tokens)]
-            progress.update(start + len(chunk))
+            pending.append((chunk, self._function(self._params, placed)))
+            # Read one batch late: the device computes while the host collates the next.
+            if len(pending) > 1:
+                fetch()
+            progress.update(start)
+        while pending:
+            fetch()
         return results
 
     def _by_block(self, rows: Sequence[TokenGroup], chunk: Sequence[int]) -> list[int | None]:
@@ -113,6 +128,45 @@ class GroupForward:
             multiple=max(8, batch.token_slots.shape[1] // 32),
         )
         return groups.with_slots(batch, num_blocks=self._num_blocks, capacity=room)
+
+
+def _sizes(row: TokenGroup) -> tuple[int, int]:
+    return len(row.prompt_tokens), max(map(len, row.completion_tokens))
+
+
+def _merge(
+    rows: Sequence[TokenGroup],
+) -> tuple[list[TokenGroup], list[list[tuple[int, int]]]]:
+    """Groups of distinct completions of distinct prompts; (group, slot) of each row's completions.
+
+    Groups are closed at `_MOST_COMPLETIONS`, so that few shapes are compiled.
+    """
+    completions: list[list[np.ndarray]] = []
+    prompts: list[TokenGroup] = []
+    open_group: dict[bytes, int] = {}
+    found: dict[tuple[bytes, bytes], tuple[int, int]] = {}
+
+    def place(row: TokenGroup, prompt: bytes, tokens: np.ndarray) -> tuple[int, int]:
+        key = prompt, tokens.tobytes()
+        if key not in found:
+            group = open_group.get(prompt)
+            if group is None or len(completions[group]) == _MOST_COMPLETIONS:
+                group = open_group[prompt] = len(prompts)
+                prompts.append(row)
+                completions.append([])
+            found[key] = group, len(completions[group])
+            completions[group].append(tokens)
+        return found[key]
+
+    places = []
+    for row in rows:
+        prompt = row.prompt_tokens.tobytes()
+        places.append([place(row, prompt, tokens) for tokens in row.completion_tokens])
+    merged = [
+        replace(row, completion_tokens=tuple(tokens), rewards=None, ref_logps=None)
+        for row, tokens in zip(prompts, completions, strict=True)
+    ]
+    return merged, places
 
 
 def load_frozen(folder: Path, config: LlamaConfig, *, head: str, shardings: Any) -> Any:

@@ -151,8 +151,8 @@ def test_k3_is_never_negative_and_k1_is_the_difference_of_the_sums(sampler, para
     assert metrics["eval/kl"] == pytest.approx(np.mean([g.logp - g.ref_logp for g in found]))
 
 
-def test_prompts_come_in_order_with_their_columns_and_texts_without_eos(against_itself):
-    assert [g.id for g in against_itself] == [f"p{i}" for i in range(5) for _ in range(3)]
+def test_the_longest_prompts_come_first_with_their_columns_and_texts_without_eos(against_itself):
+    assert [g.id for g in against_itself] == [f"p{i}" for i in (4, 3, 2, 1, 0) for _ in range(3)]
     for g in against_itself:
         words = len(g.completion.split())
         assert words == g.length - g.has_eos
@@ -169,6 +169,13 @@ def test_the_same_step_draws_the_same_samples_and_another_step_others(sampler, p
     assert [g.completion for g in first] != [g.completion for g in later]
     assert [g.id for g in first] == [g.id for g in later]
     assert all(math.isnan(g.ref_logp) for g in first)
+
+
+def test_the_samples_of_a_prompt_do_not_depend_on_the_batches(sampler, params):
+    one_by_one, together = (
+        generate(evaluator(sampler, batch_size=size), params, 7) for size in (1, 4)
+    )
+    assert [g.completion for g in one_by_one] == [g.completion for g in together]
 
 
 def test_an_interrupted_evaluation_goes_on_with_the_samples_it_would_have_had(sampler, params):
