@@ -191,14 +191,24 @@ def test_a_kernel_that_cannot_run_is_refused_with_one_that_can(wanted, mesh, cha
     toys.names_all(str(caught.value), ["attention", *parts])
 
 
+@pytest.fixture
+def cudnn_traces(monkeypatch):
+    """cuDNN's kernel can be traced and lowered, though not run."""
+    module = "jax._src.cudnn.fused_attention_stablehlo."
+    monkeypatch.setattr(module + "check_cudnn_version", lambda: 91800)
+    monkeypatch.setattr(module + "check_compute_capability", lambda capability: True)
+
+
 @pytest.mark.parametrize(
     ("backend", "stored"),
-    [("xla", "named 'mixed'"), ("splash", "f32[1,2,256] ")],
-    ids=["xla: what was mixed", "splash: what was mixed and its logsumexp"],
+    [("xla", "named 'mixed'"), ("splash", "f32[1,2,256] "), ("cudnn", "f32[1,2,256] ")],
+    ids=["xla: what was mixed", "splash: and its logsumexp", "cudnn: and its logsumexp"],
 )
 @pytest.mark.parametrize("remat", ["full", "mlp", "dots"])
-def test_all_policies_but_full_store_what_attention_mixed(anywhere, capsys, remat, backend, stored):
-    q, k, v, length = dense.random_prompts(256, (2, 1), 8, "float32", [256])
+def test_all_policies_but_full_store_what_attention_mixed(
+    cudnn_traces, capsys, remat, backend, stored
+):
+    q, k, v, length = dense.random_prompts(256, (2, 1), 8, "bfloat16", [256])
     attend = lambda *x: jnp.sin(prompt_attention(*x, length, backend=backend))
     jax.ad_checkpoint.print_saved_residuals(
         jax.checkpoint(attend, policy=REMAT_POLICIES[remat]), q, k, v
@@ -220,10 +230,7 @@ def test_each_policy_multiplies_more_than_the_one_before():
     assert counts == sorted(set(counts))
 
 
-def test_cudnn_is_called_for_the_shards_of_a_mesh(monkeypatch):
-    module = "jax._src.cudnn.fused_attention_stablehlo."
-    monkeypatch.setattr(module + "check_cudnn_version", lambda: 91800)
-    monkeypatch.setattr(module + "check_compute_capability", lambda capability: True)
+def test_cudnn_is_called_for_the_shards_of_a_mesh(cudnn_traces):
     q, k, v, length = dense.random_prompts(300, (4, 2), 64, "bfloat16", [300, 7, 20, 90])
     with sharding.batch_parallel(toys.mesh(1, 2, 2)):
         loss = lambda *x: prompt_attention(*x, backend="cudnn").astype(jnp.float32).sum()
@@ -246,3 +253,13 @@ def test_cudnn_agrees_with_the_definition_on_an_nvidia_gpu():
         command, env=os.environ | {"JAX_PLATFORMS": "cuda"}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_products_of_a_kernel_are_counted_over_all_its_blocks_and_devices():
+    q, k, v, length = dense.random_prompts(600, (4, 2), 8, "bfloat16", [600] * 4)
+    attend = lambda *x: prompt_attention(*x, length, backend="splash")
+    alone = flops.matmul_flops(jax.jit(attend).trace(q, k, v).jaxpr)
+    with sharding.batch_parallel(toys.mesh(1, 2, 2)):
+        cut = flops.matmul_flops(jax.jit(lambda *x: attend(*x)).trace(q, k, v).jaxpr)
+    # Two blocks of 384 both ways; scores and mixing are a product each.
+    assert alone == cut == 2 * 2 * 4 * 4 * (2 * 384) ** 2 * 8
