@@ -13,7 +13,9 @@ import dataclasses
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -41,9 +43,6 @@ def main(arguments: list[str]) -> None:
     config = load_config(STAGES[stage], rest, description=__doc__)
     if not options.topology:
         raise InputError("--topology: wanted at least one, such as v5e:4x4, got none")
-    jax.config.update("jax_platforms", "cpu")
-    sizes = [re.match(r"[cg]pu:(\d+)", name) for name in options.topology]
-    jax.config.update("jax_num_cpu_devices", max([1, *(int(size[1]) for size in sizes if size)]))
     found = []
     for topology in [open_topology(name) for name in options.topology]:
         found.append(make_plan(config, topology))
@@ -65,40 +64,46 @@ def stage_of(arguments: list[str]) -> str:
 
 def print_table(found: list[tuple[Plan, list[str]]]) -> None:
     """What one chip holds, computes and receives in one step, and how long that takes at least."""
+    plans = [plan for plan, _ in found]
     table = Table(title="One chip in one step", title_justify="left")
-    for column in ("topology", "mesh", "GiB: arguments + temporary", "of", "fits", "useful TFLOP"):
-        table.add_column(column)
-    for column in ("s: compute", "HBM", "interconnect", "bound by", "compiled in"):
-        table.add_column(column)
-    for plan, _ in found:
-        seconds = plan.roofline_step_s or {}
-        table.add_row(
-            f"{plan.topology} ({plan.num_chips})",
-            " ".join(f"{name}={size}" for name, size in plan.mesh.items()),
-            f"{plan.arguments_gib} + {plan.temp_gib}",
-            _text(plan.hbm_gib_per_chip),
-            {True: "yes", False: "no", None: "-"}[plan.fits],
-            f"{plan.useful_tflops_per_chip}",
-            *(_text(seconds.get(term)) for term in ("compute", "hbm", "interconnect")),
-            _text(plan.bound_by),
-            f"{plan.compile_s} s",
-        )
+    table.add_column("")
+    for plan in plans:
+        table.add_column(plan.topology, justify="right")
+
+    def add(name: str, value: Callable[[Plan], Any]) -> None:
+        table.add_row(name, *("-" if value(plan) is None else str(value(plan)) for plan in plans))
+
+    add("chips", lambda plan: plan.num_chips)
+    add("mesh data x fsdp x tensor", lambda plan: " x ".join(map(str, plan.mesh.values())))
+    add("arguments (state, batch), GiB", lambda plan: plan.arguments_gib)
+    add("all else at its peak, GiB", lambda plan: plan.temp_gib)
+    add("memory, GiB", lambda plan: plan.hbm_gib_per_chip)
+    add("fits", lambda plan: {True: "yes", False: "no", None: None}[plan.fits])
+    add("useful TFLOP", lambda plan: plan.useful_tflops_per_chip)
+    for term in ("compute", "hbm", "interconnect"):
+        add(f"at least, s: {term}", lambda plan, t=term: (plan.roofline_step_s or {}).get(t))
+    add("bound by", lambda plan: plan.bound_by)
+    names = sorted({name for plan in plans for name in plan.collectives or {}})
+    for name in names:
+        add(f"received by {name}", lambda plan, name=name: _received(plan, name))
+    add("compiled in, s", lambda plan: plan.compile_s)
     console = Console()
     console.print(table)
     for plan, remarks in found:
-        received = (
-            f"{one['count']} x {name} {one['bytes'] / 1e9:.2f} GB"
-            for name, one in (plan.collectives or {}).items()
-        )
-        for line in (", ".join(received), *remarks):
-            console.print(f"{plan.topology}: {line}" if line else "", soft_wrap=True)
+        for remark in remarks:
+            console.print(f"{plan.topology}: {remark}", soft_wrap=True)
 
 
-def _text(value: float | str | None) -> str:
-    return "-" if value is None else str(value)
+def _received(plan: Plan, name: str) -> str | None:
+    one = (plan.collectives or {}).get(name)
+    return f"{one['count']} x, {one['bytes'] / 1e9:.2f} GB" if one else None
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)  # the most that a topology of one node asks for
+    # Instructions are scheduled with less care: a fifth of the time, the same collectives.
+    jax.config.update("jax_exec_time_optimization_effort", -1.0)
     try:
         main(sys.argv[1:])
     except InputError as error:

@@ -1,0 +1,150 @@
+"""Plans: the real step of a stage, what one chip holds, and what is said about it."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from copg_jax import sharding
+from copg_jax.cli import load_config
+from copg_jax.errors import InputError
+from copg_jax.flops import matmul_flops
+from copg_jax.planning import plan as planning
+from copg_jax.planning.plan import Plan, make_plan
+from copg_jax.planning.program import STAGES, Program, make_program, read_architecture
+from copg_jax.planning.topology import open_topology
+from experiments import plan as script
+from tests.models import tiny
+
+FIELDS = [field.name for field in dataclasses.fields(Plan)]
+
+
+@pytest.fixture
+def architecture(tmp_path: Path) -> Path:
+    """A folder with a config.json and nothing else."""
+    (tmp_path / "config.json").write_text(json.dumps(tiny.KINDS["llama3"]))
+    return tmp_path
+
+
+def config_of(stage: str, architecture: Path, *arguments: str) -> Any:
+    data = "evaluation.data" if stage == "evaluate" else "data"
+    sizes = [f"{data}.{name}=16" for name in ("max_prompt_tokens", "max_completion_tokens")]
+    needed = ["output_dir=x", f"model.path={architecture}", f"{data}.path=x", *sizes]
+    if stage != "evaluate":
+        needed.append("training.batch_size=16")
+    return load_config(STAGES[stage], [*needed, *arguments])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_step_of_every_stage_is_traced_with_its_shardings(stage: str, architecture: Path):
+    config = config_of(stage, architecture)
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    program = make_program(config, read_architecture(config.model), mesh)
+    jaxpr = program.function.trace(*program.arguments).jaxpr
+    flops = matmul_flops(jaxpr, loop_trips=program.loop_trips)
+    assert 0.5 < flops / program.useful_flops < 5
+    assert program.trains == (stage != "evaluate")
+    big = [leaf for leaf in jax.tree.leaves(program.arguments) if leaf.size > 1000]
+    assert all(leaf.sharding.shard_shape(leaf.shape) != leaf.shape for leaf in big)
+
+
+def test_a_batch_is_as_long_as_the_config_allows_and_filled_like_tldr(architecture: Path):
+    limits = ["data.max_prompt_tokens=512", "data.max_completion_tokens=64"]
+    config = config_of("policy", architecture, "training.batch_size=128", *limits)
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    program = make_program(config, read_architecture(config.model), mesh)
+    batch = program.arguments[1]
+    assert batch.prompt_tokens.shape == (128, 512)
+    assert batch.completion_tokens.shape == (128, 2, 64)
+    assert program.num_tokens == pytest.approx(128 * (343 + 2 * 34), rel=0.01)
+    computed = np.prod(batch.token_slots.shape)
+    assert program.num_tokens <= computed < 1.05 * program.num_tokens
+
+
+def test_a_plan_has_the_fields_of_its_json_line_and_fits_where_it_should(architecture: Path):
+    config = config_of("sft", architecture)
+    found, remarks = make_plan(config, open_topology("gpu:2xh200"))
+    line = json.loads(json.dumps(dataclasses.asdict(found)))
+    assert " ".join(line) == (
+        "topology num_chips mesh hbm_gib_per_chip fits arguments_gib temp_gib collectives "
+        "useful_tflops_per_chip roofline_step_s bound_by compile_s"
+    )
+    assert line["fits"] is True and line["num_chips"] == 2
+    assert line["mesh"] == {"data": 1, "fsdp": 2, "tensor": 1}
+    assert line["collectives"]["all-gather"]["bytes"] > 0
+    assert set(line["roofline_step_s"]) == {"compute", "hbm", "interconnect"}
+    assert line["bound_by"] == max(line["roofline_step_s"], key=line["roofline_step_s"].get)
+    assert any("estimate" in remark for remark in remarks)
+
+
+def plan_of(**values: Any) -> Plan:
+    defaults: dict[str, Any] = dict.fromkeys(FIELDS)
+    return Plan(**defaults | {"num_chips": 128, "fits": True} | values)
+
+
+def remarks_of(plan: Plan) -> str:
+    program = Program(None, True, (), 128, 52_608, 1e15, 0.0, 1)
+    return "\n".join(planning._remarks(plan, program, open_topology("gpu:8xh200")))
+
+
+def test_a_slice_whose_messages_take_longer_than_its_products_is_called_too_large():
+    terms = {"compute": 0.05, "hbm": 0.02, "interconnect": 0.1}
+    text = remarks_of(plan_of(roofline_step_s=terms, bound_by="interconnect"))
+    assert "too large to keep busy: 128 groups a step are 52,608 tokens" in text
+    assert "up to about 64 of these chips" in text
+    busy = remarks_of(plan_of(roofline_step_s=terms | {"compute": 0.2}, bound_by="compute"))
+    assert "too large" not in busy
+
+
+def test_what_does_not_fit_comes_with_what_helps():
+    assert "training.num_microbatches" in remarks_of(plan_of(fits=False))
+    assert "does not fit" not in remarks_of(plan_of())
+
+
+def test_a_model_that_is_not_here_is_refused_with_one_that_is():
+    with pytest.raises(InputError, match=r"meta-llama/Llama-2-7b-hf.*configs/models/llama2_7b"):
+        read_architecture(load_config(STAGES["sft"], ["configs/sft_tldr_llama2_7b.yaml"]).model)
+
+
+@pytest.mark.parametrize(("size", "layers"), [("7b", 32), ("70b", 80)])
+def test_published_architectures_are_at_hand(size: str, layers: int):
+    path = f"configs/models/llama2_{size}"
+    assert (
+        read_architecture(
+            load_config(STAGES["sft"], ["output_dir=x", "data.path=x", f"model.path={path}"]).model
+        ).num_hidden_layers
+        == layers
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [
+        ("configs/sft_tldr_llama2_7b.yaml", "sft"),
+        ("configs/smollm2_reward.yaml", "reward"),
+        ("configs/dpo_tldr_llama2_7b.yaml", "policy"),
+        ("configs/evaluate_tldr_llama2_7b.yaml", "evaluate"),
+    ],
+)
+def test_the_name_of_a_config_tells_its_stage(name: str, stage: str):
+    assert script.stage_of([name]) == stage
+
+
+def test_the_script_prints_a_json_line_and_a_table(architecture: Path, capsys):
+    fields = ["output_dir=x", f"model.path={architecture}", "evaluation.data.path=x"]
+    sizes = ["evaluation.data.max_prompt_tokens=8", "evaluation.generation.max_new_tokens=4"]
+    script.main(["--stage", "evaluate", "--topology", "cpu:2", *fields, *sizes])
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert json.loads(first)["topology"] == "cpu:2"
+    assert any("all-gather" in line for line in rest)
+
+
+def test_without_a_topology_or_a_stage_the_script_says_what_it_wants():
+    with pytest.raises(InputError, match="--topology: wanted at least one"):
+        script.main(["--stage", "sft", "output_dir=x", "model.path=x", "data.path=x"])
+    with pytest.raises(InputError, match="--stage: wanted one of sft"):
+        script.main(["--topology", "cpu:1", "some.yaml"])
