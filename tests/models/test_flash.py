@@ -19,6 +19,7 @@ from copg_jax.errors import InputError
 from copg_jax.models import attention, flash, functional
 from copg_jax.models.attention import prompt_attention
 from copg_jax.models.llama import ATTENTIONS, REMAT_POLICIES
+from copg_jax.planning.topology import open_topology
 from tests import toys
 from tests.models import dense
 
@@ -263,3 +264,24 @@ def test_products_of_a_kernel_are_counted_over_all_its_blocks_and_devices():
         cut = flops.matmul_flops(jax.jit(lambda *x: attend(*x)).trace(q, k, v).jaxpr)
     # Two blocks of 384 both ways; scores and mixing are a product each.
     assert alone == cut == 2 * 2 * 4 * 4 * (2 * 384) ** 2 * 8
+
+
+@pytest.mark.parametrize(("size", "head_dim"), [(344, 64), (1100, 128)])
+def test_splash_compiles_for_a_slice_of_tpus_from_any_machine(size, head_dim):
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("NOT CHECKED: splash attention under the TPU compiler; it needs the tpu extra")
+    mesh = sharding.make_mesh(sharding.MeshConfig(1, 2, 2), list(open_topology("v5e:2x2").devices))
+    config = dataclasses.replace(BFLOAT16, head_dim=head_dim)
+    backend = flash.choose("auto", config, mesh).attention
+    rows = sharding.batch_sharding(mesh)
+    shapes = [((4, size, heads, head_dim), jnp.bfloat16) for heads in (4, 2, 2)]
+    arguments = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+        for shape, dtype in [*shapes, ((4,), jnp.int32)]
+    ]
+    with sharding.batch_parallel(mesh):
+        loss = lambda *x: prompt_attention(*x, backend=backend).astype(jnp.float32).sum()
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*arguments).compile()
+    text = compiled.as_text()
+    toys.names_all(text, ["splash_mha_fwd", "splash_mha_dkv"])
+    assert ("splash_mha_dq" in text) == (size > 512)
