@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from copg_jax.errors import InputError
 from copg_jax.models.llama import (
@@ -133,12 +135,13 @@ def check_fit(
 def assemble(
     source: TensorSource, slots: Mapping[str, HfSlot], shardings: Params | None = None
 ) -> Params:
-    """Read the tensors into float32 leaves, leaf by leaf, each shard straight to its device.
+    """Read the tensors into float32 leaves, each shard straight to its device; the host holds one
+    tensor at a time, and of it what its devices need.
 
     Args:
         source: checkpoint that passed `check_fit`.
         slots: the tensors wanted; together they decide which leaves the tree has.
-        shardings: tree of jax.sharding.Sharding like the result, or None for the default device.
+        shardings: tree of NamedSharding like the result, or None for the default device.
     """
     names: dict[tuple[str | None, str], list[str]] = {}
     for name, slot in slots.items():
@@ -154,33 +157,30 @@ def assemble(
 def _assemble_leaf(
     source: TensorSource, slots: list[tuple[str, HfSlot]], sharding: Any
 ) -> jax.Array:
-    spec = slots[0][1].spec
-    stacked = slots[0][1].layer is not None
-    shape = (len(slots), *spec.shape) if stacked else spec.shape
-    blocks: dict[str, np.ndarray] = {}
+    if slots[0][1].stack is None:
+        return _place_tensor(source, *slots[0], sharding)
+    of_layer = sharding and NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    layers = [_place_tensor(source, name, slot, of_layer) for name, slot in slots]
+    return jax.jit(_stack, out_shardings=sharding)(*layers)
+
+
+def _stack(*layers: jax.Array) -> jax.Array:
+    return jnp.stack(layers)
+
+
+def _place_tensor(source: TensorSource, name: str, slot: HfSlot, sharding: Any) -> jax.Array:
+    parts: dict[str, np.ndarray] = {}
 
     def read(index: Any) -> np.ndarray:
-        if str(index) not in blocks:  # devices that hold the same part share one read
-            blocks[str(index)] = _read_block(source, slots, stacked, index)
-        return blocks[str(index)]
+        if str(index) not in parts:  # devices that hold the same part share one read
+            parts[str(index)] = _read_part(source, name, slot, index).astype(np.float32, copy=False)
+        return parts[str(index)]
 
     if sharding is None:
-        return jax.device_put(read(tuple(slice(None) for _ in shape)))
-    return jax.make_array_from_callback(shape, sharding, read)
-
-
-def _read_block(
-    source: TensorSource, slots: list[tuple[str, HfSlot]], stacked: bool, index: tuple[slice, ...]
-) -> np.ndarray:
-    if not stacked:
-        return _read_part(source, *slots[0], index).astype(np.float32)
-    chosen, inner = slots[index[0]], index[1:]
-    spec = slots[0][1].spec
-    sizes = (len(range(*cut.indices(n))) for cut, n in zip(inner, spec.shape, strict=True))
-    block = np.empty((len(chosen), *sizes), np.float32)
-    for target, (name, slot) in zip(block, chosen, strict=True):
-        target[...] = _read_part(source, name, slot, inner)
-    return block
+        placed = jax.device_put(read(tuple(slice(None) for _ in slot.spec.shape)))
+    else:
+        placed = jax.make_array_from_callback(slot.spec.shape, sharding, read)
+    return placed.block_until_ready()  # until then the host keeps the parts
 
 
 def _read_part(

@@ -1,6 +1,7 @@
 """Hugging Face folders: what is read is what was written, by us or by the world."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
 from copg_jax.models import functional, hf_weights
-from copg_jax.models.llama import RopeScaling
+from copg_jax.models.llama import LlamaConfig, RopeScaling
 from tests.models import tiny
 
 
@@ -111,6 +112,37 @@ def test_sharded_loading_reads_each_part_once(tmp_path: Path, monkeypatch) -> No
     name = "model.layers.1.mlp.up_proj.weight"
     assert reads[name] == [whole[name].size // 4] * 4
     assert max(reads["model.embed_tokens.weight"]) == whole["model.embed_tokens.weight"].size // 2
+
+
+def test_reading_and_writing_take_the_host_memory_of_a_tensor_and_not_of_the_model(
+    tmp_path,
+) -> None:
+    sizes = {"vocab_size": tiny.VOCAB, "hidden_size": 64, "intermediate_size": 256}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
+    config = LlamaConfig(num_hidden_layers=24, **sizes, **heads)
+    shardings = _shardings(config, "lm")
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), functional.abstract_params(config))
+    params = jax.device_put(zeros, shardings)
+    model = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    options = {"head": "lm", "shardings": shardings}
+
+    def write():
+        hf_weights.save_pretrained(
+            tmp_path / "m", config, params, head="lm", tokenizer=tiny.tokenizer()
+        )
+
+    def read():
+        jax.block_until_ready(hf_weights.load_params(tmp_path / "m", config, **options))
+
+    for run in (write, read):
+        run()  # compiles
+        # Of what the process allocates, only NumPy's arrays and Python's objects: on CPU the
+        # shards lie in memory of the host too.
+        tracemalloc.start()
+        run()
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 0.1 * model
 
 
 def test_a_language_model_becomes_a_reward_model_with_a_fresh_head(tmp_path: Path) -> None:
