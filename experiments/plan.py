@@ -103,7 +103,7 @@ if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)  # the most that a topology of one node asks for
     # Instructions are scheduled with less care: a fifth of the time, the same collectives.
-    jax.config.update("jax_exec_time_optimization_effort", -1.0)
+    jax.config.update("jax_optimization_level", "O1")
     try:
         main(sys.argv[1:])
     except InputError as error:

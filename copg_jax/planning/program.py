@@ -146,15 +146,12 @@ def _training_program(
 def _full_batch(config: TrainConfig, num_completions: int, *, num_blocks: int) -> GroupBatch:
     """A batch of the largest shape that the config allows, with the lengths of TL;DR."""
     size, data = config.training.batch_size, config.data
-    draw = np.random.default_rng(0)
-
-    def lengths(of: NormalDist, most: int) -> np.ndarray:
-        values = [of.inv_cdf((i + 0.5) / size) for i in range(size)]
-        return draw.permutation(np.clip(np.round(values), 1, most).astype(int))
-
-    prompts = lengths(_PROMPT_TOKENS, data.max_prompt_tokens)
+    prompts = _lengths(_PROMPT_TOKENS, size, data.max_prompt_tokens, seed=0)
     completions = np.stack(
-        [lengths(_COMPLETION_TOKENS, data.max_completion_tokens) for _ in range(num_completions)],
+        [
+            _lengths(_COMPLETION_TOKENS, size, data.max_completion_tokens, seed=k + 1)
+            for k in range(num_completions)
+        ],
         axis=1,
     )
     # As the stream would deal them: blocks of nearly equal totals, and the least room for them.
@@ -169,6 +166,13 @@ def _full_batch(config: TrainConfig, num_completions: int, *, num_blocks: int) -
         num_blocks=num_blocks,
         capacity=packing.room_of(prompts, completions, num_blocks=num_blocks, multiple=8),
     )
+
+
+def _lengths(of: NormalDist, size: int, most: int, *, seed: int) -> np.ndarray:
+    """`size` lengths at evenly spaced quantiles, clipped to [1, most], in random order."""
+    values = [of.inv_cdf((i + 0.5) / size) for i in range(size)]
+    values = np.clip(np.round(values), 1, most).astype(np.int32)
+    return np.random.default_rng(seed).permutation(values)
 
 
 def _token_group(prompt_length: int, completion_lengths: np.ndarray) -> TokenGroup:
@@ -209,9 +213,11 @@ def _sampling_program(
         param_shardings=layout,
     )
     rows = sharding.batch_sharding(mesh)
-    prompts = np.full(size, round(_PROMPT_TOKENS.mean), np.int32)
+    prompts = _lengths(_PROMPT_TOKENS, size, prompt_size, seed=0)
+    prompts = prompts[packing.balance(prompts, shards).reshape(-1)]
     completions = np.full((size, generation.num_samples), num_steps, np.int32)
-    slots = packing.slots_of(prompts, prompt_size, shards, room=None)
+    room = _round_up(prompts.reshape(shards, -1).sum(1).max(), 8)
+    slots = packing.slots_of(prompts, prompt_size, shards, room)
     keys = jax.eval_shape(lambda: row_keys(0, 0, size))
     heads = model.num_key_value_heads * model.head_dim * model.num_hidden_layers
     cache = 2 * size * prompt_size * heads * _itemsize(model) / mesh.size

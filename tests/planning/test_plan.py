@@ -18,6 +18,7 @@ from copg_jax.planning.plan import Plan, make_plan
 from copg_jax.planning.program import STAGES, Program, make_program, read_architecture
 from copg_jax.planning.topology import open_topology
 from experiments import plan as script
+from tests import toys
 from tests.models import tiny
 
 FIELDS = [field.name for field in dataclasses.fields(Plan)]
@@ -134,13 +135,20 @@ def test_the_name_of_a_config_tells_its_stage(name: str, stage: str):
     assert script.stage_of([name]) == stage
 
 
-def test_the_script_prints_a_json_line_and_a_table(architecture: Path, capsys):
-    fields = ["output_dir=x", f"model.path={architecture}", "evaluation.data.path=x"]
-    sizes = ["evaluation.data.max_prompt_tokens=8", "evaluation.generation.max_new_tokens=4"]
-    script.main(["--stage", "evaluate", "--topology", "cpu:2", *fields, *sizes])
-    first, *rest = capsys.readouterr().out.splitlines()
-    assert json.loads(first)["topology"] == "cpu:2"
-    assert any("all-gather" in line for line in rest)
+def test_the_script_prints_a_json_line_and_a_column_a_topology(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    def planned(_, topology):
+        found = {"all-gather": {"count": 3, "bytes": 2_000_000_000}}
+        plan = plan_of(topology=topology.name, mesh={"data": 1, "fsdp": 2}, collectives=found)
+        return plan, ["a remark"]
+
+    monkeypatch.setattr(script, "make_plan", planned)
+    names = ["--topology", "cpu:2", "--topology", "gpu:2xh200"]
+    script.main(["configs/sft_tldr_llama2_7b.yaml", *names])
+    first, second, *rest = capsys.readouterr().out.splitlines()
+    assert [json.loads(line)["topology"] for line in (first, second)] == ["cpu:2", "gpu:2xh200"]
+    toys.names_all("\n".join(rest), ["cpu:2", "gpu:2xh200", "3 x, 2.00 GB", "a remark"])
 
 
 def test_without_a_topology_or_a_stage_the_script_says_what_it_wants():
