@@ -123,6 +123,19 @@ def test_draws_at_temperature_one_have_the_model_s_distribution(sample, params):
     np.testing.assert_allclose(np.exp(logp), expected[first] / len(first), rtol=1e-4)
 
 
+@pytest.mark.parametrize("size", [5, 128, 300])
+def test_a_token_is_drawn_where_the_running_total_passes_the_random_number(size, rng):
+    weights = rng.integers(0, 4, size).astype(np.float32)  # exact sums; some tokens impossible
+    weights[[0, -1]] = 0
+    total = int(weights.sum())
+    uniform = np.append((np.arange(total) + 0.5) / total, 1 - 2.0**-24).astype(np.float32)
+    rows = np.broadcast_to(weights, (1, len(uniform), size))
+    drawn = np.asarray(sampling._draw(jnp.asarray(rows), jnp.asarray(uniform[None])))[0]
+    np.testing.assert_array_equal(np.bincount(drawn[:-1], minlength=size), weights)
+    assert drawn[-1] == np.flatnonzero(weights)[-1]
+    assert drawn.dtype == np.int32 and (np.diff(drawn) >= 0).all()
+
+
 def test_samples_of_a_prompt_differ_and_a_step_has_its_own_draws(sample, samples, params):
     assert len({tuple(row) for row in samples.tokens[1]}) > K // 4
     again = sample(params, PROMPTS, LENGTH, row_keys(0, 0, B))

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -41,10 +43,26 @@ def test_a_step_writes_its_own_column_only(config, params, make_group):
         config, params, cache, group.completion_tokens[:, :, 0], 2
     )
     for old, new in zip((cache.layers, cache.last_layer), after[1:], strict=True):
-        for name in ("own_k", "own_v"):
+        for name, axis in (("own_k", -1), ("own_v", -2)):
             changed = np.asarray(getattr(new, name) != getattr(old, name))
-            assert changed[..., 2].all() and changed.sum() == changed[..., 2].size
+            column = changed.take(2, axis)
+            assert column.all() and changed.sum() == column.size
         np.testing.assert_array_equal(new.prompt_k, old.prompt_k)
+        np.testing.assert_array_equal(new.prompt_v, old.prompt_v)
+
+
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_a_step_transposes_no_prompt(config, params, make_group, num_samples):
+    group = make_group([50] * 3, [[6] * num_samples] * 3, p=50)
+    cache, _ = _prefill(config, params, group, num_samples)
+    step = jax.jit(decoding.decode_step, static_argnums=0, donate_argnums=2)
+    program = step.lower(config, params, cache, group.completion_tokens[:, :, 0], 2).compile()
+    layer = cache.last_layer.prompt_k.size
+    for line in program.as_text().splitlines():
+        name, _, result = line.partition(" = ")
+        sizes = re.match(r"f32\[([\d,]+)\]", result)
+        if sizes and re.search("transpose|copy", name):
+            assert math.prod(map(int, sizes[1].split(","))) < layer, line
 
 
 def test_a_loop_of_steps_works_in_the_donated_cache(config, params, make_group):
