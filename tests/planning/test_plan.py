@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +157,17 @@ def test_without_a_topology_or_a_stage_the_script_says_what_it_wants():
         script.main(["--stage", "sft", "output_dir=x", "model.path=x", "data.path=x"])
     with pytest.raises(InputError, match="--stage: wanted one of sft"):
         script.main(["--topology", "cpu:1", "some.yaml"])
+
+
+def test_plan_commands_of_the_readme_are_accepted(monkeypatch: pytest.MonkeyPatch):
+    lines = Path("README.md").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line)[3:] for line in lines if "-m experiments.plan " in line]
+    seen = []
+    monkeypatch.setattr(script, "open_topology", lambda name: name)
+    monkeypatch.setattr(script, "print_table", lambda found: None)
+    monkeypatch.setattr(
+        script, "make_plan", lambda config, name: (seen.append(name), (plan_of(), []))[1]
+    )
+    for command in commands:
+        script.main(command)
+    assert len(commands) == 2 and len(seen) == 4
