@@ -19,8 +19,8 @@ from copg_jax.models.llama import MIXED
 # Finite, so that a row without any visible key would still give a number and not NaN.
 _MASKED = float(jnp.finfo(jnp.float32).min)
 _QUERY_BLOCK = 128
-# Below this a fused kernel pays more for starting its many small products than it saves in traffic
-# (an estimate, see `flash`).
+# An estimate for a TPU v5e and heads of 128: with fewer slots, starting a small product for every
+# group and head takes a fused kernel longer than reading and writing all scores takes XLA.
 _SHORTEST_FUSED = 256
 
 

@@ -85,12 +85,18 @@ def _splash(
     # One kernel for all three gradients computes the scores once less, but it sums in memory what
     # each block of keys adds to the gradient of q.
     fused = num_blocks == 1
-    names = ["block_q", "block_kv", "block_kv_compute"]
-    names += ["block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"]
-    names += [] if fused else ["block_q_dq", "block_kv_dq"]
+    blocks = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=None if fused else block,
+        block_kv_dq=None if fused else block,
+        use_fused_bwd_kernel=fused,
+    )
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([splash.CausalMask((padded, padded))] * q.shape[2]),
-        block_sizes=splash.BlockSizes(**dict.fromkeys(names, block), use_fused_bwd_kernel=fused),
+        block_sizes=blocks,
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name=MIXED,
@@ -98,7 +104,8 @@ def _splash(
     )
     q = q * q.shape[-1] ** -0.5
     heads_first = (_pad(x, padded).swapaxes(1, 2) for x in (q, k, v))
-    return jax.vmap(kernel)(*heads_first).swapaxes(1, 2)[:, :size]
+    mixed: Any = jax.vmap(kernel)(*heads_first)
+    return mixed.swapaxes(1, 2)[:, :size]
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, prompt_length: jax.Array) -> jax.Array:
