@@ -177,7 +177,8 @@ def _setting(
 
 def compare_with_peers(args: argparse.Namespace) -> dict[str, Any]:
     """run the scripts of other libraries and ours by turns"""
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    logging.basicConfig(format="%(message)s", force=True)
+    logging.getLogger("copg_jax").setLevel(logging.INFO)
     read_workload(args.workload, vocab_size=MODELS[args.shape].vocab_size)
     envs = dict(text.split("=", 1) for text in args.env if "=" in text)
     if len(envs) < len(args.env):
