@@ -15,7 +15,9 @@ JAX = ">=0.10.2,<0.13"  # 0.10.2 is the newest that Python 3.11 can have
 REQUIRES = [
     "chex>=0.1.92,<0.2",
     "datasets>=5.2,<6",
+    "etils[epath]>=1.15,<2",
     "flax>=0.12.8,<0.13",
+    "fsspec>=2026.9,<2027",
     "grain>=0.2.18,<0.3",
     "huggingface-hub>=2.4,<3",
     "jax" + JAX,

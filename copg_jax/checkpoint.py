@@ -5,16 +5,17 @@ order needs no file of its own: batches are a function of the step.
 """
 
 import math
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from copg_jax import train_state
 from copg_jax.errors import InputError
+from copg_jax.files import is_remote
 from copg_jax.train_state import TrainState
 
 
@@ -28,8 +29,10 @@ class Checkpoints:
             newest only.
     """
 
-    def __init__(self, folder: Path, *, best_metric: str | None = None) -> None:
-        self.folder = Path(folder).absolute()
+    def __init__(self, folder: epath.PathLike, *, best_metric: str | None = None) -> None:
+        self.folder = epath.Path(folder)
+        if not is_remote(folder):
+            self.folder = self.folder.resolve()  # Orbax wants it absolute
         self._best_metric = best_metric
         keep: list[Any] = [policies.LatestN(2)]
         value_of = None if best_metric is None else (lambda metrics: metrics[best_metric])

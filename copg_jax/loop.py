@@ -12,11 +12,11 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from copg_jax import distributed, sharding
 from copg_jax.checkpoint import Checkpoints
@@ -84,7 +84,9 @@ class NonFiniteLoss(RuntimeError):
     """The loss or its gradient became NaN or infinite."""
 
 
-def _non_finite(step: int, ids: list[str], per_group: np.ndarray, folder: Path) -> NonFiniteLoss:
+def _non_finite(
+    step: int, ids: list[str], per_group: np.ndarray, folder: epath.Path
+) -> NonFiniteLoss:
     culprits = [name for name, value in zip(ids, per_group, strict=True) if not np.isfinite(value)]
     named = ", ".join(culprits[:8]) or "none by its loss alone: the gradient overflowed"
     return NonFiniteLoss(
@@ -133,7 +135,7 @@ class _Pending:
         self.step, self.ids, self.metrics = step, ids, metrics
         self.work, self.mesh = work, mesh
 
-    def log(self, logger: MetricsLogger, since: float, folder: Path) -> float:
+    def log(self, logger: MetricsLogger, since: float, folder: epath.Path) -> float:
         """Waits for the step, logs it, and returns the time it was done; raises if it was not
         finite.
         """
@@ -195,11 +197,13 @@ class _Milestones:
         is_best = bool(distributed.from_main(value is not None and value > self._best))
         self._best = value if value is not None and is_best else self._best
         if is_best or self._is_checkpoint(step):
+            self._logger.sync()
             self._checkpoints.save(step, state, value)
 
     def leave(self, step: int, state: TrainState) -> None:
         """Saves a run that stops at `step`, saying whether its evaluation is still to be done."""
         done = self._evaluated == step or not self._is_evaluation(step)
+        self._logger.sync()
         self._checkpoints.save(step, state, is_evaluated=done)
 
 

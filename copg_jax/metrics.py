@@ -9,14 +9,15 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from copg_jax.errors import InputError
+from copg_jax.files import GrowingFile
 from copg_jax.runtime import is_main_process
 
 FILE_NAME = "metrics.jsonl"
@@ -40,7 +41,7 @@ class MetricsLogger:
 
     def __init__(
         self,
-        output_dir: Path,
+        output_dir: epath.PathLike,
         *,
         total_steps: int,
         log_every: int = 10,
@@ -60,11 +61,9 @@ class MetricsLogger:
         if not self._enabled:
             return
         if tensorboard:
-            self._writer = _tensorboard_writer(Path(output_dir), resume_step)
-        path = Path(output_dir) / FILE_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _keep_until(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
+            self._writer = _tensorboard_writer(epath.Path(output_dir), resume_step)
+        path = epath.Path(output_dir) / FILE_NAME
+        self._file = GrowingFile(path, _kept_lines(path, resume_step))
 
     def __enter__(self) -> Self:
         if self._enabled and self._console is not None and self._console.is_terminal:
@@ -114,7 +113,6 @@ class MetricsLogger:
         if text:
             line["text"] = dict(text)
         self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
         if self._writer is not None:
             for name, value in numbers.items():
                 self._writer.add_scalar(name, value, step)
@@ -122,6 +120,11 @@ class MetricsLogger:
                 self._writer.add_text(name, value, step)
         if self._console is not None:
             self._show(self._console, step, numbers, text or {})
+
+    def sync(self) -> None:
+        """Sees to it that what was logged outlives this process; a checkpoint comes after it."""
+        if self._file is not None:
+            self._file.sync()
 
     def _show(
         self, console: Console, step: int, numbers: Mapping[str, float], text: Mapping[str, str]
@@ -149,25 +152,21 @@ class MetricsLogger:
             console.print(f"  {name}: {value}", markup=False)
 
 
-def _keep_until(path: Path, resume_step: int | None) -> None:
-    """Drop the lines after `resume_step`, and a last line that was cut short; all when None."""
-    if not path.exists():
-        return
+def _kept_lines(path: epath.Path, resume_step: int | None) -> list[str]:
+    """The lines up to `resume_step` without one that was cut short; none when it is None."""
     kept = []
-    if resume_step is not None:
-        for line in path.read_text(encoding="utf-8").splitlines():
+    if resume_step is not None and path.exists():
+        for line in path.read_text().splitlines():
             try:
                 step = json.loads(line)["step"]
             except (ValueError, KeyError, TypeError):
                 continue
             if step <= resume_step:
                 kept.append(line + "\n")
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    return kept
 
 
-def _tensorboard_writer(output_dir: Path, resume_step: int | None) -> Any:
+def _tensorboard_writer(output_dir: epath.Path, resume_step: int | None) -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:

@@ -22,12 +22,14 @@ from typing import Any, Self
 
 import jax
 import yaml
+from etils import epath
 
 import copg_jax
 from copg_jax import distributed
 from copg_jax.cli import config_differences, to_yaml
 from copg_jax.distributed import is_main_process
 from copg_jax.errors import InputError
+from copg_jax.files import write_text
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +129,9 @@ class GracefulExit:
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, message.encode())
 
 
-def check_run_folder(output_dir: Path, config: Any, *, may_differ: Sequence[str] = ()) -> None:
+def check_run_folder(
+    output_dir: epath.PathLike, config: Any, *, may_differ: Sequence[str] = ()
+) -> None:
     """Refuse the folder of another run, before any work; a folder with the same config is resumed.
 
     Args:
@@ -138,7 +142,7 @@ def check_run_folder(output_dir: Path, config: Any, *, may_differ: Sequence[str]
     Raises:
       InputError: The folder holds a run with another config, or is no folder.
     """
-    output_dir = Path(output_dir)
+    output_dir = epath.Path(output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(
             f"output_dir {output_dir}: wanted a folder, got a file; "
@@ -148,7 +152,7 @@ def check_run_folder(output_dir: Path, config: Any, *, may_differ: Sequence[str]
         _check_same_run(output_dir / "config.yaml", to_yaml(config), may_differ)
 
 
-def write_run_header(output_dir: Path, config: Any, inputs: Mapping[str, str]) -> None:
+def write_run_header(output_dir: epath.PathLike, config: Any, inputs: Mapping[str, str]) -> None:
     """Write config.yaml, versions.json and inputs.json into `output_dir`; process 0 writes them.
 
     Called once the inputs are known to be good, so that a typo in them does not claim the folder.
@@ -162,7 +166,7 @@ def write_run_header(output_dir: Path, config: Any, inputs: Mapping[str, str]) -
     Raises:
       InputError: The run began with other inputs, or processes do not share `output_dir`.
     """
-    output_dir = Path(output_dir)
+    output_dir = epath.Path(output_dir)
     path = output_dir / "inputs.json"
     with distributed.main_first(path):
         if not is_main_process():
@@ -170,12 +174,12 @@ def write_run_header(output_dir: Path, config: Any, inputs: Mapping[str, str]) -
         if path.exists():
             _check_same_inputs(path, inputs)
         output_dir.mkdir(parents=True, exist_ok=True)
-        _write_text(output_dir / "config.yaml", to_yaml(config))
-        _write_text(output_dir / "versions.json", json.dumps(_versions(), indent=2) + "\n")
-        _write_text(path, json.dumps(dict(inputs), indent=2) + "\n")
+        write_text(output_dir / "config.yaml", to_yaml(config))
+        write_text(output_dir / "versions.json", json.dumps(_versions(), indent=2) + "\n")
+        write_text(path, json.dumps(dict(inputs), indent=2) + "\n")
 
 
-def _check_same_inputs(path: Path, inputs: Mapping[str, str]) -> None:
+def _check_same_inputs(path: epath.Path, inputs: Mapping[str, str]) -> None:
     previous = json.loads(path.read_text(encoding="utf-8"))
     changed = [name for name in inputs if previous.get(name) != inputs[name]]
     if changed:
@@ -186,7 +190,7 @@ def _check_same_inputs(path: Path, inputs: Mapping[str, str]) -> None:
         )
 
 
-def _check_same_run(path: Path, resolved: str, may_differ: Sequence[str]) -> None:
+def _check_same_run(path: epath.Path, resolved: str, may_differ: Sequence[str]) -> None:
     try:
         previous = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -244,10 +248,3 @@ def _git(root: Path, *arguments: str) -> str:
     command = ["git", "-C", str(root), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
     return done.stdout.strip()
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write under another name, then rename: a reader never sees half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

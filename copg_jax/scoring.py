@@ -16,10 +16,10 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from copg_jax import distributed
 from copg_jax.data import scored
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 def score_dataset(
     dataset: GroupDataset,
     *,
-    folder: Path,
+    folder: epath.Path,
     part_size: int,
     rewards: WeightedRewards,
     seq_logp: GroupForward,
@@ -74,7 +74,7 @@ def score_dataset(
             _finish(dataset, folder, side_car)
 
 
-def _finish(dataset: GroupDataset, folder: Path, side_car: scored.SideCar) -> None:
+def _finish(dataset: GroupDataset, folder: epath.Path, side_car: scored.SideCar) -> None:
     """Makes the folder usable: the side-car with the counts of all parts."""
     counts = dataset.stats | scored.count_rewards(folder)
     scored.write_side_car(folder, dataclasses.replace(side_car, complete=True, counts=counts))
@@ -87,7 +87,7 @@ def _finish(dataset: GroupDataset, folder: Path, side_car: scored.SideCar) -> No
 
 
 def _score_part(
-    folder: Path,
+    folder: epath.Path,
     part: int,
     rows: Sequence[TokenGroup],
     rewards: WeightedRewards,

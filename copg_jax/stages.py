@@ -8,12 +8,14 @@
 """
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
 from copg_jax import distributed, sharding
 from copg_jax.cli import config_differences
@@ -25,6 +27,7 @@ from copg_jax.data.tldr import DataConfig, GroupReader
 from copg_jax.data.tokenizer import load_tokenizer, tokenizer_hash
 from copg_jax.errors import InputError
 from copg_jax.evaluate import GenerationEvaluator
+from copg_jax.files import is_remote, scratch_folder
 from copg_jax.forward import load_frozen
 from copg_jax.models import flash, functional, hf_weights
 from copg_jax.models.llama import LlamaConfig
@@ -98,10 +101,11 @@ def open_model(
     return Model(config, tokenizer, folder, head, sharding.shardings(mesh, axes, shapes))
 
 
-def open_data(section: DataConfig, model: Model, folder: Path, name: str) -> GroupDataset:
+def open_data(section: DataConfig, model: Model, folder: epath.Path, name: str) -> GroupDataset:
     """Tokenises a data set into `folder`/tokens (once) and logs what was kept, cut and dropped."""
-    path = folder / "tokens" / f"{name}.arrow"
-    with distributed.main_first(path):
+    path = scratch_folder(folder, jax.process_index()) / "tokens" / f"{name}.arrow"
+    # What processes share, one of them makes; where each has its own, nobody waits.
+    with nullcontext() if is_remote(folder) else distributed.main_first(path):
         dataset = prepare(
             GroupReader(section),
             model.tokenizer,
@@ -145,7 +149,7 @@ def require_scored(section: DataConfig, model: Model, dataset: GroupDataset) -> 
             "folder that writes."
         )
     scored.verify(
-        Path(section.path),
+        epath.Path(section.path),
         tokenizer_hash=tokenizer_hash(model.tokenizer),
         reference_hash=model.hash,
     )
@@ -200,7 +204,7 @@ def open_evaluation(
     section: PolicyEvaluationConfig,
     model: Model,
     mesh: jax.sharding.Mesh,
-    folder: Path,
+    folder: epath.Path,
     *,
     beta: float,
     reference: Model | None,

@@ -11,11 +11,11 @@ import gc
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import optax
+from etils import epath
 
 from copg_jax import distributed, flops, loop, optim, runtime, sharding, stages, step, train_state
 from copg_jax.checkpoint import Checkpoints
@@ -33,7 +33,7 @@ from copg_jax.train_state import TrainState
 
 log = logging.getLogger(__name__)
 
-MakeEvaluation = Callable[[Model, jax.sharding.Mesh, Path], GenerationEvaluator]
+MakeEvaluation = Callable[[Model, jax.sharding.Mesh, epath.Path], GenerationEvaluator]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class _Run:
     """What a run is made of, once its inputs are checked."""
 
     config: TrainConfig
-    folder: Path
+    folder: epath.Path
     mesh: jax.sharding.Mesh
     model: Model
     data: GroupDataset
@@ -140,7 +140,7 @@ def _prepare(
     check_data: Callable[[DataConfig, Model, GroupDataset], None] | None,
 ) -> _Run:
     """Opens model and data and checks that they fit the config, the mesh and each other."""
-    folder, training = Path(config.output_dir), config.training
+    folder, training = epath.Path(config.output_dir), config.training
     runtime.check_run_folder(folder, config, may_differ=MAY_DIFFER)
     mesh = sharding.make_mesh(config.mesh)
     loop.check_batch(training.batch_size, training.num_microbatches, mesh)

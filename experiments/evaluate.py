@@ -8,21 +8,23 @@ interrupted evaluation goes on at the first prompt it has not done.
 
 import json
 import math
-import os
+from contextlib import nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from copg_jax import distributed, runtime, sharding, stages
 from copg_jax.cli import run_main
 from copg_jax.config import EvaluateConfig
 from copg_jax.evaluate import Generation, sample_texts, summarize
+from copg_jax.files import GrowingFile
 from copg_jax.metrics import MetricsLogger
 
 
 def main(config: EvaluateConfig) -> dict[str, float]:
     """Evaluates one model and returns the averages that evaluation.json holds."""
-    folder = Path(config.output_dir)
+    folder = epath.Path(config.output_dir)
     runtime.setup(config.distributed)
     runtime.check_run_folder(folder, config, may_differ=("output_dir", "distributed", "mesh"))
     mesh = sharding.make_mesh(config.mesh)
@@ -50,11 +52,11 @@ def main(config: EvaluateConfig) -> dict[str, float]:
     )
     # Every process generates and knows the averages; process 0 writes.
     is_main = distributed.is_main_process()
-    with open(path if is_main else os.devnull, "w", encoding="utf-8") as file, logger:
-        file.writelines(map(_line, found))
+    with GrowingFile(path, map(_line, found)) if is_main else nullcontext() as file, logger:
         for batch in evaluator.batches(params, step=0, first=done):
-            file.writelines(map(_line, batch))
-            file.flush()
+            if file is not None:
+                file.write("".join(map(_line, batch)))
+                file.sync()
             found += batch
             logger.log(
                 len(found) // sizes.num_samples,
@@ -69,7 +71,7 @@ def main(config: EvaluateConfig) -> dict[str, float]:
     return metrics
 
 
-def _read(path: Path, num_samples: int) -> list[Generation]:
+def _read(path: epath.Path, num_samples: int) -> list[Generation]:
     """What an interrupted evaluation has generated: whole prompts, without a line cut short."""
     found: list[Generation] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:

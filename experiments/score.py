@@ -7,7 +7,8 @@ interrupted run goes on at the first part that is not finished.
 """
 
 from functools import partial
-from pathlib import Path
+
+from etils import epath
 
 from copg_jax import policy, runtime, scoring, sharding, stages
 from copg_jax.cli import run_main
@@ -18,7 +19,7 @@ from copg_jax.rewards import WeightedRewards
 
 def main(config: ScoreConfig) -> None:
     """Scores every group of the data set."""
-    folder = Path(config.output_dir)
+    folder = epath.Path(config.output_dir)
     runtime.setup(config.distributed)
     runtime.check_run_folder(
         folder, config, may_differ=("output_dir", "distributed", "mesh", "batch_size")

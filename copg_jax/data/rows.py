@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from copg_jax.errors import InputError
+from copg_jax.files import local_copy
 
 Row = dict[str, Any]
 
@@ -63,7 +64,7 @@ def is_hub_id(path: str) -> bool:
 
 
 def find_files(path: str, split: str = "train") -> list[Path]:
-    """Returns the data files behind a local path, sorted by name.
+    """Returns the data files behind a path or a URL (local copies of them), sorted by name.
 
     In a folder, files named after splits (`train.jsonl`, `valid-00000.parquet`, `test/0.parquet`)
     are kept only if they are of `split`; a folder without such names is read whole.
@@ -71,7 +72,7 @@ def find_files(path: str, split: str = "train") -> list[Path]:
     Raises:
         InputError: nothing there, no data file in the folder, or no file of this split.
     """
-    place = Path(path)
+    place = Path(local_copy(path, SUFFIXES))
     if place.is_dir():
         if (place / SIDE_CAR).exists():
             files = sorted(place.glob("part-*.parquet"))
@@ -79,7 +80,9 @@ def find_files(path: str, split: str = "train") -> list[Path]:
             files = sorted(f for f in place.rglob("*") if f.suffix in SUFFIXES and f.is_file())
         return _files_of_split(place, files, split)
     files = (
-        [place] if place.exists() else [Path(name) for name in sorted(glob(path, recursive=True))]
+        [place]
+        if place.exists()
+        else [Path(name) for name in sorted(glob(str(place), recursive=True))]
     )
     if not files:
         raise InputError(

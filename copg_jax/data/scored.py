@@ -13,15 +13,16 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from etils import epath
 
 from copg_jax.data.groups import TokenGroup
 from copg_jax.data.rows import SIDE_CAR
 from copg_jax.errors import InputError
+from copg_jax.files import write_text
 
 FORMAT = 1
 _SCHEMA = pa.schema(
@@ -65,7 +66,7 @@ class SideCar:
     format: int = FORMAT
 
 
-def write_part(folder: Path, index: int, groups: Sequence[ScoredGroup]) -> Path:
+def write_part(folder: epath.Path, index: int, groups: Sequence[ScoredGroup]) -> epath.Path:
     """Writes one part, at once or not at all, and returns its path.
 
     Raises:
@@ -74,37 +75,39 @@ def write_part(folder: Path, index: int, groups: Sequence[ScoredGroup]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"part-{index:05d}.parquet"
     part = folder / f".{path.name}.{os.getpid()}"
+    table = pa.Table.from_pylist([_row(scored) for scored in groups], _SCHEMA)
     try:
-        pq.write_table(pa.Table.from_pylist([_row(scored) for scored in groups], _SCHEMA), part)
-        os.replace(part, path)
+        with part.open("wb") as file:
+            pq.write_table(table, file)
+        part.replace(path)
     finally:
         part.unlink(missing_ok=True)
     return path
 
 
-def finished_parts(folder: Path) -> list[int]:
+def finished_parts(folder: epath.Path) -> list[int]:
     """Returns the indices of the parts that are there, in order."""
     return sorted(int(path.stem.removeprefix("part-")) for path in folder.glob("part-*.parquet"))
 
 
-def write_side_car(folder: Path, side_car: SideCar) -> None:
+def write_side_car(folder: epath.Path, side_car: SideCar) -> None:
     """Writes the side-car, in place of an earlier one."""
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".{SIDE_CAR}.{os.getpid()}"
-    part.write_text(json.dumps(asdict(side_car), indent=2) + "\n")
-    os.replace(part, folder / SIDE_CAR)
+    write_text(folder / SIDE_CAR, json.dumps(asdict(side_car), indent=2) + "\n")
 
 
-def count_rewards(folder: Path) -> dict[str, int]:
+def count_rewards(folder: epath.Path) -> dict[str, int]:
     """Returns how many completions the parts hold and how many have no reward."""
     total = absent = 0
     for path in sorted(folder.glob("part-*.parquet")):
-        rewards = pq.read_table(path, columns=["rewards"])["rewards"].combine_chunks().flatten()
+        with path.open("rb") as file:
+            column = pq.read_table(file, columns=["rewards"])["rewards"]
+        rewards = column.combine_chunks().flatten()
         total, absent = total + len(rewards), absent + rewards.null_count
     return {"completions scored": total, "without a reward": absent}
 
 
-def read_side_car(folder: Path) -> SideCar:
+def read_side_car(folder: epath.Path) -> SideCar:
     """Reads the side-car of a scored folder.
 
     Raises:
@@ -115,8 +118,8 @@ def read_side_car(folder: Path) -> SideCar:
         values = json.loads(path.read_text())
     except OSError as error:
         raise InputError(
-            f"{path}: cannot be read ({error.strerror}). Wanted a folder that the score stage "
-            "wrote; run it first, or correct data.path."
+            f"{path}: cannot be read ({error.strerror or error}). Wanted a folder that the score "
+            "stage wrote; run it first, or correct data.path."
         ) from error
     except json.JSONDecodeError as error:
         raise InputError(
@@ -132,7 +135,7 @@ def read_side_car(folder: Path) -> SideCar:
     return SideCar(**values)
 
 
-def verify(folder: Path, *, tokenizer_hash: str, reference_hash: str) -> SideCar:
+def verify(folder: epath.Path, *, tokenizer_hash: str, reference_hash: str) -> SideCar:
     """Returns the side-car of data that was scored, to its end, with this tokenizer and reference.
 
     Raises:

@@ -1,6 +1,6 @@
 """Hugging Face model folders: read and write, without torch and without pickle.
 
-1. `resolve` finds a local folder or downloads a hub snapshot.
+1. `resolve` finds a local folder, or downloads one of a bucket or the hub.
 2. `read_config` turns config.json into a LlamaConfig, or says why it cannot.
 3. `load_params` reads safetensors (one file or sharded) into float32 leaves, shard by shard.
 4. `save_pretrained` writes a folder that `transformers` loads with the same logits or rewards.
@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,12 @@ from typing import Any
 import jax
 import numpy as np
 import transformers
+from etils import epath
 from jax.experimental import multihost_utils
 
 from copg_jax import distributed
 from copg_jax.errors import InputError
+from copg_jax.files import is_remote, local_copy
 from copg_jax.models.hf_layout import HfSlot, assemble, check_fit, hf_slots, to_hf
 from copg_jax.models.llama import LlamaConfig, Params, RopeScaling
 from copg_jax.models.safetensors_files import (
@@ -41,9 +43,11 @@ def resolve(path_or_id: str, revision: str | None = None) -> Path:
     """Give the local folder of a model: the folder itself, or a downloaded hub snapshot.
 
     Args:
-        path_or_id: folder, or hub id "owner/name".
+        path_or_id: folder, URL of one in a bucket, or hub id "owner/name".
         revision: hub branch, tag or commit; only for hub ids.
     """
+    if is_remote(path_or_id):
+        return Path(local_copy(path_or_id, [pattern[1:] for pattern in _SNAPSHOT_FILES]))
     folder = Path(path_or_id).expanduser()
     if folder.is_dir():
         return folder
@@ -157,7 +161,7 @@ def load_params(
 
 
 def save_pretrained(
-    folder: str | Path,
+    folder: epath.PathLike,
     config: LlamaConfig,
     params: Params,
     *,
@@ -178,30 +182,38 @@ def save_pretrained(
         tokenizer: gives BOS, EOS and padding ids; saved beside the weights.
         max_shard_bytes: size at which the next safetensors file begins.
     """
-    folder = Path(folder)
+    folder = epath.Path(folder)
     temporary = folder.with_name(f".{folder.name}.tmp")
     with distributed.main_first(folder.parent):
         if distributed.is_main_process():
             _check_replaceable(folder)
-            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.rmtree(missing_ok=True)
             temporary.mkdir(parents=True)
             padded = copy.deepcopy(tokenizer)  # the caller's tokenizer stays as it is
             if (pad_id := _pad_id(tokenizer)) is not None:
                 padded.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
-            padded.save_pretrained(temporary)
+            _save_small(padded, temporary)
     try:
         _write_weights(temporary, hf_slots(config, head=head), params, max_shard_bytes)
         with distributed.main_first(folder / "config.json"):
             if distributed.is_main_process():
-                shutil.rmtree(folder, ignore_errors=True)
+                folder.rmtree(missing_ok=True)
                 temporary.rename(folder)
-                hf_config(config, head=head, tokenizer=tokenizer).save_pretrained(folder)
+                _save_small(hf_config(config, head=head, tokenizer=tokenizer), folder)
     finally:
         if distributed.is_main_process():
-            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.rmtree(missing_ok=True)
 
 
-def _check_replaceable(folder: Path) -> None:
+def _save_small(part: Any, folder: epath.Path) -> None:
+    """Saves a tokenizer or config of transformers, which only knows files of this machine."""
+    with tempfile.TemporaryDirectory() as local:
+        part.save_pretrained(local)
+        for file in Path(local).iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+
+
+def _check_replaceable(folder: epath.Path) -> None:
     """Raises InputError unless a folder is new, empty, or holds a model, perhaps in part."""
     marks = ("config.json", "tokenizer_config.json")
     is_model = any((folder / mark).is_file() for mark in marks)
@@ -250,7 +262,7 @@ def _pad_id(tokenizer: transformers.PreTrainedTokenizerBase) -> Any:
 
 
 def _write_weights(
-    folder: Path, slots: Mapping[str, HfSlot], params: Params, max_shard_bytes: int
+    folder: epath.Path, slots: Mapping[str, HfSlot], params: Params, max_shard_bytes: int
 ) -> None:
     shards: list[list[str]] = [[]]
     size = total = 0
@@ -273,7 +285,7 @@ def _write_weights(
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_file(path: Path, slots: Mapping[str, HfSlot], params: Params) -> None:
+def _write_file(path: epath.Path, slots: Mapping[str, HfSlot], params: Params) -> None:
     def tensor(name: str) -> np.ndarray:
         return to_hf(slots[name], _fetch(params, slots[name]))
 
