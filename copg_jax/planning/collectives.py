@@ -73,15 +73,19 @@ def count(text: str, *, num_devices: int, unknown_trip_count: int = 1) -> dict[s
             match = _OPERATION.search(line)
             if match is None or not times:
                 continue
-            name, ring = match[1], _RING.search(caller)
+            name, size = match[1], _received(match, line, num_devices)
+            ring = _RING.search(caller)
             if ring and name == "collective-permute":
                 name = _RING_NAMES[ring[1]]
+            # The TPU compiler writes a reduce-scatter as an all-reduce in a fusion of this name.
+            if caller.startswith("all-reduce-scatter") and name == "all-reduce":
+                name, size = "reduce-scatter", size // 2
             # XLA spreads one operation over several fusions, which share its channel, so that other
             # work overlaps it, even a whole loop: it happens as often as the outermost of them.
             channel = re.search(r"channel_id=(\d+)", line)
             key = channel[1] if channel else instruction
             if key not in found or times < found[key][1]:
-                found[key] = (name, times, _received(match, line, num_devices))
+                found[key] = (name, times, size)
     counts, sizes = Counter(), Counter()
     for name, times, size in found.values():
         counts[name] += times

@@ -139,8 +139,8 @@ def _remarks(plan: Plan, program: Program, topology: Topology) -> list[str]:
     found = []
     if topology.is_estimate:
         found.append(
-            "estimate: compiled by the compiler of this CPU, which needs more temporary memory and "
-            "all-reduces gradients where others reduce-scatter"
+            "estimate: the compiler of this CPU needs more memory than others (it does not update "
+            "the state in place) and all-reduces gradients where others reduce-scatter"
         )
     if plan.fits is False:
         found.append(

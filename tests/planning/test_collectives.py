@@ -113,6 +113,26 @@ def test_the_forms_of_the_tpu_compiler_are_understood():
     }
 
 
+def test_an_all_reduce_that_keeps_its_own_piece_is_a_reduce_scatter():
+    text = """\
+%all-reduce-scatter.1 (p: f32[16]) -> f32[4] {
+  %p = f32[16]{0} parameter(0)
+  %all-reduce.1 = f32[16]{0} all-reduce(%p), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %own = f32[4]{0} dynamic-slice(%all-reduce.1), dynamic_slice_sizes={4}
+}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+ENTRY %main (x: f32[16]) -> f32[4] {
+  %x = f32[16]{0} parameter(0)
+  ROOT %y = f32[4]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    assert count(text, num_devices=4) == {"reduce-scatter": Collective(1, 16 * 4 * 3 // 4)}
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
