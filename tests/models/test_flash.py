@@ -289,9 +289,12 @@ def test_splash_compiles_for_a_slice_of_tpus(no_new_cache_entries, size, head_di
         jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
         for shape, dtype in [*shapes, ((4,), jnp.int32)]
     ]
+
+    def total(*x: jax.Array) -> jax.Array:
+        return prompt_attention(*x, backend=backend).astype(jnp.float32).sum()
+
     with sharding.batch_parallel(mesh):
-        loss = lambda *x: prompt_attention(*x, backend=backend).astype(jnp.float32).sum()
-        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*arguments).compile()
-    text = compiled.as_text()
+        lowered = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(*arguments)
+    text = lowered.compile().as_text()
     toys.names_all(text, ["splash_mha_fwd", "splash_mha_dkv"])
     assert ("splash_mha_dq" in text) == (size > 512)
