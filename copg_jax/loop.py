@@ -110,7 +110,7 @@ def work_of(
     """
     _, num_shares = sharding.batch_share(mesh)
     tokens = int(batch.prompt_length.sum() + batch.completion_length.sum())
-    work = {
+    work: dict[str, float] = {
         "perf/pairs_per_sec": num_shares * int((batch.completion_length > 0).any(-1).sum()),
         "perf/tokens_per_sec": num_shares * tokens,
     }
