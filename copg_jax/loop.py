@@ -72,11 +72,13 @@ class TrainingConfig:
 def check_batch(batch_size: int, num_microbatches: int, mesh: jax.sharding.Mesh) -> None:
     """Raises InputError unless every microbatch can be cut evenly over the mesh."""
     shards = sharding.num_batch_shards(mesh)
-    if batch_size % (num_microbatches * shards):
+    piece = num_microbatches * shards
+    if batch_size % piece:
+        below, above = batch_size // piece * piece, -(-batch_size // piece) * piece
         raise InputError(
             f"training.batch_size: wanted a multiple of num_microbatches x data x fsdp = "
-            f"{num_microbatches} x {shards}, got {batch_size}; e.g. "
-            f"{-(-batch_size // (num_microbatches * shards)) * num_microbatches * shards}"
+            f"{num_microbatches} x {shards}, got {batch_size}; the nearest is "
+            + (f"{below} or {above}" if below else f"{above}")
         )
 
 

@@ -88,7 +88,7 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
 
 def _nearest(config: MeshConfig, num_devices: int) -> str:
     """The three meshes of `num_devices` whose sizes are closest in ratio to those asked for."""
-    factors = [size for size in range(1, num_devices + 1) if num_devices % size == 0]
+    factors = _divisors(num_devices)
     asked = (config.data, config.fsdp, config.tensor)
 
     def distance(sizes: tuple[int, ...]) -> float:
@@ -103,6 +103,10 @@ def _nearest(config: MeshConfig, num_devices: int) -> str:
     ]
     names = ("data={} fsdp={} tensor={}".format(*sizes) for sizes in sorted(legal, key=distance))
     return ", ".join(itertools.islice(names, 3))
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
 
 
 def _lay_out(sizes: list[int], devices: list) -> np.ndarray:
@@ -197,27 +201,31 @@ def shardings(mesh: Mesh, logical_axes: Any, shapes: Any) -> Any:
             placed.
 
     Raises:
-        InputError: lists every parameter axis that the mesh does not divide.
+        InputError: lists every axis of the model that the mesh does not divide, with sizes that do.
     """
-    problems = []
+    cut: dict[str, dict[int, str]] = {}  # mesh axis → sizes that it cuts, with a name of each
 
     def leaf(path, axes, array):
         names = tuple(LOGICAL_TO_MESH.get(axis) for axis in axes)
         for axis, name, size in zip(axes, names, array.shape, strict=True):
-            pieces = 1 if name is None else mesh.shape[name]
-            if size % pieces:
-                problems.append(
-                    f"  {jax.tree_util.keystr(path, simple=True, separator='.')}: axis '{axis}' of "
-                    f"size {size} is not divisible by mesh.{name}={pieces}"
-                )
+            if name is not None:
+                where = jax.tree_util.keystr(path, simple=True, separator=".")
+                cut.setdefault(name, {}).setdefault(size, f"'{axis}' ({where})")
         return NamedSharding(mesh, PartitionSpec(*names))
 
     tree = jax.tree_util.tree_map_with_path(
         leaf, logical_axes, shapes, is_leaf=lambda x: isinstance(x, tuple)
     )
+    problems = [
+        f"  mesh.{name}={mesh.shape[name]} does not divide axis {where} of size {size}; "
+        f"mesh.{name} may be one of {_divisors(math.gcd(mesh.size, *sizes))}"
+        for name, sizes in cut.items()
+        for size, where in sizes.items()
+        if size % mesh.shape[name]
+    ]
     if problems:
         raise InputError(
-            "mesh: this model cannot be cut that way; choose sizes that divide:\n"
+            f"mesh: this model cannot be cut that way over {mesh.size} device(s):\n"
             + "\n".join(problems)
         )
     return tree

@@ -46,15 +46,15 @@ def test_meshes_without_a_meaning_are_refused(sizes):
         MeshConfig(*sizes)
 
 
-def test_every_axis_that_the_mesh_does_not_divide_is_listed():
-    shapes = functional.abstract_params(LLAMA)
+def test_every_axis_that_the_mesh_does_not_divide_is_listed_with_sizes_that_do():
+    shapes, axes = functional.abstract_params(LLAMA), functional.logical_axes(LLAMA)
     with pytest.raises(InputError) as caught:
-        sharding.shardings(mesh(1, 2, 4), functional.logical_axes(LLAMA), shapes)
-    names_all(
-        str(caught.value),
-        ["layers.k_proj: axis 'kv_heads' of size 2", "layers.v_proj", "mesh.tensor=4"],
-    )
-    assert "q_proj" not in str(caught.value)
+        sharding.shardings(mesh(1, 2, 4), axes, shapes)
+    (_, line) = str(caught.value).splitlines()
+    names_all(line, ["mesh.tensor=4", "'kv_heads'", "k_proj", "size 2", "may be one of [1, 2]"])
+    with pytest.raises(InputError) as caught:
+        sharding.shardings(make_mesh(MeshConfig(1, 3, 1), jax.devices()[:3]), axes, shapes)
+    names_all(str(caught.value), ["over 3 device", "mesh.fsdp=3", "'embed'", "size 16", "of [1]"])
 
 
 def test_each_device_holds_its_share_of_parameters_and_of_both_moments():

@@ -331,7 +331,7 @@ def test_unknown_and_mistyped_keys_are_named_with_the_one_that_was_meant(workpla
         ("sft", "logits_chunk=0", ["logits_chunk must be >= 1", "got 0"]),
         ("score", "part_size=0", ["part_size"]),
         ("sft", "training.num_microbatches=3", ["training.batch_size", "multiple", "8 and 3"]),
-        ("sft", "training.num_microbatches=2", ["training.batch_size", "2 x 8", "e.g. 16"]),
+        ("sft", "training.num_microbatches=2", ["training.batch_size", "2 x 8", "nearest is 16"]),
         ("sft", "mesh.tensor=3", ["mesh", "tensor=3", "8 device"]),
         ("sft", "training.batch_size=64", ["24 groups", "64", "batch size"]),
         ("sft", "model.path=nowhere/at/all", ["nowhere/at/all", "model folder"]),

@@ -1,0 +1,67 @@
+"""What runs leave behind, compared to rounding."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load_file
+
+
+def json_rows(path: Path) -> list[dict[str, Any]]:
+    """Objects of a JSON or JSON Lines file."""
+    text = path.read_text()
+    return [json.loads(row) for row in (text.splitlines() if path.suffix == ".jsonl" else [text])]
+
+
+def assert_close(got: Any, wanted: Any) -> None:
+    """Equal, numbers to 1e-5.
+
+    Three times as much for those near zero: a loss is a difference of log-probabilities of texts,
+    here about -130, and float32 tells these apart by 1.5e-5.
+    """
+    if isinstance(wanted, dict):
+        assert got.keys() == wanted.keys()
+        for name, value in wanted.items():
+            assert_close(got[name], value)
+    elif isinstance(wanted, list):
+        for one, other in zip(got, wanted, strict=True):
+            assert_close(one, other)
+    elif isinstance(wanted, float):
+        assert got == pytest.approx(wanted, rel=1e-5, abs=3e-5)
+    else:
+        assert got == wanted
+
+
+def assert_same_training(got: Path, wanted: Path) -> None:
+    """Losses, evaluations and exported weights of two training runs."""
+    metrics = (json_rows(run / "metrics.jsonl") for run in (got, wanted))
+    assert_close(*(list(map(_without_clock, rows)) for rows in metrics))
+    exports = {path.parent.name for path in wanted.glob("*/model.safetensors")}
+    assert "model" in exports
+    for name in exports:
+        files = (run / name / "model.safetensors" for run in (got, wanted))
+        weights, others = map(load_file, files)
+        assert weights.keys() == others.keys()
+        for key, value in weights.items():
+            np.testing.assert_allclose(value, others[key], rtol=1e-5, atol=1e-5, err_msg=key)
+
+
+def _without_clock(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in row.items() if k != "time" and not k.startswith("perf/")}
+
+
+def assert_same_scores(got: Path, wanted: Path) -> None:
+    """Parts of two scored folders."""
+    parts = sorted(path.name for path in wanted.glob("part-*.parquet"))
+    assert parts == sorted(path.name for path in got.glob("part-*.parquet")) != []
+    for part in parts:
+        assert_close(*(pq.read_table(run / part).to_pylist() for run in (got, wanted)))
+
+
+def assert_same_evaluation(got: Path, wanted: Path) -> None:
+    """Averages and generations of two evaluations."""
+    for name in ("evaluation.json", "generations.jsonl"):
+        assert_close(*(json_rows(run / name) for run in (got, wanted)))

@@ -1,0 +1,76 @@
+"""Every stage, on every kind of mesh, gives the numbers of one device."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import pytest
+
+from tests.runs import assert_same_evaluation, assert_same_scores, assert_same_training
+from tests.test_stages import DATA, Workplace
+
+STAGES: dict[str, Callable[[Path, Path], None]] = {
+    "sft": assert_same_training,
+    "reward": assert_same_training,
+    "score": assert_same_scores,
+    "policy": assert_same_training,
+    "evaluate": assert_same_evaluation,
+}
+
+
+class Pipeline(Workplace):
+    """The stages in short: two steps each, no evaluation but the stage of that name."""
+
+    def arguments(self, stage: str) -> list[str]:
+        """Arguments of a run of the stage into `folder`/`stage`."""
+        folder, rewards = self.folder, "rewards=[{function: copg_jax.rewards.length}]"
+        training = ["training.batch_size=8", "training.max_steps=2", "training.remat=none"]
+        training += ["model.dtype=float32", "optim.learning_rate=1e-4", *DATA]
+        model = f"model.path={folder / 'sft' / 'model'}"
+        own = {
+            "sft": [f"model.path={folder / 'base'}", f"data.path={self.posts}", *training],
+            "reward": [model, f"data.path={self.comparisons}", *training],
+            "score": [
+                f"reference.path={folder / 'sft' / 'model'}",
+                "reference.dtype=float32",
+                f"data.path={self.comparisons}",
+                "batch_size=8",
+                rewards,
+                *DATA,
+            ],
+            "policy": [model, f"data.path={folder / 'score'}", *training],
+            "evaluate": [
+                f"model.path={folder / 'policy' / 'model'}",
+                "model.dtype=float32",
+                f"reference.path={folder / 'sft' / 'model'}",
+                "reference.dtype=float32",
+                f"evaluation.data.path={self.posts}",
+                f"evaluation.{rewards}",
+                "evaluation.generation.num_prompts=5",
+                "evaluation.generation.num_samples=2",
+                "evaluation.generation.max_new_tokens=6",
+            ],
+        }[stage]
+        return [*own, f"output_dir={folder / stage}"]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory) -> Pipeline:
+    """All stages run in order on one device."""
+    found = Pipeline(tmp_path_factory.mktemp("meshes"))
+    with pytest.MonkeyPatch.context() as patch:
+        first = jax.devices()[:1]
+        patch.setattr(jax, "devices", lambda *arguments: first)
+        for stage in STAGES:
+            found.run(stage)
+    return found
+
+
+@pytest.mark.parametrize(
+    "sizes", [(1, 8, 1), (1, 4, 2), (2, 2, 2)], ids=lambda sizes: "x".join(map(str, sizes))
+)
+def test_every_stage_on_eight_devices_equals_one_device(pipeline, tmp_path, sizes):
+    mesh = [f"mesh.{name}={n}" for name, n in zip(("data", "fsdp", "tensor"), sizes, strict=True)]
+    for stage, assert_same in STAGES.items():
+        pipeline.run(stage, *mesh, f"output_dir={tmp_path / stage}")
+        assert_same(tmp_path / stage, pipeline.folder / stage)

@@ -1,0 +1,51 @@
+"""One of the processes of a distributed test: runs stages, and breaks off where it is told to.
+
+    python -m tests.worker '{"stages": [["policy", [ARGUMENT, ...]]], "signal": ["SIGKILL", 5]}'
+
+The signal, if any, goes to this process itself while the batch of that step is fetched.
+"""
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+
+from copg_jax.cli import load_config
+from copg_jax.data.stream import GroupStream
+from copg_jax.errors import InputError
+from tests.test_stages import MAINS
+
+LIMIT_SEC = 200  # they need a tenth of it on an idle machine
+
+
+def break_off(name: str, step: int) -> None:
+    """Sends this process a signal when a stream yields the batch of `step`."""
+    batches = GroupStream.__iter__
+
+    def interrupted(stream: GroupStream):
+        for at, batch in enumerate(batches(stream), stream._start_step + 1):
+            if at == step:
+                os.kill(os.getpid(), signal.Signals[name])
+            yield batch
+
+    GroupStream.__iter__ = interrupted
+
+
+def main(job: dict) -> None:
+    """Runs the stages of a job."""
+    if "signal" in job:
+        break_off(*job["signal"])
+    for stage, arguments in job["stages"]:
+        run, cls = MAINS[stage]
+        run(load_config(cls, arguments))
+
+
+if __name__ == "__main__":
+    # A process that hangs says where, and ends.
+    faulthandler.dump_traceback_later(LIMIT_SEC, exit=True)
+    try:
+        main(json.loads(sys.argv[1]))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
