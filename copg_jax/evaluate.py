@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 
 from copg_jax import policy, sharding
 from copg_jax.cli import option
@@ -23,12 +24,10 @@ from copg_jax.data import groups, packing
 from copg_jax.data.dataset import GroupDataset
 from copg_jax.data.groups import GroupBatch, TokenGroup
 from copg_jax.errors import InputError
+from copg_jax.forward import one_late
 from copg_jax.models.llama import LlamaConfig
 from copg_jax.rewards import WeightedRewards
 from copg_jax.sampling import Sampler, Samples, row_keys
-
-_PROMPT_MULTIPLE = 64
-"""Prompt sizes are rounded up to it: short prompts do not pay for long ones, in few shapes."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +76,10 @@ def make_loss_evaluator(
     placement, num_blocks = sharding.batch_sharding(mesh), sharding.num_batch_shards(mesh)
     tokens = dataset.num_tokens(np.arange(len(dataset)))
     dealt = packing.deal(tokens.sum(1), batch_size=batch_size, num_blocks=num_blocks)
-    # A place without a group still has a prompt of one token.
-    blocks = np.where(dealt[:, :, None] < 0, [1, 0], tokens[dealt])
-    blocks = blocks.reshape(len(dealt), num_blocks, -1, 2).sum(2)
+    blocks = packing.block_tokens(tokens, dealt, num_blocks=num_blocks)
     capacity = packing.Capacity(int(blocks.sum(-1).max()), int(blocks[..., 1].max()))
 
-    def evaluate(params: Any) -> dict[str, float]:
-        totals: dict[str, np.ndarray] = {}
+    def launched(params: Any) -> Iterator[dict[str, Any]]:
         for rows in dealt:
             batch = groups.collate(
                 [None if row < 0 else dataset[row] for row in rows],
@@ -94,8 +90,12 @@ def make_loss_evaluator(
                 num_blocks=num_blocks,
                 capacity=capacity,
             )
-            sums = jax.device_get(loss_step(params, sharding.place_whole(batch, placement)))
-            for name, pair in sums.items():
+            yield loss_step(params, sharding.place_whole(batch, placement))
+
+    def evaluate(params: Any) -> dict[str, float]:
+        totals: dict[str, np.ndarray] = {}
+        for sums in one_late(launched(params)):
+            for name, pair in jax.device_get(sums).items():
                 totals[name] = totals.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
         return {
             f"eval/{name}": float(total / weight) if weight else float("nan")
@@ -153,14 +153,17 @@ class GenerationEvaluator:
         inputs: Mapping[str, str] | None = None,
     ) -> None:
         self.inputs = dict(inputs or {})
-        self._sampler, self._tokenizer = sampler, tokenizer
+        self._sampler, self._prompts, self._tokenizer = sampler, prompts, tokenizer
         self._rewards, self._generation, self._beta = rewards, generation, beta
         self._mesh, self._ref_params = mesh, ref_params
         shards = sharding.num_batch_shards(mesh)
         self._batch_size = -(-min(generation.batch_size, len(prompts)) // shards) * shards
-        # Batches of similar length, longest first: running out of memory shows at once.
-        self._order = np.argsort([-len(p.prompt_tokens) for p in prompts], kind="stable")
-        self._prompts = [prompts[i] for i in self._order]
+        # The same at every evaluation, so that later ones compile nothing.
+        self._batches = packing.batches_by_length(
+            np.array([(len(prompt.prompt_tokens), 0) for prompt in prompts]),
+            batch_size=self._batch_size,
+            num_blocks=shards,
+        )
         rows = sharding.batch_sharding(mesh)
         self._ref_token_logp = jax.jit(
             sharding.batch_parallel(mesh)(partial(policy.token_logp, config, chunk=logits_chunk)),
@@ -170,7 +173,10 @@ class GenerationEvaluator:
 
     def __call__(self, params: Any, step: int) -> tuple[dict[str, float], dict[str, str]]:
         """Metrics (`eval/…`) and sample texts of the policy `params` at `step`; see `summarize`."""
-        generations = [g for batch in self.batches(params, step) for g in batch]
+        found = [g for batch in self.batches(params, step) for g in batch]
+        prompts = np.concatenate([batch.rows[batch.rows >= 0] for batch in self._batches])
+        order = np.argsort(prompts.repeat(self._generation.num_samples), kind="stable")
+        generations = [found[i] for i in order]
         texts = sample_texts(generations, self._generation)
         return summarize(generations, beta=self._beta), texts
 
@@ -183,55 +189,72 @@ class GenerationEvaluator:
                 batch.
             first: prompts to skip, when going on with an interrupted evaluation.
         """
-        keys = row_keys(self._generation.seed, step, len(self._prompts))[self._order]
-        placement = sharding.batch_sharding(self._mesh)
-        for start in range(first, len(self._prompts), self._batch_size):
-            chunk = self._prompts[start : start + self._batch_size]
-            batch, prompt_slots = self._batch(chunk)
-            # Rows past the last prompt reuse key 0: they are dropped.
-            index = np.arange(start, start + self._batch_size)
-            row = keys[np.where(index < len(keys), index, 0)]
-            placed, prompt_slots = sharding.place_whole((batch, prompt_slots), placement)
-            samples = self._sampler(
-                params, placed.prompt_tokens, placed.prompt_length, prompt_slots, row
+        keys = row_keys(self._generation.seed, step, len(self._prompts))
+        rows = [batch.rows[batch.rows >= 0] for batch in self._batches]
+        ends = np.cumsum([len(present) for present in rows])
+        num_finished = int((ends <= first).sum())
+        launched = (self._launch(params, keys, batch) for batch in self._batches[num_finished:])
+        # Texts and rewards of a batch are made while the device generates the next one.
+        for number, (samples, ref_logp) in enumerate(one_late(launched), start=num_finished):
+            prompts = [self._prompts[i] for i in rows[number]]
+            present = self._batches[number].rows >= 0
+            samples, ref_logp = jax.tree.map(
+                lambda x, present=present: x[present], jax.device_get((samples, ref_logp))
             )
-            ref_logp = None
-            if self._ref_params is not None:
-                scored = placed._replace(
-                    completion_tokens=jax.device_put(samples.tokens, placement),
-                    completion_length=jax.device_put(samples.length, placement),
-                )
-                ref_logp = jax.device_get(self._ref_token_logp(self._ref_params, scored))
-            yield self._judge(chunk, self._measure(chunk, jax.device_get(samples), ref_logp))
+            found = self._judge(prompts, self._measure(prompts, samples, ref_logp))
+            done = max(0, first - int(ends[number] - len(prompts)))
+            yield found[done * self._generation.num_samples :]
 
-    def _batch(self, chunk: Sequence[TokenGroup]) -> tuple[GroupBatch, np.ndarray]:
-        """Prompts of a batch with every slot of the samples to come, and the prompts' slots.
+    def _launch(
+        self, params: Any, keys: Array, prompts: packing.LengthBatch
+    ) -> tuple[Samples, Array | None]:
+        """Starts the generation of a batch, and ln π_ref of what it will generate [B, K, C]."""
+        batch, prompt_slots = sharding.place_whole(
+            self._collate(prompts), sharding.batch_sharding(self._mesh)
+        )
+        # Places without a prompt generate too, with any key; nobody reads that.
+        samples = self._sampler(
+            params,
+            batch.prompt_tokens,
+            batch.prompt_length,
+            prompt_slots,
+            keys[np.maximum(prompts.rows, 0)],
+        )
+        if self._ref_params is None:
+            return samples, None
+        # Not waiting for the samples, which alone would tell the host which slots they leave empty.
+        tokens, length = jax.device_put(
+            (samples.tokens, samples.length), sharding.batch_sharding(self._mesh)
+        )
+        batch = batch._replace(completion_tokens=tokens, completion_length=length)
+        return samples, self._ref_token_logp(self._ref_params, batch)
 
-        Shapes depend on the prompts alone, so that later evaluations compile nothing.
-        """
+    def _collate(self, prompts: packing.LengthBatch) -> tuple[GroupBatch, np.ndarray]:
+        """Prompts of a batch with every slot of the samples to come, and the prompts' slots."""
         num_samples, size = self._generation.num_samples, self._generation.max_new_tokens
         num_blocks = sharding.num_batch_shards(self._mesh)
-        longest = max(len(prompt.prompt_tokens) for prompt in chunk)
         batch = groups.collate(
             [],
             batch_size=self._batch_size,
-            prompt_size=-(-longest // _PROMPT_MULTIPLE) * _PROMPT_MULTIPLE,
+            prompt_size=prompts.prompt_size,
             num_completions=num_samples,
             completion_size=size,
-            num_blocks=num_blocks,
         )
-        for row, group in enumerate(chunk):
-            batch.prompt_tokens[row, : len(group.prompt_tokens)] = group.prompt_tokens
-            batch.prompt_length[row] = len(group.prompt_tokens)
+        for place, row in enumerate(prompts.rows):
+            if row >= 0:
+                ids = self._prompts[row].prompt_tokens
+                batch.prompt_tokens[place, : len(ids)] = ids
+                batch.prompt_length[place] = len(ids)
         batch.completion_length[:] = size
-        room = packing.room_of(
-            batch.prompt_length, batch.completion_length, num_blocks=num_blocks, multiple=1
+        prompt_room, own = (
+            prompts.capacity.tokens,
+            self._batch_size // num_blocks * num_samples * size,
         )
-        prompt_room = room.tokens - room.completion_tokens
         prompt_slots = packing.slots_of(
-            batch.prompt_length, batch.prompt_tokens.shape[1], num_blocks, prompt_room
+            batch.prompt_length, prompts.prompt_size, num_blocks, prompt_room
         )
-        return groups.with_slots(batch, num_blocks=num_blocks, capacity=room), prompt_slots
+        capacity = packing.Capacity(prompt_room + own, own)
+        return groups.with_slots(batch, num_blocks=num_blocks, capacity=capacity), prompt_slots
 
     def _measure(
         self, chunk: Sequence[TokenGroup], samples: Samples, ref_token_logp: np.ndarray | None

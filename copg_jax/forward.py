@@ -4,11 +4,12 @@ Scoring with the reference and with a reward model differ by one function of (pa
 is all the rest.
 """
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -21,8 +22,8 @@ from copg_jax.models import functional, hf_weights
 from copg_jax.models.llama import LlamaConfig
 from copg_jax.runtime import Progress
 
-_PROMPT_MULTIPLE, _COMPLETION_MULTIPLE = 64, 16
-"""Shapes are rounded up to these, so that a data set needs few compilations."""
+Item = TypeVar("Item")
+
 _MOST_COMPLETIONS = 8
 
 
@@ -53,6 +54,7 @@ class GroupForward:
         shards = sharding.num_batch_shards(mesh)
         self._num_blocks, self._batch_size = shards, -(-batch_size // shards) * shards
         self._params = params
+        self._rooms: dict[tuple[int, int, int], packing.Capacity] = {}  # by P, K, C
         self._rows = sharding.batch_sharding(mesh)
         self._function = jax.jit(
             sharding.batch_parallel(mesh)(function),
@@ -71,67 +73,62 @@ class GroupForward:
         return [np.array([values[i][k] for i, k in of_row], np.float32) for of_row in places]
 
     def _run(self, rows: Sequence[TokenGroup]) -> list[np.ndarray]:
-        progress = Progress(self._name, len(rows))
-        # Longest first: running out of memory shows at once, not at the end.
-        order = sorted(range(len(rows)), key=lambda i: _sizes(rows[i]), reverse=True)
+        progress, done = Progress(self._name, len(rows)), 0
         results: list[np.ndarray] = [np.empty(0, np.float32)] * len(rows)
-        pending: list[tuple[list[int | None], Array]] = []
-
-        def fetch() -> None:
-            chunk, values = pending.pop(0)
-            for i, row_values in zip(chunk, np.asarray(jax.device_get(values)), strict=True):
-                if i is not None:
-                    results[i] = row_values
-
-        for start in range(0, len(order), self._batch_size):
-            chunk = self._by_block(rows, order[start : start + self._batch_size])
-            batch = self._batch([None if i is None else rows[i] for i in chunk])
-            placed = sharding.place_whole(batch, self._rows)
-            pending.append((chunk, self._function(self._params, placed)))
-            # Read one batch late: the device computes while the host collates the next.
-            if len(pending) > 1:
-                fetch()
-            progress.update(start)
-        while pending:
-            fetch()
+        for places, values in one_late(self._launched(rows)):
+            present = places >= 0
+            for i, row_values in zip(places[present], jax.device_get(values)[present], strict=True):
+                results[i] = row_values
+            done += int(present.sum())
+            progress.update(done)
         return results
 
-    def _by_block(self, rows: Sequence[TokenGroup], chunk: Sequence[int]) -> list[int | None]:
-        """Deals the groups of a batch to the devices, and None to the places that are left."""
-        tokens = [
-            len(rows[i].prompt_tokens) + sum(map(len, rows[i].completion_tokens)) for i in chunk
-        ]
-        (dealt,) = packing.deal(
-            np.array(tokens), batch_size=self._batch_size, num_blocks=self._num_blocks
-        )
-        return [chunk[i] if 0 <= i < len(chunk) else None for i in dealt]
+    def _launched(self, rows: Sequence[TokenGroup]) -> Iterator[tuple[np.ndarray, Array]]:
+        """Starts batch after batch; yields the groups in its places [B] and its values [B, K]."""
+        lengths = [(len(row.prompt_tokens), sum(map(len, row.completion_tokens))) for row in rows]
+        # Longest first: running out of memory shows at once, not at the end.
+        for batch in packing.batches_by_length(
+            np.array(lengths).reshape(-1, 2),
+            batch_size=self._batch_size,
+            num_blocks=self._num_blocks,
+        ):
+            placed = sharding.place_whole(self._collate(rows, batch), self._rows)
+            yield batch.rows, self._function(self._params, placed)
 
-    def _batch(self, rows: Sequence[TokenGroup | None]) -> GroupBatch:
-        """Collates a batch of the smallest rounded shape and room."""
-        present = [row for row in rows if row is not None]
+    def _collate(self, rows: Sequence[TokenGroup], batch: packing.LengthBatch) -> GroupBatch:
+        """The batch in a shape that was computed before, or else in a new one, rounded up."""
+        groups_of_batch = [None if i < 0 else rows[i] for i in batch.rows]
+        present = [row for row in groups_of_batch if row is not None]
         longest = max(len(ids) for row in present for ids in row.completion_tokens)
         most = max(len(row.completion_tokens) for row in present)
-        prompt_size = _round_up(max(len(row.prompt_tokens) for row in present), _PROMPT_MULTIPLE)
-        batch = groups.collate(
-            rows,
+        size = batch.prompt_size, _round_up(most, bits=1), max(16, _round_up(longest, bits=1))
+        room = self._rooms.get(size, packing.Capacity(0, 0))
+        if any(map(operator.gt, batch.capacity, room)):
+            larger = map(max, batch.capacity, room)
+            room = self._rooms[size] = packing.Capacity(*(_round_up(n, bits=5) for n in larger))
+        return groups.collate(
+            groups_of_batch,
             batch_size=self._batch_size,
-            prompt_size=prompt_size,
-            num_completions=_power_of_two(most),
-            completion_size=_round_up(longest, _COMPLETION_MULTIPLE),
+            prompt_size=size[0],
+            num_completions=size[1],
+            completion_size=size[2],
             num_blocks=self._num_blocks,
+            capacity=room,
         )
-        room = packing.room_of(
-            batch.prompt_length,
-            batch.completion_length,
-            num_blocks=self._num_blocks,
-            # About 3 % of the slots: little is wasted, and few sizes need few compilations.
-            multiple=max(8, batch.token_slots.shape[1] // 32),
-        )
-        return groups.with_slots(batch, num_blocks=self._num_blocks, capacity=room)
 
 
-def _sizes(row: TokenGroup) -> tuple[int, int]:
-    return len(row.prompt_tokens), max(map(len, row.completion_tokens))
+def one_late(items: Iterable[Item]) -> Iterator[Item]:
+    """The same items, each once the next one is there.
+
+    Where making an item starts a computation, the device has the next one to go on with while the
+    host waits for this one and reads it.
+    """
+    waiting: list[Item] = []
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > 1:
+            yield waiting.pop(0)
+    yield from waiting
 
 
 def _merge(
@@ -183,9 +180,7 @@ def load_frozen(folder: Path, config: LlamaConfig, *, head: str, shardings: Any)
     return jax.jit(cast, out_shardings=shardings)(params)
 
 
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
-
-
-def _power_of_two(size: int) -> int:
-    return 1 << (size - 1).bit_length()
+def _round_up(size: int, *, bits: int) -> int:
+    """The next number of which only the first `bits` binary digits are not zero."""
+    unit = 1 << max(0, (size - 1).bit_length() - bits)
+    return -(-size // unit) * unit

@@ -12,6 +12,7 @@ contract of TRL and tunix), named by its dotted path.
 import hashlib
 import importlib
 import inspect
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,8 +36,6 @@ from copg_jax.models import flash, functional, hf_weights
 from copg_jax.models.reward import reward as model_reward
 
 RewardFn = Callable[..., Sequence[float | None]]
-
-_LONGEST_RUN = 8  # completions of one prompt that share a group, so that few shapes are compiled
 
 
 @dataclass(frozen=True)
@@ -249,7 +248,7 @@ class RewardModel:
     """A Bradley–Terry reward model as a reward function.
 
     Texts are tokenised with the model's own tokenizer and end in its EOS, whether or not the policy
-    wrote one; equal neighbouring prompts share one group.
+    wrote one.
 
     Args:
         path: folder or hub id that `LlamaForSequenceClassification` (num_labels=1) could load.
@@ -302,13 +301,10 @@ class RewardModel:
         self, prompts: Sequence[str], completions: Sequence[str]
     ) -> list[tuple[TokenGroup, list[int]]]:
         """Groups runs of equal prompts; each with the indices of its completions."""
-        runs: list[list[int]] = []
-        for index, prompt in enumerate(prompts):
-            if runs and prompts[runs[-1][0]] == prompt and len(runs[-1]) < _LONGEST_RUN:
-                runs[-1].append(index)
-            else:
-                runs.append([index])
-        return [found for run in runs for found in self._tokenize(run, prompts, completions)]
+        runs = itertools.groupby(range(len(prompts)), key=prompts.__getitem__)
+        return [
+            found for _, run in runs for found in self._tokenize(list(run), prompts, completions)
+        ]
 
     def _tokenize(
         self, run: list[int], prompts: Sequence[str], completions: Sequence[str]

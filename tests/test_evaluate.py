@@ -1,5 +1,6 @@
 """Evaluation by generation and on held-out data: averages by hand, fixed prompts and samples."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -13,7 +14,7 @@ from copg_jax.errors import InputError
 from copg_jax.evaluate import Generation, GenerationConfig, GenerationEvaluator, summarize
 from copg_jax.models import functional
 from copg_jax.rewards import RewardSpec, WeightedRewards
-from copg_jax.sampling import make_sampler
+from copg_jax.sampling import Samples, make_sampler
 from tests.toys import LLAMA, Toy, mesh, toy_loss
 
 EOS = 3
@@ -111,12 +112,14 @@ def sampler(params) -> Any:
     )
 
 
-def evaluator(sampler: Any, ref_params: Any = None, **options: Any) -> GenerationEvaluator:
+def evaluator(
+    sampler: Any, ref_params: Any = None, *, prompts: Any = PROMPTS, **options: Any
+) -> GenerationEvaluator:
     """Evaluator of the five prompts in two batches of four."""
     return GenerationEvaluator(
         LLAMA,
         sampler=sampler,
-        prompts=PROMPTS,
+        prompts=prompts,
         tokenizer=Decoder(),
         rewards=REWARDS,
         generation=GenerationConfig(**{**vars(GENERATION), **options}),
@@ -151,8 +154,10 @@ def test_k3_is_never_negative_and_k1_is_the_difference_of_the_sums(sampler, para
     assert metrics["eval/kl"] == pytest.approx(np.mean([g.logp - g.ref_logp for g in found]))
 
 
-def test_the_longest_prompts_come_first_with_their_columns_and_texts_without_eos(against_itself):
-    assert [g.id for g in against_itself] == [f"p{i}" for i in (4, 3, 2, 1, 0) for _ in range(3)]
+def test_every_prompt_has_its_own_column_and_texts_without_eos(against_itself):
+    ids = [g.id for g in against_itself]
+    assert ids[::3] == ids[1::3] == ids[2::3]
+    assert sorted(ids[::3]) == [f"p{i}" for i in range(5)]
     for g in against_itself:
         words = len(g.completion.split())
         assert words == g.length - g.has_eos
@@ -171,11 +176,45 @@ def test_the_same_step_draws_the_same_samples_and_another_step_others(sampler, p
     assert all(math.isnan(g.ref_logp) for g in first)
 
 
-def test_the_samples_of_a_prompt_do_not_depend_on_the_batches(sampler, params):
-    one_by_one, together = (
-        generate(evaluator(sampler, batch_size=size), params, 7) for size in (1, 4)
-    )
-    assert [g.completion for g in one_by_one] == [g.completion for g in together]
+def prompts_of(lengths: list[int]) -> list[TokenGroup]:
+    """Prompts p0, p1, ... with these numbers of tokens."""
+    return [
+        dataclasses.replace(PROMPTS[0], id=f"p{i}", prompt=f"p{i}", prompt_tokens=np.arange(n) % 60)
+        for i, n in enumerate(lengths)
+    ]
+
+
+def test_short_prompts_do_not_pay_for_long_ones_and_later_evaluations_have_the_same_shapes():
+    seen = []
+
+    def sampler(*args: Any) -> Samples:
+        seen.append([np.shape(array) for array in args[1:]])
+        tokens = np.full((2, 1, 6), EOS)
+        return Samples(tokens, np.ones((2, 1), int), np.zeros((2, 1, 6)), np.ones((2, 1), bool))
+
+    prompts = prompts_of([3, 90, 5, 130, 66, 2, 70])
+    on = evaluator(sampler, prompts=prompts, batch_size=2, num_samples=1)
+    found = generate(on, None, 0)
+    assert sorted(g.id for g in found) == [prompt.id for prompt in prompts]
+    assert [tokens for tokens, *_ in seen] == [(2, 192), (2, 96), (2, 64), (2, 64)]
+    # A place without a prompt counts as one token.
+    assert [room for _, _, (_, room), _ in seen] == [130 + 90, 70 + 66, 5 + 1, 5 + 1]
+    generate(on, None, 1)
+    assert seen[4:] == seen[:4]
+
+
+def test_samples_do_not_depend_on_the_batches_and_texts_are_of_the_first_prompts(sampler, params):
+    def texts(batch_size: int) -> tuple[dict[str, str], dict[str, str]]:
+        options = {"prompts": prompts_of([3, 66, 2]), "batch_size": batch_size, "num_texts": 2}
+        on = evaluator(sampler, **options)
+        by_id = {g.id: g.completion for g in generate(on, params, 7)[::3]}
+        return by_id, on(params, 7)[1]
+
+    (by_id, shown), others = texts(1), texts(4)
+    assert (by_id, shown) == others
+    assert list(shown.values()) == [
+        f"[reward {len(by_id[p].split())}.000] {by_id[p]}" for p in ("p0", "p1")
+    ]
 
 
 def test_an_interrupted_evaluation_goes_on_with_the_samples_it_would_have_had(sampler, params):

@@ -1,11 +1,13 @@
 """Forward passes over many groups: every completion once, back in the order they came."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from copg_jax.data.groups import GroupBatch, TokenGroup
-from copg_jax.forward import GroupForward
+from copg_jax.forward import GroupForward, one_late
 from tests.toys import mesh
 
 
@@ -21,7 +23,7 @@ def digest(params, batch: GroupBatch):
     return params * (1000.0 * jnp.where(in_prompt, prompt, 0).sum(-1)[:, None] + own)
 
 
-def group(prompt: list[int], *completions: list[int]) -> TokenGroup:
+def group(prompt: Any, *completions: Any) -> TokenGroup:
     arrays = tuple(np.array(ids, np.int32) for ids in completions)
     return TokenGroup("i", "w", "", np.array(prompt, np.int32), ("",) * len(arrays), arrays)
 
@@ -43,13 +45,13 @@ def forward(on, batches: list[GroupBatch], batch_size: int = 4) -> GroupForward:
         batch_size=batch_size,
         name="digest",
     )
-    make = found._batch
+    make = found._collate
 
-    def noted(rows):
-        batches.append(make(rows))
+    def noted(*args):
+        batches.append(make(*args))
         return batches[-1]
 
-    found._batch = noted
+    found._collate = noted
     return found
 
 
@@ -90,3 +92,41 @@ def test_a_prompt_with_many_completions_is_cut_into_groups_of_eight():
     np.testing.assert_allclose(values, expected(rows[0]), rtol=1e-6)
     assert sum((batch.completion_length > 0).sum() for batch in batches) == 19
     assert {batch.completion_tokens.shape[1] for batch in batches} == {8}
+
+
+def test_the_next_batch_is_started_before_one_is_read():
+    events = []
+
+    def launched():
+        for i in range(3):
+            events.append(f"start {i}")
+            yield i
+
+    for i in one_late(launched()):
+        events.append(f"read {i}")
+    assert events == ["start 0", "start 1", "read 0", "start 2", "read 1", "read 2"]
+    assert list(one_late([])) == []
+
+
+def test_many_calls_with_lengths_as_in_tldr_compile_few_shapes_and_compute_little_padding():
+    rng = np.random.default_rng(0)
+
+    def lengths(mean: int, std: int, least: int, most: int) -> list[int]:
+        return np.clip(rng.normal(mean, std, 512), least, most).astype(int).tolist()
+
+    batches: list[GroupBatch] = []
+    run = forward(mesh(), batches, batch_size=32)
+    run._function = lambda params, batch: np.zeros(batch.completion_length.shape)
+    for part in range(8):
+        sizes = zip(
+            lengths(340, 100, 64, 512), *(lengths(36, 11, 8, 53) for _ in "ab"), strict=True
+        )
+        rows = [
+            group(np.r_[part, i, np.ones(p - 2)], *(np.ones(c) for c in own))
+            for i, (p, *own) in enumerate(sizes)
+        ]
+        run(rows)
+    assert len(batches) == 8 * 512 // 32
+    assert len({tuple(field.shape for field in batch) for batch in batches}) <= 12
+    useful = sum(b.prompt_length.sum() + b.completion_length.sum() for b in batches)
+    assert useful > 0.93 * sum(b.token_slots.size for b in batches)

@@ -1,6 +1,7 @@
 """Which tokens a batch computes: blocks of groups without the padding between them.
 
-1. `deal` composes batches and their blocks so that all blocks have nearly equal numbers of tokens.
+1. `deal` composes batches and their blocks so that all blocks have nearly equal numbers of tokens;
+   `batches_by_length` does so among groups of similar prompt length.
 2. `token_slots` and `slots_of` list what is valid in each block of a padded batch.
 
 A batch has one block for each device and microbatch. All blocks have the same capacity, so that one
@@ -75,6 +76,22 @@ def room_of(
     return Capacity(*(-(-int(most.max()) // multiple) * multiple for most in (tokens, completion)))
 
 
+def block_tokens(tokens: np.ndarray, dealt: np.ndarray, *, num_blocks: int) -> np.ndarray:
+    """Tokens in each block of dealt batches, as (prompts, completions).
+
+    Args:
+        tokens: of each item, the same two numbers; [n, 2].
+        dealt: from `deal`; [b, B].
+        num_blocks: R, divides B.
+
+    Returns:
+        int64 [b, R, 2].
+    """
+    # A place without a group still has a prompt of one token.
+    found = np.where(dealt[:, :, None] < 0, [1, 0], tokens[dealt])
+    return found.reshape(len(dealt), num_blocks, -1, 2).sum(2)
+
+
 def _valid(length: np.ndarray, size: int, num_blocks: int) -> np.ndarray:
     """True at the positions before `length` in rows of `size`, by block; [R, S]."""
     return (np.arange(size) < length[..., None]).reshape(num_blocks, -1)
@@ -137,3 +154,42 @@ def deal(sizes: np.ndarray, *, batch_size: int, num_blocks: int) -> np.ndarray:
     ]
     dealt = np.stack(batches)
     return np.where(dealt < len(sizes), dealt, -1)
+
+
+class LengthBatch(NamedTuple):
+    """Groups of similar prompt length that are computed together."""
+
+    rows: np.ndarray  # int64 [B], indices of the groups, block after block; -1 = no group
+    prompt_size: int  # P
+    capacity: Capacity
+
+
+def batches_by_length(tokens: np.ndarray, *, batch_size: int, num_blocks: int) -> list[LengthBatch]:
+    """Batches of similar prompt length, longest first, so that short prompts are padded little.
+
+    Prompt sizes are 64, 96, 128, 192, 256, ...; all batches of one size have the same capacity,
+    since groups are dealt among them. So there are few shapes.
+
+    Args:
+        tokens: of each group, as (prompt, all completions); [n, 2].
+        batch_size: B.
+        num_blocks: R, divides B.
+    """
+    order = np.argsort(-tokens[:, 0], kind="stable")
+    sizes = [_prompt_size(int(longest)) for longest in tokens[order[::batch_size], 0]]
+    found = []
+    for size in dict.fromkeys(sizes):
+        first = sizes.index(size) * batch_size
+        rows = order[first : first + sizes.count(size) * batch_size]
+        dealt = deal(tokens[rows].sum(1), batch_size=batch_size, num_blocks=num_blocks)
+        blocks = block_tokens(tokens[rows], dealt, num_blocks=num_blocks)
+        capacity = Capacity(int(blocks.sum(-1).max()), int(blocks[..., 1].max()))
+        dealt_rows = np.where(dealt < 0, -1, rows[dealt])
+        found += [LengthBatch(places, size, capacity) for places in dealt_rows]
+    return found
+
+
+def _prompt_size(length: int) -> int:
+    """The next power of two or half as much again, at least 64."""
+    power = 1 << (length - 1).bit_length()
+    return max(64, power * 3 // 4 if length <= power * 3 // 4 else power)
