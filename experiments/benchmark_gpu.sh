@@ -14,7 +14,8 @@ die() { printf 'error: %s\n' "$*" >&2 && exit 2; }
 [[ $# == 1 ]] || die "wanted one folder for the results, got '$*'"
 shapes=${SHAPES:-7b 1b} limit=${LIMIT:-465} most=${MOST:-180}
 mkdir -p "$1" && out=$(cd "$1" && pwd)
-: >"$out/results.jsonl" >"$out/log.txt"
+: >"$out/results.jsonl"
+: >"$out/log.txt"
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
