@@ -35,7 +35,7 @@ def token_logp(
     packing = Packing.of(batch.completion_slots, batch.completion_tokens.size // num_blocks)
     hidden = predictive_hidden(config, params, batch)
     tokens = packing.pack(batch.completion_tokens.reshape(num_blocks, -1))
-    matrix = functional.output_matrix(params)
+    matrix = functional.output_matrix(config, params)
     logp = logprobs.token_logp(hidden, matrix, tokens, chunk=chunk)
     return packing.unpack(logp).reshape(shape)
 

@@ -147,8 +147,9 @@ def make_sampler(
         param_shardings: where the parameters lie.
     """
 
-    def append(samples: Samples, hidden: Array, params: Any, keys: Array, index: Array) -> Samples:
-        matrix = functional.output_matrix(params).astype(hidden.dtype)
+    def append(
+        samples: Samples, hidden: Array, matrix: Array, keys: Array, index: Array
+    ) -> Samples:
         logits = jnp.einsum("bkd,dv->bkv", hidden, matrix, preferred_element_type=jnp.float32)
         tokens, logp = _choose(logits, keys, index, temperature)
         return _append(samples, tokens, logp, index, eos_id)
@@ -159,6 +160,7 @@ def make_sampler(
         batch = prompt_tokens.shape[0]
         # Once here instead of at every token: decoding is bound by reading the weights.
         params = functional.cast_matrices(config, params)
+        matrix = functional.output_matrix(config, params)
         cache, last = decoding.prefill(
             config,
             params,
@@ -170,7 +172,7 @@ def make_sampler(
         )
         empty = _empty(batch, num_samples, max_new_tokens)
         hidden = jnp.broadcast_to(last[:, None, :], (batch, num_samples, last.shape[-1]))
-        first = _Loop(jnp.int32(0), cache, append(empty, hidden, params, keys, jnp.int32(0)))
+        first = _Loop(jnp.int32(0), cache, append(empty, hidden, matrix, keys, jnp.int32(0)))
 
         def unfinished(loop: _Loop) -> Array:
             return (loop.index + 1 < max_new_tokens) & ~loop.samples.has_eos.all()
@@ -181,7 +183,7 @@ def make_sampler(
             )
             hidden, cache = decoding.decode_step(config, params, loop.cache, newest, loop.index)
             index = loop.index + 1
-            return _Loop(index, cache, append(loop.samples, hidden, params, keys, index))
+            return _Loop(index, cache, append(loop.samples, hidden, matrix, keys, index))
 
         return jax.lax.while_loop(unfinished, body, first).samples
 

@@ -4,7 +4,8 @@ from it.
 1. `make_mesh` lays the devices out as (data, fsdp, tensor);
 2. `LOGICAL_TO_MESH` says which mesh axis cuts which logical axis; models speak logical axes only;
 3. `shardings` turns a tree of logical axes into shardings; `batch_sharding` cuts batches along
-   groups, `constrain_batch` the activations that come of them, and `on_shards` runs on the pieces;
+   groups, `constrain_batch` the activations that come of them; `gather_weight` makes a weight whole
+   for its use, and `on_shards` runs on the pieces;
 4. `place` and `place_whole` make global arrays from what each host holds; `batch_share` says which
    part of every batch a host has to load, and `make_host_max` lets hosts agree on a number.
 
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -145,10 +147,10 @@ _activations: ContextVar[NamedSharding | None] = ContextVar("activations", defau
 
 @contextmanager
 def batch_parallel(mesh: Mesh) -> Iterator[None]:
-    """While a function is traced in here, `constrain_batch` pins its activations to the batch axis.
+    """While a function is traced in here, activations are cut along the batch and weights gathered.
 
-    Without it the compiler may keep the `embed` axis of the weights cut, and then computes the
-    whole batch on every device and gathers activations instead of weights.
+    The compiler alone may keep the `embed` axis of the weights cut, and then computes the whole
+    batch on every device and gathers activations; or gathers a weight once for each of its uses.
     """
     token = _activations.set(batch_sharding(mesh))
     try:
@@ -161,6 +163,43 @@ def constrain_batch(x: jax.Array) -> jax.Array:
     """Cuts an activation [B, ...] along B only, inside `batch_parallel`; elsewhere does nothing."""
     layout = _activations.get()
     return x if layout is None else jax.lax.with_sharding_constraint(x, layout)
+
+
+def gather_weight(x: jax.Array, axes: Axes) -> jax.Array:
+    """Makes a weight whole along the axes that share mesh axes with the batch (FSDP).
+
+    Inside `batch_parallel`; elsewhere does nothing. Its gradient comes back cut like the weight: a
+    reduce-scatter.
+
+    Args:
+        x: in the dtype in which it travels.
+        axes: its logical axes.
+    """
+    layout = _activations.get()
+    if layout is None:
+        return x
+    cut = _spec(axes)
+    whole = PartitionSpec(*(None if name in LOGICAL_TO_MESH["batch"] else name for name in cut))
+    return _reshard(x, NamedSharding(layout.mesh, cut), NamedSharding(layout.mesh, whole))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _reshard(x: jax.Array, source: NamedSharding, target: NamedSharding) -> jax.Array:
+    """From one sharding to another; the gradient goes the way back."""
+    x = jax.lax.with_sharding_constraint(x, source)
+    return jax.lax.with_sharding_constraint(x, target)
+
+
+def _reshard_forward(x: jax.Array, source: NamedSharding, target: NamedSharding):
+    return _reshard(x, source, target), None
+
+
+def _reshard_backward(source: NamedSharding, target: NamedSharding, _: None, gradient: jax.Array):
+    del target
+    return (jax.lax.with_sharding_constraint(gradient, source),)
+
+
+_reshard.defvjp(_reshard_forward, _reshard_backward)
 
 
 def on_shards(

@@ -207,16 +207,19 @@ def _loss_and_grads(
         return value_and_grad(params, batch)
     micro = jax.tree.map(lambda x: _split(x, num_microbatches, num_shards), batch)
     first = jax.tree.map(lambda x: x[0], micro)
-    shapes = jax.eval_shape(value_and_grad, params, first)
-    (loss, aux), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    shapes = jax.eval_shape(loss_fn, params, first)
+    loss, aux = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    # The backward pass adds into these, layer by layer: one set of gradients exists and not two.
+    sums = jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), params)
 
     def body(carry, microbatch):
-        (loss, aux), grads = value_and_grad(params, microbatch)
-        summed = (loss, aux.weight, aux.metrics, grads)
-        return jax.tree.map(jnp.add, carry, summed), aux.per_group
+        loss, vjp, aux = jax.vjp(lambda p: loss_fn(p, microbatch), params, has_aux=True)
+        vjp.with_refs(sums)(jnp.ones_like(loss))
+        return jax.tree.map(jnp.add, carry, (loss, aux.weight, aux.metrics)), aux.per_group
 
-    carry = (loss, aux.weight, aux.metrics, grads)
-    (loss, weight, metrics, grads), per_group = jax.lax.scan(body, carry, micro)
+    carry = (loss, aux.weight, aux.metrics)
+    (loss, weight, metrics), per_group = jax.lax.scan(body, carry, micro)
+    grads = jax.tree.map(jax.ref.freeze, sums)
     # Back in the order of the batch: the same split with the roles exchanged.
     per_group = _split(per_group.reshape(-1), num_shards, num_microbatches).reshape(-1)
     return (loss, LossOutput(weight, per_group, metrics)), grads

@@ -116,7 +116,9 @@ def test_draws_at_temperature_one_have_the_model_s_distribution(sample, params):
     logp = np.concatenate([s.token_logp[..., 0].ravel() for s in drawn])
     count = np.bincount(first, minlength=CONFIG.vocab_size)
     hidden = tiny.plain_hidden(CONFIG, params, jnp.asarray(PROMPTS[1:2]))[0, LENGTH[1] - 1]
-    expected = np.asarray(jax.nn.softmax(hidden @ functional.output_matrix(params))) * len(first)
+    expected = np.asarray(jax.nn.softmax(hidden @ functional.output_matrix(CONFIG, params))) * len(
+        first
+    )
     assert expected.max() < 0.7 * len(first)
     chi_square = ((count - expected) ** 2 / expected).sum()
     assert chi_square < 24.3  # 7 degrees of freedom, 1 in 1,000
@@ -166,7 +168,7 @@ def test_generation_stops_when_every_row_has_ended(sample, params):
 def test_greedy_is_the_most_likely_token_of_the_whole_text_recomputed(params):
     slots, keys = slots_of(LENGTH, P, 1, None), row_keys(0, 0, B)
     greedy = jax.device_get(sampler_on(mesh(), 1, 0.0)(params, PROMPTS, LENGTH, slots, keys))
-    matrix = functional.output_matrix(params)
+    matrix = functional.output_matrix(CONFIG, params)
     texts = np.zeros((B, P + C), np.int32)
     for b in range(B):
         texts[b, : LENGTH[b]] = PROMPTS[b, : LENGTH[b]]

@@ -201,7 +201,7 @@ def test_ref_logps_are_those_of_the_plain_model_in_the_order_of_the_groups(rng):
     for i, (prompt, ids) in enumerate(texts):
         padded[i, : len(prompt) + len(ids)] = np.concatenate([prompt, ids])
     hidden = tiny.plain_hidden(LLAMA, params, jnp.asarray(padded))
-    logp = np.asarray(jax.nn.log_softmax(hidden @ functional.output_matrix(params)))
+    logp = np.asarray(jax.nn.log_softmax(hidden @ functional.output_matrix(LLAMA, params)))
     wanted = [
         sum(logp[i, len(prompt) - 1 + t, token] for t, token in enumerate(ids))
         for i, (prompt, ids) in enumerate(texts)

@@ -23,10 +23,11 @@ from copg_jax.models.llama import (
     Params,
     ParamSpec,
     Rotation,
+    layer_specs,
     param_specs,
     rms_norm,
 )
-from copg_jax.sharding import constrain_batch
+from copg_jax.sharding import Axes, constrain_batch, gather_weight
 
 Attend = Callable[..., tuple[jax.Array, Any]]
 """(q, k, v, *slices) → (mixed values, extra); see `LlamaLayer`."""
@@ -52,22 +53,23 @@ def logical_axes(config: LlamaConfig, *, head: str = "lm") -> Params:
 
 
 def cast_matrices(config: LlamaConfig, params: Params) -> Params:
-    """Cast the matrices to the compute dtype, which the forward pass does wherever it uses them.
+    """Cast the matrices to the compute dtype, which the forward pass does where it gathers them.
 
     Vectors (norm scales, score head) are used in float32 and stay, so that no result changes.
     """
 
-    def cast(axes: tuple[str | None, ...], leaf: jax.Array) -> jax.Array:
-        return leaf if len(axes) - ("layers" in axes) == 1 else leaf.astype(config.dtype)
-
     head = "score" if "score" in params else "lm"
     axes = logical_axes(config, head=head)
+    cast = functools.partial(_cast_matrix, config)
     return jax.tree.map(cast, axes, params, is_leaf=lambda node: isinstance(node, tuple))
 
 
-def output_matrix(params: Params) -> jax.Array:
-    """The matrix [D, V] that turns hidden states into logits; the embedding's transpose if tied."""
-    return params["lm_head"] if "lm_head" in params else params["embed_tokens"].T
+def output_matrix(config: LlamaConfig, params: Params) -> jax.Array:
+    """The matrix [D, V] that turns hidden states into logits, compute dtype, gathered for use; the
+    embedding's transpose if tied.
+    """
+    matrix = params["lm_head"] if "lm_head" in params else params["embed_tokens"].T
+    return gather_weight(matrix.astype(config.dtype), ("embed", "vocab"))
 
 
 def embed(config: LlamaConfig, params: Params, tokens: jax.Array) -> jax.Array:
@@ -133,10 +135,14 @@ def _layer_step(
     read: Callable[[jax.Array], jax.Array] = lambda tokens: tokens,
 ) -> Callable[..., tuple[jax.Array, Any]]:
     """One layer as a function (x, (weights, slices)) → (x, extra)."""
-    graph = _layer_graph(config)
+    graph, specs = _layer_graph(config), layer_specs(config)
 
     def layer_step(x, inputs):
         weights, slices = inputs
+        weights = {
+            name: gather_weight(_cast_matrix(config, specs[name].axes, weight), specs[name].axes)
+            for name, weight in weights.items()
+        }
         layer = nnx.merge(graph, weights)
         x, extra = layer(x, rotation, lambda q, k, v: attend(q, k, v, *slices), read)
         return constrain_batch(x), extra
@@ -148,6 +154,11 @@ def _layer_step(
 def _layer_graph(config: LlamaConfig) -> nnx.GraphDef[LlamaLayer]:
     """The weightless structure of a layer, made without computing anything."""
     return nnx.split(nnx.eval_shape(lambda: LlamaLayer(config, nnx.Rngs(0))))[0]
+
+
+def _cast_matrix(config: LlamaConfig, axes: Axes, leaf: jax.Array) -> jax.Array:
+    is_vector = len(axes) - ("layers" in axes) == 1
+    return leaf if is_vector else leaf.astype(config.dtype)
 
 
 def _is_spec(node: Any) -> bool:

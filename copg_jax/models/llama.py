@@ -35,11 +35,16 @@ def _mixed_saveable(primitive: Any, *_: Any, **params: Any) -> bool:
     return primitive.name == kernel or _only_mixed(primitive, **params)
 
 
+def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Saving all results must not mean to save the weights of every layer as they were gathered."""
+    return primitive.name != "sharding_constraint"
+
+
 _only_mixed = jax.checkpoint_policies.save_only_these_names(MIXED)
 _both = jax.checkpoint_policies.save_from_both_policies
 # What the backward pass finds stored, instead of computing it again, per layer.
 REMAT_POLICIES: dict[str, Callable[..., Any]] = {
-    "none": jax.checkpoint_policies.everything_saveable,
+    "none": _all_but_gathered,
     "dots": _both(jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _mixed_saveable),
     "mlp": _both(jax.checkpoint_policies.save_only_these_names(PROJECTED), _mixed_saveable),
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -221,7 +226,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 class LlamaLayer(nnx.Module):
-    """One decoder layer; weights are float32 and cast to the compute dtype where they are used."""
+    """One decoder layer; its matrices are in the compute dtype, its norm scales in float32."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         def param(name: str) -> nnx.Param[jax.Array]:
@@ -268,7 +273,7 @@ class LlamaLayer(nnx.Module):
         mixed, extra = attend(q, k, v)
         # One merged contraction axis: over (h, e) XLA transposes the weights at every decode step.
         mixed = mixed.reshape(*mixed.shape[:2], -1)
-        o_proj = self.o_proj[...].astype(x.dtype).reshape(mixed.shape[-1], -1)
+        o_proj = self.o_proj[...].reshape(mixed.shape[-1], -1)
         x = keep(x + jnp.einsum("btm,md->btd", mixed, o_proj))
 
         normed = rms_norm(x, self.post_attention_layernorm[...], self.eps)
@@ -278,4 +283,4 @@ class LlamaLayer(nnx.Module):
 
 
 def _project(equation: str, x: jax.Array, weight: nnx.Param[jax.Array]) -> jax.Array:
-    return jnp.einsum(equation, x, weight[...].astype(x.dtype))
+    return jnp.einsum(equation, x, weight[...])

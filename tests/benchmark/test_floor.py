@@ -61,7 +61,7 @@ def plain_batch(rows: list[TokenGroup]) -> Plain:
 def plain_loss(config: LlamaConfig, params: Any, batch: Plain) -> jax.Array:
     """Mean CoPG loss."""
     hidden = predictive_hidden(config, params, batch.sequences)
-    matrix = functional.output_matrix(params)
+    matrix = functional.output_matrix(config, params)
     logits = jnp.einsum("...d,dv->...v", hidden, matrix)
     tokens = batch.sequences.completion_tokens.reshape(hidden.shape[:-1])
     logp = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)

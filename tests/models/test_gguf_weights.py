@@ -151,5 +151,5 @@ def test_smollm2_knows_the_capital_of_france(smollm2: Path, tmp_path: Path) -> N
     length = np.array([tokens.shape[1]])
     slots = slots_of(length, tokens.shape[1], 1, None)
     _, hidden = jax.jit(prefill)(params, tokens, length, slots)
-    best = int(np.argmax(tiny.logits(hidden, functional.output_matrix(params))))
+    best = int(np.argmax(tiny.logits(hidden, functional.output_matrix(config, params))))
     assert tokenizer.decode([best]) == " Paris"

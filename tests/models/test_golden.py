@@ -21,7 +21,7 @@ def test_logits_equal_the_hugging_face_model(kind: str, tmp_path: Path) -> None:
     config = hf_weights.read_config(tmp_path)
     params = hf_weights.load_params(tmp_path, config, head="lm")
     hidden = tiny.predictive(config, params, tiny.group_of(tokens, PROMPT))[:, 0]
-    logits = tiny.logits(hidden, functional.output_matrix(params))
+    logits = tiny.logits(hidden, functional.output_matrix(config, params))
     np.testing.assert_allclose(logits, golden[:, PROMPT - 1 : -1], atol=1e-4)
 
 

@@ -39,7 +39,7 @@ def test_torch_gives_the_logits_of_an_exported_language_model(tied: bool, tmp_pa
     with torch.no_grad():
         wanted = model(torch.tensor(tokens, dtype=torch.long)).logits[:, 4:-1].numpy()
     hidden = tiny.predictive(config, params, tiny.group_of(tokens, 5))[:, 0]
-    ours = tiny.logits(hidden, functional.output_matrix(params))
+    ours = tiny.logits(hidden, functional.output_matrix(config, params))
     np.testing.assert_allclose(ours, wanted, atol=1e-4)
 
 
