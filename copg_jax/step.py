@@ -230,26 +230,21 @@ def _averages(metrics: Metrics) -> dict[str, Array]:
     return {name: total / weight for name, (total, weight) in metrics.items()}
 
 
-_MAX_SHAPES = 2
+def _traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Raises when `function` is traced a second time: a recompilation in the middle of a run.
 
-
-def _traced_once_per_shape(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Raises when `function` is traced for a shape it knows, or for a third one.
-
-    A recompilation in the middle of a run is a bug: batches have two shapes at most, see
-    `GroupStream`. Unlike `chex.assert_max_traces`, which counts by source text, it counts by
-    object, so that one process may build several steps (the quickstart trains three policies).
+    Unlike `chex.assert_max_traces`, which counts by source text, it counts by object, so that one
+    process may build several steps (the quickstart trains three policies).
     """
     known: list[Any] = []
 
     def traced(*args: Any) -> Any:
-        shapes = jax.tree.map(jnp.shape, args[-1])
-        if shapes in known or len(known) == _MAX_SHAPES:
+        known.append(jax.tree.map(jnp.shape, args[-1]))
+        if len(known) > 1:
             raise RuntimeError(
-                f"{function.__name__} was traced again: dtypes are fixed for a run and a batch has "
-                f"{_MAX_SHAPES} shapes at most. Known {known}, now {shapes}"
+                f"{function.__name__} was traced again: dtypes are fixed for a run and all batches "
+                f"have one shape. Before {known[0]}, now {known[1]}"
             )
-        known.append(shapes)
         return function(*args)
 
     return wraps(function)(traced)
@@ -282,7 +277,7 @@ def make_train_step(
 
     Returns:
         A function that donates its state. Metrics: averages by name, `optim/grad_norm`, `finite`
-        (bool) and `per_group` [B]. Being traced twice for one shape raises.
+        (bool) and `per_group` [B]. Being traced twice raises.
     """
     num_shards = sharding.num_batch_shards(mesh)
 
@@ -307,7 +302,7 @@ def make_train_step(
 
     whole = sharding.replicated(mesh)
     return jax.jit(
-        _traced_once_per_shape(sharding.batch_parallel(mesh)(train_step)),
+        _traced_once(sharding.batch_parallel(mesh)(train_step)),
         in_shardings=(state_shardings, sharding.batch_sharding(mesh)),
         out_shardings=(state_shardings, whole),
         donate_argnums=0,
@@ -326,7 +321,7 @@ def make_loss_step(
 
     batch_sharding: NamedSharding = sharding.batch_sharding(mesh)
     return jax.jit(
-        _traced_once_per_shape(sharding.batch_parallel(mesh)(loss_step)),
+        _traced_once(sharding.batch_parallel(mesh)(loss_step)),
         in_shardings=(param_shardings, batch_sharding),
         out_shardings=sharding.replicated(mesh),
     )

@@ -123,18 +123,17 @@ def test_microbatches_leave_the_adam_update_and_the_per_group_losses_alone(num_m
     np.testing.assert_allclose(metrics["per_group"], cut_metrics["per_group"], rtol=1e-6)
 
 
-def test_a_third_shape_is_refused_and_a_second_step_function_is_not():
+def test_a_second_shape_is_refused_and_a_second_step_function_is_not():
     toy = Toy()
     state, _ = toy.step(toy.state, toy.place(group_batch(np.ones((8, 2)))))
     state, _ = toy.step(state, toy.place(group_batch(np.zeros((8, 2)))))
-    state, _ = toy.step(state, toy.place(in_blocks(group_batch(np.zeros((8, 2))), 8)))
     with pytest.raises(RuntimeError, match=r"train_step was traced again.*\(8, 3\)"):
         toy.step(state, toy.place(group_batch(np.ones((8, 3)))))
     other = Toy()
     other.step(other.state, other.place(group_batch(np.ones((8, 2)))))
 
 
-def test_the_same_shape_is_not_traced_again_for_another_dtype():
+def test_the_same_shape_is_refused_in_another_dtype():
     toy = Toy()
     state, _ = toy.step(toy.state, toy.place(group_batch(np.ones((8, 2)))))
     batch = group_batch(np.ones((8, 2)))

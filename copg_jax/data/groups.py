@@ -147,30 +147,31 @@ def collate(
     for row, group in enumerate(groups):
         if group is None:
             continue
-        size = (
-            len(group.prompt_tokens),
-            len(group.completion_tokens),
-            max(len(ids) for ids in group.completion_tokens),
-        )
-        if any(
-            got > most
-            for got, most in zip(size, (prompt_size, *slots[1:], completion_size), strict=True)
-        ):
-            raise InputError(
-                f"{group.where}: prompt tokens, completions, completion tokens are {size}, over "
-                f"the batch's ({prompt_size}, {num_completions}, {completion_size}). Make the "
-                "batch larger or the limits smaller."
-            )
-        batch.prompt_tokens[row, : size[0]] = group.prompt_tokens
-        batch.prompt_length[row] = size[0]
+        _check_size(group, (prompt_size, num_completions, completion_size))
+        batch.prompt_tokens[row, : len(group.prompt_tokens)] = group.prompt_tokens
+        batch.prompt_length[row] = len(group.prompt_tokens)
         for slot, ids in enumerate(group.completion_tokens):
             batch.completion_tokens[row, slot, : len(ids)] = ids
             batch.completion_length[row, slot] = len(ids)
         if group.rewards is not None:
-            batch.reward[row, : size[1]] = group.rewards
+            batch.reward[row, : len(group.rewards)] = group.rewards
         if group.ref_logps is not None:
-            batch.ref_logp[row, : size[1]] = group.ref_logps
+            batch.ref_logp[row, : len(group.ref_logps)] = group.ref_logps
     return with_slots(batch, num_blocks=num_blocks, capacity=capacity)
+
+
+def _check_size(group: TokenGroup, shape: tuple[int, int, int]) -> None:
+    """Raises InputError where a group is larger than (P, K, C)."""
+    size = (
+        len(group.prompt_tokens),
+        len(group.completion_tokens),
+        max(len(ids) for ids in group.completion_tokens),
+    )
+    if any(got > most for got, most in zip(size, shape, strict=True)):
+        raise InputError(
+            f"{group.where}: prompt tokens, completions, completion tokens are {size}, over the "
+            f"batch's {shape}. Make the batch larger or the limits smaller."
+        )
 
 
 def with_slots(
