@@ -9,7 +9,7 @@ time:
 3. compute ln π_ref of the same tokens and estimate the KL from the samples.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -109,6 +109,7 @@ def make_loss_evaluator(
 class Generation:
     """One generated completion with what was measured on it."""
 
+    index: int  # of its prompt among the fixed ones
     id: str
     prompt: str
     completion: str
@@ -155,113 +156,100 @@ class GenerationEvaluator:
         self.inputs = dict(inputs or {})
         self._sampler, self._prompts, self._tokenizer = sampler, prompts, tokenizer
         self._rewards, self._generation, self._beta = rewards, generation, beta
-        self._mesh, self._ref_params = mesh, ref_params
-        shards = sharding.num_batch_shards(mesh)
+        self._num_blocks = shards = sharding.num_batch_shards(mesh)
         self._batch_size = -(-min(generation.batch_size, len(prompts)) // shards) * shards
-        # The same at every evaluation, so that later ones compile nothing.
-        self._batches = packing.batches_by_length(
-            np.array([(len(prompt.prompt_tokens), 0) for prompt in prompts]),
-            batch_size=self._batch_size,
-            num_blocks=shards,
-        )
-        rows = sharding.batch_sharding(mesh)
+        self._ref_params, self._placement = ref_params, sharding.batch_sharding(mesh)
         self._ref_token_logp = jax.jit(
             sharding.batch_parallel(mesh)(partial(policy.token_logp, config, chunk=logits_chunk)),
-            in_shardings=(None, rows),
+            in_shardings=(None, self._placement),
             out_shardings=sharding.replicated(mesh),
         )
 
     def __call__(self, params: Any, step: int) -> tuple[dict[str, float], dict[str, str]]:
         """Metrics (`eval/…`) and sample texts of the policy `params` at `step`; see `summarize`."""
-        found = [g for batch in self.batches(params, step) for g in batch]
-        prompts = np.concatenate([batch.rows[batch.rows >= 0] for batch in self._batches])
-        order = np.argsort(prompts.repeat(self._generation.num_samples), kind="stable")
-        generations = [found[i] for i in order]
-        texts = sample_texts(generations, self._generation)
-        return summarize(generations, beta=self._beta), texts
+        found = in_prompt_order(g for batch in self.batches(params, step) for g in batch)
+        return summarize(found, beta=self._beta), sample_texts(found, self._generation)
 
-    def batches(self, params: Any, step: int, first: int = 0) -> Iterator[list[Generation]]:
+    def batches(
+        self, params: Any, step: int, finished: Collection[int] = ()
+    ) -> Iterator[list[Generation]]:
         """Generates and judges batch by batch, from the longest prompts to the shortest.
 
         Args:
             params: the policy's parameters.
             step: folded into the seed; the same step gives a prompt the same samples, whatever its
                 batch.
-            first: prompts to skip, when going on with an interrupted evaluation.
+            finished: prompts to leave out, by index, when going on with an interrupted evaluation;
+                its mesh and batch size may have been others.
         """
         keys = row_keys(self._generation.seed, step, len(self._prompts))
-        rows = [batch.rows[batch.rows >= 0] for batch in self._batches]
-        ends = np.cumsum([len(present) for present in rows])
-        num_finished = int((ends <= first).sum())
-        launched = (self._launch(params, keys, batch) for batch in self._batches[num_finished:])
+        batches = self._plan([i for i in range(len(self._prompts)) if i not in finished])
+        launched = ((batch.rows, *self._launch(params, keys, batch)) for batch in batches)
         # Texts and rewards of a batch are made while the device generates the next one.
-        for number, (samples, ref_logp) in enumerate(one_late(launched), start=num_finished):
-            prompts = [self._prompts[i] for i in rows[number]]
-            present = self._batches[number].rows >= 0
+        for rows, samples, ref_logp in one_late(launched):
+            present = rows >= 0
             samples, ref_logp = jax.tree.map(
                 lambda x, present=present: x[present], jax.device_get((samples, ref_logp))
             )
-            found = self._judge(prompts, self._measure(prompts, samples, ref_logp))
-            done = max(0, first - int(ends[number] - len(prompts)))
-            yield found[done * self._generation.num_samples :]
+            yield self._judge(self._measure(rows[present].tolist(), samples, ref_logp))
+
+    def _plan(self, prompts: Sequence[int]) -> list[packing.LengthBatch]:
+        """Batches of these prompts: the same at every evaluation, so that later ones compile
+        nothing."""
+        lengths = [(len(self._prompts[i].prompt_tokens), 0) for i in prompts]
+        batches = packing.batches_by_length(
+            np.array(lengths, int).reshape(-1, 2),
+            batch_size=self._batch_size,
+            num_blocks=self._num_blocks,
+        )
+        rows = np.array(prompts, int)
+        return [b._replace(rows=np.where(b.rows < 0, -1, rows[b.rows])) for b in batches]
 
     def _launch(
         self, params: Any, keys: Array, prompts: packing.LengthBatch
     ) -> tuple[Samples, Array | None]:
         """Starts the generation of a batch, and ln π_ref of what it will generate [B, K, C]."""
-        batch, prompt_slots = sharding.place_whole(
-            self._collate(prompts), sharding.batch_sharding(self._mesh)
-        )
-        # Places without a prompt generate too, with any key; nobody reads that.
-        samples = self._sampler(
-            params,
-            batch.prompt_tokens,
-            batch.prompt_length,
-            prompt_slots,
-            keys[np.maximum(prompts.rows, 0)],
-        )
+        collated, slots = self._collate(prompts)
+        # The model wants at least one token, but the sampler shall leave empty places empty.
+        length = np.where(prompts.rows < 0, 0, collated.prompt_length)
+        batch, *layout = sharding.place_whole((collated, length, slots), self._placement)
+        keys = keys[np.maximum(prompts.rows, 0)]
+        samples = self._sampler(params, batch.prompt_tokens, *layout, keys)
         if self._ref_params is None:
             return samples, None
         # Not waiting for the samples, which alone would tell the host which slots they leave empty.
-        tokens, length = jax.device_put(
-            (samples.tokens, samples.length), sharding.batch_sharding(self._mesh)
-        )
+        tokens, length = jax.device_put((samples.tokens, samples.length), self._placement)
         batch = batch._replace(completion_tokens=tokens, completion_length=length)
         return samples, self._ref_token_logp(self._ref_params, batch)
 
     def _collate(self, prompts: packing.LengthBatch) -> tuple[GroupBatch, np.ndarray]:
         """Prompts of a batch with every slot of the samples to come, and the prompts' slots."""
         num_samples, size = self._generation.num_samples, self._generation.max_new_tokens
-        num_blocks = sharding.num_batch_shards(self._mesh)
+        num_blocks, room = self._num_blocks, prompts.capacity.tokens
+        own = self._batch_size // num_blocks * num_samples * size
+        blank = {
+            "completion_tokens": (np.zeros(size, np.int32),) * num_samples,
+            "rewards": None,
+            "ref_logps": None,
+        }
         batch = groups.collate(
-            [],
+            [None if i < 0 else replace(self._prompts[i], **blank) for i in prompts.rows],
             batch_size=self._batch_size,
             prompt_size=prompts.prompt_size,
             num_completions=num_samples,
             completion_size=size,
+            num_blocks=num_blocks,
+            capacity=packing.Capacity(room + own, own),
         )
-        for place, row in enumerate(prompts.rows):
-            if row >= 0:
-                ids = self._prompts[row].prompt_tokens
-                batch.prompt_tokens[place, : len(ids)] = ids
-                batch.prompt_length[place] = len(ids)
-        batch.completion_length[:] = size
-        prompt_room, own = (
-            prompts.capacity.tokens,
-            self._batch_size // num_blocks * num_samples * size,
-        )
-        prompt_slots = packing.slots_of(
-            batch.prompt_length, prompts.prompt_size, num_blocks, prompt_room
-        )
-        capacity = packing.Capacity(prompt_room + own, own)
-        return groups.with_slots(batch, num_blocks=num_blocks, capacity=capacity), prompt_slots
+        return batch, packing.slots_of(batch.prompt_length, prompts.prompt_size, num_blocks, room)
 
     def _measure(
-        self, chunk: Sequence[TokenGroup], samples: Samples, ref_token_logp: np.ndarray | None
+        self, rows: Sequence[int], samples: Samples, ref_token_logp: np.ndarray | None
     ) -> list[Generation]:
         """Texts and log-probabilities of one batch of samples, prompt by prompt; no rewards yet."""
         found = []
-        for b, prompt in enumerate(chunk):
+        for b, index in enumerate(rows):
+            prompt = self._prompts[index]
             for k in range(self._generation.num_samples):
                 n, has_eos = int(samples.length[b, k]), bool(samples.has_eos[b, k])
                 logp = np.asarray(samples.token_logp[b, k, :n], np.float64)
@@ -271,9 +259,12 @@ class GenerationEvaluator:
                 ids = samples.tokens[b, k, : n - has_eos]
                 found.append(
                     Generation(
+                        index=index,
                         id=prompt.id,
                         prompt=prompt.prompt,
-                        completion=self._text(ids),
+                        completion=self._tokenizer.decode(
+                            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+                        ),
                         reward=np.nan,
                         logp=float(logp.sum()),
                         ref_logp=float((logp - log_ratio).sum()),
@@ -284,17 +275,11 @@ class GenerationEvaluator:
                 )
         return found
 
-    def _text(self, ids: Any) -> str:
-        """What was written, blank for blank."""
-        return self._tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-
-    def _judge(self, chunk: Sequence[TokenGroup], found: list[Generation]) -> list[Generation]:
+    def _judge(self, found: list[Generation]) -> list[Generation]:
         """Fills in the rewards."""
-        repeated = [prompt for prompt in chunk for _ in range(self._generation.num_samples)]
-        names = sorted({name for prompt in chunk for name in prompt.columns})
-        columns = {name: [row.columns.get(name) for row in repeated] for name in names}
+        rows = [self._prompts[g.index].columns for g in found]
+        names = sorted({name for row in rows for name in row})
+        columns = {name: [row.get(name) for row in rows] for name in names}
         rewards, _ = self._rewards(
             [g.prompt for g in found], [g.completion for g in found], columns
         )
@@ -305,8 +290,18 @@ class GenerationEvaluator:
         ]
 
 
+def in_prompt_order(generations: Iterable[Generation]) -> list[Generation]:
+    """The same generations as the prompts come, whatever the batches were."""
+    return sorted(generations, key=lambda g: g.index)
+
+
 def sample_texts(generations: Sequence[Generation], sizes: GenerationConfig) -> dict[str, str]:
-    """The first completions of the first prompts, with their rewards, to look at."""
+    """The first completions of the first prompts, with their rewards, to look at.
+
+    Args:
+        generations: all of an evaluation, from `in_prompt_order`.
+        sizes: numbers of samples and of texts.
+    """
     shown = generations[:: sizes.num_samples][: sizes.num_texts]
     return {
         f"sample/{i}": f"[reward {g.reward:.3f}] {g.completion.strip()}"

@@ -24,7 +24,7 @@ class Samples(NamedTuple):
     tokens: Array  # int32 [B, K, C], zero after the end
     length: Array  # int32 [B, K], EOS included
     token_logp: Array  # float32 [B, K, C], nats under π itself (temperature 1), zero after the end
-    has_eos: Array  # bool [B, K]: ended by EOS rather than by the limit
+    has_eos: Array  # bool [B, K]: ended by EOS rather than by the limit, or never begun
 
 
 class _Loop(NamedTuple):
@@ -36,7 +36,9 @@ class _Loop(NamedTuple):
 _RUN = 128
 
 Sampler = Callable[[Any, Array, Array, Array, Array], Samples]
-"""(params, prompt_tokens [B, P], prompt_length [B], prompt_slots [R, N], keys [B]) → Samples."""
+"""(params, prompt_tokens [B, P], prompt_length [B], prompt_slots [R, N], keys [B]) → Samples.
+
+Where a prompt's length is 0, there is none: such a place is computed, but generates nothing."""
 
 
 def _choose(logits: Array, keys: Array, index: Array, temperature: float) -> tuple[Array, Array]:
@@ -88,8 +90,9 @@ def _draw(weights: Array, uniform: Array) -> Array:
 def _first_above(weights: Array, goal: Array) -> tuple[Array, Array]:
     """The first index whose running total exceeds the goal, and the goal less the total before."""
     total = jnp.cumsum(weights, axis=-1)
-    # Where rounding carries the goal past the end, the last index of positive weight.
-    goal = jnp.minimum(goal, total[..., -1] * (1 - jnp.finfo(weights.dtype).eps))
+    # Rounding can carry the goal past either end: then the first or last index of positive weight.
+    most = total[..., -1] * (1 - jnp.finfo(weights.dtype).eps)
+    goal = jnp.minimum(jnp.maximum(goal, 0.0), most)
     index = (total <= goal[..., None]).sum(-1, dtype=jnp.int32)
     own, upto = (
         jnp.take_along_axis(x, index[..., None], axis=-1)[..., 0] for x in (weights, total)
@@ -97,14 +100,14 @@ def _first_above(weights: Array, goal: Array) -> tuple[Array, Array]:
     return index, goal - (upto - own)
 
 
-def _empty(batch: int, num_samples: int, max_new_tokens: int) -> Samples:
-    """No tokens yet."""
-    rows = (batch, num_samples)
+def _empty(prompt_length: Array, num_samples: int, max_new_tokens: int) -> Samples:
+    """No tokens yet; where there is no prompt, there will be none."""
+    rows = (len(prompt_length), num_samples)
     return Samples(
         tokens=jnp.zeros((*rows, max_new_tokens), jnp.int32),
         length=jnp.zeros(rows, jnp.int32),
         token_logp=jnp.zeros((*rows, max_new_tokens), jnp.float32),
-        has_eos=jnp.zeros(rows, bool),
+        has_eos=jnp.broadcast_to(prompt_length[:, None] == 0, rows),
     )
 
 
@@ -122,6 +125,33 @@ def _append(samples: Samples, tokens: Array, logp: Array, index: Array, eos_id: 
         token_logp=column(samples.token_logp, logp),
         has_eos=samples.has_eos | (tokens == eos_id),
     )
+
+
+def _decode(
+    config: LlamaConfig, params: Any, first: _Loop, append: Callable[..., Samples]
+) -> Samples:
+    """Token after token, until every row has ended.
+
+    Args:
+        config: architecture.
+        params: parameters in the compute dtype.
+        first: with the first token of every row.
+        append: (samples, hidden [B, K, D], index) → samples with token number `index`.
+    """
+    max_new_tokens = first.samples.tokens.shape[2]
+
+    def unfinished(loop: _Loop) -> Array:
+        return (loop.index + 1 < max_new_tokens) & ~loop.samples.has_eos.all()
+
+    def body(loop: _Loop) -> _Loop:
+        newest = jax.lax.dynamic_index_in_dim(
+            loop.samples.tokens, loop.index, axis=2, keepdims=False
+        )
+        hidden, cache = decoding.decode_step(config, params, loop.cache, newest, loop.index)
+        index = loop.index + 1
+        return _Loop(index, cache, append(loop.samples, hidden, index))
+
+    return jax.lax.while_loop(unfinished, body, first).samples
 
 
 def make_sampler(
@@ -147,45 +177,30 @@ def make_sampler(
         param_shardings: where the parameters lie.
     """
 
-    def append(
-        samples: Samples, hidden: Array, matrix: Array, keys: Array, index: Array
-    ) -> Samples:
-        logits = jnp.einsum("bkd,dv->bkv", hidden, matrix, preferred_element_type=jnp.float32)
-        tokens, logp = _choose(logits, keys, index, temperature)
-        return _append(samples, tokens, logp, index, eos_id)
-
     def sample(
         params: Any, prompt_tokens: Array, prompt_length: Array, prompt_slots: Array, keys: Array
     ) -> Samples:
-        batch = prompt_tokens.shape[0]
         # Once here instead of at every token: decoding is bound by reading the weights.
         params = functional.cast_matrices(config, params)
         matrix = functional.output_matrix(config, params)
+
+        def append(samples: Samples, hidden: Array, index: Array) -> Samples:
+            logits = jnp.einsum("bkd,dv->bkv", hidden, matrix, preferred_element_type=jnp.float32)
+            tokens, logp = _choose(logits, keys, index, temperature)
+            return _append(samples, tokens, logp, index, eos_id)
+
         cache, last = decoding.prefill(
             config,
             params,
             prompt_tokens,
-            prompt_length,
+            jnp.maximum(prompt_length, 1),
             prompt_slots,
             num_samples=num_samples,
             max_new_tokens=max_new_tokens,
         )
-        empty = _empty(batch, num_samples, max_new_tokens)
-        hidden = jnp.broadcast_to(last[:, None, :], (batch, num_samples, last.shape[-1]))
-        first = _Loop(jnp.int32(0), cache, append(empty, hidden, matrix, keys, jnp.int32(0)))
-
-        def unfinished(loop: _Loop) -> Array:
-            return (loop.index + 1 < max_new_tokens) & ~loop.samples.has_eos.all()
-
-        def body(loop: _Loop) -> _Loop:
-            newest = jax.lax.dynamic_index_in_dim(
-                loop.samples.tokens, loop.index, axis=2, keepdims=False
-            )
-            hidden, cache = decoding.decode_step(config, params, loop.cache, newest, loop.index)
-            index = loop.index + 1
-            return _Loop(index, cache, append(loop.samples, hidden, matrix, keys, index))
-
-        return jax.lax.while_loop(unfinished, body, first).samples
+        hidden = jnp.broadcast_to(last[:, None], (len(last), num_samples, last.shape[-1]))
+        samples = append(_empty(prompt_length, num_samples, max_new_tokens), hidden, jnp.int32(0))
+        return _decode(config, params, _Loop(jnp.int32(0), cache, samples), append)
 
     rows = sharding.batch_sharding(mesh)
     return jax.jit(

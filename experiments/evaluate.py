@@ -3,7 +3,8 @@
     python -m experiments.evaluate configs/smollm2_evaluate.yaml
 
 Writes evaluation.json (the averages) and generations.jsonl (every completion with its numbers). An
-interrupted evaluation goes on at the first prompt it has not done.
+interrupted evaluation goes on with the prompts it has not done; generations.jsonl is in batch order
+while it grows and in the order of the prompts at the end.
 """
 
 import json
@@ -12,13 +13,14 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from copg_jax import distributed, runtime, sharding, stages
 from copg_jax.cli import run_main
 from copg_jax.config import EvaluateConfig
-from copg_jax.evaluate import Generation, sample_texts, summarize
-from copg_jax.files import GrowingFile
+from copg_jax.evaluate import Generation, in_prompt_order, sample_texts, summarize
+from copg_jax.files import GrowingFile, write_text
 from copg_jax.metrics import MetricsLogger
 
 
@@ -43,38 +45,41 @@ def main(config: EvaluateConfig) -> dict[str, float]:
 
     sizes = config.evaluation.generation
     path = folder / "generations.jsonl"
-    found = _read(path, sizes.num_samples)
-    done = int(distributed.from_main(len(found) // sizes.num_samples))
+    found = in_prompt_order(_read(path, sizes.num_samples))
+    of_main = np.isin(np.arange(sizes.num_prompts), [g.index for g in found])
+    finished = set(np.flatnonzero(distributed.from_main(of_main)).tolist())
     total = sizes.num_prompts * sizes.num_samples
-    params = model.load_frozen() if done < sizes.num_prompts else None
+    params = model.load_frozen() if len(finished) < sizes.num_prompts else None
     logger = MetricsLogger(
-        folder, total_steps=sizes.num_prompts, log_every=1, resume_step=done or None
+        folder, total_steps=sizes.num_prompts, log_every=1, resume_step=len(finished) or None
     )
     # Every process generates and knows the averages; process 0 writes.
     is_main = distributed.is_main_process()
     with GrowingFile(path, map(_line, found)) if is_main else nullcontext() as file, logger:
-        for batch in evaluator.batches(params, step=0, first=done):
+        for batch in evaluator.batches(params, step=0, finished=finished):
             if file is not None:
                 file.write("".join(map(_line, batch)))
                 file.sync()
-            found += batch
+            found = in_prompt_order([*found, *batch])
             logger.log(
                 len(found) // sizes.num_samples,
                 summarize(found, beta=config.beta),
                 text=sample_texts(found, sizes) if len(found) == total else None,
             )
     metrics = summarize(found, beta=config.beta)
-    path = folder / "evaluation.json"
-    with distributed.main_first(path):
+    averages = folder / "evaluation.json"
+    with distributed.main_first(averages):
         if is_main:
-            path.write_text(json.dumps(_jsonable(metrics), indent=2) + "\n")
+            write_text(path, "".join(map(_line, found)))
+            write_text(averages, json.dumps(_jsonable(metrics), indent=2) + "\n")
     return metrics
 
 
 def _read(path: epath.Path, num_samples: int) -> list[Generation]:
     """What an interrupted evaluation has generated: whole prompts, without a line cut short."""
     found: list[Generation] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    # Not `splitlines`: a completion may hold other characters that end a line, which JSON keeps.
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
         try:
             row: dict[str, Any] = json.loads(line)
         except ValueError:

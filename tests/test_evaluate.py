@@ -23,7 +23,7 @@ EOS = 3
 def generation(prompt: str, reward: float, **numbers: Any) -> Generation:
     """A generation with small defaults."""
     values = {"logp": -4.0, "ref_logp": -5.0, "kl_k3": 0.5, "length": 4, "has_eos": True} | numbers
-    return Generation(id=prompt, prompt=prompt, completion="", reward=reward, **values)
+    return Generation(index=0, id=prompt, prompt=prompt, completion="", reward=reward, **values)
 
 
 def test_averages_are_those_by_hand_with_prompts_as_observations():
@@ -102,18 +102,28 @@ def params() -> Any:
 @pytest.fixture(scope="module")
 def sampler(params) -> Any:
     """Compiled once for all tests."""
+    return sampler_on(mesh())
+
+
+def sampler_on(on: jax.sharding.Mesh) -> Any:
+    """Draws as `GENERATION` says."""
     return make_sampler(
         LLAMA,
         eos_id=EOS,
         max_new_tokens=GENERATION.max_new_tokens,
         num_samples=GENERATION.num_samples,
-        mesh=mesh(),
+        mesh=on,
         param_shardings=None,
     )
 
 
 def evaluator(
-    sampler: Any, ref_params: Any = None, *, prompts: Any = PROMPTS, **options: Any
+    sampler: Any,
+    ref_params: Any = None,
+    *,
+    prompts: Any = PROMPTS,
+    on: jax.sharding.Mesh | None = None,
+    **options: Any,
 ) -> GenerationEvaluator:
     """Evaluator of the five prompts in two batches of four."""
     return GenerationEvaluator(
@@ -124,14 +134,14 @@ def evaluator(
         rewards=REWARDS,
         generation=GenerationConfig(**{**vars(GENERATION), **options}),
         beta=0.5,
-        mesh=mesh(),
+        mesh=on or mesh(),
         ref_params=ref_params,
     )
 
 
-def generate(on: GenerationEvaluator, params: Any, step: int, first: int = 0) -> list[Generation]:
+def generate(on: GenerationEvaluator, params: Any, step: int) -> list[Generation]:
     """All generations of a step."""
-    return [g for batch in on.batches(params, step, first) for g in batch]
+    return [g for batch in on.batches(params, step) for g in batch]
 
 
 @pytest.fixture(scope="module")
@@ -217,13 +227,36 @@ def test_samples_do_not_depend_on_the_batches_and_texts_are_of_the_first_prompts
     ]
 
 
-def test_an_interrupted_evaluation_goes_on_with_the_samples_it_would_have_had(sampler, params):
-    without = evaluator(sampler)
-    whole = generate(without, params, 7)
-    rest = generate(without, params, 7, first=2)
-    assert [(g.id, g.completion, g.logp) for g in rest] == [
-        (g.id, g.completion, pytest.approx(g.logp, abs=1e-5)) for g in whole[6:]
+def test_an_interrupted_evaluation_goes_on_with_the_other_prompts_on_another_mesh(sampler, params):
+    prompts = prompts_of([3, 66, 2, 5, 4, 70, 6])
+    begun = evaluator(sampler, prompts=prompts, batch_size=3).batches(params, 7)
+    done = [next(begun), next(begun)]
+    finished = {g.index for batch in done for g in batch}
+    assert finished != set(range(len(finished)))  # a count would not say which
+    devices = mesh(2)
+    other = evaluator(sampler_on(devices), prompts=prompts, batch_size=4, on=devices)
+    rest = list(other.batches(params, 7, finished))
+    whole = evaluate.in_prompt_order(generate(evaluator(sampler, prompts=prompts), params, 7))
+    got = evaluate.in_prompt_order(g for batch in [*done, *rest] for g in batch)
+    assert [g.index for g in whole] == [i for i in range(7) for _ in range(3)]
+    assert [(g.index, g.id, g.completion, g.logp) for g in got] == [
+        (g.index, g.id, g.completion, pytest.approx(g.logp, abs=1e-5)) for g in whole
     ]
+    assert list(other.batches(params, 7, set(range(7)))) == []
+
+
+def test_places_without_a_prompt_generate_nothing(sampler, params):
+    lengths = []
+
+    def noted(*args: Any) -> Samples:
+        samples = sampler(*args)
+        lengths.append(np.asarray(samples.length))
+        return samples
+
+    generate(evaluator(noted), params, 0)
+    # Five prompts in batches of four.
+    by_place = np.concatenate(lengths)
+    assert ((by_place > 0).all(-1).sum(), (by_place == 0).all(-1).sum()) == (5, 3)
 
 
 def test_missing_eos_reward_replaces_the_reward_of_completions_cut_short(sampler, params):

@@ -138,6 +138,18 @@ def test_a_token_is_drawn_where_the_running_total_passes_the_random_number(size,
     assert drawn.dtype == np.int32 and (np.diff(drawn) >= 0).all()
 
 
+def test_rounding_between_runs_never_draws_an_impossible_token(rng):
+    # Running totals of many runs round, so that less than nothing can be left inside the one found.
+    weights = np.where(rng.random((40, 32 * sampling._RUN)) < 0.02, rng.random(), 0.0)
+    weights = (weights * rng.random(weights.shape)).astype(np.float32)
+    totals = weights.reshape(40, 32, -1).sum(-1)
+    uniform = np.cumsum(totals, -1) / totals.sum(-1, keepdims=True)
+    uniform = np.minimum(uniform, 1 - 2.0**-24).astype(np.float32)
+    rows = np.broadcast_to(weights[:, None], (40, 32, weights.shape[-1]))
+    drawn = np.asarray(jax.jit(sampling._draw)(jnp.asarray(rows), jnp.asarray(uniform)))
+    assert (np.take_along_axis(weights, drawn, axis=1) > 0).all()
+
+
 def test_samples_of_a_prompt_differ_and_a_step_has_its_own_draws(sample, samples, params):
     assert len({tuple(row) for row in samples.tokens[1]}) > K // 4
     again = sample(params, PROMPTS, LENGTH, row_keys(0, 0, B))
@@ -163,6 +175,17 @@ def test_generation_stops_when_every_row_has_ended(sample, params):
     never = sure | {"lm_head": sure["lm_head"].at[:, EOS].set(-10.0)}
     endless = sample(never, PROMPTS, LENGTH, row_keys(0, 0, B))
     assert (endless.length == C).all() and not endless.has_eos.any() and len(trips) == C - 1
+
+
+def test_places_without_a_prompt_generate_nothing_and_are_not_waited_for(sample, samples, params):
+    trips.clear()
+    nowhere = sample(params, PROMPTS, np.zeros(B, np.int32), row_keys(0, 0, B))
+    assert nowhere.has_eos.all() and not nowhere.length.any() and not nowhere.tokens.any()
+    assert not trips
+    missing = np.array([0, 0, 1, 0, 0, 1, 0, 0], bool)
+    some = sample(params, PROMPTS, np.where(missing, 0, LENGTH), row_keys(0, 0, B))
+    assert not some.length[missing].any() and not some.token_logp[missing].any()
+    np.testing.assert_array_equal(some.tokens[~missing], samples.tokens[~missing])
 
 
 def test_greedy_is_the_most_likely_token_of_the_whole_text_recomputed(params):
