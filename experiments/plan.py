@@ -39,7 +39,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--topology", action="append", default=[])
     parser.add_argument("--stage", choices=STAGES)
     options, rest = parser.parse_known_args(arguments)
-    stage = options.stage or stage_of(rest)
+    asks_help = {"-h", "--help"} & set(rest)
+    stage = options.stage or ("policy" if asks_help else stage_of(rest))
     config = load_config(STAGES[stage], rest, description=__doc__)
     if not options.topology:
         raise InputError("--topology: wanted at least one, such as v5e:4x4, got none")
@@ -77,6 +78,7 @@ def print_table(found: list[tuple[Plan, list[str]]]) -> None:
     add("mesh data x fsdp x tensor", lambda plan: " x ".join(map(str, plan.mesh.values())))
     add("arguments (state, batch), GiB", lambda plan: plan.arguments_gib)
     add("all else at its peak, GiB", lambda plan: plan.temp_gib)
+    add("reference and reward models, GiB", lambda plan: plan.frozen_gib)
     add("memory, GiB", lambda plan: plan.hbm_gib_per_chip)
     add("fits", lambda plan: {True: "yes", False: "no", None: None}[plan.fits])
     add("useful TFLOP", lambda plan: plan.useful_tflops_per_chip)

@@ -38,6 +38,7 @@ class Plan:
     fits: bool | None
     arguments_gib: float
     temp_gib: float
+    frozen_gib: float
     collectives: dict[str, dict[str, int]] | None
     useful_tflops_per_chip: float
     roofline_step_s: dict[str, float] | None
@@ -85,9 +86,10 @@ def make_plan(config: TrainConfig | EvaluateConfig, topology: Topology) -> tuple
         num_chips=mesh.size,
         mesh=dict(mesh.shape),
         hbm_gib_per_chip=chip and chip.hbm_gib,
-        fits=chip and compiled is not None and peak <= chip.hbm_gib * _GIB,
+        fits=chip and compiled is not None and peak + program.frozen_bytes <= chip.hbm_gib * _GIB,
         arguments_gib=round(arguments / _GIB, 2),
         temp_gib=round((peak - arguments) / _GIB, 2),
+        frozen_gib=round(program.frozen_bytes / _GIB, 2),
         collectives=None if found is None else {k: one._asdict() for k, one in found.items()},
         useful_tflops_per_chip=round(program.useful_flops / mesh.size / 1e12, 2),
         roofline_step_s=roofline,
@@ -146,6 +148,7 @@ def _remarks(plan: Plan, program: Program, topology: Topology) -> list[str]:
         found.append(
             "does not fit: more chips, training.num_microbatches, training.remat=full or "
             "logits_chunk need less memory"
+            + (", evaluation=null holds no frozen models" if plan.frozen_gib else "")
         )
     if plan.roofline_step_s and plan.bound_by == "interconnect" and program.trains:
         terms = plan.roofline_step_s

@@ -56,6 +56,7 @@ class Program(NamedTuple):
     useful_flops: float  # all chips together
     hbm_bytes: float  # that a chip reads and writes at least, arguments and results aside
     loop_trips: int  # of a loop that the data can end early: all of them
+    frozen_bytes: float = 0.0  # of one chip: models that the stage holds beside the arguments
 
 
 def read_architecture(section: ModelConfig) -> LlamaConfig:
@@ -77,7 +78,8 @@ def make_program(
 ) -> Program:
     """The step of the stage that `config` configures."""
     if isinstance(config, EvaluateConfig):
-        return _sampling_program(config, model, mesh)
+        program = _sampling_program(config, model, mesh)
+        return program._replace(frozen_bytes=_frozen_bytes(config, model, mesh))
     chunk = getattr(config, "logits_chunk", None)
     if isinstance(config, PolicyConfig):
         loss_fn = step.make_policy_loss(
@@ -87,13 +89,32 @@ def make_program(
             baseline=config.loss.baseline,
             chunk=chunk,
         )
-        return _training_program(config, model, mesh, loss_fn, num_completions=2)
+        program = _training_program(config, model, mesh, loss_fn, num_completions=2)
+        return program._replace(frozen_bytes=_frozen_bytes(config, model, mesh))
     if isinstance(config, RewardModelConfig):
         loss_fn = step.make_bradley_terry_loss(model)
         return _training_program(config, model, mesh, loss_fn, num_completions=2, head="score")
     return _training_program(
         config, model, mesh, step.make_nll_loss(model, chunk=chunk), num_completions=1
     )
+
+
+def _frozen_bytes(
+    config: PolicyConfig | EvaluateConfig, model: LlamaConfig, mesh: jax.sharding.Mesh
+) -> float:
+    """π_ref and reward models, which an evaluation holds; these are taken to be like the policy."""
+    if config.evaluation is None:
+        return 0.0
+    dtypes = [
+        spec.arguments.get("dtype", "bfloat16")
+        for spec in config.evaluation.rewards
+        if spec.function.endswith(".RewardModel")
+    ]
+    if isinstance(config, PolicyConfig) or config.reference is not None:
+        dtypes.append(model.dtype)
+    size = sum(leaf.size for leaf in jax.tree.leaves(functional.abstract_params(model)))
+    shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    return size / shards * sum(jnp.dtype(dtype).itemsize for dtype in dtypes)
 
 
 def _training_program(

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from copg_jax import sharding
 from copg_jax.cli import load_config
 from copg_jax.errors import InputError
 from copg_jax.flops import matmul_flops
+from copg_jax.models import functional
 from copg_jax.planning import plan as planning
 from copg_jax.planning.plan import Plan, make_plan
 from copg_jax.planning.program import STAGES, Program, make_program, read_architecture
@@ -72,8 +74,8 @@ def test_a_plan_has_the_fields_of_its_json_line_and_fits_where_it_should(archite
     found, remarks = make_plan(config, open_topology("gpu:2xh200"))
     line = json.loads(json.dumps(dataclasses.asdict(found)))
     assert " ".join(line) == (
-        "topology num_chips mesh hbm_gib_per_chip fits arguments_gib temp_gib collectives "
-        "useful_tflops_per_chip roofline_step_s bound_by compile_s"
+        "topology num_chips mesh hbm_gib_per_chip fits arguments_gib temp_gib frozen_gib "
+        "collectives useful_tflops_per_chip roofline_step_s bound_by compile_s"
     )
     assert line["fits"] is True and line["num_chips"] == 2
     assert line["mesh"] == {"data": 1, "fsdp": 2, "tensor": 1}
@@ -105,6 +107,26 @@ def test_a_slice_whose_messages_take_longer_than_its_products_is_called_too_larg
 def test_what_does_not_fit_comes_with_what_helps():
     assert "training.num_microbatches" in remarks_of(plan_of(fits=False))
     assert "does not fit" not in remarks_of(plan_of())
+
+
+def test_a_policy_that_evaluates_shares_its_chips_with_the_reference_and_the_reward_model(
+    architecture: Path, monkeypatch: pytest.MonkeyPatch
+):
+    reward = "{function: copg_jax.rewards.RewardModel, arguments: {path: x, dtype: bfloat16}}"
+    evaluation = ["evaluation.data.path=x", f"evaluation.rewards=[{reward}]"]
+    config = config_of("policy", architecture, "model.dtype=float32", *evaluation)
+    model, mesh = read_architecture(config.model), sharding.make_mesh(sharding.MeshConfig())
+    sizes = [leaf.size for leaf in jax.tree.leaves(functional.abstract_params(model))]
+    assert make_program(config, model, mesh).frozen_bytes == (2 + 4) * sum(sizes) / 8
+    assert make_program(replace(config, evaluation=None), model, mesh).frozen_bytes == 0
+
+    def large(*arguments: Any) -> Program:
+        return make_program(*arguments)._replace(frozen_bytes=200 * 2**30)
+
+    monkeypatch.setattr(planning, "make_program", large)
+    plan, remarks = make_plan(config, open_topology("gpu:8xh200"))
+    assert (plan.fits, plan.frozen_gib) == (False, 200)
+    assert "evaluation=null" in "\n".join(remarks)
 
 
 def test_a_model_that_is_not_here_is_refused_with_one_that_is():
@@ -152,7 +174,10 @@ def test_the_script_prints_a_json_line_and_a_column_a_topology(
     toys.names_all("\n".join(rest), ["cpu:2", "gpu:2xh200", "3 x, 2.00 GB", "a remark"])
 
 
-def test_without_a_topology_or_a_stage_the_script_says_what_it_wants():
+def test_without_a_topology_or_a_stage_the_script_says_what_it_wants(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        script.main(["--help"])
+    assert "--topology v5e:4x4" in capsys.readouterr().out
     with pytest.raises(InputError, match="--topology: wanted at least one"):
         script.main(["--stage", "sft", "output_dir=x", "model.path=x", "data.path=x"])
     with pytest.raises(InputError, match="--stage: wanted one of sft"):
