@@ -242,7 +242,7 @@ def shardings(mesh: Mesh, logical_axes: Any, shapes: Any) -> Any:
     Raises:
         InputError: lists every axis of the model that the mesh does not divide, with sizes that do.
     """
-    cut: dict[str, dict[int, str]] = {}  # mesh axis → sizes that it cuts, with a name of each
+    cut: dict[Any, dict[int, str]] = {}  # mesh axis → sizes that it cuts, with a name of each
 
     def leaf(path, axes, array):
         names = tuple(LOGICAL_TO_MESH.get(axis) for axis in axes)

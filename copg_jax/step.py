@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.ref import freeze, new_ref
 from jax.sharding import NamedSharding
 
 from copg_jax import losses, policy, sharding
@@ -210,7 +211,7 @@ def _loss_and_grads(
     shapes = jax.eval_shape(loss_fn, params, first)
     loss, aux = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     # The backward pass adds into these, layer by layer: one set of gradients exists and not two.
-    sums = jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), params)
+    sums = jax.tree.map(lambda p: new_ref(jnp.zeros_like(p)), params)
 
     def body(carry, microbatch):
         loss, vjp, aux = jax.vjp(lambda p: loss_fn(p, microbatch), params, has_aux=True)
@@ -219,7 +220,7 @@ def _loss_and_grads(
 
     carry = (loss, aux.weight, aux.metrics)
     (loss, weight, metrics), per_group = jax.lax.scan(body, carry, micro)
-    grads = jax.tree.map(jax.ref.freeze, sums)
+    grads = jax.tree.map(freeze, sums)
     # Back in the order of the batch: the same split with the roles exchanged.
     per_group = _split(per_group.reshape(-1), num_shards, num_microbatches).reshape(-1)
     return (loss, LossOutput(weight, per_group, metrics)), grads
