@@ -6,10 +6,12 @@
 #
 # 1. Wait for the slice. --create requests it where it is absent, failed or pre-empted; --spot takes
 #    capacity that is cheaper and may be pre-empted.
-# 2. Copy the tree (what git tracks or would) to all workers; install there, once.
+# 2. Copy the tree (what git tracks or would) to all workers; end what an earlier launch left
+#    running there; install, once.
 # 3. Run COMMAND on all workers and show worker 0's log; every worker has its own, ~/copg_jax.log.
 #    Ctrl-C lets the run save and stop.
 # 4. A slice that is lost is waited for or requested again; COMMAND goes on from its checkpoint.
+#    Where only the connection was lost, COMMAND still runs and is followed again.
 # 5. --delete removes the slice: once COMMAND has succeeded, or at once without a COMMAND.
 set -euo pipefail
 say() { printf '%s  %s\n' "$(date +%T)" "$*" >&2; }
@@ -24,11 +26,14 @@ while [[ $# -gt 0 && $1 != -- ]]; do
     --create) create=yes ;;
     --spot) spot=--spot ;;
     --delete) delete=yes ;;
-    --project) project=${2:-} && shift "$(($# > 1))" ;;
+    --project)
+      [[ ${2:---} != --* ]] || die "--project: wanted a project after it, got '${2:-}'; $usage"
+      project=$2 && shift ;;
     *) die "wanted the command after --, got '$1'; $usage" ;;
   esac
   shift
 done
+[[ $create || ! $spot ]] || die "--spot: wanted --create with it, which requests the slice; $usage"
 [[ $# -gt 1 || $delete ]] || die "wanted a command after --, got none; $usage"
 case $type in
   v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
@@ -42,11 +47,11 @@ command -v gcloud >/dev/null || die "wanted gcloud on PATH, got none; install th
 project=${project:-$(gcloud config get-value project 2>/dev/null || true)}
 [[ $project ]] || die "wanted a project, got none; add --project P or: gcloud config set project P"
 
-work=$(mktemp -d) exists='' stopped='' job='' watch=''
+work=$(mktemp -d) last='' exists='' started='' stopped=''
 undo="$(printf '%q ' "$0" "$name" "$type" "$zone" --project "$project")--delete"
 finish() {
   local status=$?
-  [[ ! $job ]] || kill -- "-$job" "-$watch" 2>/dev/null || true
+  jobs -p | sed 's/^/-/' | xargs kill -- 2>/dev/null || true # the groups that follow made
   rm -rf "$work"
   [[ ! $exists ]] || say "slice $name ($type in $zone) remains and costs money; delete it:  $undo"
   exit "$status"
@@ -58,13 +63,14 @@ trap 'exit 129' HUP
 
 export CLOUDSDK_CORE_DISABLE_PROMPTS=1
 tpus() { gcloud compute tpus "$@" --zone="$zone" --project="$project"; }
-on_all() { tpus tpu-vm ssh "$name" --worker=all --command="$*" </dev/null; }
-worker() { on_all "bash copg_jax/experiments/tpu_worker.sh $(printf '%q ' "$@")"; }
-state() { # of the node, else of the request for it; ABSENT; UNKNOWN where gcloud gave no answer
+worker() { # on all of them
+  tpus tpu-vm ssh "$name" --worker=all --command="bash tpu_worker.sh $(printf '%q ' "$@")" </dev/null
+}
+state() { # of the node, else of the request for it; ABSENT; NO_ANSWER where gcloud only complains
   local kind
   for kind in tpu-vm:state queued-resources:state.state; do
     tpus "${kind%:*}" describe "$name" --format="value(${kind#*:})" 2>"$work/error" && return
-    grep -q NOT_FOUND "$work/error" || { echo UNKNOWN && return; }
+    grep -q NOT_FOUND "$work/error" || { cat "$work/error" >&2 && echo NO_ANSWER && return; }
   done
   echo ABSENT
 }
@@ -78,38 +84,42 @@ remove() { # the request, with its node; the node alone where it was made withou
 }
 
 make_ready() {
-  local now last='' requested=''
+  local now requested=''
   while now=$(state) && [[ $now != READY ]]; do
     if [[ $now == "$last" ]]; then printf . >&2; else say "slice $name: $now"; fi
-    [[ $now != UNKNOWN || $last ]] || die "$(cat "$work/error")"
-    [[ $now == ABSENT || $now == UNKNOWN ]] || exists=yes
-    case $now in ABSENT | FAILED | SUSPENDED | PREEMPTED | TERMINATED)
-      [[ $create ]] || die "slice $name: wanted it READY in $zone, got $now; with --create it is" \
-        "requested, and COMMAND goes on from its last checkpoint if it has one"
-      [[ $now != FAILED || ! $requested ]] || die "slice $name: the request failed:" \
-        "$(tpus queued-resources describe "$name" --format='value(state.failedData.error.message)')"
-      if remove; then
-        exists=yes requested=yes
-        tpus queued-resources create "$name" --node-id="$name" --accelerator-type="$type" \
-          --runtime-version="$runtime" ${spot:+"$spot"} || die "slice $name: the request was refused"
-      fi ;;
+    [[ $now == ABSENT || $now == NO_ANSWER ]] || exists=yes
+    case $now in
+      NO_ANSWER) [[ $last ]] || die "slice $name: wanted its state, got no answer from gcloud" ;;
+      STOPPED | HIDDEN | UNKNOWN) # for good, until somebody acts
+        die "slice $name: wanted it READY in $zone, got $now; start it with: gcloud compute tpus" \
+          "tpu-vm start $name --zone=$zone --project=$project" ;;
+      ABSENT | FAILED | SUSPENDED | PREEMPTED | TERMINATED)
+        [[ $create ]] || die "slice $name: wanted it READY in $zone, got $now; with --create it is" \
+          "requested, and COMMAND goes on from its last checkpoint if it has one"
+        [[ $now != FAILED || ! $requested ]] || die "slice $name: the request failed:" \
+          "$(tpus queued-resources describe "$name" --format='value(state.failedData.error.message)')"
+        if remove; then
+          exists=yes requested=yes
+          tpus queued-resources create "$name" --node-id="$name" --accelerator-type="$type" \
+            --runtime-version="$runtime" ${spot:+"$spot"} || die "slice $name: the request was refused"
+        fi ;;
     esac
     last=$now
     sleep 30
   done
-  exists=yes
+  exists=yes last=READY
 }
 
 follow() {
-  local status
+  local status job watch
+  trap 'trap "exit 130" INT; stopped=yes; worker stop &
+    say "the run saves and stops; Ctrl-C again leaves at once"' INT
   set -m # a process group for each, to end it with all its children
   worker follow &
   job=$!
-  while sleep 30; do case $(state) in READY | UNKNOWN) ;; *) kill -- "-$job" && exit ;; esac; done &
+  while sleep 30; do case $(state) in READY | NO_ANSWER) ;; *) kill -- "-$job" && exit ;; esac; done &
   watch=$!
   set +m
-  trap 'trap "exit 130" INT; stopped=yes; worker stop &
-    say "the run saves and stops; Ctrl-C again leaves at once"' INT
   while status=0 && { wait "$job" || status=$?; } && kill -0 "$job" 2>/dev/null; do :; done
   kill -- "-$watch" 2>/dev/null || true
   trap 'exit 130' INT
@@ -117,28 +127,29 @@ follow() {
 }
 
 attempt() {
+  if [[ $started ]] && worker going >/dev/null; then follow; return; fi
   say "slice $name: copying the tree, installing where it has changed (minutes, the first time)"
-  tpus tpu-vm scp "$work/copg_jax.tgz" "$name:" --worker=all &&
-    on_all "mkdir -p copg_jax && cd copg_jax && find . -mindepth 1 -maxdepth 1 ! -name .venv \
-      ! -name runs ! -name data -exec rm -rf {} + && tar -xzf ../copg_jax.tgz" &&
-    worker install && worker start "$@" && say "slice $name: running on all workers" && follow
+  tpus tpu-vm scp "$root/experiments/tpu_worker.sh" "$work/copg_jax.tgz" "$name:" --worker=all &&
+    worker install && started=yes && worker start "$@" &&
+    say "slice $name: running on all workers" && follow
 }
 
-lost() { # its state lags behind its broken connections
+again() { # whether the slice was lost, whose state lags behind, or only the connection
   say "slice $name: the run failed; looking for a minute whether the slice was lost"
-  for _ in 1 2 3 4; do case $(state) in READY | UNKNOWN) sleep 15 ;; *) return 0 ;; esac; done
-  return 1
+  for _ in 1 2 3 4; do [[ $(state) == READY ]] || return 0; sleep 15; done
+  worker going >/dev/null
 }
 
 if [[ $# -gt 1 ]]; then
   shift # --
-  (cd "$(dirname "$0")" && git ls-files -z --cached --others --exclude-standard |
+  root=$(dirname "$0")
+  (cd "$root" && git ls-files -z --cached --others --exclude-standard |
     while IFS= read -r -d '' file; do [[ ! -e $file ]] || printf '%s\0' "$file"; done |
     tar --null --files-from=- -czf "$work/copg_jax.tgz") || die "wanted a git checkout to copy from"
   while make_ready && status=0 && { attempt "$@" || status=$?; } && ((status)); do
     [[ ! $stopped ]] || exit 130
-    ((status != 2)) && lost || exit "$status"
-    say "slice $name: lost; the same command goes on from its last checkpoint"
+    ((status != 2)) && again || exit "$status"
+    say "slice $name: lost; COMMAND goes on, from its last checkpoint where it has ended"
   done
 fi
 [[ ! $delete ]] || remove || die "slice $name: could not be deleted"

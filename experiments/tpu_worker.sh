@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
 # What launch_tpu.sh runs on each worker of a slice, in its home folder, through ssh:
 #
-#   install         make copg_jax/.venv with the [tpu] extra, unless this setup.py already did
-#   start COMMAND   end what an earlier launch left running, then start COMMAND
+#   install         end what an earlier launch left running; replace its files in copg_jax by those
+#                   of copg_jax.tgz; make .venv with the [tpu] extra, unless this setup.py already did
+#   start COMMAND   start COMMAND in copg_jax
 #   follow          show worker 0's log until COMMAND ends; everywhere the end of a failed one's
 #   stop            ask COMMAND to save and end
+#   going           whether COMMAND runs
 #
 # COMMAND is detached: a broken connection does not end it, and `follow` may be repeated, as gcloud
-# does by itself. Its log is copg_jax.log, its process copg_jax.pid, its result copg_jax.status.
+# does by itself. Its log is copg_jax.log, its shell copg_jax.pid, its result copg_jax.status.
+# shellcheck disable=SC2329 # the last line calls them
 set -euo pipefail
 metadata=http://metadata.google.internal/computeMetadata/v1/instance/attributes
 
@@ -18,9 +21,31 @@ find_python() { # prints nothing where there is none
   done
 }
 
+going() { # prints the shell of COMMAND; after a reboot its number may be another process's
+  local pid
+  pid=$(cat copg_jax.pid 2>/dev/null) && grep -qs copg_jax.status "/proc/$pid/cmdline" && echo "$pid"
+}
+
+stop() { # SIGTERM: the run saves after its current step
+  local pid
+  if pid=$(going); then pkill -TERM -P "$pid" || true; fi # it may have ended meanwhile
+}
+
+end() {
+  local signal pid
+  for signal in TERM KILL; do
+    pid=$(going) || return 0
+    pkill "-$signal" -P "$pid" || true
+    timeout 600 tail -f --pid="$pid" /dev/null || true
+  done
+}
+
 install() {
   local key python minor
-  cd copg_jax
+  end
+  mkdir -p copg_jax && cd copg_jax
+  if [[ -e ../copg_jax.files ]]; then xargs -d '\n' rm -f -- <../copg_jax.files; fi # not results
+  tar --quoting-style=literal -xzvf ../copg_jax.tgz >../copg_jax.files
   key=$(cat setup.py constraints/*.txt | sha256sum)
   if [[ $(cat .venv/.installed 2>/dev/null) == "$key" ]]; then return; fi
   python=$(find_python)
@@ -37,15 +62,7 @@ install() {
   echo "$key" >.venv/.installed
 }
 
-stop() { # SIGTERM: the run saves after its current step
-  if [[ -f copg_jax.pid ]]; then pkill -TERM -P "$(cat copg_jax.pid)" || true; fi
-}
-
 start() {
-  if [[ -f copg_jax.pid ]]; then
-    stop
-    timeout 600 tail -f --pid="$(cat copg_jax.pid)" /dev/null || pkill -KILL -P "$(cat copg_jax.pid)"
-  fi
   rm -f copg_jax.pid copg_jax.status
   cd copg_jax
   # shellcheck disable=SC2016 # for the inner shell to expand
@@ -68,4 +85,4 @@ follow() {
   return "$status"
 }
 
-"$@"
+"$@"; exit # without reading on, where the next launch has replaced this file

@@ -18,6 +18,7 @@ SCRIPTS = [ROOT / "launch_tpu.sh", ROOT / "experiments" / "tpu_worker.sh"]
 BASH, ENV = str(shutil.which("bash")), str(shutil.which("env"))
 
 GCLOUD = r"""#!/bin/bash
+next() { [[ ${#states[@]} == 1 ]] || echo "${states[@]:1}" >"$CLOUD/states"; }
 fail() { echo "ERROR: (gcloud.compute.tpus) $*" >&2; exit 1; }
 printf '%s\0' "$@" '' >>"$CLOUD/calls"
 read -ra states <"$CLOUD/states"
@@ -26,13 +27,12 @@ case "$*" in
   *" describe pod "*failedData*) echo "no quota for v5litepod-16" ;;
   *" describe pod "*)
     case "$3 $states" in
-      *BROKEN) fail "UNAUTHENTICATED: run gcloud auth login" ;;
+      *BROKEN) next && fail "UNAUTHENTICATED: run gcloud auth login" ;;
       *ABSENT) fail "NOT_FOUND: Resource 'pod' was not found" ;;
-      "tpu-vm CREATING" | "tpu-vm READY" | "tpu-vm PREEMPTED") ;;
+      "tpu-vm CREATING" | "tpu-vm READY" | "tpu-vm PREEMPTED" | "tpu-vm STOPPED") ;;
       tpu-vm* | *CREATING | *READY | *PREEMPTED) fail "NOT_FOUND: Resource 'pod' was not found" ;;
     esac
-    echo "$states"
-    [[ ${#states[@]} == 1 ]] || echo "${states[@]:1}" >"$CLOUD/states" ;;
+    echo "$states" && next ;;
   *" queued-resources create pod "*)
     [[ -s $CLOUD/lives ]] || fail PERMISSION_DENIED
     head -n 1 "$CLOUD/lives" >"$CLOUD/states" && sed -i 1d "$CLOUD/lives" ;;
@@ -40,14 +40,15 @@ case "$*" in
     [[ $3 == tpu-vm || ! -e $CLOUD/no_request ]] || fail "NOT_FOUND: Resource 'pod' was not found"
     echo ABSENT >"$CLOUD/states" && rm -rf "$CLOUD"/workers/*/* "$CLOUD"/workers/*/.[a-z]* ;;
   *" tpu-vm scp "*" pod: --worker=all "*)
-    for home in "$CLOUD"/workers/*; do cp "$5" "$home"; done ;;
+    for home in "$CLOUD"/workers/*; do cp "$5" "$6" "$home"; done ;;
   *" tpu-vm ssh pod --worker=all "*)
-    hang_up() { kill -HUP -- "${workers[@]/#/-}" 2>/dev/null; } # with the session goes its group
+    hang_up() { kill -HUP -- $(jobs -p | sed s/^/-/) 2>/dev/null; } # a session's whole group
     trap 'hang_up; exit 255' TERM
+    set -m # a group for each, which exists as soon as the job does
     for home in "$CLOUD"/workers/*; do
       cd "$home"
-      HOME=$home WORKER=${home##*/} PATH=$CLOUD/tools:/usr/bin:/bin \
-        setsid bash -c "${7#--command=}" & workers+=($!)
+      HOME=$home WORKER=${home##*/} PATH=$CLOUD/tools:/usr/bin:/bin bash -c "${7#--command=}" &
+      workers+=($!)
     done
     for worker in "${workers[@]}"; do wait "$worker" || status=$?; done
     hang_up
@@ -144,7 +145,7 @@ class FakeCloud:
 
     def finish(self, process: subprocess.Popen) -> SimpleNamespace:
         """Waits for the launcher: exit status, output and errors."""
-        out, err = process.communicate(timeout=180)
+        out, err = process.communicate(timeout=60)
         return SimpleNamespace(status=process.returncode, out=out, err=err)
 
     def launch(self, *arguments: str, **env: str) -> SimpleNamespace:
@@ -166,5 +167,5 @@ class FakeCloud:
         for pid in self.cloud.glob("workers/*/copg_jax.pid"):
             subprocess.run(["pkill", "-KILL", "-P", pid.read_text().strip()])
         for process in self._started:
-            process.terminate()
-            process.communicate()
+            with process:  # closes its pipes, which whatever it left may hold open
+                process.terminate()

@@ -2,6 +2,7 @@
 
 import shlex
 import signal
+import subprocess
 
 import pytest
 
@@ -55,13 +56,19 @@ def test_only_the_log_of_worker_0_is_shown(pod):
 
 
 def test_the_copy_is_what_git_tracks_or_would(pod):
-    (pod.home(0) / "copg_jax" / "runs").mkdir(parents=True)
-    (pod.home(0) / "copg_jax" / "stale.py").touch()
     assert pod.launch(*SLICE, "--", *TRAIN).status == 0
     copied = {path.name for path in (pod.home(0) / "copg_jax").iterdir()}
-    assert {"not tracked.py", "setup.py", "experiments", "runs"} <= copied
-    assert not {"deleted", "stale.py", ".git"} & copied
-    assert list((pod.home(0) / "copg_jax" / "runs").iterdir()) == []
+    assert {"not tracked.py", "setup.py", "experiments"} <= copied
+    assert not {"deleted", "runs", ".git"} & copied
+
+
+def test_the_next_copy_replaces_the_last_one_and_nothing_that_a_run_wrote(pod):
+    pod.set_up(train="mkdir -p results && echo step 1 >results/checkpoint")
+    assert pod.launch(*SLICE, "--", *TRAIN).status == 0
+    (pod.tree / "not tracked.py").rename(pod.tree / "renamed.py")
+    assert pod.launch(*SLICE, "--", *TRAIN).status == 0
+    copied = {path.name for path in (pod.home(1) / "copg_jax").iterdir()}
+    assert {"renamed.py", "results", ".venv"} <= copied and "not tracked.py" not in copied
 
 
 def test_an_existing_slice_is_reused_and_installed_once(pod):
@@ -106,10 +113,31 @@ def test_a_gcloud_that_gives_no_answer_for_a_while_ends_no_run(pod):
     assert result.status == 0 and result.out == "done\n"
 
 
+def test_a_lost_connection_is_made_again_and_the_run_goes_on(pod):
+    pod.set_up(
+        train="""
+echo run >>~/runs; echo on
+if [ $WORKER = 0 ]; then
+    echo BROKEN BROKEN BROKEN READY >"$CLOUD/states"
+    until pkill -f "${CLOUD%cloud}bin/gcloud .*follow"; do sleep 0.1; done
+fi
+until [ "$(grep -ao follow "$CLOUD/calls" | wc -l)" -ge 2 ]; do sleep 0.1; done
+echo done
+"""
+    )
+    result = pod.launch(*SLICE, "--", *TRAIN)
+    assert result.status == 0, result.err
+    assert result.out.endswith("on\ndone\n") and "looking for a minute" in result.err
+    assert [(pod.home(worker) / "runs").read_text() for worker in (0, 1)] == ["run\n", "run\n"]
+    assert len(pod.calls("scp")) == 1
+
+
 PREEMPTED = """
-echo run >>"$CLOUD/runs.$WORKER"
-[ "$(wc -l <"$CLOUD/runs.$WORKER")" = 2 ] || { echo PREEMPTED >"$CLOUD/states"; sleep 60; }
-echo resumed
+[ ! -e "$CLOUD/lost" ] || exec echo resumed
+if [ "$WORKER" = 0 ]; then
+    touch "$CLOUD/lost"; echo PREEMPTED PREEMPTED BROKEN PREEMPTED >"$CLOUD/states"
+fi
+sleep 60
 """
 
 
@@ -131,6 +159,13 @@ def test_a_preempted_slice_is_left_alone_without_create(pod):
     assert "got PREEMPTED; with --create" in result.err
     assert pod.calls("create") == pod.calls("delete") == []
     assert remains(result)
+
+
+def test_a_stopped_slice_is_not_waited_for(pod):
+    pod.set_up("STOPPED")
+    result = pod.launch(*SLICE, "--create", "--", *TRAIN)
+    assert result.status == 2 and remains(result)
+    assert "tpus tpu-vm start pod --zone=us-west4-a --project=mine" in result.err
 
 
 @pytest.mark.parametrize("state", ["SUSPENDED", "FAILED", "ABSENT", "PREEMPTED"])
@@ -189,17 +224,24 @@ def test_leaving_the_queue_mentions_the_request(pod, signum, status):
     assert result.status == status and remains(result)
 
 
-def test_a_new_launch_ends_the_run_that_a_lost_one_left(pod):
-    pod.set_up(
-        train='trap "echo saved >>~/ended; exit 143" TERM; echo on; while :; do sleep 0.1; done'
-    )
+def test_a_new_launch_ends_the_run_that_a_lost_one_left_before_it_replaces_the_code(pod):
+    pod.set_up(train='trap "ls >>~/ended; exit 143" TERM; echo on; while :; do sleep 0.1; done')
     process = pod.start(*SLICE, "--", *TRAIN)
     assert process.stdout.readline() == "on\n"
     process.terminate()  # the launcher only
     assert pod.finish(process).status == 143
     pod.set_up(train="echo again")
+    (pod.tree / "new.py").touch()
     assert pod.launch(*SLICE, "--", *TRAIN).out == "again\n"
-    assert (pod.home(0) / "ended").read_text() == "saved\n"
+    ended = (pod.home(0) / "ended").read_text().splitlines()
+    assert "setup.py" in ended and "new.py" not in ended
+
+
+def test_a_number_from_before_a_reboot_ends_no_other_process(pod):
+    with subprocess.Popen(["bash", "-c", "cat; exit"], stdin=subprocess.PIPE) as other:
+        (pod.home(0) / "copg_jax.pid").write_text(f"{other.pid}\n")
+        assert pod.launch(*SLICE, "--", *TRAIN).status == 0
+    assert other.returncode == 0
 
 
 def test_the_commands_of_the_readme_do_what_it_says(pod):
@@ -275,6 +317,9 @@ def test_gclouds_own_error_is_shown(pod):
         ([*SLICE, "python"], "wanted the command after --, got 'python'"),
         ([*SLICE, "--create"], "wanted a command after --"),
         ([*SLICE, "--create", "--"], "wanted a command after --"),
+        ([*SLICE, "--delete", "--project"], "--project: wanted a project after it, got ''"),
+        ([*SLICE, "--project", "--delete"], "--project: wanted a project after it, got '--delete'"),
+        ([*SLICE, "--spot", "--", "true"], "--spot: wanted --create with it"),
     ],
 )
 def test_bad_arguments_are_refused_before_gcloud_is_asked(pod, arguments, text):
