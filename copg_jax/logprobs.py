@@ -1,33 +1,14 @@
 """From hidden states to log-probabilities of completions, in float32.
 
-1. `predictive_hidden` lines up, for every completion token, the hidden state that predicts it;
-2. `token_logp` applies the output matrix there, and only there: never at prompt positions;
-3. `seq_logp` sums over the tokens of each completion.
+1. `token_logp` applies the output matrix to the hidden states that predict completion tokens, and
+   only to them: never at prompt positions;
+2. `seq_logp` sums over the tokens of each completion.
 """
 
 import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
-
-
-def predictive_hidden(last_prompt: Array, completion: Array) -> Array:
-    """Returns the hidden state that predicts each completion token.
-
-    The last prompt token predicts the first token of all K completions; token c predicts token c +
-    1.
-
-    Args:
-        last_prompt: hidden state of each prompt's last token; [B, D].
-        completion: hidden states of the completion tokens; [B, K, C, D].
-
-    Returns:
-        [B, K, C, D].
-    """
-    chex.assert_rank([last_prompt, completion], [2, 4])
-    b, k, _, d = completion.shape
-    first = jnp.broadcast_to(last_prompt[:, None, None, :], (b, k, 1, d))
-    return jnp.concatenate([first, completion[:, :, :-1]], axis=2)
 
 
 def token_logp(

@@ -24,7 +24,7 @@ def token_logp(
     Args:
         config: architecture.
         params: parameter tree with a language-model head.
-        batch: groups; only the tokens and lengths are read.
+        batch: groups; tokens, lengths and slots are read.
         chunk: see `logprobs.token_logp`.
 
     Returns:

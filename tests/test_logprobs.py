@@ -1,4 +1,4 @@
-"""Log-probabilities against NumPy in float64, in chunks and whole, and a plain sequence model."""
+"""Log-probabilities against NumPy in float64, in chunks and whole."""
 
 import functools
 
@@ -166,99 +166,33 @@ def test_token_logp_refuses_shapes_that_do_not_belong_together(inputs):
         logprobs.token_logp(hidden, matrix[0], tokens)
 
 
-# --- predictive_hidden: a group against a plain model of one sequence ---
+# --- seq_logp and length_mask ---
 
 
-def plain_hidden(tokens, embedding):
-    """A causal model of one sequence, [T] → [T, D]: a position sees itself and its fading past."""
-    state, states = np.zeros(embedding.shape[1]), []
-    for token in tokens:
-        state = 0.7 * state + embedding[token]
-        states.append(np.tanh(state))
-    return np.array(states)
-
-
-def sequences():
-    """Prompts of [2] lengths and three completions each, of random lengths with 1 among them."""
-    rng = np.random.default_rng(5)
-    prompts = [rng.integers(0, V, size=n) for n in (4, 1)]
+def of_lengths(inputs, garbage=0.0):
+    """Two prompts with completions of random lengths; `garbage` is what lies beyond them."""
+    hidden, matrix, tokens = inputs
     lengths = np.array([[C, 1, 3], [2, 5, 1]])
-    completions = [[rng.integers(0, V, size=n) for n in row] for row in lengths]
-    return prompts, completions, lengths, rng.normal(size=(V, D)), rng.normal(size=(D, V))
+    present = np.arange(C) < lengths[..., None]
+    return np.where(present[..., None], hidden, garbage).astype(np.float32), matrix, tokens, lengths
 
 
-def plain_seq_logp(prompt, completion, embedding, matrix):
-    """ln π(y|x) = Σ_t ln p(y_t | x, y_<t): position p − 1 + t of the sequence predicts y_t."""
-    hidden = plain_hidden(np.concatenate([prompt, completion]), embedding)
-    logp = log_softmax(hidden @ matrix)
-    return sum(logp[len(prompt) - 1 + t, token] for t, token in enumerate(completion))
+def group_seq_logp(hidden, matrix, tokens, lengths):
+    return logprobs.seq_logp(logprobs.token_logp(hidden, matrix, tokens), lengths)
 
 
-def group_inputs(garbage=0.0):
-    """The same as a model of groups hands it over; `garbage` is what lies beyond the lengths."""
-    prompts, completions, lengths, embedding, matrix = sequences()
-    last_prompt = np.array([plain_hidden(prompt, embedding)[-1] for prompt in prompts])
-    hidden = np.full((B, K, C, D), garbage)
-    tokens = np.zeros((B, K, C), int)
-    for b, k in np.ndindex(B, K):
-        whole = plain_hidden(np.concatenate([prompts[b], completions[b][k]]), embedding)
-        hidden[b, k, : lengths[b, k]] = whole[len(prompts[b]) :]
-        tokens[b, k, : lengths[b, k]] = completions[b][k]
-    arrays = [jnp.asarray(a, jnp.float32) for a in (last_prompt, hidden, matrix)]
-    return *arrays, jnp.asarray(tokens), jnp.asarray(lengths)
-
-
-def group_seq_logp(last_prompt, hidden, matrix, tokens, lengths):
-    states = logprobs.predictive_hidden(last_prompt, hidden)
-    return logprobs.seq_logp(logprobs.token_logp(states, matrix, tokens), lengths)
-
-
-def test_a_group_has_the_log_probabilities_of_its_plain_sequences():
-    prompts, completions, _, embedding, matrix = sequences()
+def test_ln_pi_of_a_completion_sums_its_tokens_whatever_lies_beyond(inputs):
+    hidden, matrix, tokens, lengths = of_lengths(inputs)
     expected = [
-        [plain_seq_logp(prompts[b], completions[b][k], embedding, matrix) for k in range(K)]
+        [
+            numpy_logp(hidden[b, k, :n], matrix, tokens[b, k, :n]).sum()
+            for k, n in enumerate(lengths[b])
+        ]
         for b in range(B)
     ]
     for garbage in (0.0, 1e3):
-        np.testing.assert_allclose(group_seq_logp(*group_inputs(garbage)), expected, rtol=1e-5)
-    # A token does not predict itself: unshifted states give other numbers.
-    _, hidden, matrix, tokens, lengths = group_inputs()
-    unshifted = logprobs.seq_logp(logprobs.token_logp(hidden, matrix, tokens), lengths)
-    assert np.abs(unshifted - np.array(expected)).min() > 1e-3
-
-
-def test_every_position_is_predicted_by_the_one_before_it():
-    last_prompt = jnp.array([[-1.0], [-2.0]])
-    completion = jnp.arange(12.0).reshape(2, 2, 3, 1)
-    got = logprobs.predictive_hidden(last_prompt, completion)[..., 0]
-    np.testing.assert_array_equal(got[0], [[-1, 0, 1], [-1, 3, 4]])
-    np.testing.assert_array_equal(got[1], [[-2, 6, 7], [-2, 9, 10]])
-
-
-def test_a_completion_of_one_token_needs_the_prompt_only():
-    last_prompt = jnp.ones((2, 4))
-    got = logprobs.predictive_hidden(last_prompt, jnp.full((2, 3, 1, 4), jnp.nan))
-    np.testing.assert_array_equal(got, jnp.ones((2, 3, 1, 4)))
-
-
-def test_the_prompt_gets_the_gradient_of_all_its_completions():
-    last_prompt, hidden, matrix, tokens, lengths = group_inputs()
-    slope = jax.jit(jax.grad(lambda *args: group_seq_logp(*args).sum()))
-    together = slope(last_prompt, hidden, matrix, tokens, lengths)
-    apart = sum(
-        slope(last_prompt, hidden[:, one], matrix, tokens[:, one], lengths[:, one])
-        for one in (slice(k, k + 1) for k in range(K))
-    )
-    np.testing.assert_allclose(together, apart, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("shapes", [((2, 3), (2, 4, 3)), ((2, 1, 3), (2, 4, 5, 3))])
-def test_predictive_hidden_refuses_other_ranks(shapes):
-    with pytest.raises(AssertionError, match="rank"):
-        logprobs.predictive_hidden(*map(jnp.zeros, shapes))
-
-
-# --- seq_logp and length_mask ---
+        got = group_seq_logp(*map(jnp.asarray, of_lengths(inputs, garbage)))
+        np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
 def test_seq_logp_is_the_sum_of_the_first_length_tokens_not_the_mean():
@@ -277,13 +211,11 @@ def test_seq_logp_and_its_gradient_ignore_what_lies_beyond_the_length(garbage):
     np.testing.assert_array_equal(slope, present.astype(np.float32))
 
 
-def test_any_padding_token_leaves_the_gradient_of_a_completion_alone():
+def test_any_padding_token_leaves_the_gradient_of_a_completion_alone(inputs):
     """Even one outside the vocabulary, whose own log-probability is NaN."""
-    last_prompt, hidden, matrix, tokens, lengths = group_inputs()
-    slope = jax.jit(
-        jax.grad(lambda m, tokens: group_seq_logp(last_prompt, hidden, m, tokens, lengths).sum())
-    )
-    padding = np.arange(C) >= np.asarray(lengths)[..., None]
+    hidden, matrix, tokens, lengths = of_lengths(inputs)
+    slope = jax.jit(jax.grad(lambda m, tokens: group_seq_logp(hidden, m, tokens, lengths).sum()))
+    padding = np.arange(C) >= lengths[..., None]
     expected = slope(matrix, tokens)
     for token in (1, V, V + 5):
         got = slope(matrix, jnp.where(padding, token, tokens))

@@ -100,10 +100,7 @@ def completion_logp(output_matrix: Array, features: Array, completions: Completi
     """
     tokens = jnp.asarray(completions.tokens)
     num_prompts, (num_completions, size) = features.shape[0], tokens.shape
-    # The state after token c is that of the prefix before token c + 1; the last one predicts
-    # nothing.
-    after = jnp.take(features, jnp.roll(completions.prefix, -1, axis=1), axis=1)
-    hidden = logprobs.predictive_hidden(features[:, 0], after)
+    hidden = jnp.take(features, completions.prefix, axis=1)  # each token's is that of its prefix
     batched = jnp.broadcast_to(tokens, (num_prompts, num_completions, size))
     logp = logprobs.token_logp(hidden, output_matrix, batched)
     length = jnp.broadcast_to(jnp.asarray(completions.length), batched.shape[:2])

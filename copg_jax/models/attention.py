@@ -132,11 +132,6 @@ def _softmax(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
     return weights, weights.sum(-1)
 
 
-def _group_heads(q: jax.Array, num_key_value_heads: int) -> jax.Array:
-    """[..., H, Hd] -> [..., KV, H / KV, Hd]: consecutive query heads share a key-value head."""
-    return q.reshape(*q.shape[:-2], num_key_value_heads, -1, q.shape[-1])
-
-
 def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
     """[..., Q, Hd], [..., T, Hd] → [..., Q, T]."""
     scaled = q * q.shape[-1] ** -0.5
