@@ -42,6 +42,11 @@ def stage_command(command: list[str]) -> list[str]:
     return next((command[i:] for i, name in enumerate(names) if name in STAGES), [])
 
 
+SLICE_COMMANDS = [
+    stage_command(command)
+    for command in shell_commands()
+    if command[0] == "./launch_tpu.sh" and stage_command(command)
+]
 STAGE_COMMANDS = list(filter(None, map(stage_command, shell_commands())))
 
 
@@ -55,6 +60,13 @@ def test_a_stage_command_of_the_readme_is_a_valid_config(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = load_config(STAGES[command[0].removeprefix("experiments.")], command[1:])
     assert config.output_dir.startswith(("runs/", "gs://"))
+
+
+@pytest.mark.parametrize("command", SLICE_COMMANDS, ids=" ".join)
+def test_a_stage_command_for_a_slice_names_no_folder_of_this_machine(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = load_config(STAGES[command[0].removeprefix("experiments.")], command[1:])
+    assert re.findall(r"'(?:runs|data|/)[^']*'", repr(config)) == []
 
 
 def test_make_targets_of_the_readme_exist():

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_readme import STAGES
+
 SCRIPT = Path(__file__).parents[1] / "experiments" / "run_gpu.sh"
 RUN = [
     "experiments.train_policy",
@@ -62,9 +64,18 @@ def test_a_slurm_job_starts_one_process_a_gpu_and_insists_on_distributed(run):
         "--ntasks-per-node=4",
         "--cpus-per-task=8",
         "--gpu-bind=none",  # jax takes the GPU of its local rank among all
+        "--overlap",  # or it waits for ever in an interactive step, which holds the GPUs
         "--kill-on-bad-exit=1",
     }
     assert options[at:] == ["python", "-m", *RUN, "distributed=on"]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_srun_starts_the_experiments_that_know_what_distributed_is(run, name):
+    done, _ = run(f"experiments.{name}", **SAME)
+    known = hasattr(STAGES[name], "distributed")
+    assert done.stdout.startswith("srun\n" if known else "python\n")
+    assert done.stdout.endswith("\ndistributed=on\n") == known
 
 
 def test_a_process_that_srun_started_starts_no_srun(run):
@@ -103,6 +114,14 @@ def test_the_callers_environment_wins(run):
         "XLA_CLIENT_MEM_FRACTION": "0.5",
         "JAX_PLATFORMS": "rocm",
     }
+
+
+def test_the_older_name_of_the_share_of_memory_wins_too(run):
+    """jaxlib refuses to see both."""
+    _, env = run(*RUN)
+    assert env["XLA_CLIENT_MEM_FRACTION"] == "0.92"
+    _, env = run(*RUN, XLA_PYTHON_CLIENT_MEM_FRACTION="0.5")
+    assert "XLA_CLIENT_MEM_FRACTION" not in env
 
 
 def test_the_installed_jaxlib_knows_the_xla_flags(run):
