@@ -6,16 +6,19 @@
 3. A `GrowingFile` is written line by line; objects of a bucket cannot grow.
 """
 
+import fcntl
 import hashlib
 import os
 import posixpath
 import shutil
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
 from etils import epath
+from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
 from copg_jax.errors import InputError
@@ -44,7 +47,7 @@ def local_copy(path: str, suffixes: Sequence[str]) -> str:
     """
     if not is_remote(path):
         return path
-    try:
+    with bucket_errors(path):
         system, root = url_to_fs(path)
         root = root.rstrip("/")
         first_sign = min((root.index(sign) for sign in _MAGIC if sign in root), default=len(root))
@@ -58,23 +61,43 @@ def local_copy(path: str, suffixes: Sequence[str]) -> str:
             / hashlib.sha256(repr((path.rstrip("/"), state)).encode()).hexdigest()[:16]
         )
         if names and not copy.exists():
-            part = copy.with_name(f"{copy.name}.{socket.gethostname()}.{os.getpid()}")
-            targets = [part / posixpath.relpath(name, parent) for name in names]
-            for target in targets:
-                target.parent.mkdir(parents=True, exist_ok=True)
-            system.get(names, list(map(str, targets)))
-            try:
-                part.rename(copy)
-            except OSError:  # another process was faster
-                shutil.rmtree(part)
-    except (OSError, ImportError, ValueError) as error:
-        raise InputError(
-            f"{path}: cannot be read ({type(error).__name__}: {error}). Check the path and your "
-            "credentials; gs:// needs the package gcsfs, which the tpu extra has."
-        ) from error
+            _download(system, {name: posixpath.relpath(name, parent) for name in names}, copy)
     if not names:
         raise InputError(f"{path}: nothing there that ends in {', '.join(suffixes)}.")
     return str(copy / posixpath.relpath(root, parent))
+
+
+def _download(system: AbstractFileSystem, names: Mapping[str, str], copy: Path) -> None:
+    """Makes the folder `copy` of objects and their names in it, while other processes wait."""
+    part = copy.with_name(f"{copy.name}.{socket.gethostname()}")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    with part.with_name(f"{part.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if copy.exists():
+            return
+        shutil.rmtree(part, ignore_errors=True)  # of a process that was ended
+        targets = [part / name for name in names.values()]
+        for target in targets:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        system.get(list(names), list(map(str, targets)))
+        try:
+            part.rename(copy)
+        except OSError:  # another host was faster, where they share this folder
+            shutil.rmtree(part)
+
+
+@contextmanager
+def bucket_errors(path: epath.PathLike) -> Iterator[None]:
+    """Turns whatever a bucket raises in the body into an InputError that names `path`."""
+    try:
+        yield
+    except Exception as error:  # each kind of bucket fails in its own way
+        if isinstance(error, InputError) or not is_remote(path):
+            raise
+        raise InputError(
+            f"{path}: cannot be reached ({type(error).__name__}: {error}). Check the path and your "
+            "credentials; gs:// needs the package gcsfs, which the tpu extra has."
+        ) from error
 
 
 def scratch_folder(folder: epath.Path, process: int) -> Path:

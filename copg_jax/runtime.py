@@ -29,7 +29,7 @@ from copg_jax import distributed
 from copg_jax.cli import config_differences, to_yaml
 from copg_jax.distributed import is_main_process
 from copg_jax.errors import InputError
-from copg_jax.files import write_text
+from copg_jax.files import bucket_errors, write_text
 
 log = logging.getLogger(__name__)
 
@@ -140,10 +140,12 @@ def check_run_folder(
       may_differ: Dotted prefixes that do not define the run, such as "log_every" or "evaluation".
 
     Raises:
-      InputError: The folder holds a run with another config, or is no folder.
+      InputError: The folder holds a run with another config, is no folder, or cannot be reached.
     """
     output_dir = epath.Path(output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
+    with bucket_errors(output_dir):  # also where nothing is there yet
+        is_file = output_dir.exists() and not output_dir.is_dir()
+    if is_file:
         raise InputError(
             f"output_dir {output_dir}: wanted a folder, got a file; "
             "give another output_dir or remove the file"

@@ -1,7 +1,11 @@
 """Runs whose data, models and results lie in a bucket, with one in memory in its place."""
 
 import json
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -117,8 +121,66 @@ def test_what_is_not_there_is_named(bucket):
         with pytest.raises(InputError) as caught:
             local_copy(path, SUFFIXES)
         names_all(str(caught.value), [path])
-    with pytest.raises(InputError, match=r"cannot be read.*Protocol"):
+    with pytest.raises(InputError, match=r"cannot be reached.*Protocol"):
         local_copy("nowhere://b/m", SUFFIXES)
+
+
+def test_of_several_processes_one_makes_the_copy_and_the_others_wait_for_it(bucket, monkeypatch):
+    bucket.pipe("/b/m/a.json", b"1")
+    get, calls = type(bucket).get, []
+
+    def slow(system: Any, *arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
+        time.sleep(0.1)
+        return get(system, *arguments, **options)
+
+    monkeypatch.setattr(type(bucket), "get", slow)
+    with ThreadPoolExecutor() as pool:  # a lock of files holds between threads too
+        copies = set(pool.map(local_copy, ["gs://b/m"] * 4, [SUFFIXES] * 4))
+    assert len(calls) == len(copies) == 1
+
+
+def test_what_a_copy_that_was_cut_short_has_left_is_gone_with_the_next(bucket, monkeypatch):
+    bucket.pipe("/b/m/a.json", b"1")
+
+    def dies(system: Any, names: list[str], targets: list[str]) -> None:
+        Path(targets[0]).with_name("half.json").write_text("")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(bucket), "get", dies)
+        local_copy("gs://b/m", SUFFIXES)
+    copy = Path(local_copy("gs://b/m", SUFFIXES))
+    assert [path.name for path in copy.iterdir()] == ["a.json"]
+    assert not list((files._CACHE / "copies").rglob("half.json"))
+
+
+def test_a_bucket_that_cannot_be_reached_is_named_whatever_it_raises(bucket, monkeypatch):
+    class HttpError(Exception):
+        """As of gcsfs."""
+
+    def forbidden(*_: Any, **__: Any) -> Any:
+        raise HttpError("Forbidden, 403")
+
+    for name in ("exists", "find"):
+        monkeypatch.setattr(type(bucket), name, forbidden)
+    wanted = ["gs://b/m", "HttpError: Forbidden, 403", "credentials", "gcsfs"]
+    for ask in (
+        lambda path: local_copy(path, SUFFIXES),
+        lambda path: check_run_folder(path, LLAMA),
+    ):
+        with pytest.raises(InputError) as caught:
+            ask("gs://b/m")
+        names_all(str(caught.value), wanted)
+
+
+def test_a_bucket_without_the_package_for_it_is_refused_before_any_work(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(InputError) as caught:
+        check_run_folder("gs://nobody/nothing", LLAMA)
+    names_all(
+        str(caught.value), ["gs://nobody/nothing", "ImportError", "package gcsfs", "tpu extra"]
+    )
 
 
 def test_stages_read_from_a_bucket_and_write_into_it(bucket, tmp_path, monkeypatch):
