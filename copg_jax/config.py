@@ -26,6 +26,8 @@ MAY_DIFFER = (
     "distributed",
     "mesh",
     "model.attention",
+    "reference.attention",
+    "batch_size",  # of scoring; that of training is training.batch_size
     "training.log_every",
     "training.tensorboard",
     "training.num_microbatches",

@@ -4,7 +4,8 @@ Both are constants of training, so computing them here leaves training with one 
 function.
 
 1. Groups are taken part by part; parts that are on disk already are skipped.
-2. The reward function sees the texts, the reference model the tokens.
+2. The reward function sees the texts, the reference model the tokens: a completion that is there
+   several times in one part is computed once, one that is in several parts once in each.
 3. Each part is written whole or not at all; the side-car that makes the folder usable comes last.
 
 Every process calls the reward functions (a model that is spread over all devices needs them all)
@@ -69,6 +70,7 @@ def score_dataset(
                 continue
             rows = [dataset[i] for i in range(first, min(first + part_size, len(dataset)))]
             logger.log(first + len(rows), _score_part(folder, part, rows, rewards, seq_logp))
+            logger.sync()
     with distributed.main_first(folder):
         if distributed.is_main_process():
             _finish(dataset, folder, side_car)

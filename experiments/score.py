@@ -12,7 +12,7 @@ from etils import epath
 
 from copg_jax import policy, runtime, scoring, sharding, stages
 from copg_jax.cli import run_main
-from copg_jax.config import ScoreConfig
+from copg_jax.config import MAY_DIFFER, ScoreConfig
 from copg_jax.forward import GroupForward
 from copg_jax.rewards import WeightedRewards
 
@@ -21,9 +21,7 @@ def main(config: ScoreConfig) -> None:
     """Scores every group of the data set."""
     folder = epath.Path(config.output_dir)
     runtime.setup(config.distributed)
-    runtime.check_run_folder(
-        folder, config, may_differ=("output_dir", "distributed", "mesh", "batch_size")
-    )
+    runtime.check_run_folder(folder, config, may_differ=MAY_DIFFER)
     mesh = sharding.make_mesh(config.mesh)
     reference = stages.open_model(config.reference, mesh)
     dataset = stages.open_data(config.data, reference, folder, "groups")

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from copg_jax import policy, scoring
 from copg_jax.data import scored
@@ -21,6 +22,7 @@ from copg_jax.errors import InputError
 from copg_jax.forward import GroupForward
 from copg_jax.models import functional
 from copg_jax.rewards import RewardSpec, WeightedRewards
+from tests.bucket import make_bucket
 from tests.models import tiny
 from tests.toys import LLAMA, mesh
 
@@ -81,11 +83,11 @@ class Forward:
         ]
 
 
-def score(dataset: GroupDataset, folder: Path, part_size: int = 10) -> None:
+def score(dataset: GroupDataset, folder: Path | epath.Path, part_size: int = 10) -> None:
     """Scores the comparisons in three parts."""
     scoring.score_dataset(
         dataset,
-        folder=folder,
+        folder=epath.Path(folder),
         part_size=part_size,
         rewards=REWARDS,
         seq_logp=Forward(),  # pyright: ignore
@@ -154,6 +156,23 @@ def test_interrupted_and_resumed_scoring_is_uninterrupted_scoring(whole, dataset
     assert calls == [20, 8]  # the finished part is not scored again
     assert contents(tmp_path) == contents(whole)
     scored.verify(tmp_path, tokenizer_hash="tokenizer", reference_hash="reference")
+
+
+def test_in_a_bucket_the_metrics_of_finished_parts_are_there_while_the_next_is_scored(
+    dataset, monkeypatch
+):
+    make_bucket(monkeypatch)
+    folder, found = epath.Path("gs://b/scored"), []
+    score_part = scoring._score_part
+
+    def watched(*arguments: Any) -> dict[str, float]:
+        path = folder / "metrics.jsonl"
+        found.append(len(path.read_text().splitlines()) if path.exists() else 0)
+        return score_part(*arguments)
+
+    monkeypatch.setattr(scoring, "_score_part", watched)
+    score(dataset, folder)
+    assert found == [0, 1, 2]
 
 
 def test_scoring_again_does_nothing(dataset, tmp_path):
