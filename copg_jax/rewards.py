@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, cast
 
+import jax
 import numpy as np
 
 from copg_jax import sharding
@@ -267,8 +268,10 @@ class RewardModel:
     ):
         folder = hf_weights.resolve(path)
         self.fingerprint = hf_weights.params_hash(folder)
-        mesh = sharding.make_mesh(sharding.MeshConfig())
         config = replace(hf_weights.read_config(folder), dtype=dtype)
+        # All devices, whatever the run's mesh; the weights in as many pieces as are equal.
+        shards = math.gcd(len(jax.devices()), config.hidden_size)
+        mesh = sharding.make_mesh(sharding.MeshConfig(data=-1, fsdp=shards))
         self._config = flash.choose("auto", config, mesh)
         self._encoder = Encoder(load_tokenizer(folder))
         # Every completion gets a reward, however long it is.

@@ -185,6 +185,18 @@ def test_the_reward_model_s_numbers_do_not_depend_on_the_batch(folder, together)
     np.testing.assert_allclose(moved, np.array(together)[order], atol=1e-5)
 
 
+def test_the_reward_model_uses_all_devices_where_their_number_does_not_divide_its_width(
+    folder, together, monkeypatch
+):
+    six = jax.devices()[:6]
+    monkeypatch.setattr(jax, "devices", lambda: six)
+    model = RewardModel(str(folder))
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(model._forward._params)} == {
+        6
+    }
+    np.testing.assert_allclose(model(PROMPTS, TEXTS), together, atol=1e-5)
+
+
 def test_the_reward_model_gives_the_number_that_its_training_saw(folder, together):
     config = hf_weights.read_config(folder)
     params = hf_weights.load_params(folder, config, head="score")
