@@ -1,7 +1,8 @@
 """Saving and restoring the whole train state with Orbax, asynchronously.
 
 One folder a saved step; the newest and the best (by a metric given when saving) are kept. The data
-order needs no file of its own: batches are a function of the step.
+order needs no file of its own: batches are a function of the step. Of several processes all see the
+steps that process 0 lists.
 """
 
 import math
@@ -9,11 +10,12 @@ from types import TracebackType
 from typing import Any, Self
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from copg_jax import train_state
+from copg_jax import distributed, train_state
 from copg_jax.errors import InputError
 from copg_jax.files import is_remote
 from copg_jax.train_state import TrainState
@@ -44,6 +46,7 @@ class Checkpoints:
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 best_fn=value_of,  # without it Orbax does not store metrics
+                single_host_load_and_broadcast=True,  # others may list a bucket differently
                 preservation_policy=policies.AnyPreservationPolicy(keep),
             ),
             item_handlers=ocp.StandardCheckpointHandler(),  # lets it tell shapes before restoring
@@ -75,10 +78,8 @@ class Checkpoints:
             for step in self._manager.all_steps()
             if (metrics := self._manager.metrics(step)) and self._best_metric in metrics
         ]
-        if not found:
-            return None
-        value, step = max(found)
-        return -step, value
+        value, step = distributed.from_main(np.array(max(found, default=(math.nan, 0))))
+        return None if math.isnan(value) else (-int(step), float(value))
 
     def save(
         self,
@@ -93,7 +94,8 @@ class Checkpoints:
         Args:
             step: a step saved before is left alone, unless it now gets its rank.
             state: what to save.
-            value: the metric that ranks the step; None or NaN leaves it out of the ranking.
+            value: the metric that ranks the step, the same in all processes; None or NaN leaves it
+                out of the ranking.
             is_evaluated: False where a run leaves before the evaluation that is due at `step`.
         """
         ranked = self._best_metric is not None and value is not None and math.isfinite(value)
@@ -129,6 +131,17 @@ class Checkpoints:
         restored = self._manager.restore(step, args=ocp.args.StandardRestore(target))
         # A run that halted on a non-finite loss may try again.
         return TrainState(**restored)._replace(halted=jax.device_put(False, shardings.halted))
+
+    def restore_params(self, step: int, state: TrainState, shardings: TrainState) -> Any:
+        """`restore` of the parameters alone, in a third of the memory."""
+        target = {"params": train_state.with_shardings(state, shardings).params}
+        options = ocp.args.PyTreeRestore(
+            target,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+            partial_restore=True,  # which the manager's own handler does not know
+        )
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            return reader.restore(self.folder / str(step) / "default", args=options)["params"]
 
     def _check(self, step: int, target: Any) -> None:
         """Raises InputError unless the arrays of a saved step are those of `target`."""

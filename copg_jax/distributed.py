@@ -3,24 +3,26 @@
 1. `start` joins the processes that a cluster, or JAX's environment variables, name.
 2. `main_first` lets process 0 do what is done once, such as writing a file, before the others go
    on.
-3. `from_main` gives every process what process 0 holds.
+3. `from_main` gives every process what process 0 holds, `from_all` what each says.
 
 All processes see one output folder: a shared file system, or a bucket. With one process nothing
 here does anything.
 """
 
+import itertools
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
 from jax._src.clusters import ClusterEnv
+from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 
 from copg_jax.errors import InputError
@@ -28,6 +30,8 @@ from copg_jax.errors import InputError
 MODES = ("auto", "on", "off")
 _ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _VISIBLE_SEC = 90.0  # by then any network file system shows what another host has written
+_LONGEST_MS = 24 * 3600 * 1000  # a process that has died ends the others long before
+_turns = itertools.count()
 
 
 class _Member(NamedTuple):
@@ -74,11 +78,12 @@ def is_main_process() -> bool:
 
 
 @contextmanager
-def main_first(path: Any) -> Iterator[None]:
+def main_first(path: Any, is_there: Callable[[], bool] | None = None) -> Iterator[None]:
     """Process 0 runs the body, which makes `path`; then the others run it.
 
     Args:
         path: file or folder (`pathlib` or `epath`) that all processes see.
+        is_there: whether this process sees what process 0 made; default: `path` exists.
 
     Raises:
         InputError: in the others, where process 0 failed or `path` does not appear.
@@ -86,22 +91,41 @@ def main_first(path: Any) -> Iterator[None]:
     if jax.process_count() == 1:
         yield
     elif is_main_process():
-        done = False
+        done, turn = False, next(_turns)
         try:
             yield
             done = True
         finally:
-            from_main(done)
+            _say(turn, str(done))
     else:
-        if not from_main(False):
+        if _hear(next(_turns), 0) != str(True):
             raise InputError(f"{path}: process 0 could not make it; see its message.")
-        _wait_until_visible(path)
+        _wait_until(is_there or path.exists, path)
         yield
 
 
 def from_main(value: Any) -> Any:
     """What process 0 holds: a number, bool or array; of equal shape and dtype in every process."""
     return multihost_utils.broadcast_one_to_all(np.asarray(value))
+
+
+def from_all(text: str) -> list[str]:
+    """What each process says, by its index; waits for the last of them as long as it takes."""
+    if jax.process_count() == 1:
+        return [text]
+    turn = next(_turns)
+    _say(turn, text)
+    return [_hear(turn, index) for index in range(jax.process_count())]
+
+
+# These go through the coordinator: devices give up on a process that is busy for minutes.
+def _say(turn: int, text: str) -> None:
+    cast(Any, global_state.client).key_value_set(f"copg_jax/{turn}/{jax.process_index()}", text)
+
+
+def _hear(turn: int, index: int) -> str:
+    key = f"copg_jax/{turn}/{index}"
+    return cast(Any, global_state.client).blocking_key_value_get(key, _LONGEST_MS)
 
 
 def _detect(timeout_sec: float) -> _Member | None:
@@ -183,9 +207,9 @@ def _join(member: _Member, timeout_sec: float) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _wait_until_visible(path: Any) -> None:
+def _wait_until(is_there: Callable[[], bool], path: Any) -> None:
     deadline = time.monotonic() + _VISIBLE_SEC
-    while not path.exists():
+    while not is_there():
         if time.monotonic() > deadline:
             raise InputError(
                 f"{path}: process 0 wrote it, process {jax.process_index()} does not see it. "

@@ -196,8 +196,9 @@ class _Milestones:
         if step == 0:
             return
         # Of process 0: a reward function may tell each process something else.
-        is_best = bool(distributed.from_main(value is not None and value > self._best))
-        self._best = value if value is not None and is_best else self._best
+        value = float(distributed.from_main(np.nan if value is None else value))
+        is_best = value > self._best
+        self._best = value if is_best else self._best
         if is_best or self._is_checkpoint(step):
             self._logger.sync()
             self._checkpoints.save(step, state, value)
@@ -285,7 +286,12 @@ def run(
         except Exception as error:
             # Whatever stopped it (a non-finite loss, a failing reward function): keep what is
             # learned. Of several processes only one may have failed; it cannot save alone.
-            if not state.step.is_deleted() and (is_alone or isinstance(error, NonFiniteLoss)):
-                milestones.leave(int(state.step), state)
+            is_non_finite = isinstance(error, NonFiniteLoss)
+            if not state.step.is_deleted() and (is_alone or is_non_finite):
+                try:
+                    if pending is not None and not is_non_finite:
+                        pending.log(logger, clock, checkpoints.folder)
+                finally:
+                    milestones.leave(int(state.step), state)
             raise
     return state

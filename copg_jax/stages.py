@@ -8,7 +8,7 @@
 """
 
 import logging
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from copg_jax import distributed, sharding
 from copg_jax.cli import config_differences
 from copg_jax.config import ModelConfig, PolicyEvaluationConfig, ScoreConfig
 from copg_jax.data import scored
-from copg_jax.data.dataset import GroupDataset, format_stats, prepare
+from copg_jax.data.dataset import GroupDataset, data_key, format_stats, is_prepared, prepare
 from copg_jax.data.groups import TokenGroup
 from copg_jax.data.tldr import DataConfig, GroupReader
 from copg_jax.data.tokenizer import load_tokenizer, tokenizer_hash
@@ -104,14 +104,17 @@ def open_model(
 def open_data(section: DataConfig, model: Model, folder: epath.Path, name: str) -> GroupDataset:
     """Tokenises a data set into `folder`/tokens (once) and logs what was kept, cut and dropped."""
     path = scratch_folder(folder, jax.process_index()) / "tokens" / f"{name}.arrow"
-    # What processes share, one of them makes; where each has its own, nobody waits.
-    with nullcontext() if is_remote(folder) else distributed.main_first(path):
+    rows, vocab_size = GroupReader(section), model.config.vocab_size
+    turn: AbstractContextManager[None] = nullcontext()
+    if jax.process_count() > 1:
+        key = data_key(rows, model.tokenizer, section.limits, vocab_size)
+        _require_same(key, section.path)
+        # What processes share, one of them makes; where each has its own, nobody waits.
+        if not is_remote(folder):
+            turn = distributed.main_first(path, lambda: is_prepared(path, key))
+    with turn:
         dataset = prepare(
-            GroupReader(section),
-            model.tokenizer,
-            path=path,
-            limits=section.limits,
-            vocab_size=model.config.vocab_size,
+            rows, model.tokenizer, path=path, limits=section.limits, vocab_size=vocab_size
         )
     log.info("%s: %s\n%s", name, section.path, format_stats(dataset.stats))
     prompt, _, completion = dataset.shape(multiple=1)
@@ -123,6 +126,18 @@ def open_data(section: DataConfig, model: Model, folder: epath.Path, name: str) 
             "data.max_completion_tokens."
         )
     return dataset
+
+
+def _require_same(key: str, path: str) -> None:
+    """Raises InputError, in every process, unless all of them read the same data."""
+    keys = distributed.from_all(key)
+    others = [str(index) for index, other in enumerate(keys) if other != keys[0]]
+    if others:
+        raise InputError(
+            f"data.path {path}: wanted the same files and tokenizer in all {len(keys)} processes, "
+            f"got others in process {', '.join(others)} than in process 0. Fix: copy them to every "
+            "host anew, or point data.path at a shared folder or bucket."
+        )
 
 
 def require_rewards(dataset: GroupDataset, *, at_least: int) -> None:

@@ -7,7 +7,6 @@
 4. The best and the last parameters are exported, the last one last: it marks the run as complete.
 """
 
-import gc
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,22 +83,10 @@ def train(
         if distributed.from_main(start >= run.num_steps and exported):
             log.info("%s: already complete (%d steps)", run.folder, run.num_steps)
             return
-        host, num_hosts = sharding.batch_share(run.mesh)
-        stream = GroupStream(
-            run.data,
-            batch_size=config.training.batch_size,
-            num_epochs=config.training.num_epochs,
-            seed=config.seed,
-            num_blocks=sharding.num_batch_shards(run.mesh) * config.training.num_microbatches,
-            start_step=start,
-            host=host,
-            num_hosts=num_hosts,
-        )
         loss_fn = make_loss(run.model.config)
         generation = make_evaluation and make_evaluation(run.model, run.mesh, run.folder)
         inputs = run.inputs | (generation.inputs if generation else {})
         runtime.write_run_header(run.folder, config, inputs)
-        state = _initial_state(run, checkpoints, start)
         with MetricsLogger(
             run.folder,
             total_steps=run.num_steps,
@@ -107,7 +94,7 @@ def train(
             tensorboard=config.training.tensorboard,
             resume_step=start or None,
         ) as logger:
-            state = loop.run(
+            trained = loop.run(
                 step_fn=step.make_train_step(
                     loss_fn,
                     run.optimizer,
@@ -116,10 +103,10 @@ def train(
                     num_microbatches=config.training.num_microbatches,
                     schedule=optim.make_schedule(config.optim, run.num_steps),
                 ),
-                state=state,
+                state=_initial_state(run, checkpoints, start),
                 start_step=start,
                 num_steps=run.num_steps,
-                batches=iter(stream),
+                batches=iter(_stream(run, start)),
                 mesh=run.mesh,
                 logger=logger,
                 checkpoints=checkpoints,
@@ -130,8 +117,8 @@ def train(
                 useful_flops=lambda batch: flops.useful_flops(
                     run.model.config, batch.prompt_length, batch.completion_length, head=head
                 ),
-            )
-        _export_all(run, checkpoints, state)
+            ).params  # without the optimiser's state, to make room for the best step's parameters
+        _export_all(run, checkpoints, trained)
 
 
 def _prepare(
@@ -172,6 +159,22 @@ def _prepare(
     )
 
 
+def _stream(run: _Run, start: int) -> GroupStream:
+    """This host's share of the batches after step `start`."""
+    training = run.config.training
+    host, num_hosts = sharding.batch_share(run.mesh)
+    return GroupStream(
+        run.data,
+        batch_size=training.batch_size,
+        num_epochs=training.num_epochs,
+        seed=run.config.seed,
+        num_blocks=sharding.num_batch_shards(run.mesh) * training.num_microbatches,
+        start_step=start,
+        host=host,
+        num_hosts=num_hosts,
+    )
+
+
 def _initial_state(run: _Run, checkpoints: Checkpoints, start: int) -> TrainState:
     """The newest checkpoint, or the model's weights with a fresh optimiser."""
     if start:
@@ -206,27 +209,22 @@ def _evaluation(
     return evaluate
 
 
-def _export_all(run: _Run, checkpoints: Checkpoints, state: TrainState) -> None:
-    """Writes best/ and then model/; one state at a time is in memory."""
+def _export_all(run: _Run, checkpoints: Checkpoints, last: Any) -> None:
+    """Writes best/ and then model/, of the `last` parameters; the two are all that is in memory."""
     best = checkpoints.best()
     if best is not None:
-        del state
-        gc.collect()  # the last state's memory, before the best one comes in
-        state = checkpoints.restore(best[0], run.shapes, run.layout)
-        _export(run, "best", state)
+        is_last = best[0] == run.num_steps
+        params = last if is_last else checkpoints.restore_params(best[0], run.shapes, run.layout)
+        _export(run, "best", params)
         log.info("best/ is step %d, value %.4f", *best)
-        if best[0] != run.num_steps:
-            del state
-            gc.collect()
-            state = checkpoints.restore(run.num_steps, run.shapes, run.layout)
-    _export(run, "model", state)
+    _export(run, "model", last)
 
 
-def _export(run: _Run, name: str, state: TrainState) -> None:
+def _export(run: _Run, name: str, params: Any) -> None:
     hf_weights.save_pretrained(
         run.folder / name,
         run.model.config,
-        state.params,
+        params,
         head=run.model.head,
         tokenizer=run.model.tokenizer,
     )

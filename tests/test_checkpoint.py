@@ -36,6 +36,17 @@ def test_a_state_comes_back_bit_for_bit_on_the_same_and_on_other_meshes(tmp_path
             assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
 
 
+def test_the_parameters_come_back_alone_on_another_mesh(tmp_path, trained):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, trained.state)
+    layout = Toy(mesh(2, 2, 2)).layout
+    with Checkpoints(tmp_path) as checkpoints:
+        params = checkpoints.restore_params(1, trained.abstract, layout)
+    assert_trees_equal(params, leaves(trained.state.params))
+    for leaf, place in zip(jax.tree.leaves(params), jax.tree.leaves(layout.params), strict=True):
+        assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+
+
 def test_saving_returns_before_the_state_may_be_donated(tmp_path, trained):
     wanted = leaves(trained.state)
     with Checkpoints(tmp_path) as checkpoints:

@@ -33,19 +33,23 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def environment(port: int, index: int) -> dict[str, str]:
-    """Of process `index` of two, each with four devices."""
+def environment(port: int, index: int, devices: int = 4) -> dict[str, str]:
+    """Of process `index` of two."""
     values = (f"127.0.0.1:{port}", "2", str(index))
-    return {**os.environ, **dict(zip(NAMES, values, strict=True)), "JAX_NUM_CPU_DEVICES": "4"}
+    return {
+        **os.environ,
+        **dict(zip(NAMES, values, strict=True)),
+        "JAX_NUM_CPU_DEVICES": str(devices),
+    }
 
 
-def start_pair(*jobs: dict[str, Any]) -> list[subprocess.Popen]:
-    """Starts a process for each of two jobs."""
+def start_pair(*jobs: dict[str, Any], devices: int = 4) -> list[subprocess.Popen]:
+    """Starts a process with so many devices for each of two jobs."""
     port = free_port()
     return [
         subprocess.Popen(
             [sys.executable, "-m", "tests.worker", json.dumps(job)],
-            env=environment(port, index),
+            env=environment(port, index, devices),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -151,9 +155,11 @@ def test_two_processes_give_the_numbers_of_one_through_termination_and_a_crash(p
     )
     assert_same_training(alone, place.folder / "policy")
 
-    # One process dies without a word; whoever started them ends the other, and starts both again.
+    # Two go on with one device each, as SLURM starts a process a GPU, and one dies without a word;
+    # whoever started them ends the other, and starts both again.
+    cut = [["policy", [*train[1], "mesh.fsdp=1", "mesh.tensor=2"]]]
     survivor, killed = start_pair(
-        {"stages": [train]}, {"stages": [train], "signal": ["SIGKILL", 5]}
+        {"stages": cut}, {"stages": cut, "signal": ["SIGKILL", 5]}, devices=1
     )
     killed.communicate(timeout=1.2 * worker.LIMIT_SEC)
     assert killed.returncode == -9
@@ -258,10 +264,10 @@ def test_a_slurm_job_is_joined_at_its_first_node(alone):
 def test_others_do_not_go_on_where_process_0_failed_or_its_file_is_not_to_be_seen(
     monkeypatch, tmp_path
 ):
-    told = [False, True, True]
+    told = ["False", "True", "True"]
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    monkeypatch.setattr(distributed, "from_main", lambda value: told.pop(0))
+    monkeypatch.setattr(distributed, "_hear", lambda turn, index: told.pop(0))
     monkeypatch.setattr(distributed, "_VISIBLE_SEC", 0.0)
     path = tmp_path / "config.yaml"
     for parts in (
@@ -273,16 +279,16 @@ def test_others_do_not_go_on_where_process_0_failed_or_its_file_is_not_to_be_see
         names_all(str(caught.value), [str(path), *parts])
     path.write_text("")
     with distributed.main_first(path):
-        told.append(True)
-    assert told == [True]
+        told.append("on")
+    assert told == ["on"]
 
 
 def test_process_0_tells_the_others_that_it_failed(monkeypatch, tmp_path):
     told = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(distributed, "from_main", told.append)
+    monkeypatch.setattr(distributed, "_say", lambda turn, text: told.append(text))
     with pytest.raises(InputError, match="bad"), distributed.main_first(tmp_path):
         raise InputError("bad")
     with distributed.main_first(tmp_path):
         pass
-    assert told == [False, True]
+    assert told == ["False", "True"]

@@ -20,6 +20,7 @@ from tests.toys import Toy, assert_trees_equal, group_batch, leaves, mesh, names
 
 METRIC = "eval/reward_mean"
 STEPS = 7
+StepFn = Callable[[TrainState, Any], Any]
 
 
 def reward_of(params: Any, step: int) -> tuple[dict[str, float], dict[str, str]]:
@@ -34,6 +35,7 @@ def train(
     sizes: tuple[int, int, int] = (1, 1, 1),
     evaluate: loop.Evaluate | None = reward_of,
     spoil: Callable[[Iterator[Any]], Iterator[Any]] = iter,
+    watch: Callable[[StepFn], StepFn] = lambda step_fn: step_fn,
     **options: Any,
 ) -> TrainState:
     """Starts or resumes a run of the toy problem, as the stages do."""
@@ -46,7 +48,7 @@ def train(
             folder, total_steps=STEPS, quiet=True, resume_step=start or None
         ) as logger:
             return loop.run(
-                step_fn=toy.step,
+                step_fn=watch(toy.step),
                 state=state,
                 start_step=start,
                 num_steps=STEPS,
@@ -210,6 +212,71 @@ def test_an_evaluation_that_fails_leaves_a_checkpoint_and_is_made_up_for(whole, 
         assert checkpoints.latest_step == 4
     assert_trees_equal(train(tmp_path), whole[1])
     assert lines(tmp_path) == lines(whole[0])
+
+
+def test_data_that_fail_leave_every_step_that_was_done_saved_and_logged(whole, tmp_path):
+    def unreadable(batches: Iterator[Any]) -> Iterator[Any]:
+        for ids, batch in batches:
+            if ids[0].startswith("step6-"):
+                raise InputError("disk gone")
+            yield ids, batch
+
+    with pytest.raises(InputError, match="disk gone"):
+        train(tmp_path, spoil=unreadable)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.latest_step == 5
+    assert_trees_equal(train(tmp_path), whole[1])
+    assert lines(tmp_path) == lines(whole[0])
+
+
+class Watched:
+    """A metric that notes when the host waits for it or reads it."""
+
+    def __init__(self, value: Any, note: Callable[[], None]) -> None:
+        self.value, self.note = value, note
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        self.note()
+        return np.asarray(self.value)
+
+    def block_until_ready(self) -> Any:
+        self.note()
+        return self
+
+
+def test_a_step_is_read_after_the_next_batch_was_fetched_and_the_next_step_started(tmp_path):
+    events: list[str] = []
+
+    def watch(step_fn: StepFn) -> StepFn:
+        def watched_step(state: TrainState, batch: Any) -> Any:
+            step = sum(event.startswith("start") for event in events) + 1
+            events.append(f"start {step}")
+            state, metrics = step_fn(state, batch)
+            loss = Watched(metrics["loss"], lambda: events.append(f"read {step}"))
+            return state, metrics | {"loss": loss}
+
+        return watched_step
+
+    def watched_batches(batches: Iterator[Any]) -> Iterator[Any]:
+        for step, batch in enumerate(batches, 1):
+            events.append(f"fetch {step}")
+            yield batch
+
+    train(tmp_path, watch=watch, spoil=watched_batches, evaluate=None, save_every=STEPS)
+    wanted = ["fetch 1", "start 1"]
+    for step in range(2, STEPS + 1):
+        wanted += [f"fetch {step}", f"start {step}", f"read {step - 1}"]
+    assert events == [*wanted, f"read {STEPS}"]
+
+
+def test_every_process_ranks_its_checkpoints_by_the_reward_of_process_0(tmp_path, monkeypatch):
+    # Where this process finds a reward, process 0 finds minus as much.
+    monkeypatch.setattr(
+        loop.distributed, "from_main", lambda value: value if np.ndim(value) else -value
+    )
+    train(tmp_path)
+    with Checkpoints(tmp_path / "checkpoints", best_metric=METRIC) as checkpoints:
+        assert checkpoints.best() == (STEPS, 15.0)
 
 
 def test_without_an_evaluation_only_the_last_states_are_kept(whole, tmp_path):

@@ -23,7 +23,9 @@ class Pipeline(Workplace):
 
     def arguments(self, stage: str) -> list[str]:
         """Arguments of a run of the stage into `folder`/`stage`."""
-        folder, rewards = self.folder, "rewards=[{function: copg_jax.rewards.length}]"
+        folder, length = self.folder, "{function: copg_jax.rewards.length}"
+        rewards, trained = f"rewards=[{length}]", f"arguments: {{path: {folder / 'reward/model'}}}"
+        judged = f"rewards=[{length}, {{function: copg_jax.rewards.RewardModel, {trained}}}]"
         training = ["training.batch_size=8", "training.max_steps=2", "training.remat=none"]
         training += ["model.dtype=float32", "optim.learning_rate=1e-4", *DATA]
         model = f"model.path={folder / 'sft' / 'model'}"
@@ -35,7 +37,7 @@ class Pipeline(Workplace):
                 "reference.dtype=float32",
                 f"data.path={self.comparisons}",
                 "batch_size=8",
-                rewards,
+                judged,
                 *DATA,
             ],
             "policy": [model, f"data.path={folder / 'score'}", *training],

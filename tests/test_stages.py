@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
-from copg_jax import config, training
+from copg_jax import config, distributed, sharding, stages, training
 from copg_jax.cli import load_config
 from copg_jax.data import scored
 from copg_jax.data.generated import write_generated
@@ -251,10 +252,11 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(workplace):
     whole = (folder / "generations.jsonl").read_text()
     averages = json.loads((folder / "evaluation.json").read_text())
     lines = whole.splitlines(True)
-    (folder / "generations.jsonl").write_text("".join(lines[:3]) + lines[3][:20])
+    # Two prompts in the order of their batch, and a line that was cut short.
+    (folder / "generations.jsonl").write_text(lines[3] + lines[1] + lines[0][:20])
     assert workplace.run("evaluate") == pytest.approx(averages, rel=1e-5)
     again = (folder / "generations.jsonl").read_text().splitlines(True)
-    assert again[:3] == lines[:3]
+    assert (again[1], again[3]) == (lines[1], lines[3])
     assert [json.loads(line)["completion"] for line in again] == [
         json.loads(line)["completion"] for line in lines
     ]
@@ -282,6 +284,29 @@ def test_an_export_that_was_cut_short_is_made_up_for(workplace):
     assert metrics(folder) == before
 
 
+def test_the_export_needs_no_more_memory_than_training(workplace, tmp_path, monkeypatch):
+    shutil.copytree(workplace.folder / "policy", tmp_path / "policy")
+    (tmp_path / "policy" / "model" / "config.json").unlink()
+    # Not the last step, so that there are two sets of parameters to export.
+    monkeypatch.setattr(training.Checkpoints, "best", lambda _: (2, 0.0))
+    sizes: dict[str, list[int]] = {"run": [], "save_pretrained": []}
+
+    def measure(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def measured(*arguments: Any, **options: Any) -> Any:
+            sizes[name].append(sum(array.nbytes for array in jax.live_arrays()))
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, measured)
+
+    measure(training.loop, "run")
+    measure(hf_weights, "save_pretrained")
+    workplace.run("policy", f"output_dir={tmp_path / 'policy'}")
+    (trained,), (best, last) = sizes.values()
+    assert max(best, last) < trained
+
+
 def test_the_folder_of_another_run_is_refused_with_the_differences(workplace):
     text = workplace.refusal("sft", "optim.learning_rate=0.5", "seed=3")
     names_all(text, [str(workplace.folder / "sft"), "optim.learning_rate: 2e-05 -> 0.5"])
@@ -304,6 +329,9 @@ def test_a_run_whose_data_changed_under_the_same_path_is_refused(workplace, tmp_
 
 def test_what_does_not_define_a_run_may_differ_when_it_is_resumed(workplace):
     workplace.run("sft", "mesh.fsdp=4", "mesh.tensor=2", "training.log_every=1")
+    less_memory = ["logits_chunk=8", "reference.attention=xla"]
+    workplace.run("score", *less_memory, "batch_size=4")
+    workplace.run("evaluate", *less_memory, "model.attention=xla")
 
 
 @pytest.fixture
@@ -387,6 +415,40 @@ def test_data_scored_with_another_reference_or_tokenizer_trains_no_policy(
             text,
             [str(copy)] + (["interrupted"] if field == "complete" else ["tokenizer", "f" * 16]),
         )
+
+
+def test_another_process_opens_the_tokens_of_process_0_if_both_read_the_same_data(
+    workplace, tmp_path, monkeypatch
+):
+    arguments = [*workplace.arguments("score"), f"output_dir={tmp_path}"]
+    settings = load_config(config.ScoreConfig, arguments)
+    model = stages.open_model(settings.reference, sharding.make_mesh(settings.mesh))
+
+    def opened() -> Any:
+        return stages.open_data(settings.data, model, epath.Path(tmp_path), "groups")
+
+    path = tmp_path / "tokens" / "groups.arrow"
+    monkeypatch.setattr(distributed, "_VISIBLE_SEC", 0.0)
+    with monkeypatch.context() as second:
+        second.setattr(jax, "process_count", lambda: 2)
+        second.setattr(jax, "process_index", lambda: 1)
+        second.setattr(distributed, "_hear", lambda turn, index: "True")
+        second.setattr(distributed, "from_all", lambda key: [key, key])
+        # It waits for a file of this data, and never makes one under the eyes of process 0.
+        with pytest.raises(InputError, match="process 1 does not see it"):
+            opened()
+        assert not path.exists()
+        second.setattr(jax, "process_index", lambda: 0)
+        second.setattr(distributed, "_say", lambda turn, text: None)
+        wanted = opened().fingerprint
+        second.setattr(jax, "process_index", lambda: 1)
+        made = path.stat()
+        assert opened().fingerprint == wanted
+        assert path.stat() == made
+        second.setattr(distributed, "from_all", lambda key: ["another", key])
+        with pytest.raises(InputError) as caught:
+            opened()
+    names_all(str(caught.value), [settings.data.path, "process 1 than in process 0", "Fix"])
 
 
 @pytest.mark.parametrize(("stage", "key"), [("policy", "evaluation.rewards"), ("score", "rewards")])

@@ -152,8 +152,8 @@ def prepare(
     encoder = Encoder(tokenizer)
     key = None
     if isinstance(rows, GroupReader):
-        key = json.dumps([_FORMAT, rows.fingerprint(), encoder.hash, *limits, vocab_size])
-        if _is_valid(path, key):
+        key = data_key(rows, tokenizer, limits, vocab_size)
+        if is_prepared(path, key):
             return GroupDataset(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The counts go last, so that their presence means that the Arrow file belongs to them.
@@ -184,6 +184,20 @@ def prepare(
     part.write_text(json.dumps({"key": key, "stats": stats}, indent=1))
     os.replace(part, _side_car(path))
     return GroupDataset(path)
+
+
+def data_key(
+    rows: GroupReader, tokenizer: PreTrainedTokenizerBase, limits: Limits, vocab_size: int
+) -> str:
+    """Everything that decides what `prepare` makes of these; the arguments are `prepare`'s."""
+    inputs = [_FORMAT, rows.fingerprint(), Encoder(tokenizer).hash, *limits, vocab_size]
+    return json.dumps(inputs)
+
+
+def is_prepared(path: Path, key: str) -> bool:
+    """Whether `path` is the Arrow file that `prepare` makes of data with this `data_key`."""
+    side_car = _side_car(path)
+    return path.exists() and side_car.exists() and json.loads(side_car.read_text())["key"] == key
 
 
 def format_stats(stats: dict[str, Any]) -> str:
@@ -276,11 +290,6 @@ def _tokenize(
 def _record_batch(groups: list[TokenGroup]) -> pa.RecordBatch:
     rows = [vars(group) | {"columns": json.dumps(group.columns, default=str)} for group in groups]
     return pa.RecordBatch.from_pylist(rows, schema=_ARROW_SCHEMA)
-
-
-def _is_valid(path: Path, key: str) -> bool:
-    side_car = _side_car(path)
-    return path.exists() and side_car.exists() and json.loads(side_car.read_text())["key"] == key
 
 
 def _side_car(path: Path) -> Path:
