@@ -88,13 +88,16 @@ def useful_flops(
     return float(forward.sum()) * (3 if training else 1)
 
 
-def matmul_flops(jaxpr: Any, *, loop_trips: int = 1, scan_trips: int | None = None) -> float:
+def matmul_flops(
+    jaxpr: Any, *, loop_trips: int = 1, scan_trips: int | None = None, kernels: bool = True
+) -> float:
     """Operations of all matrix products of a traced program, the bodies of loops as often as run.
 
     Args:
         jaxpr: `jax.jit(function).trace(...).jaxpr`, or one inside it.
         loop_trips: rounds of a `while` loop, which the data decide.
         scan_trips: rounds of a `scan`; None = as many as it has.
+        kernels: whether to look into Pallas kernels, as no compiler does.
     """
     total = 0.0
     for eqn in jaxpr.eqns:
@@ -103,12 +106,14 @@ def matmul_flops(jaxpr: Any, *, loop_trips: int = 1, scan_trips: int | None = No
             (contracted, _), _ = eqn.params["dimension_numbers"]
             sizes = [eqn.invars[0].aval.shape[axis] for axis in contracted]
             total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(sizes)
+        if name == "pallas_call" and not kernels:
+            continue
         rounds = _rounds(eqn, loop_trips, scan_trips)
         for value in eqn.params.values():
             for inner in value if isinstance(value, tuple | list) else (value,):
                 if hasattr(inner, "eqns"):
                     total += rounds * matmul_flops(
-                        inner, loop_trips=loop_trips, scan_trips=scan_trips
+                        inner, loop_trips=loop_trips, scan_trips=scan_trips, kernels=kernels
                     )
     return total
 

@@ -134,8 +134,8 @@ def time_training(args: argparse.Namespace) -> dict[str, Any]:
         peak_tflops=args.peak_tflops,
         profile=args.profile,
     )
-    setting = _setting(args, config, mesh) | {"remat": args.remat, "steps": args.steps}
-    return setting | measured
+    own = ("remat", "steps", "warmup", "microbatches", "logits_chunk")
+    return _setting(args, config, mesh) | {name: getattr(args, name) for name in own} | measured
 
 
 def time_generation(args: argparse.Namespace) -> dict[str, Any]:
@@ -183,8 +183,11 @@ def compare_with_peers(args: argparse.Namespace) -> dict[str, Any]:
     envs = dict(text.split("=", 1) for text in args.env if "=" in text)
     if len(envs) < len(args.env):
         raise InputError(f"--env: wanted NAME=PYTHON, each name once, got {args.env}")
-    if args.rounds < 1:
-        raise InputError(f"--rounds must be >= 1, got {args.rounds}")
+    # As our own runs would refuse them, but before hours of the others'.
+    least = {"rounds": 1, "batch": 1, "steps": 1, "warmup": 1, "prompts": 1, "new": 2}
+    for name, number in least.items():
+        if getattr(args, name) < number:
+            raise InputError(f"--{name} must be >= {number}, got {getattr(args, name)}")
     with tempfile.TemporaryDirectory() as folder:
         # What nobody reaches is left out: some peers compute their reference on every row first.
         rows = args.workload.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -50,16 +50,7 @@ def measure(
     Raises:
         InputError: too few prompts or tokens, or a batch that cannot be cut over the mesh.
     """
-    shards = sharding.num_batch_shards(mesh)
-    if num_new < 2 or num_samples < 1 or batch_size < 1 or batch_size % shards:
-        raise InputError(
-            f"wanted --new >= 2, --samples >= 1 and --batch a multiple of data x fsdp = {shards}, "
-            f"got {num_new}, {num_samples} and {batch_size}"
-        )
-    if len(workload) < batch_size:
-        raise InputError(
-            f"--batch: wanted at most the {len(workload)} prompts of the workload, got {batch_size}"
-        )
+    _check(workload, batch_size, num_new, num_samples, mesh)
     layout = sharding.shardings(
         mesh, functional.logical_axes(config), functional.abstract_params(config)
     )
@@ -83,20 +74,32 @@ def measure(
     prefill_sec, total_sec = median_sec(1), median_sec(num_new)
     decode_sec = total_sec - prefill_sec
     made = batch_size * num_samples
-    chip = CHIPS.get(mesh.devices.flat[0].device_kind)
-    step_bytes = _bytes_per_step(
-        config, np.array([len(ids) for ids in prompts]), num_samples, num_new
-    )
-    bound = chip and made * chip.hbm_gb_per_sec * 1e9 * mesh.size / step_bytes
+    length = np.array([len(ids) for ids in prompts])
     return {
         "tokens_per_s": made * num_new / total_sec,
         "seconds": total_sec,
         "prefill_s": prefill_sec,
         "decode_s": decode_sec,
         "decode_tokens_per_s": made * (num_new - 1) / decode_sec,
-        "decode_bound_tokens_per_s": bound,
+        "decode_bound_tokens_per_s": _bound(config, length, num_samples, num_new, mesh),
         "peak_device_bytes": peak_device_bytes(),
     }
+
+
+def _check(
+    workload: Workload, batch_size: int, num_new: int, num_samples: int, mesh: jax.sharding.Mesh
+) -> None:
+    """Refuses numbers that cannot be run; arguments of `measure`."""
+    shards = sharding.num_batch_shards(mesh)
+    if num_new < 2 or num_samples < 1 or batch_size < 1 or batch_size % shards:
+        raise InputError(
+            f"wanted --new >= 2, --samples >= 1 and --batch a multiple of data x fsdp = {shards}, "
+            f"got {num_new}, {num_samples} and {batch_size}"
+        )
+    if len(workload) < batch_size:
+        raise InputError(
+            f"--batch: wanted at most the {len(workload)} prompts of the workload, got {batch_size}"
+        )
 
 
 def _random_params(config: LlamaConfig, layout: Any) -> Any:
@@ -126,20 +129,33 @@ def _seconds(function: Callable[..., Any], *args: Any) -> float:
     return time.perf_counter() - start
 
 
-def _bytes_per_step(
-    config: LlamaConfig, prompt_length: np.ndarray, num_samples: int, num_new: int
-) -> float:
-    """Bytes that decoding one token of every completion must read: all weights, the keys and values
-    of the prompts once for all their samples, and on average half of each completion's own.
+def _bound(
+    config: LlamaConfig,
+    prompt_length: np.ndarray,
+    num_samples: int,
+    num_new: int,
+    mesh: jax.sharding.Mesh,
+) -> float | None:
+    """Tokens a second that memory allows; None on a chip whose bandwidth is not known.
+
+    A token of every completion needs all weights, in each shard of the batch (only `tensor` divides
+    them among chips), the keys and values of the prompts once for all their samples, and on average
+    half of each completion's own.
 
     Args:
         config: architecture and compute dtype.
         prompt_length: tokens; [B].
         num_samples: K.
         num_new: tokens of a completion.
+        mesh: the device mesh.
     """
+    chip = CHIPS.get(mesh.devices.flat[0].device_kind)
+    if chip is None:
+        return None
     width = jax.numpy.dtype(config.dtype).itemsize
     weights = block_parameters(config) + config.vocab_size * config.hidden_size
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    cached = prompt_length.sum() + len(prompt_length) * num_samples * num_new / 2
-    return width * float(weights + per_token * cached)
+    made = len(prompt_length) * num_samples
+    cached = per_token * (float(prompt_length.sum()) + made * num_new / 2)
+    step_bytes = width * (weights * sharding.num_batch_shards(mesh) + cached)
+    return made * chip.hbm_gb_per_sec * 1e9 * mesh.size / step_bytes

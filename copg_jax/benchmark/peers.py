@@ -8,8 +8,10 @@ own.
 A contestant prints a JSON line, its last, with `pairs_per_s` or `tokens_per_s`.
 """
 
+import itertools
 import json
 import logging
+import os
 import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -35,16 +37,28 @@ class Script(NamedTuple):
     task: str
     arguments: str
     cuda: str  # arguments on a GPU, in bfloat16
+    shapes: tuple[str, ...]  # that it has
 
 
 _TRAIN = "--batch {batch} --steps {steps} --warmup {warmup}"
 _GENERATE = "--batch {prompts} --new {new}"
 PEERS = {
-    "torch": Script("peer_torch.py", "torch", "train", _TRAIN, "--device cuda --bf16 1"),
-    "trl": Script("peer_trl.py", "torch", "train", _TRAIN, "--cuda 1 --bf16 1"),
-    "tunix": Script("peer_tunix.py", "tunix", "train", "--batch {batch} --steps {steps}", ""),
+    "torch": Script(
+        "peer_torch.py", "torch", "train", _TRAIN, "--device cuda --bf16 1", ("small", "smol", "1b")
+    ),
+    "trl": Script(
+        "peer_trl.py", "torch", "train", _TRAIN, "--cuda 1 --bf16 1", ("small", "smol", "1b")
+    ),
+    "tunix": Script(
+        "peer_tunix.py", "tunix", "train", "--batch {batch} --steps {steps}", "", ("small", "smol")
+    ),
     "hf_generate": Script(
-        "peer_hf_generate.py", "torch", "generate", _GENERATE, "--device cuda --dtype bfloat16"
+        "peer_hf_generate.py",
+        "torch",
+        "generate",
+        _GENERATE,
+        "--device cuda --dtype bfloat16",
+        ("small", "smol"),
     ),
 }
 _SHAPES = {"1b": "b1"}  # what the scripts call it
@@ -89,24 +103,15 @@ def find(
         settings: what they are asked to do.
 
     Raises:
-        InputError: lists every script and environment that is missing.
+        InputError: lists every script, environment and shape that is missing.
     """
-    problems = []
-    for name in names:
-        script = PEERS[name]
-        python = envs.get(script.env)
-        if not (folder / script.file).is_file():
-            problems.append(f"--scripts {folder}: wanted {script.file} there, for the peer {name}")
-        if python is None:
-            problems.append(f"--env {script.env}=PYTHON: wanted, for the peer {name}")
-        elif not Path(python).is_file():
-            problems.append(f"--env {script.env}={python}: wanted a Python, got nothing there")
-    if problems:
-        others = ", ".join(name for name in PEERS if name not in names)
+    problems = {name: _missing(name, folder, envs, settings.shape) for name in names}
+    if any(problems.values()):
+        others = [name for name, found in problems.items() if not found]
         raise InputError(
-            "\n".join(dict.fromkeys(problems))
+            "\n".join(dict.fromkeys(itertools.chain(*problems.values())))
             + "\nGive what is missing, or name the peers to run: --peers "
-            + (others or "torch hf_generate")
+            + (" ".join(others) or "NAME")
         )
     shared = ("--workload", str(settings.workload), "--shape")
 
@@ -125,6 +130,22 @@ def find(
         rest = arguments(script.arguments, script.cuda)
         contestants.append(Contestant(name, script.task, (*command, shape, *rest)))
     return contestants
+
+
+def _missing(name: str, folder: Path, envs: Mapping[str, str], shape: str) -> list[str]:
+    """What a peer lacks; arguments as in `find`."""
+    script = PEERS[name]
+    python = envs.get(script.env)
+    problems = []
+    if not (folder / script.file).is_file():
+        problems.append(f"--scripts {folder}: wanted {script.file} there, for the peer {name}")
+    if python is None:
+        problems.append(f"--env {script.env}=PYTHON: wanted, for the peer {name}")
+    elif not os.access(python, os.X_OK) or Path(python).is_dir():
+        problems.append(f"--env {script.env}={python}: wanted a Python, got nothing that runs")
+    if shape not in script.shapes:
+        problems.append(f"--shape: wanted {' or '.join(script.shapes)} for {name}, got {shape}")
+    return problems
 
 
 def compare(
@@ -158,7 +179,7 @@ def _run(contestant: Contestant, timeout_sec: float) -> float | None:
         return float(line[RATES[contestant.task]])
     except subprocess.CalledProcessError as error:
         reason = error.stderr.strip()[-2000:]
-    except (subprocess.TimeoutExpired, ValueError, IndexError, KeyError) as error:
+    except (subprocess.TimeoutExpired, OSError, ValueError, IndexError, KeyError) as error:
         reason = repr(error)
     log.error("%s failed: %s\n%s", contestant.name, " ".join(contestant.command), reason)
     return None

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 from copg_jax.benchmark.cost import compile_cost
+from copg_jax.flops import matmul_flops
 
 ROUNDS, SIZE = 5, 64
 X = jax.ShapeDtypeStruct((SIZE, SIZE), jnp.float32)
@@ -68,3 +70,16 @@ def test_memory_and_time_are_those_of_the_compiler_and_a_call_compiles_no_more()
     assert cost.temp_bytes >= 4 * ROUNDS * SIZE**2 and 0 < cost.compile_sec < 60
     jitted(np.ones(X.shape, np.float32), np.ones(WEIGHTS.shape, np.float32))
     assert len(traces) == 1
+
+
+def test_kernels_are_left_out_of_every_round():
+    kernel = pl.pallas_call(
+        lambda x, w, out: out.__setitem__(..., x[...] @ w[...]), X, interpret=False
+    )
+
+    def rounds(num):
+        steps = lambda x, _: (kernel(x, x) @ x, None)
+        jaxpr = jax.jit(lambda x: jax.lax.scan(steps, x, None, length=num)[0]).trace(X).jaxpr
+        return matmul_flops(jaxpr), matmul_flops(jaxpr, kernels=False)
+
+    assert rounds(ROUNDS) == (2 * ROUNDS * PRODUCT, ROUNDS * PRODUCT)

@@ -33,8 +33,11 @@ def fake(folder: Path, name: str, rate: float, text: str = SCRIPT) -> Path:
 
 
 @pytest.fixture
-def scripts(tmp_path) -> Path:
-    """A folder of all peers' scripts, and ours."""
+def scripts(tmp_path, monkeypatch) -> Path:
+    """A folder of all peers' scripts, which know the toy Llama, and ours."""
+    for name, peer in peers.PEERS.items():
+        known = peer._replace(shapes=("tiny",))
+        monkeypatch.setitem(peers.PEERS, name, known)
     folder = tmp_path / "scripts"
     folder.mkdir()
     for rate, peer in enumerate(peers.PEERS.values(), start=1):
@@ -133,6 +136,13 @@ def test_a_peer_that_fails_is_logged_and_leaves_the_others_their_numbers(
     assert "failed" in shown.out
 
 
+def test_a_command_that_does_not_start_leaves_the_others_their_numbers(tmp_path):
+    script = fake(tmp_path, "peer.py", 1)  # not executable
+    commands = {"torch": (str(script),), "ours": (sys.executable, str(script))}
+    named = [peers.Contestant(name, "train", command) for name, command in commands.items()]
+    assert peers.compare(named, rounds=1, timeout_sec=60) == [{"torch": None, "ours": 1.0}]
+
+
 def test_a_peer_that_hangs_is_ended(scripts, toy_model, rows, write, capsys):
     fake(scripts, "peer_torch.py", 1, "import time; time.sleep(60)")
     arguments = ("--peers", "torch", "--rounds", "1", "--timeout", "2")
@@ -146,18 +156,29 @@ def test_missing_scripts_and_environments_are_listed_before_anything_runs(
 ):
     (scripts / "peer_trl.py").unlink()
     with pytest.raises(InputError) as caught:
-        run(scripts, write(rows), "--env", "torch=/no/python")
+        run(scripts, write(rows), "--env", f"torch={scripts / 'ours.py'}")  # not executable
     names_all(
         str(caught.value),
-        ["wanted peer_trl.py", "--env torch=/no/python", "--env tunix=PYTHON", "--peers"],
+        ["wanted peer_trl.py", "ours.py: wanted a Python", "--env tunix=PYTHON", "--peers"],
     )
     assert not (scripts / "calls").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
-    [(("--env", "torch"), "NAME=PYTHON"), (("--rounds", "0"), "--rounds must be >= 1")],
+    [
+        (("--env", "torch"), "NAME=PYTHON"),
+        (("--shape", "7b"), "--shape: wanted tiny for torch, got 7b"),
+        (("--rounds", "0"), "--rounds must be >= 1, got 0"),
+        (("--batch", "0"), "--batch must be >= 1"),
+        (("--steps", "0"), "--steps must be >= 1"),
+        (("--warmup", "0"), "--warmup must be >= 1"),
+        (("--prompts", "0"), "--prompts must be >= 1"),
+        (("--new", "1"), "--new must be >= 2, got 1"),
+    ],
+    ids=str,
 )
 def test_bad_arguments_are_refused(scripts, toy_model, rows, write, arguments, wanted):
     with pytest.raises(InputError, match=wanted):
         run(scripts, write(rows), *ENVS, *arguments)
+    assert not (scripts / "calls").exists()

@@ -41,6 +41,7 @@ def test_a_run_prints_one_line_of_numbers_that_fit_together(
     assert found["compiled_flops"] > flops and found["temp_bytes"] > 0 and found["compile_s"] > 0
     assert found["utilisation"] == pytest.approx(tokens / timed[0].token_slots.size)
     assert (found["shape"], found["batch"], found["dtype"]) == ("tiny", 8, "float32")
+    assert (found["warmup"], found["microbatches"], found["logits_chunk"]) == (1, 1, None)
     assert found["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
     assert list((tmp_path / "p").rglob("*.xplane.pb"))
 

@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from copg_jax.data.packing import Capacity, balance, deal, room_of, slots_of, token_slots
+from copg_jax.data.packing import (
+    Capacity,
+    balance,
+    batches_by_length,
+    block_tokens,
+    deal,
+    room_of,
+    slots_of,
+    token_slots,
+)
 from copg_jax.errors import InputError
 
 
@@ -48,3 +57,43 @@ def test_without_room_every_slot_is_listed():
         room=None,
     )
     assert slots.tolist() == [[0, 1, 2, 3, 4]] * 2
+
+
+def test_tokens_of_a_block_are_those_of_its_groups_and_one_for_a_place_without():
+    tokens = np.array([[5, 1], [7, 2], [9, 3]])
+    dealt = np.array([[0, 2, 1, -1]])
+    assert block_tokens(tokens, dealt, num_blocks=2).tolist() == [[[14, 4], [8, 2]]]
+
+
+@pytest.mark.parametrize("num_blocks", [1, 4])
+@pytest.mark.parametrize("num_groups", [1, 8, 83])
+def test_batches_by_length_hold_every_group_once_in_rooms_that_fit(rng, num_groups, num_blocks):
+    edges = np.array([1, 63, 64, 65, 96, 97, 512, 513])
+    prompts = np.where(rng.random(num_groups) < 0.5, rng.choice(edges, num_groups), 0)
+    prompts = np.where(prompts == 0, rng.integers(1, 600, num_groups), prompts)
+    tokens = np.stack([prompts, rng.integers(1, 50, num_groups)], axis=1)
+    batches = batches_by_length(tokens, batch_size=8, num_blocks=num_blocks)
+    rows = np.concatenate([batch.rows for batch in batches])
+    assert sorted(rows[rows >= 0].tolist()) == list(range(num_groups))
+    assert len(rows) == 8 * -(-num_groups // 8)
+    capacities: dict[int, set[Capacity]] = {}
+    for batch in batches:
+        blocks = block_tokens(tokens, batch.rows[None], num_blocks=num_blocks)[0]
+        assert blocks.sum(-1).max() <= batch.capacity.tokens
+        assert blocks[:, 1].max() <= batch.capacity.completion_tokens
+        assert prompts[batch.rows[batch.rows >= 0]].max() <= batch.prompt_size
+        capacities.setdefault(batch.prompt_size, set()).add(batch.capacity)
+    assert list(capacities) == sorted(capacities, reverse=True)
+    assert {len(found) for found in capacities.values()} == {1}
+
+
+@pytest.mark.parametrize(
+    ("length", "size"), [(1, 64), (64, 64), (65, 96), (96, 96), (97, 128), (513, 768)]
+)
+def test_prompt_sizes_are_powers_of_two_and_half_as_much_again(length, size):
+    (batch,) = batches_by_length(np.array([[length, 3]]), batch_size=2, num_blocks=1)
+    assert batch == (batch.rows, size, Capacity(length + 3 + 1, 3))
+
+
+def test_no_groups_make_no_batches():
+    assert batches_by_length(np.empty((0, 2), int), batch_size=4, num_blocks=2) == []
