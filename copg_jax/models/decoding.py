@@ -14,6 +14,7 @@ from copg_jax.models.attention import completion_attention, prompt_attention
 from copg_jax.models.functional import embed, final_norm, last_layer, scan_layers
 from copg_jax.models.llama import LlamaConfig, Params, rotary_angles
 from copg_jax.models.packing import Packing, last_tokens, take_rows
+from copg_jax.sharding import constrain_batch, weights_in_place
 
 
 class KeyValues(NamedTuple):
@@ -91,13 +92,18 @@ def prefill(
     read = partial(take_rows, index=index)
     x, last = last_layer(config, params["last_layer"], x, rotation, attend_last, read=read)
 
-    def stack(prompt_k: jax.Array, prompt_v: jax.Array) -> KeyValues:
-        size, batch, heads, head_dim, _ = prompt_k.shape
-        own = jnp.zeros((size, batch, heads, num_samples, head_dim, max_new_tokens), prompt_k.dtype)
-        return KeyValues(prompt_k, prompt_v, own, own.swapaxes(-1, -2))
-
     hidden = final_norm(config, params, x).reshape(len(prompt_length), -1)
-    return Cache(prompt_length, stack(*first), stack(*last)), hidden
+    layers, end = (_with_room(*kv, num_samples, max_new_tokens) for kv in (first, last))
+    return Cache(prompt_length, layers, end), hidden
+
+
+def _with_room(
+    prompt_k: jax.Array, prompt_v: jax.Array, num_samples: int, max_new_tokens: int
+) -> KeyValues:
+    """Keys and values of prompts, and zeros in place of those of their completions."""
+    size, batch, heads, head_dim, _ = prompt_k.shape
+    own = jnp.zeros((size, batch, heads, num_samples, head_dim, max_new_tokens), prompt_k.dtype)
+    return KeyValues(prompt_k, prompt_v, own, own.swapaxes(-1, -2))
 
 
 def decode_step(
@@ -132,6 +138,7 @@ def decode_step(
         )
 
     def attend(q, k, v, past: KeyValues):
+        q, k, v = map(constrain_batch, (q, k, v))
         column = k.swapaxes(1, 2)[..., None], v.swapaxes(1, 2)[..., None, :]
         past = write(past, *column)
         mixed = completion_attention(
@@ -146,10 +153,11 @@ def decode_step(
         # Layers return their new column only, so that one small write updates the whole cache.
         return mixed[:, :, 0], column
 
-    x = embed(config, params, tokens)
-    x, first = scan_layers(config, params["layers"], x, rotation, attend, (cache.layers,))
-    x, last = last_layer(config, params["last_layer"], x, rotation, attend, (cache.last_layer,))
-    hidden = final_norm(config, params, x)
+    with weights_in_place():
+        x = embed(config, params, tokens)
+        x, first = scan_layers(config, params["layers"], x, rotation, attend, (cache.layers,))
+        x, last = last_layer(config, params["last_layer"], x, rotation, attend, (cache.last_layer,))
+        hidden = constrain_batch(final_norm(config, params, x))
     return hidden, Cache(
         cache.prompt_length, write(cache.layers, *first), write(cache.last_layer, *last)
     )
