@@ -145,7 +145,7 @@ class FakeCloud:
 
     def finish(self, process: subprocess.Popen) -> SimpleNamespace:
         """Waits for the launcher: exit status, output and errors."""
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=180)
         return SimpleNamespace(status=process.returncode, out=out, err=err)
 
     def launch(self, *arguments: str, **env: str) -> SimpleNamespace:
