@@ -7,7 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
+import experiments.evaluate
 from copg_jax import evaluate, step
 from copg_jax.data.groups import TokenGroup
 from copg_jax.errors import InputError
@@ -22,8 +24,9 @@ EOS = 3
 
 def generation(prompt: str, reward: float, **numbers: Any) -> Generation:
     """A generation with small defaults."""
-    values = {"logp": -4.0, "ref_logp": -5.0, "kl_k3": 0.5, "length": 4, "has_eos": True} | numbers
-    return Generation(index=0, id=prompt, prompt=prompt, completion="", reward=reward, **values)
+    values = {"logp": -4.0, "ref_logp": -5.0, "kl_k3": 0.5, "length": 4, "has_eos": True}
+    values |= {"completion": ""} | numbers
+    return Generation(index=0, id=prompt, prompt=prompt, reward=reward, **values)
 
 
 def test_averages_are_those_by_hand_with_prompts_as_observations():
@@ -243,6 +246,16 @@ def test_an_interrupted_evaluation_goes_on_with_the_other_prompts_on_another_mes
         (g.index, g.id, g.completion, pytest.approx(g.logp, abs=1e-5)) for g in whole
     ]
     assert list(other.batches(params, 7, set(range(7)))) == []
+
+
+def test_what_was_written_is_read_again_up_to_the_last_whole_prompt(tmp_path):
+    rows = [generation(id, 1.0, completion=f"two\u2028lines\n{id}") for id in "aabb"]
+    lines = [experiments.evaluate._line(row) for row in rows]
+    path = tmp_path / "generations.jsonl"
+    for text, num_read in (("".join(lines), 4), ("".join(lines)[:-3], 2), ("".join(lines[:3]), 2)):
+        path.write_text(text, encoding="utf-8")
+        assert experiments.evaluate._read(epath.Path(path), 2) == rows[:num_read]
+    assert experiments.evaluate._read(epath.Path(tmp_path / "none"), 2) == []
 
 
 def test_places_without_a_prompt_generate_nothing(sampler, params):
