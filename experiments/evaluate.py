@@ -18,7 +18,7 @@ from etils import epath
 
 from copg_jax import distributed, runtime, sharding, stages
 from copg_jax.cli import run_main
-from copg_jax.config import EvaluateConfig
+from copg_jax.config import MAY_DIFFER, EvaluateConfig
 from copg_jax.evaluate import Generation, in_prompt_order, sample_texts, summarize
 from copg_jax.files import GrowingFile, write_text
 from copg_jax.metrics import MetricsLogger
@@ -28,7 +28,7 @@ def main(config: EvaluateConfig) -> dict[str, float]:
     """Evaluates one model and returns the averages that evaluation.json holds."""
     folder = epath.Path(config.output_dir)
     runtime.setup(config.distributed)
-    runtime.check_run_folder(folder, config, may_differ=("output_dir", "distributed", "mesh"))
+    runtime.check_run_folder(folder, config, may_differ=MAY_DIFFER)
     mesh = sharding.make_mesh(config.mesh)
     model = stages.open_model(config.model, mesh)
     reference = config.reference and stages.open_model(config.reference, mesh)
