@@ -4,8 +4,8 @@ from it.
 1. `make_mesh` lays the devices out as (data, fsdp, tensor);
 2. `LOGICAL_TO_MESH` says which mesh axis cuts which logical axis; models speak logical axes only;
 3. `shardings` turns a tree of logical axes into shardings; `batch_sharding` cuts batches along
-   groups, `constrain_batch` the activations that come of them; `gather_weight` makes a weight whole
-   for its use, and `on_shards` runs on the pieces;
+   groups, `constrain_batch` and `constrain_residual` the activations that come of them;
+   `gather_weight` makes a weight whole for its use, and `on_shards` runs on the pieces;
 4. `place` and `place_whole` make global arrays from what each host holds; `batch_share` says which
    part of every batch a host has to load, and `make_host_max` lets hosts agree on a number.
 
@@ -159,24 +159,54 @@ def batch_parallel(mesh: Mesh) -> Iterator[None]:
         _activations.reset(token)
 
 
+_weights_stay: ContextVar[bool] = ContextVar("weights_stay", default=False)
+
+
+@contextmanager
+def weights_in_place() -> Iterator[None]:
+    """While a step of decoding is traced in here, weights stay cut and activations go to them.
+
+    Those of a single token are thousands of times smaller than the weights, of which every device
+    then reads its own part only.
+    """
+    token = _weights_stay.set(True)
+    try:
+        yield
+    finally:
+        _weights_stay.reset(token)
+
+
 def constrain_batch(x: jax.Array) -> jax.Array:
     """Cuts an activation [B, ...] along B only, inside `batch_parallel`; elsewhere does nothing."""
     layout = _activations.get()
     return x if layout is None else jax.lax.with_sharding_constraint(x, layout)
 
 
+def constrain_residual(x: jax.Array) -> jax.Array:
+    """Cuts the residual stream [B, ..., D] like `constrain_batch`, or where weights stay in place,
+    along D as they are.
+    """
+    layout = _activations.get()
+    if layout is None or not _weights_stay.get():
+        return constrain_batch(x)
+    along = LOGICAL_TO_MESH["embed"]
+    rest = tuple(name for name in LOGICAL_TO_MESH["batch"] if name != along)
+    spec = PartitionSpec(rest, *(None,) * (x.ndim - 2), along)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec))
+
+
 def gather_weight(x: jax.Array, axes: Axes) -> jax.Array:
     """Makes a weight whole along the axes that share mesh axes with the batch (FSDP).
 
-    Inside `batch_parallel`; elsewhere does nothing. Its gradient comes back cut like the weight: a
-    reduce-scatter.
+    Inside `batch_parallel`, but for `weights_in_place`; elsewhere does nothing. Its gradient comes
+    back cut like the weight: a reduce-scatter.
 
     Args:
         x: in the dtype in which it travels.
         axes: its logical axes.
     """
     layout = _activations.get()
-    if layout is None:
+    if layout is None or _weights_stay.get():
         return x
     cut = _spec(axes)
     whole = PartitionSpec(*(None if name in LOGICAL_TO_MESH["batch"] else name for name in cut))

@@ -1,4 +1,4 @@
-"""What devices say to each other in a train step: weights, never activations."""
+"""What devices say to each other: weights in a train step, activations when decoding."""
 
 import math
 import re
@@ -14,6 +14,7 @@ from copg_jax import sharding, step, train_state
 from copg_jax.data.groups import GroupBatch
 from copg_jax.models import functional
 from copg_jax.models.llama import LlamaConfig, layer_specs
+from copg_jax.sampling import make_sampler, row_keys
 
 CONFIG = LlamaConfig(
     vocab_size=512,
@@ -46,9 +47,21 @@ def gathered_shapes(chunk: int | None = None) -> Counter[tuple[int, ...]]:
     slots = {"token_slots": (8, 160), "completion_slots": (8, 48)}
     slots = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in slots.items()}
     state = train_state.abstract_state(optimizer, params)
-    compiled = train_step.lower(state, GroupBatch(**arrays, **floats, **slots)).compile()
-    found = re.findall(r"= f32\[([\d,]*)\]\S* all-gather\(", compiled.as_text())
+    return all_gathers(train_step.lower(state, GroupBatch(**arrays, **floats, **slots)))
+
+
+def all_gathers(lowered: jax.stages.Lowered) -> Counter[tuple[int, ...]]:
+    """Number of all-gathers of float32 arrays in a compiled program, by shape."""
+    found = re.findall(r"= f32\[([\d,]*)\]\S* all-gather\(", lowered.compile().as_text() or "")
     return Counter(tuple(int(size) for size in shape.split(",")) for shape in found)
+
+
+def of_weights(found: Counter[tuple[int, ...]], times: int) -> bool:
+    """Whether each matrix of a layer is gathered so many times, and the output matrix once."""
+    expected = Counter({(CONFIG.hidden_size, CONFIG.vocab_size): 1})
+    for spec in layer_specs(CONFIG).values():
+        expected[spec.shape] += times * (len(spec.shape) > 1)
+    return {shape: found[shape] for shape in +expected} == dict(+expected)
 
 
 def activations(shapes: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -65,13 +78,23 @@ def test_weights_are_gathered_once_forward_and_once_backward_and_nothing_else_is
     found = gathered_shapes(chunk)
     assert activations(found) == []
     # Loops over layers forward and backward; the last layer goes forth and back at once.
-    expected = Counter[tuple[int, ...]]()
-    for spec in layer_specs(CONFIG).values():
-        expected[spec.shape] += 3
-    expected[CONFIG.hidden_size, CONFIG.vocab_size] = 1
-    assert {shape: n for shape, n in found.items() if len(shape) > 1} == {
-        shape: n for shape, n in expected.items() if len(shape) > 1
-    }
+    assert of_weights(found, 3)
+
+
+def test_decoding_gathers_no_weights():
+    mesh, params = sharding.make_mesh(sharding.MeshConfig()), functional.abstract_params(CONFIG)
+    sampler = make_sampler(
+        CONFIG,
+        eos_id=0,
+        max_new_tokens=4,
+        mesh=mesh,
+        param_shardings=sharding.shardings(mesh, functional.logical_axes(CONFIG), params),
+    )
+    ints = [(B, P), (B,), (8, 160)]
+    rows = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ints]
+    found = all_gathers(sampler.lower(params, *rows, jax.eval_shape(lambda: row_keys(0, 0, B))))
+    # For the prompts, in the loop over layers and in the last layer.
+    assert of_weights(found, 2)
 
 
 def test_activations_cut_along_another_axis_would_be_seen(monkeypatch: pytest.MonkeyPatch):
@@ -79,7 +102,7 @@ def test_activations_cut_along_another_axis_would_be_seen(monkeypatch: pytest.Mo
     along_embed = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, None, "fsdp"))
     monkeypatch.setattr(
         functional,
-        "constrain_batch",
+        "constrain_residual",
         lambda x: jax.lax.with_sharding_constraint(x, along_embed),
     )
     assert activations(gathered_shapes())

@@ -27,7 +27,7 @@ from copg_jax.models.llama import (
     param_specs,
     rms_norm,
 )
-from copg_jax.sharding import Axes, constrain_batch, gather_weight
+from copg_jax.sharding import Axes, constrain_residual, gather_weight
 
 Attend = Callable[..., tuple[jax.Array, Any]]
 """(q, k, v, *slices) → (mixed values, extra); see `LlamaLayer`."""
@@ -74,7 +74,7 @@ def output_matrix(config: LlamaConfig, params: Params) -> jax.Array:
 
 def embed(config: LlamaConfig, params: Params, tokens: jax.Array) -> jax.Array:
     """The first hidden states, compute dtype: ids [R, N] → [R, N, D]."""
-    return constrain_batch(jnp.take(params["embed_tokens"], tokens, axis=0).astype(config.dtype))
+    return constrain_residual(jnp.take(params["embed_tokens"], tokens, axis=0).astype(config.dtype))
 
 
 def scan_layers(
@@ -145,7 +145,7 @@ def _layer_step(
         }
         layer = nnx.merge(graph, weights)
         x, extra = layer(x, rotation, lambda q, k, v: attend(q, k, v, *slices), read)
-        return constrain_batch(x), extra
+        return constrain_residual(x), extra
 
     return layer_step
 

@@ -252,8 +252,10 @@ def _sampling_program(
         num_groups=size,
         num_tokens=int(prompts.sum() + completions.sum()),
         useful_flops=useful_flops(model, prompts, completions, training=False),
-        # Every token reads the matrices, and every one but the first the prompts' cache.
-        hbm_bytes=num_steps * _matrix_bytes(model, mesh) + (num_steps - 1) * cache,
+        # The prompts read the matrices; every token after the first the chip's own part of them,
+        # and the prompts' cache.
+        hbm_bytes=_matrix_bytes(model, mesh)
+        + (num_steps - 1) * (_matrix_bytes(model, mesh) / mesh.shape["fsdp"] + cache),
         loop_trips=num_steps - 1,
     )
 
