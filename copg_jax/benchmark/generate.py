@@ -138,8 +138,8 @@ def _bound(
 ) -> float | None:
     """Tokens a second that memory allows; None on a chip whose bandwidth is not known.
 
-    A token of every completion needs all weights, in each shard of the batch (only `tensor` divides
-    them among chips), the keys and values of the prompts once for all their samples, and on average
+    A token of every completion needs all weights, in each replica of the model (`fsdp` and `tensor`
+    divide them among its chips), the keys and values of the prompts once for all their samples, and on average
     half of each completion's own.
 
     Args:
@@ -157,5 +157,5 @@ def _bound(
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     made = len(prompt_length) * num_samples
     cached = per_token * (float(prompt_length.sum()) + made * num_new / 2)
-    step_bytes = width * (weights * sharding.num_batch_shards(mesh) + cached)
+    step_bytes = width * (weights * mesh.shape["data"] + cached)
     return made * chip.hbm_gb_per_sec * 1e9 * mesh.size / step_bytes

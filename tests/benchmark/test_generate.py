@@ -32,8 +32,8 @@ def test_a_run_prints_one_line_of_numbers_that_fit_together(
     cached = 2 * 2 * 2 * 4 * (prompts + 8 * 2 * 5 / 2)  # layers, k and v, heads, width
     weights = sum(leaf.size for leaf in jax.tree.leaves(functional.abstract_params(LLAMA)))
     weights -= 64 * 16 + (2 * 2 + 1) * 16  # without embedding and norms
-    # Each of the four shards of the batch reads all weights, a half on each of its two chips.
-    wanted = 8 * 2 * 1e9 * 8 / (4 * (4 * weights + cached))
+    # Each of the two replicas of the model reads all weights, a quarter on each of its four chips.
+    wanted = 8 * 2 * 1e9 * 8 / (4 * (2 * weights + cached))
     assert found["decode_bound_tokens_per_s"] == pytest.approx(wanted)
     assert (found["new"], found["samples"]) == (5, 2)
 
