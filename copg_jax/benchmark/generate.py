@@ -139,8 +139,8 @@ def _bound(
     """Tokens a second that memory allows; None on a chip whose bandwidth is not known.
 
     A token of every completion needs all weights, in each replica of the model (`fsdp` and `tensor`
-    divide them among its chips), the keys and values of the prompts once for all their samples, and on average
-    half of each completion's own.
+    divide them among its chips), the keys and values of the prompts once for all their samples, and
+    on average half of each completion's own.
 
     Args:
         config: architecture and compute dtype.
