@@ -212,9 +212,9 @@ class GenerationEvaluator:
         collated, slots = self._collate(prompts)
         # The model wants at least one token, but the sampler shall leave empty places empty.
         length = np.where(prompts.rows < 0, 0, collated.prompt_length)
-        batch, *layout = sharding.place_whole((collated, length, slots), self._placement)
+        batch, length, slots = sharding.place_whole((collated, length, slots), self._placement)
         keys = keys[np.maximum(prompts.rows, 0)]
-        samples = self._sampler(params, batch.prompt_tokens, *layout, keys)
+        samples = self._sampler(params, batch.prompt_tokens, length, slots, keys)
         if self._ref_params is None:
             return samples, None
         # Not waiting for the samples, which alone would tell the host which slots they leave empty.

@@ -93,12 +93,12 @@ def prefill(
     x, last = last_layer(config, params["last_layer"], x, rotation, attend_last, read=read)
 
     hidden = final_norm(config, params, x).reshape(len(prompt_length), -1)
-    layers, end = (_with_room(*kv, num_samples, max_new_tokens) for kv in (first, last))
-    return Cache(prompt_length, layers, end), hidden
+    room = partial(_with_room, num_samples=num_samples, max_new_tokens=max_new_tokens)
+    return Cache(prompt_length, room(*first), room(*last)), hidden
 
 
 def _with_room(
-    prompt_k: jax.Array, prompt_v: jax.Array, num_samples: int, max_new_tokens: int
+    prompt_k: jax.Array, prompt_v: jax.Array, *, num_samples: int, max_new_tokens: int
 ) -> KeyValues:
     """Keys and values of prompts, and zeros in place of those of their completions."""
     size, batch, heads, head_dim, _ = prompt_k.shape
