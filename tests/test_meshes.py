@@ -25,7 +25,10 @@ class Pipeline(Workplace):
         """Arguments of a run of the stage into `folder`/`stage`."""
         folder, length = self.folder, "{function: copg_jax.rewards.length}"
         rewards, trained = f"rewards=[{length}]", f"arguments: {{path: {folder / 'reward/model'}}}"
-        judged = f"rewards=[{length}, {{function: copg_jax.rewards.RewardModel, {trained}}}]"
+        # Of weight 0: it is compared, but its fractions break no ties. Rounding would decide which
+        # pairs a policy that is still π_ref orders rightly.
+        judge = f"{{function: copg_jax.rewards.RewardModel, weight: 0, {trained}}}"
+        judged = f"rewards=[{length}, {judge}]"
         training = ["training.batch_size=8", "training.max_steps=2", "training.remat=none"]
         training += ["model.dtype=float32", "optim.learning_rate=1e-4", *DATA]
         model = f"model.path={folder / 'sft' / 'model'}"
