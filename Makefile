@@ -1,6 +1,6 @@
 # Each target does the set-up that it needs: a virtual environment with pinned versions in .venv.
 # Another Python: make test PYTHON=python3.12 VENV=.venv312
-# Some tests:     make test ARGS=tests/test_cli.py
+# Some tests:     make test ARGS=tests/test_cli.py   (two processes; a file stays in one)
 
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -33,7 +33,7 @@ demo: $(STAMP)  ## run the whole pipeline on generated posts and a tiny model, o
 	$(VENV)/bin/python -m experiments.quickstart configs/quickstart.yaml $(ARGS)
 
 test: $(STAMP)  ## run the test suite
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: $(STAMP)  ## check format, lint, import contracts and types
 	$(VENV)/bin/ruff format --check .
