@@ -55,7 +55,7 @@ def make_parser(module: str, description: str | None) -> argparse.ArgumentParser
     add("--batch", type=int, default=8, help="pairs of a step, over all devices")
     add("--steps", type=int, default=6, help="steps to time")
     add("--warmup", type=int, default=2, help="steps before those")
-    add("--remat", choices=REMAT_POLICIES, default="none", help="what is computed again, per layer")
+    add("--remat", choices=REMAT_POLICIES, default="full", help="what is kept, per layer")
     add("--microbatches", type=int, default=1, help="pieces of a batch")
     add("--logits-chunk", type=int, help="completion tokens whose logits exist at a time")
     add("--peak-tflops", type=float, help="of one device, for the MFU (known by its kind)")
