@@ -36,6 +36,8 @@ from copg_jax.sampling import make_sampler
 
 log = logging.getLogger(__name__)
 
+_UNREADABLE = "unreadable: "  # before what a process says instead of the key of its data
+
 
 @dataclass(frozen=True)
 class Model:
@@ -107,7 +109,10 @@ def open_data(section: DataConfig, model: Model, folder: epath.Path, name: str) 
     rows, vocab_size = GroupReader(section), model.config.vocab_size
     turn: AbstractContextManager[None] = nullcontext()
     if jax.process_count() > 1:
-        key = data_key(rows, model.tokenizer, section.limits, vocab_size)
+        try:
+            key = data_key(rows, model.tokenizer, section.limits, vocab_size)
+        except InputError as error:
+            key = f"{_UNREADABLE}{error}"  # the others wait to hear of this process
         _require_same(key, section.path)
         # What processes share, one of them makes; where each has its own, nobody waits.
         if not is_remote(folder):
@@ -131,6 +136,12 @@ def open_data(section: DataConfig, model: Model, folder: epath.Path, name: str) 
 def _require_same(key: str, path: str) -> None:
     """Raises InputError, in every process, unless all of them read the same data."""
     keys = distributed.from_all(key)
+    failed = [index for index, other in enumerate(keys) if other.startswith(_UNREADABLE)]
+    if failed:
+        raise InputError(
+            f"data.path {path}: process {', '.join(map(str, failed))} of {len(keys)} cannot read "
+            f"it: {keys[failed[0]].removeprefix(_UNREADABLE)}"
+        )
     others = [str(index) for index, other in enumerate(keys) if other != keys[0]]
     if others:
         raise InputError(

@@ -451,7 +451,20 @@ def test_another_process_opens_the_tokens_of_process_0_if_both_read_the_same_dat
         second.setattr(distributed, "from_all", lambda key: ["another", key])
         with pytest.raises(InputError) as caught:
             opened()
-    names_all(str(caught.value), [settings.data.path, "process 1 than in process 0", "Fix"])
+        names_all(str(caught.value), [settings.data.path, "process 1 than in process 0", "Fix"])
+        # A process without the data says so, instead of leaving the others to wait for its word.
+        said = []
+        second.setattr(distributed, "from_all", lambda key: [said.append(key) or "another", key])
+        settings = dataclasses.replace(
+            settings, data=dataclasses.replace(settings.data, path=str(tmp_path / "absent"))
+        )
+        with pytest.raises(InputError, match="process 1 of 2 cannot read it") as caught:
+            opened()
+        names_all(str(caught.value), ["absent", "no such file", "Check data.path"])
+        second.setattr(distributed, "from_all", lambda key: ["another", *said])
+        settings = load_config(config.ScoreConfig, arguments)
+        with pytest.raises(InputError, match="process 1 of 2 cannot read it"):
+            opened()
 
 
 @pytest.mark.parametrize(("stage", "key"), [("policy", "evaluation.rewards"), ("score", "rewards")])
