@@ -11,7 +11,7 @@
 # 3. Run COMMAND on all workers and show worker 0's log; every worker has its own, ~/copg_jax.log.
 #    Ctrl-C lets the run save and stop.
 # 4. A slice that is lost is waited for or requested again; COMMAND goes on from its checkpoint.
-#    Where only the connection was lost, COMMAND still runs and is followed again.
+#    Where only the connection was lost, COMMAND is followed again, or its success is noted.
 # 5. --delete removes the slice: once COMMAND has succeeded, or at once without a COMMAND.
 set -euo pipefail
 say() { printf '%s  %s\n' "$(date +%T)" "$*" >&2; }
@@ -127,7 +127,7 @@ follow() {
 }
 
 attempt() {
-  if [[ $started ]] && worker going >/dev/null; then follow; return; fi
+  if [[ $started ]] && worker well >/dev/null; then follow; return; fi
   say "slice $name: copying the tree, installing where it has changed (minutes, the first time)"
   tpus tpu-vm scp "$root/experiments/tpu_worker.sh" "$work/copg_jax.tgz" "$name:" --worker=all &&
     worker install && started=yes && worker start "$@" &&
@@ -137,7 +137,7 @@ attempt() {
 again() { # whether the slice was lost, whose state lags behind, or only the connection
   say "slice $name: the run failed; looking for a minute whether the slice was lost"
   for _ in 1 2 3 4; do [[ $(state) == READY ]] || return 0; sleep 15; done
-  worker going >/dev/null
+  [[ $started ]] && worker well >/dev/null # else an earlier launch's success would count
 }
 
 if [[ $# -gt 1 ]]; then

@@ -6,7 +6,7 @@
 #   start COMMAND   start COMMAND in copg_jax
 #   follow          show worker 0's log until COMMAND ends; everywhere the end of a failed one's
 #   stop            ask COMMAND to save and end
-#   going           whether COMMAND runs
+#   well            whether COMMAND runs or has succeeded
 #
 # COMMAND is detached: a broken connection does not end it, and `follow` may be repeated, as gcloud
 # does by itself. Its log is copg_jax.log, its shell copg_jax.pid, its result copg_jax.status.
@@ -26,6 +26,10 @@ going() { # prints the shell of COMMAND; after a reboot its number may be anothe
   pid=$(cat copg_jax.pid 2>/dev/null) && grep -qs copg_jax.status "/proc/$pid/cmdline" && echo "$pid"
 }
 
+well() {
+  going || [[ $(cat copg_jax.status 2>/dev/null) == 0 ]] # before it ends, it writes its result
+}
+
 stop() { # SIGTERM: the run saves after its current step
   local pid
   if pid=$(going); then pkill -TERM -P "$pid" || true; fi # it may have ended meanwhile
@@ -43,6 +47,7 @@ end() {
 install() {
   local key python minor
   end
+  rm -f copg_jax.pid copg_jax.status # from here on, they are this launch's
   mkdir -p copg_jax && cd copg_jax
   if [[ -e ../copg_jax.files ]]; then xargs -d '\n' rm -f -- <../copg_jax.files; fi # not results
   tar --quoting-style=literal -xzvf ../copg_jax.tgz >../copg_jax.files
@@ -63,7 +68,6 @@ install() {
 }
 
 start() {
-  rm -f copg_jax.pid copg_jax.status
   cd copg_jax
   # shellcheck disable=SC2016 # for the inner shell to expand
   PATH=$PWD/.venv/bin:$PATH setsid \

@@ -113,6 +113,22 @@ def test_a_gcloud_that_gives_no_answer_for_a_while_ends_no_run(pod):
     assert result.status == 0 and result.out == "done\n"
 
 
+@pytest.mark.parametrize("states", ["READY", "CREATING READY"])
+def test_a_run_that_succeeds_while_the_connection_is_lost_has_succeeded(pod, states):
+    pod.set_up(
+        train=f"""
+echo run >>~/runs
+[ $WORKER != 0 ] || until pkill -f "${{CLOUD%cloud}}bin/gcloud .*follow"; do sleep 0.1; done
+[ $WORKER != 0 ] || echo {states} >"$CLOUD/states"
+echo done
+"""
+    )
+    result = pod.launch(*SLICE, "--", *TRAIN)
+    assert result.status == 0, result.err
+    assert result.out.endswith("done\n") and "looking for a minute" in result.err
+    assert [(pod.home(worker) / "runs").read_text() for worker in (0, 1)] == ["run\n", "run\n"]
+
+
 def test_a_lost_connection_is_made_again_and_the_run_goes_on(pod):
     pod.set_up(
         train="""
