@@ -35,6 +35,9 @@ class Checkpoints:
         self.folder = epath.Path(folder)
         if not is_remote(folder):
             self.folder = self.folder.resolve()  # Orbax wants it absolute
+        # A process that did not see it would not take part when Orbax lists the steps.
+        with distributed.main_first(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         self._best_metric = best_metric
         keep: list[Any] = [policies.LatestN(2)]
         value_of = None if best_metric is None else (lambda metrics: metrics[best_metric])

@@ -176,10 +176,15 @@ def weights_in_place() -> Iterator[None]:
         _weights_stay.reset(token)
 
 
-def constrain_batch(x: jax.Array) -> jax.Array:
-    """Cuts an activation [B, ...] along B only, inside `batch_parallel`; elsewhere does nothing."""
+def constrain_batch(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Cuts an activation [B, ...] along B, and along those logical axes of the others that are
+    named, inside `batch_parallel`; elsewhere does nothing.
+    """
     layout = _activations.get()
-    return x if layout is None else jax.lax.with_sharding_constraint(x, layout)
+    if layout is None:
+        return x
+    spec = _spec(("batch", *axes))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec))
 
 
 def constrain_residual(x: jax.Array) -> jax.Array:

@@ -79,7 +79,8 @@ def _read(path: epath.Path, num_samples: int) -> list[Generation]:
     """What an interrupted evaluation has generated: whole prompts, without a line cut short."""
     found: list[Generation] = []
     # Not `splitlines`: a completion may hold other characters that end a line, which JSON keeps.
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+    # The last line may be cut inside a character.
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
         try:
             row: dict[str, Any] = json.loads(line)
         except ValueError:

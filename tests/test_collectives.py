@@ -81,8 +81,10 @@ def test_weights_are_gathered_once_forward_and_once_backward_and_nothing_else_is
     assert of_weights(found, 3)
 
 
-def test_decoding_gathers_no_weights():
-    mesh, params = sharding.make_mesh(sharding.MeshConfig()), functional.abstract_params(CONFIG)
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_decoding_gathers_no_weights_and_cuts_heads_as_they_are(tensor):
+    mesh = sharding.make_mesh(sharding.MeshConfig(tensor=tensor))
+    params = functional.abstract_params(CONFIG)
     sampler = make_sampler(
         CONFIG,
         eos_id=0,
@@ -90,11 +92,15 @@ def test_decoding_gathers_no_weights():
         mesh=mesh,
         param_shardings=sharding.shardings(mesh, functional.logical_axes(CONFIG), params),
     )
-    ints = [(B, P), (B,), (8, 160)]
+    ints = [(B, P), (B,), (8 // tensor, 160 * tensor)]
     rows = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ints]
     found = all_gathers(sampler.lower(params, *rows, jax.eval_shape(lambda: row_keys(0, 0, B))))
-    # For the prompts, in the loop over layers and in the last layer.
-    assert of_weights(found, 2)
+    if tensor == 1:
+        # For the prompts, in the loop over layers and in the last layer.
+        assert of_weights(found, 2)
+    heads = {CONFIG.num_attention_heads, CONFIG.num_key_value_heads}
+    of_batch = [shape for shape in found if shape[0] == B * tensor // 8]
+    assert not [shape for shape in of_batch if CONFIG.head_dim in shape and heads & {*shape}]
 
 
 def test_activations_cut_along_another_axis_would_be_seen(monkeypatch: pytest.MonkeyPatch):

@@ -138,7 +138,8 @@ def decode_step(
         )
 
     def attend(q, k, v, past: KeyValues):
-        q, k, v = map(constrain_batch, (q, k, v))
+        q = constrain_batch(q, None, "heads")
+        k, v = (constrain_batch(x, None, "kv_heads") for x in (k, v))
         column = k.swapaxes(1, 2)[..., None], v.swapaxes(1, 2)[..., None, :]
         past = write(past, *column)
         mixed = completion_attention(

@@ -4,6 +4,7 @@ Batches have the largest shape that the config allows; as many of their slots ar
 fills.
 """
 
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -105,16 +106,18 @@ def _frozen_bytes(
     """π_ref and reward models, which an evaluation holds; these are taken to be like the policy."""
     if config.evaluation is None:
         return 0.0
-    dtypes = [
-        spec.arguments.get("dtype", "bfloat16")
+    size = sum(leaf.size for leaf in jax.tree.leaves(functional.abstract_params(model)))
+    # As `rewards.RewardModel` cuts itself, whatever the mesh.
+    found = sum(
+        size
+        * jnp.dtype(spec.arguments.get("dtype", "float32")).itemsize
+        / math.gcd(mesh.size, model.hidden_size)
         for spec in config.evaluation.rewards
         if spec.function.endswith(".RewardModel")
-    ]
+    )
     if isinstance(config, PolicyConfig) or config.reference is not None:
-        dtypes.append(model.dtype)
-    size = sum(leaf.size for leaf in jax.tree.leaves(functional.abstract_params(model)))
-    shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
-    return size / shards * sum(jnp.dtype(dtype).itemsize for dtype in dtypes)
+        found += size * _itemsize(model) / (mesh.shape["fsdp"] * mesh.shape["tensor"])
+    return found
 
 
 def _training_program(

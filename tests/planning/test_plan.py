@@ -115,9 +115,10 @@ def test_a_policy_that_evaluates_shares_its_chips_with_the_reference_and_the_rew
     reward = "{function: copg_jax.rewards.RewardModel, arguments: {path: x, dtype: bfloat16}}"
     evaluation = ["evaluation.data.path=x", f"evaluation.rewards=[{reward}]"]
     config = config_of("policy", architecture, "model.dtype=float32", *evaluation)
-    model, mesh = read_architecture(config.model), sharding.make_mesh(sharding.MeshConfig())
+    model, mesh = read_architecture(config.model), sharding.make_mesh(sharding.MeshConfig(data=2))
     sizes = [leaf.size for leaf in jax.tree.leaves(functional.abstract_params(model))]
-    assert make_program(config, model, mesh).frozen_bytes == (2 + 4) * sum(sizes) / 8
+    # The reward model is cut over all devices, the reference as the policy is.
+    assert make_program(config, model, mesh).frozen_bytes == (2 / 8 + 4 / 4) * sum(sizes)
     assert make_program(replace(config, evaluation=None), model, mesh).frozen_bytes == 0
 
     def large(*arguments: Any) -> Program:
