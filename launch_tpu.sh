@@ -135,8 +135,13 @@ attempt() {
 }
 
 again() { # whether the slice was lost, whose state lags behind, or only the connection
+  local now
   say "slice $name: the run failed; looking for a minute whether the slice was lost"
-  for _ in 1 2 3 4; do [[ $(state) == READY ]] || return 0; sleep 15; done
+  for _ in 1 2 3 4; do
+    while now=$(state) && [[ $now == NO_ANSWER ]]; do sleep 15; done # says nothing of the slice
+    [[ $now == READY ]] || return 0
+    sleep 15
+  done
   [[ $started ]] && worker well >/dev/null # else an earlier launch's success would count
 }
 
