@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from copg_jax import policy, sharding
+from copg_jax import global_arrays, policy, sharding
 from copg_jax.cli import option
 from copg_jax.data import groups, packing
 from copg_jax.data.dataset import GroupDataset
@@ -90,7 +90,7 @@ def make_loss_evaluator(
                 num_blocks=num_blocks,
                 capacity=capacity,
             )
-            yield loss_step(params, sharding.place_whole(batch, placement))
+            yield loss_step(params, global_arrays.place_whole(batch, placement))
 
     def evaluate(params: Any) -> dict[str, float]:
         totals: dict[str, np.ndarray] = {}
@@ -212,7 +212,7 @@ class GenerationEvaluator:
         collated, slots = self._collate(prompts)
         # The model wants at least one token, but the sampler shall leave empty places empty.
         length = np.where(prompts.rows < 0, 0, collated.prompt_length)
-        batch, length, slots = sharding.place_whole((collated, length, slots), self._placement)
+        batch, length, slots = global_arrays.place_whole((collated, length, slots), self._placement)
         keys = keys[np.maximum(prompts.rows, 0)]
         samples = self._sampler(params, batch.prompt_tokens, length, slots, keys)
         if self._ref_params is None:

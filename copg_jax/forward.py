@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from copg_jax import sharding
+from copg_jax import global_arrays, sharding
 from copg_jax.data import groups, packing
 from copg_jax.data.groups import GroupBatch, TokenGroup
 from copg_jax.models import functional, hf_weights
@@ -97,7 +97,7 @@ class GroupForward:
         )
         for batch in batches:
             collated = self._collate(rows, batch, len(batches) >= _MANY_BATCHES)
-            placed = sharding.place_whole(collated, self._rows)
+            placed = global_arrays.place_whole(collated, self._rows)
             yield batch.rows, self._function(self._params, placed)
 
     def _collate(

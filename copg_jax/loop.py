@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from copg_jax import distributed, sharding
+from copg_jax import distributed, global_arrays, sharding
 from copg_jax.checkpoint import Checkpoints
 from copg_jax.cli import option
 from copg_jax.data.groups import GroupBatch
@@ -148,7 +148,7 @@ class _Pending:
         logger.log(self.step, {name: float(value) for name, value in values.items()} | rates)
         if not finite:
             # Ids are this host's, losses those of the global batch.
-            own = sharding.host_rows(per_group, sharding.batch_sharding(self.mesh))
+            own = global_arrays.host_rows(per_group, sharding.batch_sharding(self.mesh))
             raise _non_finite(self.step, self.ids, own, folder)
         return now
 
@@ -257,7 +257,7 @@ def run(
     milestones = _Milestones(
         num_steps, eval_every, save_every, evaluate, best_metric, logger, checkpoints
     )
-    host_max, is_alone = sharding.make_host_max(mesh), jax.process_count() == 1
+    host_max, is_alone = global_arrays.make_host_max(mesh), jax.process_count() == 1
     pending: _Pending | None = None
     with GracefulExit() as exit_request:
         # An evaluation that was due where the run was left is made up for.
@@ -269,7 +269,7 @@ def run(
                 ids, batch = next(batches)
                 # Queued before the step, so that the answer does not wait for its end.
                 exit_codes = host_max(exit_request.exit_code)
-                state, metrics = step_fn(state, sharding.place(batch, placement))
+                state, metrics = step_fn(state, global_arrays.place(batch, placement))
                 work = work_of(batch, mesh, useful_flops)
                 previous, pending = pending, _Pending(step, ids, metrics, work, mesh)
                 if previous is not None:

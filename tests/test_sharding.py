@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from copg_jax import sharding, train_state
+from copg_jax import global_arrays, sharding, train_state
 from copg_jax.errors import InputError
 from copg_jax.models import functional
 from copg_jax.optim import OptimConfig, make_optimizer
@@ -81,7 +81,7 @@ def test_each_device_holds_its_share_of_parameters_and_of_both_moments():
 def test_a_batch_is_cut_along_groups_only():
     on = mesh(2, 2, 2)
     batch = group_batch(np.arange(16.0).reshape(8, 2))
-    placed = sharding.place_whole(batch, sharding.batch_sharding(on))
+    placed = global_arrays.place_whole(batch, sharding.batch_sharding(on))
     assert sharding.num_batch_shards(on) == 4
     for name, array in placed._asdict().items():
         assert {shard.data.shape for shard in array.addressable_shards} == {(2, *array.shape[1:])}
@@ -121,17 +121,3 @@ def test_a_tensor_axis_that_cuts_across_hosts_is_refused():
     with pytest.raises(InputError) as caught:
         sharding.batch_share(hosts([0] * 4 + [1] * 4 + [2] * 4, (1, 2, 6)))
     names_all(str(caught.value), ["mesh: tensor=6", "equal shares", "the 4 devices of a host"])
-
-
-def test_host_rows_are_those_of_the_host_s_own_devices():
-    on = mesh(1, 4, 2)
-    x = np.arange(16).reshape(8, 2)
-    np.testing.assert_array_equal(sharding.host_rows(x, sharding.batch_sharding(on)), x)
-
-    class Second:
-        """A host whose devices hold the second and the last quarter, in two copies."""
-
-        def addressable_devices_indices_map(self, shape):
-            return dict(enumerate([(slice(6, 8),), (slice(2, 4),)] * 2))
-
-    np.testing.assert_array_equal(sharding.host_rows(x, Second()), x[[2, 3, 6, 7]])

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from copg_jax import policy, sharding, step, train_state
+from copg_jax import global_arrays, policy, sharding, step, train_state
 from copg_jax.models import functional
 from copg_jax.models.group_forward import predictive_hidden
 from copg_jax.optim import OptimConfig, make_optimizer
@@ -73,7 +73,7 @@ def one_step(head: str, loss_fn: step.LossFn, sizes: tuple[int, ...], num_microb
         loss_fn, optimizer, mesh=on, state_shardings=layout, num_microbatches=num_microbatches
     )
     batch = in_blocks(BATCH, sharding.num_batch_shards(on) * num_microbatches)
-    new, metrics = step_fn(state, sharding.place(batch, sharding.batch_sharding(on)))
+    new, metrics = step_fn(state, global_arrays.place(batch, sharding.batch_sharding(on)))
     gradient = jax.tree.map(lambda old, after: old - np.asarray(after), host, new.params)
     return jax.device_get(metrics), gradient
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from copg_jax import sharding, step, train_state
+from copg_jax import global_arrays, sharding, step, train_state
 from copg_jax.data.groups import GroupBatch, with_slots
 from copg_jax.data.packing import room_of
 from copg_jax.models.llama import LlamaConfig
@@ -108,7 +108,7 @@ class Toy:
 
     def place(self, batch: GroupBatch) -> GroupBatch:
         """The batch on the mesh."""
-        return sharding.place(batch, sharding.batch_sharding(self.mesh))
+        return global_arrays.place(batch, sharding.batch_sharding(self.mesh))
 
 
 def toy_batches(num_steps: int, start: int = 0) -> Iterator[tuple[list[str], GroupBatch]]:

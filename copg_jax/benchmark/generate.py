@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from copg_jax import sampling, sharding
+from copg_jax import global_arrays, sampling, sharding
 from copg_jax.benchmark.cost import peak_device_bytes
 from copg_jax.benchmark.workload import Workload
 from copg_jax.data import packing
@@ -118,7 +118,7 @@ def _inputs(prompts: Sequence[np.ndarray], mesh: jax.sharding.Mesh) -> tuple[Any
         row[: len(ids)] = ids
     room = int(length.reshape(num_blocks, -1).sum(1).max())
     slots = packing.slots_of(length, tokens.shape[1], num_blocks, room)
-    placed = sharding.place((tokens, length, slots), sharding.batch_sharding(mesh))
+    placed = global_arrays.place((tokens, length, slots), sharding.batch_sharding(mesh))
     return *placed, sampling.row_keys(0, 0, len(prompts))
 
 

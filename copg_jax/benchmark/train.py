@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import optax
 
-from copg_jax import optim, sharding, step, train_state
+from copg_jax import global_arrays, optim, sharding, step, train_state
 from copg_jax.benchmark.cost import compile_cost, peak_device_bytes
 from copg_jax.benchmark.workload import Workload
 from copg_jax.data.groups import GroupBatch
@@ -187,7 +187,7 @@ class _Runner:
 
     def place(self, batch: GroupBatch) -> GroupBatch:
         """The batch on the devices."""
-        return sharding.place(batch, self._placement)
+        return global_arrays.place(batch, self._placement)
 
     def run(self, batches: Sequence[GroupBatch]) -> float:
         """Seconds that steps on these take in a row, until the last metrics are on the host."""
