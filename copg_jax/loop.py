@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -29,6 +29,7 @@ from copg_jax.models.llama import REMAT_POLICIES
 from copg_jax.runtime import GracefulExit
 from copg_jax.train_state import TrainState
 
+StepFn = Callable[[TrainState, GroupBatch], tuple[TrainState, dict[str, Any]]]
 Batches = Iterator[tuple[list[str], GroupBatch]]
 Evaluate = Callable[[Any, int], tuple[dict[str, float], dict[str, str]]]
 """(params, step) → (metrics, texts)."""
@@ -123,34 +124,62 @@ def work_of(
     return work
 
 
-class _Pending:
-    """Metrics of the previous step, still on the device while the next one runs."""
+class _Pending(NamedTuple):
+    """A step that may still run on the device."""
+
+    step: int
+    ids: list[str]
+    metrics: dict[str, Any]
+    work: dict[str, float]
+
+
+class _LateMetrics:
+    """Logs each step when the next one has been started: the device never waits for the host.
+
+    The clock of a step starts when the step before it was done, or at `start_clock`.
+    """
 
     def __init__(
         self,
-        step: int,
-        ids: list[str],
-        metrics: dict[str, Any],
-        work: dict[str, float],
+        logger: MetricsLogger,
+        folder: epath.Path,
         mesh: jax.sharding.Mesh,
+        useful_flops: UsefulFlops | None,
     ) -> None:
-        self.step, self.ids, self.metrics = step, ids, metrics
-        self.work, self.mesh = work, mesh
+        self._logger, self._folder = logger, folder
+        self._mesh, self._useful_flops = mesh, useful_flops
+        self._pending: _Pending | None = None
+        self.start_clock()
 
-    def log(self, logger: MetricsLogger, since: float, folder: epath.Path) -> float:
-        """Waits for the step, logs it, and returns the time it was done; raises if it was not
-        finite.
-        """
-        values = jax.device_get(self.metrics)
+    def start_clock(self) -> None:
+        """Leaves what was done since the last step out of the rates of the next."""
+        self._since = time.perf_counter()
+
+    def add(self, step: int, ids: list[str], batch: GroupBatch, metrics: dict[str, Any]) -> None:
+        """Takes the metrics of a step that has been started, and logs the step before it."""
+        work = work_of(batch, self._mesh, self._useful_flops)
+        previous, self._pending = self._pending, _Pending(step, ids, metrics, work)
+        if previous is not None:
+            self._log(previous)
+
+    def flush(self) -> None:
+        """Logs the newest step, if that has not been done."""
+        if self._pending is not None:
+            self._log(self._pending)
+            self._pending = None
+
+    def _log(self, done: _Pending) -> None:
+        """Waits for the step and logs it; raises NonFiniteLoss if it was not finite."""
+        values = jax.device_get(done.metrics)
         per_group, finite = values.pop("per_group"), values.pop("finite")
         now = time.perf_counter()
-        rates = {name: amount / (now - since) for name, amount in self.work.items()}
-        logger.log(self.step, {name: float(value) for name, value in values.items()} | rates)
+        rates = {name: amount / (now - self._since) for name, amount in done.work.items()}
+        self._logger.log(done.step, {name: float(value) for name, value in values.items()} | rates)
         if not finite:
             # Ids are this host's, losses those of the global batch.
-            own = global_arrays.host_rows(per_group, sharding.batch_sharding(self.mesh))
-            raise _non_finite(self.step, self.ids, own, folder)
-        return now
+            own = global_arrays.host_rows(per_group, sharding.batch_sharding(self._mesh))
+            raise _non_finite(done.step, done.ids, own, self._folder)
+        self._since = now
 
 
 class _Milestones:
@@ -218,7 +247,7 @@ def _say_saved(exit_code: int, step: int, num_steps: int) -> None:
 
 def run(
     *,
-    step_fn: Callable[[TrainState, GroupBatch], tuple[TrainState, dict[str, Any]]],
+    step_fn: StepFn,
     state: TrainState,
     start_step: int,
     num_steps: int,
@@ -253,45 +282,63 @@ def run(
         NonFiniteLoss: names the step and the examples; the state from before it is saved.
         SystemExit: 143 or 130 after SIGTERM or Ctrl-C, with the state saved.
     """
-    placement = sharding.batch_sharding(mesh)
     milestones = _Milestones(
         num_steps, eval_every, save_every, evaluate, best_metric, logger, checkpoints
     )
-    host_max, is_alone = global_arrays.make_host_max(mesh), jax.process_count() == 1
-    pending: _Pending | None = None
     with GracefulExit() as exit_request:
         # An evaluation that was due where the run was left is made up for.
         if start_step == 0 or not checkpoints.is_evaluated(start_step):
             milestones.reach(start_step, state)
-        clock = time.perf_counter()
-        try:
-            for step in range(start_step + 1, num_steps + 1):
-                ids, batch = next(batches)
-                # Queued before the step, so that the answer does not wait for its end.
-                exit_codes = host_max(exit_request.exit_code)
-                state, metrics = step_fn(state, global_arrays.place(batch, placement))
-                work = work_of(batch, mesh, useful_flops)
-                previous, pending = pending, _Pending(step, ids, metrics, work, mesh)
-                if previous is not None:
-                    clock = previous.log(logger, clock, checkpoints.folder)
-                exit_code = exit_request.exit_code if is_alone else int(exit_codes)
-                if exit_code or milestones.is_due(step):
-                    clock, pending = pending.log(logger, clock, checkpoints.folder), None
-                    if exit_code:
-                        milestones.leave(step, state)
-                        _say_saved(exit_code, step, num_steps)
-                        raise SystemExit(exit_code)
-                    milestones.reach(step, state)
-                    clock = time.perf_counter()
-        except Exception as error:
-            # Whatever stopped it (a non-finite loss, a failing reward function): keep what is
-            # learned. Of several processes only one may have failed; it cannot save alone.
-            is_non_finite = isinstance(error, NonFiniteLoss)
-            if not state.step.is_deleted() and (is_alone or is_non_finite):
-                try:
-                    if pending is not None and not is_non_finite:
-                        pending.log(logger, clock, checkpoints.folder)
-                finally:
-                    milestones.leave(int(state.step), state)
-            raise
+        return _take_steps(
+            range(start_step + 1, num_steps + 1),
+            step_fn,
+            state,
+            batches,
+            mesh,
+            _LateMetrics(logger, checkpoints.folder, mesh, useful_flops),
+            milestones,
+            exit_request,
+        )
+
+
+def _take_steps(
+    steps: range,
+    step_fn: StepFn,
+    state: TrainState,
+    batches: Batches,
+    mesh: jax.sharding.Mesh,
+    late_metrics: _LateMetrics,
+    milestones: _Milestones,
+    exit_request: GracefulExit,
+) -> TrainState:
+    """The loop itself; saves the state where a signal or an error ends it before its time."""
+    placement = sharding.batch_sharding(mesh)
+    host_max, is_alone = global_arrays.make_host_max(mesh), jax.process_count() == 1
+    try:
+        for step in steps:
+            ids, batch = next(batches)
+            # Queued before the step, so that the answer does not wait for its end.
+            exit_codes = host_max(exit_request.exit_code)
+            state, metrics = step_fn(state, global_arrays.place(batch, placement))
+            late_metrics.add(step, ids, batch, metrics)
+            exit_code = exit_request.exit_code if is_alone else int(exit_codes)
+            if exit_code or milestones.is_due(step):
+                late_metrics.flush()
+                if exit_code:
+                    milestones.leave(step, state)
+                    _say_saved(exit_code, step, steps[-1])
+                    raise SystemExit(exit_code)
+                milestones.reach(step, state)
+                late_metrics.start_clock()
+    except Exception as error:
+        # Whatever stopped it (a non-finite loss, a failing reward function): keep what is
+        # learned. Of several processes only one may have failed; it cannot save alone.
+        is_non_finite = isinstance(error, NonFiniteLoss)
+        if not state.step.is_deleted() and (is_alone or is_non_finite):
+            try:
+                if not is_non_finite:
+                    late_metrics.flush()
+            finally:
+                milestones.leave(int(state.step), state)
+        raise
     return state
