@@ -95,14 +95,7 @@ def train(
             resume_step=start or None,
         ) as logger:
             trained = loop.run(
-                step_fn=step.make_train_step(
-                    loss_fn,
-                    run.optimizer,
-                    mesh=run.mesh,
-                    state_shardings=run.layout,
-                    num_microbatches=config.training.num_microbatches,
-                    schedule=optim.make_schedule(config.optim, run.num_steps),
-                ),
+                step_fn=_train_step(run, loss_fn),
                 state=_initial_state(run, checkpoints, start),
                 start_step=start,
                 num_steps=run.num_steps,
@@ -156,6 +149,18 @@ def _prepare(
         optimizer=optimizer,
         shapes=train_state.abstract_state(optimizer, shapes),
         layout=train_state.state_shardings(mesh, optimizer, shapes, axes),
+    )
+
+
+def _train_step(run: _Run, loss_fn: LossFn) -> loop.StepFn:
+    """The compiled step of this run's optimiser, mesh and learning-rate schedule."""
+    return step.make_train_step(
+        loss_fn,
+        run.optimizer,
+        mesh=run.mesh,
+        state_shardings=run.layout,
+        num_microbatches=run.config.training.num_microbatches,
+        schedule=optim.make_schedule(run.config.optim, run.num_steps),
     )
 
 
