@@ -9,32 +9,28 @@ hand it.
 """
 
 import signal
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
 from copg_jax import distributed, global_arrays, sharding
 from copg_jax.checkpoint import Checkpoints
 from copg_jax.cli import option
 from copg_jax.data.groups import GroupBatch
 from copg_jax.errors import InputError
-from copg_jax.flops import PEAK_TFLOPS
 from copg_jax.metrics import MetricsLogger
 from copg_jax.models.llama import REMAT_POLICIES
 from copg_jax.runtime import GracefulExit
+from copg_jax.step_metrics import LateMetrics, NonFiniteLoss, UsefulFlops
 from copg_jax.train_state import TrainState
 
 StepFn = Callable[[TrainState, GroupBatch], tuple[TrainState, dict[str, Any]]]
 Batches = Iterator[tuple[list[str], GroupBatch]]
 Evaluate = Callable[[Any, int], tuple[dict[str, float], dict[str, str]]]
 """(params, step) → (metrics, texts)."""
-UsefulFlops = Callable[[GroupBatch], float]
-"""Host batch → floating-point operations that its training step needs."""
 
 
 @dataclass(frozen=True)
@@ -81,105 +77,6 @@ def check_batch(batch_size: int, num_microbatches: int, mesh: jax.sharding.Mesh)
             f"{num_microbatches} x {shards}, got {batch_size}; the nearest is "
             + (f"{below} or {above}" if below else f"{above}")
         )
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss or its gradient became NaN or infinite."""
-
-
-def _non_finite(
-    step: int, ids: list[str], per_group: np.ndarray, folder: epath.Path
-) -> NonFiniteLoss:
-    culprits = [name for name, value in zip(ids, per_group, strict=True) if not np.isfinite(value)]
-    named = ", ".join(culprits[:8]) or "none by its loss alone: the gradient overflowed"
-    return NonFiniteLoss(
-        f"step {step}: the loss or its gradient is not finite. Offending examples: {named}. The "
-        f"state from before this step is saved in {folder}; the same command would meet the same "
-        "batch. Look at these examples and start again in a new output_dir without them, with a "
-        "lower optim.learning_rate, a higher loss.beta or optim.clip_norm."
-    )
-
-
-def work_of(
-    batch: GroupBatch, mesh: jax.sharding.Mesh, useful_flops: UsefulFlops | None = None
-) -> dict[str, float]:
-    """How much a step does, by the name of the rate it becomes when divided by its seconds.
-
-    Args:
-        batch: this host's share.
-        mesh: the device mesh.
-        useful_flops: operations that a batch needs; without it, or where the peak of the devices
-            is not known, there is no `perf/mfu`.
-    """
-    _, num_shares = sharding.batch_share(mesh)
-    tokens = int(batch.prompt_length.sum() + batch.completion_length.sum())
-    work: dict[str, float] = {
-        "perf/pairs_per_sec": num_shares * int((batch.completion_length > 0).any(-1).sum()),
-        "perf/tokens_per_sec": num_shares * tokens,
-    }
-    peak = PEAK_TFLOPS.get(mesh.devices.flat[0].device_kind)
-    if useful_flops is not None and peak is not None:
-        available = peak * 1e12 * mesh.devices.size
-        work["perf/mfu"] = num_shares * useful_flops(batch) / available
-    return work
-
-
-class _Pending(NamedTuple):
-    """A step that may still run on the device."""
-
-    step: int
-    ids: list[str]
-    metrics: dict[str, Any]
-    work: dict[str, float]
-
-
-class _LateMetrics:
-    """Logs each step when the next one has been started: the device never waits for the host.
-
-    The clock of a step starts when the step before it was done, or at `start_clock`.
-    """
-
-    def __init__(
-        self,
-        logger: MetricsLogger,
-        folder: epath.Path,
-        mesh: jax.sharding.Mesh,
-        useful_flops: UsefulFlops | None,
-    ) -> None:
-        self._logger, self._folder = logger, folder
-        self._mesh, self._useful_flops = mesh, useful_flops
-        self._pending: _Pending | None = None
-        self.start_clock()
-
-    def start_clock(self) -> None:
-        """Leaves what was done since the last step out of the rates of the next."""
-        self._since = time.perf_counter()
-
-    def add(self, step: int, ids: list[str], batch: GroupBatch, metrics: dict[str, Any]) -> None:
-        """Takes the metrics of a step that has been started, and logs the step before it."""
-        work = work_of(batch, self._mesh, self._useful_flops)
-        previous, self._pending = self._pending, _Pending(step, ids, metrics, work)
-        if previous is not None:
-            self._log(previous)
-
-    def flush(self) -> None:
-        """Logs the newest step, if that has not been done."""
-        if self._pending is not None:
-            self._log(self._pending)
-            self._pending = None
-
-    def _log(self, done: _Pending) -> None:
-        """Waits for the step and logs it; raises NonFiniteLoss if it was not finite."""
-        values = jax.device_get(done.metrics)
-        per_group, finite = values.pop("per_group"), values.pop("finite")
-        now = time.perf_counter()
-        rates = {name: amount / (now - self._since) for name, amount in done.work.items()}
-        self._logger.log(done.step, {name: float(value) for name, value in values.items()} | rates)
-        if not finite:
-            # Ids are this host's, losses those of the global batch.
-            own = global_arrays.host_rows(per_group, sharding.batch_sharding(self._mesh))
-            raise _non_finite(done.step, done.ids, own, self._folder)
-        self._since = now
 
 
 class _Milestones:
@@ -276,7 +173,7 @@ def run(
         save_every: steps between checkpoints.
         evaluate: (params, step) → metrics and texts.
         best_metric: metric of `evaluate` whose largest value is worth a checkpoint of its own.
-        useful_flops: see `work_of`.
+        useful_flops: see `step_metrics.work_of`.
 
     Raises:
         NonFiniteLoss: names the step and the examples; the state from before it is saved.
@@ -295,7 +192,7 @@ def run(
             state,
             batches,
             mesh,
-            _LateMetrics(logger, checkpoints.folder, mesh, useful_flops),
+            LateMetrics(logger, checkpoints.folder, mesh, useful_flops),
             milestones,
             exit_request,
         )
@@ -307,7 +204,7 @@ def _take_steps(
     state: TrainState,
     batches: Batches,
     mesh: jax.sharding.Mesh,
-    late_metrics: _LateMetrics,
+    late_metrics: LateMetrics,
     milestones: _Milestones,
     exit_request: GracefulExit,
 ) -> TrainState:

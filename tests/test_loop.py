@@ -15,8 +15,9 @@ from copg_jax import loop
 from copg_jax.checkpoint import Checkpoints
 from copg_jax.errors import InputError
 from copg_jax.metrics import MetricsLogger
+from copg_jax.step_metrics import NonFiniteLoss
 from copg_jax.train_state import TrainState
-from tests.toys import Toy, assert_trees_equal, group_batch, leaves, mesh, names_all, toy_batches
+from tests.toys import Toy, assert_trees_equal, leaves, mesh, names_all, toy_batches
 
 METRIC = "eval/reward_mean"
 STEPS = 7
@@ -174,7 +175,7 @@ def infinite_at(step: int, rows: list[int]) -> Callable[..., Iterator[Any]]:
 
 @pytest.mark.parametrize("step", [4, 5, STEPS])
 def test_a_loss_that_is_not_finite_stops_with_step_and_ids_and_the_last_good_state(tmp_path, step):
-    with pytest.raises(loop.NonFiniteLoss) as caught:
+    with pytest.raises(NonFiniteLoss) as caught:
         train(tmp_path, spoil=infinite_at(step, [2, 6]))
     folder = tmp_path / "checkpoints"
     wanted = [f"step {step}:", f"step{step}-row2, step{step}-row6.", str(folder), "learning_rate"]
@@ -194,7 +195,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_ids_and_the_last_good_sta
 
 
 def test_a_run_stopped_by_a_bad_batch_goes_on_once_the_batch_is_good(whole, tmp_path):
-    with pytest.raises(loop.NonFiniteLoss):
+    with pytest.raises(NonFiniteLoss):
         train(tmp_path, spoil=infinite_at(4, [0]))
     assert_trees_equal(train(tmp_path), whole[1])
     assert lines(tmp_path) == lines(whole[0])
@@ -319,14 +320,3 @@ def test_a_batch_that_microbatches_and_mesh_do_not_divide_is_refused_with_one_th
 def test_a_value_out_of_range_is_named(field, value):
     with pytest.raises(InputError, match=field):
         loop.TrainingConfig(**{field: value})
-
-
-def test_the_rates_of_a_step_count_pairs_tokens_and_useful_operations(monkeypatch):
-    batch = group_batch(np.ones((4, 2)), length=[[1, 2], [3, 0], [0, 0], [5, 5]])
-    tokens = int(batch.prompt_length.sum()) + 16
-    work = {"perf/pairs_per_sec": 3, "perf/tokens_per_sec": tokens}
-    flops = lambda batch: 1e12 * len(batch.prompt_length)
-    assert loop.work_of(batch, mesh(1, 4), flops) == work  # the peak of a CPU is not known
-    monkeypatch.setitem(loop.PEAK_TFLOPS, "cpu", 10.0)
-    assert loop.work_of(batch, mesh(1, 4), flops) == work | {"perf/mfu": 0.1}
-    assert loop.work_of(batch, mesh(1, 4)) == work
