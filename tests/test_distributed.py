@@ -18,8 +18,8 @@ from copg_jax.data.tokenizer import load_tokenizer
 from copg_jax.errors import InputError
 from tests import worker
 from tests.runs import assert_same_evaluation, assert_same_scores, assert_same_training
-from tests.test_stages import DATA, tiny_model
 from tests.toys import names_all
+from tests.workplace import DATA, tiny_model
 
 NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 STEPS = 6

@@ -24,8 +24,8 @@ from copg_jax.models import functional, hf_weights
 from copg_jax.runtime import check_run_folder, write_run_header
 from tests.bucket import make_bucket
 from tests.models import tiny
-from tests.test_stages import DATA, MAINS, TRAINING, Workplace
 from tests.toys import LLAMA, names_all
+from tests.workplace import DATA, MAINS, TRAINING, Workplace
 
 SUFFIXES = (".txt", ".json")
 

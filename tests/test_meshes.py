@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from tests.runs import assert_same_evaluation, assert_same_scores, assert_same_training
-from tests.test_stages import DATA, Workplace
+from tests.workplace import DATA, Workplace
 
 STAGES: dict[str, Callable[[Path, Path], None]] = {
     "sft": assert_same_training,

@@ -1,4 +1,6 @@
-"""The stages end to end on a tiny model, through their configs and mains; and bad input to them."""
+"""The stages end to end on a tiny model, through their configs and mains: what they leave behind,
+and which later runs go on from there and which are refused.
+"""
 
 import dataclasses
 import json
@@ -15,118 +17,14 @@ from etils import epath
 from copg_jax import config, distributed, sharding, stages, training
 from copg_jax.cli import load_config
 from copg_jax.data import scored
-from copg_jax.data.generated import write_generated
 from copg_jax.data.tokenizer import load_tokenizer
 from copg_jax.errors import InputError
 from copg_jax.models import functional, hf_weights
-from copg_jax.models.llama import LlamaConfig
-from experiments import evaluate, score, train_policy, train_reward, train_sft
 from tests.toys import names_all
-
-MAINS: dict[str, tuple[Any, type]] = {
-    "sft": (train_sft.main, config.SFTConfig),
-    "reward": (train_reward.main, config.RewardModelConfig),
-    "score": (score.main, config.ScoreConfig),
-    "policy": (train_policy.main, config.PolicyConfig),
-    "evaluate": (evaluate.main, config.EvaluateConfig),
-}
-DATA = ["data.max_rows=24", "data.max_prompt_tokens=192", "data.max_completion_tokens=96"]
-TRAINING = [
-    "training.batch_size=8",
-    "training.max_steps=3",
-    "training.eval_every=2",
-    "training.remat=none",
-]
-MODEL = ["dtype=float32"]
-GENERATION = ["num_prompts=5", "max_new_tokens=6", "batch_size=8", "num_texts=1"]
+from tests.workplace import MAINS, Workplace
 
 
-def tiny_model(folder: Path, tokenizer: Any, vocab_size: int) -> None:
-    """Writes a random Llama with a tokenizer."""
-    model = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=4,
-        tie_word_embeddings=True,
-    )
-    params = functional.init(model, jax.random.key(0))
-    hf_weights.save_pretrained(folder, model, params, head="lm", tokenizer=tokenizer)
-
-
-class Workplace:
-    """Data, a base model, and the arguments of every stage on them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        write_generated(folder / "data", num_posts=40, num_comparisons=48, seed=0, vocab_size=400)
-        tokenizer = load_tokenizer(folder / "data" / "tokenizer")
-        tiny_model(folder / "base", tokenizer, len(tokenizer))
-        self.posts = folder / "data" / "sft.jsonl"
-        self.comparisons = folder / "data" / "comparisons.jsonl"
-
-    def arguments(self, stage: str) -> list[str]:
-        """Arguments of a run of the stage into `folder`/`stage`."""
-        folder = self.folder
-        sft = folder / "sft" / "model"
-        reward = f"copg_jax.rewards.RewardModel, arguments: {{path: {folder / 'reward' / 'model'}}}"
-        rewards = f"rewards=[{{function: {reward}}}]"
-        evaluation = [
-            f"evaluation.data.path={self.posts}",
-            f"evaluation.{rewards}",
-            *(f"evaluation.generation.{setting}" for setting in GENERATION),
-        ]
-        own = {
-            "sft": [
-                f"model.path={folder / 'base'}",
-                f"data.path={self.posts}",
-                f"validation.path={self.posts}",
-                "validation.max_rows=11",
-                *TRAINING,
-            ],
-            "reward": [f"model.path={sft}", f"data.path={self.comparisons}", *TRAINING],
-            "score": [
-                f"reference.path={sft}",
-                f"data.path={self.comparisons}",
-                rewards,
-                "part_size=16",
-                "batch_size=8",
-            ],
-            "policy": [
-                f"model.path={sft}",
-                f"data.path={folder / 'score'}",
-                "optim.learning_rate=1e-2",
-                *TRAINING,
-                *evaluation,
-            ],
-            "evaluate": [
-                f"model.path={folder / 'policy' / 'model'}",
-                f"reference.path={sft}",
-                *(f"reference.{setting}" for setting in MODEL),
-                *evaluation,
-            ],
-        }[stage]
-        name = "reference" if stage == "score" else "model"
-        common = [f"{name}.{setting}" for setting in MODEL]
-        common += [] if stage == "evaluate" else DATA
-        return [*common, *own, f"output_dir={folder / stage}"]
-
-    def run(self, stage: str, *more: str) -> Any:
-        """Runs a stage through its config and main."""
-        main, cls = MAINS[stage]
-        return main(load_config(cls, [*self.arguments(stage), *more]))
-
-    def refusal(self, stage: str, *more: str) -> str:
-        """The text of the InputError that a stage gives."""
-        with pytest.raises(InputError) as caught:
-            self.run(stage, *more)
-        return str(caught.value)
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Workplace:
     """A folder in which all stages have run, in order."""
     place = Workplace(tmp_path_factory.mktemp("stages"))
@@ -337,73 +235,8 @@ def test_what_does_not_define_a_run_may_differ_when_it_is_resumed(workplace):
     workplace.run("evaluate", *less_memory, "model.attention=xla")
 
 
-@pytest.fixture
-def elsewhere(workplace, tmp_path) -> str:
-    """Argument for an output folder that is not used yet."""
-    return f"output_dir={tmp_path / 'run'}"
-
-
-def test_unknown_and_mistyped_keys_are_named_with_the_one_that_was_meant(workplace, elsewhere):
-    names_all(
-        workplace.refusal("policy", elsewhere, "loss.bta=0.1", "training.max_steps=many"),
-        ["'loss.bta'", "did you mean 'loss.beta'?", "training.max_steps", "wanted int", "'many'"],
-    )
-
-
-@pytest.mark.parametrize(
-    ("stage", "setting", "parts"),
-    [
-        ("policy", "loss.beta=0", ["loss.beta must be > 0", "got 0"]),
-        ("evaluate", "beta=-1", ["beta must be > 0", "got -1"]),
-        ("policy", "loss.name=ppo", ["loss.name must be one of copg, dpo", "'ppo'"]),
-        ("policy", "loss.baseline=1", ["loss.baseline", "name=pg", "1.0 with copg"]),
-        ("sft", "model.dtype=float16", ["model.dtype must be one of", "'float16'"]),
-        ("sft", "training.remat=some", ["training.remat must be one of", "'some'"]),
-        ("sft", "logits_chunk=0", ["logits_chunk must be >= 1", "got 0"]),
-        ("score", "part_size=0", ["part_size"]),
-        ("sft", "training.num_microbatches=3", ["training.batch_size", "multiple", "8 and 3"]),
-        ("sft", "training.num_microbatches=2", ["training.batch_size", "2 x 8", "nearest is 16"]),
-        ("sft", "mesh.tensor=3", ["mesh", "tensor=3", "8 device"]),
-        ("sft", "training.batch_size=64", ["24 groups", "64", "batch size"]),
-        ("sft", "model.path=nowhere/at/all", ["nowhere/at/all", "model folder"]),
-        ("sft", "data.path=nowhere.jsonl", ["nowhere.jsonl"]),
-    ],
-    ids=lambda value: value if isinstance(value, str) and "=" in value else "",
-)
-def test_bad_settings_are_named_with_what_was_wanted(workplace, elsewhere, stage, setting, parts):
-    names_all(workplace.refusal(stage, elsewhere, setting), parts)
-
-
-def test_a_mesh_that_does_not_divide_the_model_lists_what_it_does_not_divide(workplace, elsewhere):
-    text = workplace.refusal("sft", elsewhere, "mesh.tensor=4", "mesh.fsdp=2")
-    names_all(text, ["k_proj", "kv_heads", "size 2", "mesh.tensor=4"])
-
-
-def test_a_tokenizer_with_more_ids_than_the_model_is_refused(workplace, elsewhere, tmp_path):
-    tiny_model(tmp_path / "small", load_tokenizer(workplace.folder / "base"), 300)
-    text = workplace.refusal("sft", elsewhere, f"model.path={tmp_path / 'small'}")
-    names_all(text, [str(tmp_path / "small"), "400 ids", "300", "vocab_size in config.json", "Fix"])
-
-
-def test_fewer_prompts_than_asked_for_are_refused(workplace, elsewhere):
-    text = workplace.refusal("evaluate", elsewhere, "evaluation.generation.num_prompts=1000")
-    names_all(text, ["evaluation.data", "wanted 1000", "got 40", str(workplace.posts)])
-    assert "num_prompts=40" in text
-
-
-def test_data_without_choices_trains_no_reward_model(workplace, elsewhere):
-    text = workplace.refusal("reward", elsewhere, f"data.path={workplace.posts}")
-    names_all(text, ["wanted 2 or more completions", "got at most 1", "missing", "comparisons"])
-
-
-def test_data_that_was_not_scored_trains_no_policy(workplace, elsewhere):
-    text = workplace.refusal("policy", elsewhere, f"data.path={workplace.comparisons}")
-    names_all(text, [str(workplace.comparisons), "no ref_logps", "experiments.score"])
-
-
-def test_data_scored_with_another_reference_or_tokenizer_trains_no_policy(
-    workplace, elsewhere, tmp_path
-):
+def test_data_scored_with_another_reference_or_tokenizer_trains_no_policy(workplace, tmp_path):
+    elsewhere = f"output_dir={tmp_path / 'run'}"
     text = workplace.refusal("policy", elsewhere, f"model.path={workplace.folder / 'base'}")
     names_all(text, ["scored.json", "reference_hash", "score again"])
     for field in ("tokenizer_hash", "complete"):
@@ -418,6 +251,12 @@ def test_data_scored_with_another_reference_or_tokenizer_trains_no_policy(
             text,
             [str(copy)] + (["interrupted"] if field == "complete" else ["tokenizer", "f" * 16]),
         )
+
+
+@pytest.mark.parametrize(("stage", "key"), [("policy", "evaluation.rewards"), ("score", "rewards")])
+def test_no_reward_function_is_refused_with_an_example(workplace, tmp_path, stage, key):
+    text = workplace.refusal(stage, f"output_dir={tmp_path / 'run'}", f"{key}=[]")
+    names_all(text, ["rewards", "got none", "rouge_l"])
 
 
 def test_another_process_opens_the_tokens_of_process_0_if_both_read_the_same_data(
@@ -465,13 +304,3 @@ def test_another_process_opens_the_tokens_of_process_0_if_both_read_the_same_dat
         settings = load_config(config.ScoreConfig, arguments)
         with pytest.raises(InputError, match="process 1 of 2 cannot read it"):
             opened()
-
-
-@pytest.mark.parametrize(("stage", "key"), [("policy", "evaluation.rewards"), ("score", "rewards")])
-def test_no_reward_function_is_refused_with_an_example(workplace, elsewhere, stage, key):
-    names_all(workplace.refusal(stage, elsewhere, f"{key}=[]"), ["rewards", "got none", "rouge_l"])
-
-
-def test_a_refused_run_leaves_no_config_behind(workplace, elsewhere, tmp_path):
-    workplace.refusal("reward", elsewhere, f"data.path={workplace.posts}")
-    assert not (tmp_path / "run" / "config.yaml").exists()

@@ -14,7 +14,7 @@ import sys
 from copg_jax.cli import load_config
 from copg_jax.data.stream import GroupStream
 from copg_jax.errors import InputError
-from tests.test_stages import MAINS
+from tests.workplace import MAINS
 
 LIMIT_SEC = 200  # they need a tenth of it on an idle machine
 

@@ -1,0 +1,118 @@
+"""A folder with everything that the stages need, on a tiny model, and their arguments there."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from copg_jax import config
+from copg_jax.cli import load_config
+from copg_jax.data.generated import write_generated
+from copg_jax.data.tokenizer import load_tokenizer
+from copg_jax.errors import InputError
+from copg_jax.models import functional, hf_weights
+from copg_jax.models.llama import LlamaConfig
+from experiments import evaluate, score, train_policy, train_reward, train_sft
+
+MAINS: dict[str, tuple[Any, type]] = {
+    "sft": (train_sft.main, config.SFTConfig),
+    "reward": (train_reward.main, config.RewardModelConfig),
+    "score": (score.main, config.ScoreConfig),
+    "policy": (train_policy.main, config.PolicyConfig),
+    "evaluate": (evaluate.main, config.EvaluateConfig),
+}
+DATA = ["data.max_rows=24", "data.max_prompt_tokens=192", "data.max_completion_tokens=96"]
+TRAINING = [
+    "training.batch_size=8",
+    "training.max_steps=3",
+    "training.eval_every=2",
+    "training.remat=none",
+]
+MODEL = ["dtype=float32"]
+GENERATION = ["num_prompts=5", "max_new_tokens=6", "batch_size=8", "num_texts=1"]
+
+
+def tiny_model(folder: Path, tokenizer: Any, vocab_size: int) -> None:
+    """Writes a random Llama with a tokenizer."""
+    model = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        tie_word_embeddings=True,
+    )
+    params = functional.init(model, jax.random.key(0))
+    hf_weights.save_pretrained(folder, model, params, head="lm", tokenizer=tokenizer)
+
+
+class Workplace:
+    """Data, a base model, and the arguments of every stage on them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        write_generated(folder / "data", num_posts=40, num_comparisons=48, seed=0, vocab_size=400)
+        tokenizer = load_tokenizer(folder / "data" / "tokenizer")
+        tiny_model(folder / "base", tokenizer, len(tokenizer))
+        self.posts = folder / "data" / "sft.jsonl"
+        self.comparisons = folder / "data" / "comparisons.jsonl"
+
+    def arguments(self, stage: str) -> list[str]:
+        """Arguments of a run of the stage into `folder`/`stage`."""
+        folder = self.folder
+        sft = folder / "sft" / "model"
+        reward = f"copg_jax.rewards.RewardModel, arguments: {{path: {folder / 'reward' / 'model'}}}"
+        rewards = f"rewards=[{{function: {reward}}}]"
+        evaluation = [
+            f"evaluation.data.path={self.posts}",
+            f"evaluation.{rewards}",
+            *(f"evaluation.generation.{setting}" for setting in GENERATION),
+        ]
+        own = {
+            "sft": [
+                f"model.path={folder / 'base'}",
+                f"data.path={self.posts}",
+                f"validation.path={self.posts}",
+                "validation.max_rows=11",
+                *TRAINING,
+            ],
+            "reward": [f"model.path={sft}", f"data.path={self.comparisons}", *TRAINING],
+            "score": [
+                f"reference.path={sft}",
+                f"data.path={self.comparisons}",
+                rewards,
+                "part_size=16",
+                "batch_size=8",
+            ],
+            "policy": [
+                f"model.path={sft}",
+                f"data.path={folder / 'score'}",
+                "optim.learning_rate=1e-2",
+                *TRAINING,
+                *evaluation,
+            ],
+            "evaluate": [
+                f"model.path={folder / 'policy' / 'model'}",
+                f"reference.path={sft}",
+                *(f"reference.{setting}" for setting in MODEL),
+                *evaluation,
+            ],
+        }[stage]
+        name = "reference" if stage == "score" else "model"
+        common = [f"{name}.{setting}" for setting in MODEL]
+        common += [] if stage == "evaluate" else DATA
+        return [*common, *own, f"output_dir={folder / stage}"]
+
+    def run(self, stage: str, *more: str) -> Any:
+        """Runs a stage through its config and main."""
+        main, cls = MAINS[stage]
+        return main(load_config(cls, [*self.arguments(stage), *more]))
+
+    def refusal(self, stage: str, *more: str) -> str:
+        """The text of the InputError that a stage gives."""
+        with pytest.raises(InputError) as caught:
+            self.run(stage, *more)
+        return str(caught.value)
