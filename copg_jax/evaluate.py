@@ -75,16 +75,16 @@ def make_loss_evaluator(
     prompt_size, num_completions, completion_size = dataset.shape()
     placement, num_blocks = sharding.batch_sharding(mesh), sharding.num_batch_shards(mesh)
     tokens = dataset.num_tokens(np.arange(len(dataset)))
-    dealt = packing.deal(tokens.sum(1), batch_size=batch_size, num_blocks=num_blocks)
-    blocks = packing.block_tokens(tokens, dealt, num_blocks=num_blocks)
-    capacity = packing.Capacity(int(blocks.sum(-1).max()), int(blocks[..., 1].max()))
+    dealt = packing.deal(tokens, batch_size=batch_size, num_blocks=num_blocks)
+    places = packing.in_places(tokens, dealt, num_blocks=num_blocks)
+    prompt_sizes, capacity = packing.shape_of(places, most=prompt_size)
 
     def launched(params: Any) -> Iterator[dict[str, Any]]:
         for rows in dealt:
             batch = groups.collate(
                 [None if row < 0 else dataset[row] for row in rows],
                 batch_size=batch_size,
-                prompt_size=prompt_size,
+                prompt_sizes=prompt_sizes,
                 num_completions=num_completions,
                 completion_size=completion_size,
                 num_blocks=num_blocks,
@@ -214,7 +214,8 @@ class GenerationEvaluator:
         length = np.where(prompts.rows < 0, 0, collated.prompt_length)
         batch, length, slots = global_arrays.place_whole((collated, length, slots), self._placement)
         keys = keys[np.maximum(prompts.rows, 0)]
-        samples = self._sampler(params, batch.prompt_tokens, length, slots, keys)
+        (prompt_tokens,) = batch.prompt_tokens  # of similar length, so all are in one bucket
+        samples = self._sampler(params, prompt_tokens, length, slots, keys)
         if self._ref_params is None:
             return samples, None
         # Not waiting for the samples, which alone would tell the host which slots they leave empty.
@@ -235,7 +236,7 @@ class GenerationEvaluator:
         batch = groups.collate(
             [None if i < 0 else replace(self._prompts[i], **blank) for i in prompts.rows],
             batch_size=self._batch_size,
-            prompt_size=prompts.prompt_size,
+            prompt_sizes=(prompts.prompt_size,) * (self._batch_size // num_blocks),
             num_completions=num_samples,
             completion_size=size,
             num_blocks=num_blocks,

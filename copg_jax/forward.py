@@ -115,7 +115,7 @@ class GroupForward:
         return groups.collate(
             groups_of_batch,
             batch_size=self._batch_size,
-            prompt_size=size[0],
+            prompt_sizes=(size[0],) * (self._batch_size // self._num_blocks),
             num_completions=size[1],
             completion_size=size[2],
             num_blocks=self._num_blocks,

@@ -32,17 +32,9 @@ def token_logp(
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1 or None, got {chunk}")
     matrix = output_matrix.astype(hidden.dtype)
-
-    def logp(hidden: Array, tokens: Array) -> Array:
-        logits = jnp.einsum("...d,dv->...v", hidden, matrix, preferred_element_type=jnp.float32)
-        chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-        # An index below 0 would count from the end; the other side gives NaN by itself.
-        chosen = jnp.where(tokens < 0, jnp.nan, chosen)
-        return chosen - jax.nn.logsumexp(logits, axis=-1)
-
     *leading, length = tokens.shape
     if chunk is None or chunk >= length:
-        return logp(hidden, tokens)
+        return _token_logp(hidden, matrix, tokens)
     num_chunks = -(-length // chunk)
     padding = [(0, 0)] * len(leading) + [(0, num_chunks * chunk - length)]
     hidden = jnp.pad(hidden, [*padding, (0, 0)])
@@ -53,9 +45,40 @@ def token_logp(
         pieces = x.reshape(*leading, num_chunks, chunk, *x.shape[axis + 1 :])
         return jnp.moveaxis(pieces, axis, 0)
 
-    pieces = jax.lax.map(lambda piece: jax.checkpoint(logp)(*piece), (split(hidden), split(tokens)))
+    def logp(piece: tuple[Array, Array]) -> Array:
+        return jax.checkpoint(_token_logp)(piece[0], matrix, piece[1])
+
+    pieces = jax.lax.map(logp, (split(hidden), split(tokens)))
     joined = jnp.moveaxis(pieces, 0, axis)
     return joined.reshape(*leading, num_chunks * chunk)[..., :length]
+
+
+@jax.custom_vjp
+def _token_logp(hidden: Array, matrix: Array, tokens: Array) -> Array:
+    """`token_logp` of all positions at once."""
+    return _token_logp_forward(hidden, matrix, tokens)[0]
+
+
+def _token_logp_forward(hidden: Array, matrix: Array, tokens: Array):
+    logits = jnp.einsum("...d,dv->...v", hidden, matrix, preferred_element_type=jnp.float32)
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    # An index below 0 would count from the end; the other side gives NaN by itself.
+    chosen = jnp.where(tokens < 0, jnp.nan, chosen)
+    log_total = jax.nn.logsumexp(logits, axis=-1)
+    return chosen - log_total, (hidden, matrix, tokens, logits, log_total)
+
+
+def _token_logp_backward(stored: tuple[Array, ...], gradient: Array):
+    """dlogits = dlogp (onehot(token) − softmax), from the logits and nothing else of their size."""
+    hidden, matrix, tokens, logits, log_total = stored
+    onehot = jax.lax.broadcasted_iota(tokens.dtype, logits.shape, tokens.ndim) == tokens[..., None]
+    of_logits = gradient[..., None] * (onehot - jnp.exp(logits - log_total[..., None]))
+    of_logits = of_logits.astype(hidden.dtype)
+    of_hidden = jnp.einsum("...v,dv->...d", of_logits, matrix)
+    return of_hidden, jnp.einsum("...d,...v->dv", hidden, of_logits), None
+
+
+_token_logp.defvjp(_token_logp_forward, _token_logp_backward)
 
 
 def length_mask(length: Array, size: int) -> Array:

@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Sequence
 
+from copg_jax import runtime
 from copg_jax.benchmark.commands import make_parser
 from copg_jax.errors import InputError
 
@@ -19,6 +20,7 @@ from copg_jax.errors import InputError
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command and prints its result."""
     args = make_parser("experiments.benchmark", __doc__).parse_args(argv)
+    runtime.keep_freed_memory()  # as every stage does
     try:
         result = args.run(args)
     except InputError as error:

@@ -26,7 +26,7 @@ def assert_close(got: Any, wanted: Any, near_zero: float = 1e-5) -> None:
         assert got.keys() == wanted.keys()
         for name, value in wanted.items():
             assert_close(got[name], value, 3e-5 if name == "loss" else 1e-5)
-    elif isinstance(wanted, list):
+    elif isinstance(wanted, list | tuple):  # a map of Parquet is a list of pairs
         for one, other in zip(got, wanted, strict=True):
             assert_close(one, other)
     elif isinstance(wanted, float):

@@ -40,14 +40,17 @@ def gathered_shapes(chunk: int | None = None) -> Counter[tuple[int, ...]]:
         mesh=mesh,
         state_shardings=train_state.state_shardings(mesh, optimizer, params, axes),
     )
-    ints = {"prompt_tokens": (B, P), "prompt_length": (B,)}
+    ints = {"prompt_length": (B,)}
     ints |= {"completion_tokens": (B, K, C), "completion_length": (B, K)}
     arrays = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in ints.items()}
     floats = dict.fromkeys(("reward", "ref_logp"), jax.ShapeDtypeStruct((B, K), jnp.float32))
     slots = {"token_slots": (8, 160), "completion_slots": (8, 48)}
     slots = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in slots.items()}
     state = train_state.abstract_state(optimizer, params)
-    return all_gathers(train_step.lower(state, GroupBatch(**arrays, **floats, **slots)))
+    # Two prompts a block, each in a bucket of its own.
+    prompts = tuple(jax.ShapeDtypeStruct((B // 2, size), jnp.int32) for size in (P, P // 2))
+    batch = GroupBatch(prompts, **arrays, **floats, **slots)
+    return all_gathers(train_step.lower(state, batch))
 
 
 def all_gathers(lowered: jax.stages.Lowered) -> Counter[tuple[int, ...]]:

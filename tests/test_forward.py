@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from tests.toys import mesh
 
 def digest(params, batch: GroupBatch):
     """A number that depends on the tokens of the prompt and of the completion, not on padding."""
-    prompt, completion = batch.prompt_tokens, batch.completion_tokens
+    (prompt,), completion = batch.prompt_tokens, batch.completion_tokens
     in_prompt = jnp.arange(prompt.shape[1])[None, :] < batch.prompt_length[:, None]
     in_completion = (
         jnp.arange(completion.shape[2])[None, None, :] < batch.completion_length[..., None]
@@ -58,7 +59,7 @@ def forward(on, batches: list[GroupBatch], batch_size: int = 4) -> GroupForward:
 def useful_and_shapes(batches: list[GroupBatch]) -> tuple[float, int]:
     """Share of the computed tokens that are no padding, and number of shapes to compile."""
     useful = sum(b.prompt_length.sum() + b.completion_length.sum() for b in batches)
-    shapes = {tuple(field.shape for field in batch) for batch in batches}
+    shapes = {tuple(x.shape for x in jax.tree.leaves(batch)) for batch in batches}
     return useful / sum(b.token_slots.size for b in batches), len(shapes)
 
 

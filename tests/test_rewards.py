@@ -211,7 +211,9 @@ def test_the_reward_model_gives_the_number_that_its_training_saw(folder, togethe
             np.asarray(encoder.encode_completion(t), np.int32) for t in (TEXTS[0], " " + TEXTS[1])
         ),
     )
-    batch = collate([group], batch_size=2, prompt_size=40, num_completions=3, completion_size=40)
+    batch = collate(
+        [group], batch_size=2, prompt_sizes=(40, 40), num_completions=3, completion_size=40
+    )
     scores = jax.jit(lambda p, b: model_reward(config, p, b))(params, batch)
     np.testing.assert_allclose(scores[0, :2], together[:2], atol=1e-5)
 

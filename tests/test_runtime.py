@@ -31,6 +31,32 @@ class Config:
     optim: Optim = section(Optim)
 
 
+_FAULTS = """
+import resource, sys
+import numpy as np
+from copg_jax import runtime
+
+if sys.argv[1] == "keep":
+    runtime.keep_freed_memory()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    before = faults()
+    np.ones(2**24, np.float32)  # 64 MiB, freed at once
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="NOT CHECKED: glibc keeps memory on Linux only")
+def test_memory_of_one_step_is_kept_for_the_next_where_all_is_computed_on_cpus():
+    def faults(how: str, **env: str) -> int:
+        command = [sys.executable, "-c", _FAULTS, how]
+        environment = {**os.environ, "NUMPY_MADVISE_HUGEPAGE": "0", **env}
+        return int(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
+
+    mapped, kept = faults("leave"), faults("keep", JAX_PLATFORMS="cpu")
+    assert mapped >= 2**14 > 100 > kept
+
+
 def test_the_header_holds_the_resolved_config_and_the_versions(tmp_path):
     folder = tmp_path / "runs" / "a"
     write_run_header(folder, Config(beta=0.3), {})

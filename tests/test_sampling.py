@@ -86,7 +86,7 @@ def samples(sample, params) -> Samples:
 def group_of(samples: Samples) -> GroupBatch:
     """The samples as a batch to train on."""
     blank = np.zeros(samples.length.shape, np.float32)
-    batch = GroupBatch(PROMPTS, LENGTH, samples.tokens, samples.length, blank, blank, None, None)
+    batch = GroupBatch((PROMPTS,), LENGTH, samples.tokens, samples.length, blank, blank, None, None)
     return with_slots(batch)
 
 

@@ -14,7 +14,7 @@ import optax
 
 from copg_jax import global_arrays, sharding, step, train_state
 from copg_jax.data.groups import GroupBatch, with_slots
-from copg_jax.data.packing import room_of
+from copg_jax.data.packing import in_places, shape_of
 from copg_jax.models.llama import LlamaConfig
 
 LLAMA = LlamaConfig(
@@ -45,7 +45,7 @@ def group_batch(reward: Any, length: Any = None, ref_logp: Any = None, seed: int
     draw = rng.integers(1, c + 1, (b, k))
     length = draw if length is None else np.asarray(length)
     batch = GroupBatch(
-        prompt_tokens=rng.integers(0, LLAMA.vocab_size, (b, p)).astype(np.int32),
+        prompt_tokens=(rng.integers(0, LLAMA.vocab_size, (b, p)).astype(np.int32),),
         prompt_length=rng.integers(1, p + 1, b).astype(np.int32),
         completion_tokens=rng.integers(0, LLAMA.vocab_size, (b, k, c)).astype(np.int32),
         completion_length=length.astype(np.int32),
@@ -60,7 +60,9 @@ def group_batch(reward: Any, length: Any = None, ref_logp: Any = None, seed: int
 
 def in_blocks(batch: GroupBatch, num_blocks: int) -> GroupBatch:
     """The batch packed into blocks, each with a little more room than the fullest needs."""
-    room = room_of(batch.prompt_length, batch.completion_length, num_blocks=num_blocks, multiple=5)
+    tokens = np.stack([batch.prompt_length, batch.completion_length.sum(1)], axis=1)
+    places = in_places(tokens, np.arange(len(tokens))[None, :], num_blocks=num_blocks)
+    _, room = shape_of(places, most=tokens[:, 0].max(), multiple=5)
     return with_slots(batch, num_blocks=num_blocks, capacity=room)
 
 

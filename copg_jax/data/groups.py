@@ -4,6 +4,7 @@
 2. `collate` pads groups into one `GroupBatch`, the only thing that any stage trains on.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,12 +27,16 @@ EOS_INSIDE = "EOS inside a completion"
 class GroupBatch(NamedTuple):
     """B prompts with K completions each, padded on the right with token 0; NumPy or JAX arrays.
 
-    The last two fields say what is computed. Block r of R holds the groups [r B/R, (r + 1) B/R),
-    and its slots are numbered through: first the prompt slots g P + p, then the completion slots
+    Block r of R holds the groups [r B/R, (r + 1) B/R). Prompts lie in buckets, so that long ones do
+    not pad the others: bucket j has the prompts of n_j neighbouring places of every block, block
+    after block, and with all buckets n_1 + n_2 + ... = B/R.
+
+    The last two fields say what is computed. Slots of a block are numbered through: first those of
+    the prompts, place after place and each as many as its bucket is wide, then the completion slots
     (g K + k) C + c.
     """
 
-    prompt_tokens: Any  # [B, P] int32
+    prompt_tokens: Any  # one int32 [R n_j, P_j] a bucket
     prompt_length: Any  # [B] int32, at least 1
     completion_tokens: Any  # [B, K, C] int32, EOS included
     completion_length: Any  # [B, K] int32, 0 where the slot is absent
@@ -111,7 +116,7 @@ def collate(
     groups: Sequence[TokenGroup | None],
     *,
     batch_size: int,
-    prompt_size: int,
+    prompt_sizes: Sequence[int],
     num_completions: int,
     completion_size: int,
     num_blocks: int = 1,
@@ -120,9 +125,9 @@ def collate(
     """Pads at most `batch_size` groups into one batch; missing groups have only absent completions.
 
     Args:
-        groups: groups to place, first to last; None leaves a row out.
+        groups: groups to place, first to last; None leaves a place empty.
         batch_size: B.
-        prompt_size: P, tokens.
+        prompt_sizes: P of each place in a block, tokens; equal neighbours share a bucket; [B / R].
         num_completions: K.
         completion_size: C, tokens.
         num_blocks: R, divides B.
@@ -132,8 +137,10 @@ def collate(
         InputError: a group is larger than the batch's shape, or a block than its room.
     """
     slots = (batch_size, num_completions)
+    buckets = [(len(list(same)), size) for size, same in itertools.groupby(prompt_sizes)]
+    prompts = [np.zeros((num_blocks, places, size), np.int32) for places, size in buckets]
     batch = GroupBatch(
-        prompt_tokens=np.zeros((batch_size, prompt_size), np.int32),
+        prompt_tokens=tuple(bucket.reshape(-1, bucket.shape[2]) for bucket in prompts),
         prompt_length=np.ones(batch_size, np.int32),
         completion_tokens=np.zeros((*slots, completion_size), np.int32),
         completion_length=np.zeros(slots, np.int32),
@@ -144,19 +151,21 @@ def collate(
     )
     if len(groups) > batch_size:
         raise InputError(f"{len(groups)} groups do not fit a batch of {batch_size}.")
-    for row, group in enumerate(groups):
+    # Views, in the order of the groups: [P_j] each.
+    rows = [row for block in zip(*prompts, strict=True) for bucket in block for row in bucket]
+    for index, group in enumerate(groups):
         if group is None:
             continue
-        _check_size(group, (prompt_size, num_completions, completion_size))
-        batch.prompt_tokens[row, : len(group.prompt_tokens)] = group.prompt_tokens
-        batch.prompt_length[row] = len(group.prompt_tokens)
+        _check_size(group, (len(rows[index]), num_completions, completion_size))
+        rows[index][: len(group.prompt_tokens)] = group.prompt_tokens
+        batch.prompt_length[index] = len(group.prompt_tokens)
         for slot, ids in enumerate(group.completion_tokens):
-            batch.completion_tokens[row, slot, : len(ids)] = ids
-            batch.completion_length[row, slot] = len(ids)
+            batch.completion_tokens[index, slot, : len(ids)] = ids
+            batch.completion_length[index, slot] = len(ids)
         if group.rewards is not None:
-            batch.reward[row, : len(group.rewards)] = group.rewards
+            batch.reward[index, : len(group.rewards)] = group.rewards
         if group.ref_logps is not None:
-            batch.ref_logp[row, : len(group.ref_logps)] = group.ref_logps
+            batch.ref_logp[index, : len(group.ref_logps)] = group.ref_logps
     return with_slots(batch, num_blocks=num_blocks, capacity=capacity)
 
 
@@ -178,12 +187,13 @@ def with_slots(
     batch: GroupBatch, *, num_blocks: int = 1, capacity: Capacity | None = None
 ) -> GroupBatch:
     """Sets the slots to compute, from the lengths; arguments as in `collate`."""
-    prompt_size, completion_size = batch.prompt_tokens.shape[1], batch.completion_tokens.shape[2]
+    completion_size = batch.completion_tokens.shape[2]
+    sizes = [[bucket.shape[1]] * (len(bucket) // num_blocks) for bucket in batch.prompt_tokens]
     return batch._replace(
         token_slots=packing.token_slots(
             batch.prompt_length,
             batch.completion_length,
-            prompt_size=prompt_size,
+            prompt_sizes=list(itertools.chain(*sizes)),
             completion_size=completion_size,
             num_blocks=num_blocks,
             room=capacity and capacity.tokens,

@@ -4,13 +4,19 @@
    it.
 2. `completion_attention`: a query sees its whole prompt and the first tokens of its own
    completion, never another completion; one softmax over both parts.
+3. `_attend` computes both where no kernel does: one softmax over several sets of keys. Its backward
+   pass needs no weights, but computes them again from the scores and their normaliser.
 
-Both keep query heads as [KV, H / KV], so grouped key-value heads are never repeated in memory, and
-take scores and softmax in float32.
+Query heads are kept as [KV, H / KV], so grouped key-value heads are never repeated in memory;
+scores and softmax are float32.
 """
+
+from functools import reduce
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from copg_jax.models.flash import fused_attention
@@ -18,15 +24,18 @@ from copg_jax.models.llama import MIXED
 
 # Finite, so that a row without any visible key would still give a number and not NaN.
 _MASKED = float(jnp.finfo(jnp.float32).min)
-_QUERY_BLOCK = 128
+# Queries are cut into blocks of 64, the fastest on a CPU among 32, 64, 96, 128 and 256; into larger
+# ones in longer prompts, as each takes its time to compile.
+_QUERY_BLOCK = 64
+_MOST_BLOCKS = 8
 # An estimate for a TPU v5e and heads of 128: with fewer slots, starting a small product for every
 # group and head takes a fused kernel longer than reading and writing all scores takes XLA.
 _SHORTEST_FUSED = 256
 
 
 def prompt_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, prompt_length: jax.Array, *, backend: str = "xla"
-) -> jax.Array:
+    q: Array, k: Array, v: Array, prompt_length: Array, *, backend: str = "xla"
+) -> Array:
     """Causal attention within right-padded prompts: softmax(q k / sqrt(Hd)) v.
 
     Args:
@@ -41,39 +50,32 @@ def prompt_attention(
     """
     if backend != "xla" and q.shape[1] >= _SHORTEST_FUSED:
         return fused_attention(backend, q, k, v, prompt_length)
-    queries, keys, values = _by_head(q, k.shape[2]), _by_head(k), _by_head(v)
-    # A block of queries sees no key after its last one: half of the square is never computed.
-    blocks = [
-        _causal_block(queries[:, :, :, start : start + _QUERY_BLOCK], keys, values, start)
-        for start in range(0, q.shape[1], _QUERY_BLOCK)
-    ]
-    mixed = _from_heads(jnp.concatenate(blocks, axis=3)).astype(q.dtype)
-    return checkpoint_name(mixed, MIXED)
-
-
-def _causal_block(q: jax.Array, k: jax.Array, v: jax.Array, start: int) -> jax.Array:
-    """Queries at positions start, start + 1, ...: [B, KV, G, Q, Hd] against [B, KV, P, Hd]."""
-    num_queries = q.shape[3]
-    stop = start + num_queries
     # Padding is on the right, so no valid query comes after it: causality alone hides it.
-    visible = jnp.arange(stop)[None, :] <= jnp.arange(start, stop)[:, None]
-    visible = jnp.tile(visible, (q.shape[2], 1))
-    rows = q.reshape(*q.shape[:2], -1, q.shape[-1])
-    scores = jnp.where(visible[None, None], _scores(rows, k[:, :, :stop]), _MASKED)
-    weights, total = _softmax(scores)
-    mixed = _mix(weights.astype(q.dtype), v[:, :, :stop]) / total[..., None]
-    return mixed.reshape(q.shape)
+    queries, keys, values = _by_head(q, k.shape[2]), _by_head(k), _by_head(v)
+    size, num_groups = q.shape[1], queries.shape[2]
+    block = _QUERY_BLOCK * -(-size // (_QUERY_BLOCK * _MOST_BLOCKS))
+    blocks = []
+    for start in range(0, size, block):
+        stop = min(start + block, size)
+        upto = jnp.tile(jnp.tri(stop - start, dtype=bool), (num_groups, 1))[None, None]
+        # What comes before the block is seen whole; what comes after it is never computed.
+        before = _Keys(keys[:, :, :start], values[:, :, :start], None)
+        own = _Keys(keys[:, :, start:stop], values[:, :, start:stop], upto)
+        parts = (before, own) if start else (own,)
+        blocks.append(_attend(queries[:, :, :, start:stop], parts))
+    mixed = jnp.concatenate(blocks, axis=3)
+    return mixed.reshape(len(q), -1, size, q.shape[3]).swapaxes(1, 2)
 
 
 def completion_attention(
-    q: jax.Array,
-    prompt_k: jax.Array,
-    prompt_v: jax.Array,
-    prompt_length: jax.Array,
-    own_k: jax.Array,
-    own_v: jax.Array,
-    num_seen: jax.Array,
-) -> jax.Array:
+    q: Array,
+    prompt_k: Array,
+    prompt_v: Array,
+    prompt_length: Array,
+    own_k: Array,
+    own_v: Array,
+    num_seen: Array,
+) -> Array:
     """One softmax over [whole prompt | own past], for every completion of a group at once.
 
     Args:
@@ -90,60 +92,94 @@ def completion_attention(
     Returns:
         [B, K, Q, H, Hd]; rows of padding are finite and mean nothing.
     """
-    batch, num_completions, num_queries = q.shape[:3]
     num_heads, prompt_size, own_size = prompt_k.shape[2], prompt_k.shape[1], own_k.shape[2]
     # Heads before rows; all completions of a group are rows of one product with its prompt.
-    rows = q.reshape(batch, num_completions, num_queries, num_heads, -1, q.shape[-1])
-    rows = rows.transpose(0, 3, 1, 4, 2, 5)  # [B, KV, K, G, Q, Hd]
-    shape = rows.shape[:-1]
-    whole = rows.reshape(batch, num_heads, -1, q.shape[-1])
-    split = rows.reshape(batch, num_heads, num_completions, -1, q.shape[-1])
+    split = q.reshape(*q.shape[:3], num_heads, -1, q.shape[-1])
+    queries = split.transpose(0, 3, 1, 4, 2, 5)  # [B, KV, K, G, Q, Hd]
     own_k, own_v = (jnp.moveaxis(x, 3, 1) for x in (own_k, own_v))  # [B, KV, K, C, Hd]
-
     in_prompt = jnp.arange(prompt_size)[None, :] < prompt_length[:, None]
     in_past = jnp.arange(own_size)[None, None, None, :] < num_seen[..., None]
-    prompt_scores = _scores(whole, _by_head(prompt_k)).reshape(*shape, -1)
-    own_scores = _scores(split, own_k).reshape(*shape, -1)
-    scores = jnp.concatenate(
-        [
-            jnp.where(in_prompt[:, None, None, None, None, :], prompt_scores, _MASKED),
-            jnp.where(in_past[:, None, :, None, :, :], own_scores, _MASKED),
-        ],
-        axis=-1,
+    in_past = jnp.tile(in_past, (1, 1, queries.shape[3], 1))  # [B, K, G Q, C]
+    parts = (
+        _Keys(_by_head(prompt_k), _by_head(prompt_v), in_prompt[:, None, None]),
+        _Keys(own_k, own_v, in_past[:, None]),
     )
-    weights, total = _softmax(scores)
-    weights = weights.astype(q.dtype)
-    of_prompt = weights[..., :prompt_size].reshape(*whole.shape[:-1], -1)
-    of_past = weights[..., prompt_size:].reshape(*split.shape[:-1], -1)
-    mixed = _mix(of_prompt, _by_head(prompt_v)).reshape(rows.shape)
-    mixed += _mix(of_past, own_v).reshape(rows.shape)
-    mixed = mixed / total[..., None]
-    return mixed.transpose(0, 2, 4, 1, 3, 5).reshape(q.shape).astype(q.dtype)
+    return _attend(queries, parts).transpose(0, 2, 4, 1, 3, 5).reshape(q.shape)
 
 
-def _softmax(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Softmax over the last axis as (numerator [..., N], denominator [...]).
+class _Keys(NamedTuple):
+    """Keys that queries [..., Hd] see; all queries of `...` that share them are its N rows."""
 
-    Dividing what was mixed instead of the weights saves passes over the scores, most of all in the
-    backward pass, where the sum of the weights' gradients then comes from [..., Hd] alone.
+    k: Array  # [..., T, Hd]
+    v: Array  # [..., T, Hd]
+    visible: Array | None  # bool, broadcasts to [..., N, T]; None = every row sees all
+
+    def rows(self, per_query: Array) -> Array:
+        """[each query ..., X] → [..., N, X]."""
+        return per_query.reshape(*self.k.shape[:-2], -1, per_query.shape[-1])
+
+    def scores(self, q: Array) -> Array:
+        """Masked scores, float32: rows of queries that are scaled already → [..., N, T]."""
+        scores = _matmul(self.rows(q), self.k.mT)
+        return scores if self.visible is None else jnp.where(self.visible, scores, _MASKED)
+
+
+@jax.custom_vjp
+def _attend(q: Array, parts: tuple[_Keys, ...]) -> Array:
+    """softmax(q k / sqrt(Hd)) v, one softmax over the keys of all parts.
+
+    Args:
+        q: queries [..., Hd].
+        parts: keys and values, each with leading axes that `...` begins with.
+
+    Returns:
+        Like q.
     """
-    largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-    weights = jnp.exp(scores - largest)
-    return weights, weights.sum(-1)
+    return _attend_forward(q, parts)[0]
 
 
-def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
-    """[..., Q, Hd], [..., T, Hd] → [..., Q, T]."""
+def _attend_forward(q: Array, parts: tuple[_Keys, ...]):
     scaled = q * q.shape[-1] ** -0.5
-    return jnp.matmul(scaled, k.swapaxes(-1, -2), preferred_element_type=jnp.float32)
+    scores = [part.scores(scaled) for part in parts]
+    per_query = (*q.shape[:-1], 1)
+    largest = reduce(jnp.maximum, (s.max(-1, initial=_MASKED).reshape(per_query) for s in scores))
+    total, mixed = jnp.zeros(per_query), jnp.zeros(q.shape)
+    for part, s in zip(parts, scores, strict=True):
+        weights = jnp.exp(s - part.rows(largest))
+        total += weights.sum(-1).reshape(per_query)
+        mixed += _matmul(weights.astype(q.dtype), part.v).reshape(q.shape)
+    # Named, so that what is stored under that name is not computed again for the backward pass.
+    mixed = checkpoint_name((mixed / total).astype(q.dtype), MIXED)
+    log_total = checkpoint_name(largest + jnp.log(total), MIXED)
+    return mixed, (q, parts, mixed, log_total)
 
 
-def _mix(weights: jax.Array, values: jax.Array) -> jax.Array:
-    """[..., Q, T], [..., T, Hd] → [..., Q, Hd]."""
-    return jnp.matmul(weights, values, preferred_element_type=jnp.float32)
+def _attend_backward(stored, gradient: Array):
+    q, parts, mixed, log_total = stored
+    scale = q.shape[-1] ** -0.5
+    # Of a softmax, dscore = weight (dweight − Σ weight dweight), and that sum is mixed · dmixed.
+    along = jnp.sum(mixed.astype(jnp.float32) * gradient, axis=-1, keepdims=True)
+    q_gradient, gradients = jnp.zeros(q.shape), []
+    for part in parts:
+        rows, of_rows = part.rows(q * scale), part.rows(gradient)
+        weights = jnp.exp(part.scores(q * scale) - part.rows(log_total))
+        of_scores = weights * (_matmul(of_rows, part.v.mT) - part.rows(along))
+        weights, of_scores = weights.astype(q.dtype), of_scores.astype(q.dtype)
+        q_gradient += scale * _matmul(of_scores, part.k).reshape(q.shape)
+        of_k, of_v = _matmul(of_scores.mT, rows), _matmul(weights.mT, of_rows)
+        gradients.append(_Keys(of_k.astype(q.dtype), of_v.astype(q.dtype), None))
+    return q_gradient.astype(q.dtype), tuple(gradients)
 
 
-def _by_head(x: jax.Array, num_groups: int | None = None) -> jax.Array:
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _matmul(a: Array, b: Array) -> Array:
+    """[..., N, I], [..., I, M] → float32 [..., N, M]."""
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+def _by_head(x: Array, num_groups: int | None = None) -> Array:
     """[B, T, H, Hd] → [B, H, T, Hd]; with groups → [B, KV, H / KV, T, Hd].
 
     Consecutive query heads share a key-value head.
@@ -152,8 +188,3 @@ def _by_head(x: jax.Array, num_groups: int | None = None) -> jax.Array:
     if num_groups is None:
         return x
     return x.reshape(len(x), num_groups, -1, *x.shape[2:])
-
-
-def _from_heads(x: jax.Array) -> jax.Array:
-    """[B, KV, G, T, Hd] → [B, T, KV G, Hd]."""
-    return x.reshape(len(x), -1, *x.shape[3:]).swapaxes(1, 2)

@@ -25,8 +25,8 @@ from copg_jax.models.llama import (
     Rotation,
     layer_specs,
     param_specs,
-    rms_norm,
 )
+from copg_jax.models.primitives import rms_norm
 from copg_jax.sharding import Axes, constrain_residual, gather_weight
 
 Attend = Callable[..., tuple[jax.Array, Any]]

@@ -1,10 +1,13 @@
 """Groups through the model: each prompt once, its K completions beside it.
 
 1. Linear layers see packed tokens, attention sees slots; `_Group` holds the map between them.
-2. `predictive_hidden` gives the states from which completion tokens are predicted, `final_hidden`
+2. Attention runs bucket by bucket, each as wide as its longest prompt.
+3. `predictive_hidden` gives the states from which completion tokens are predicted, `final_hidden`
    those of the last tokens. The last layer computes no others.
 """
 
+import itertools
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, Self
@@ -41,11 +44,11 @@ def predictive_hidden(config: LlamaConfig, params: Params, batch: GroupBatch) ->
     # By completion slot: the packed token that predicts it.
     before = group.packing.token[:, -num_slots - 1 : -1]
     before = jnp.where(jnp.arange(num_slots)[None, :] % size == 0, last_prompt, before)
+    num_seen = jnp.broadcast_to(jnp.arange(size)[None, None, :], batch.completion_tokens.shape)
 
-    def attend(q, keys_values):
+    def attend(q, k, v):
         rows = packing.unpack(q).reshape(*batch.completion_tokens.shape, *q.shape[2:])
-        num_seen = jnp.arange(size)[None, None, :]
-        mixed = completion_attention(rows, *keys_values, num_seen=num_seen)
+        mixed = group.attend_completions(rows, k, v, num_seen)
         return packing.pack(mixed.reshape(len(q), num_slots, *q.shape[2:]))
 
     return _run_groups(config, params, group, packing.pack(before), attend)
@@ -67,13 +70,20 @@ def final_hidden(config: LlamaConfig, params: Params, batch: GroupBatch) -> jax.
     last = jnp.maximum(batch.completion_length - 1, 0)[:, :, None]
     index = jnp.take_along_axis(tokens.reshape(batch.completion_tokens.shape), last, axis=2)
 
-    def attend(q, keys_values):
+    def attend(q, k, v):
         rows = q.reshape(*last.shape, *q.shape[2:])
         num_seen = batch.completion_length[:, :, None]
-        return completion_attention(rows, *keys_values, num_seen=num_seen).reshape(q.shape)
+        return group.attend_completions(rows, k, v, num_seen).reshape(q.shape)
 
     x = _run_groups(config, params, group, index.reshape(len(tokens), -1), attend)
     return x.reshape(*batch.completion_length.shape, -1)
+
+
+class _Slots(NamedTuple):
+    """An array of all tokens, padded."""
+
+    prompts: tuple[jax.Array, ...]  # by bucket, [R n_j, P_j, ...]
+    completions: jax.Array  # [B, K, C, ...]
 
 
 class _Group(NamedTuple):
@@ -84,39 +94,108 @@ class _Group(NamedTuple):
 
     @classmethod
     def of(cls, batch: GroupBatch) -> Self:
-        slots = batch.prompt_tokens.size + batch.completion_tokens.size
+        slots = sum(x.size for x in (*batch.prompt_tokens, batch.completion_tokens))
         return cls(batch, Packing.of(batch.token_slots, slots // len(batch.token_slots)))
+
+    @property
+    def tokens(self) -> _Slots:
+        """Token ids."""
+        return _Slots(self.batch.prompt_tokens, self.batch.completion_tokens)
+
+    @property
+    def num_blocks(self) -> int:
+        """R."""
+        return len(self.batch.token_slots)
 
     @property
     def per_block(self) -> int:
         """Groups of a block, B / R."""
-        return len(self.batch.prompt_tokens) // len(self.packing.token)
+        return len(self.batch.prompt_length) // self.num_blocks
 
     @property
     def num_completion_slots(self) -> int:
         """Completion slots of a block; its prompt slots come before them."""
-        return self.batch.completion_tokens.size // len(self.packing.token)
+        return self.batch.completion_tokens.size // self.num_blocks
+
+    def positions(self) -> jax.Array:
+        """Of each packed token in its sequence, which begins with the prompt; [R, N]."""
+        *_, size = shape = self.batch.completion_tokens.shape
+        prompts = (
+            jnp.broadcast_to(jnp.arange(x.shape[1])[None, :], x.shape)
+            for x in self.batch.prompt_tokens
+        )
+        own = self.batch.prompt_length[:, None, None] + jnp.arange(size)[None, None, :]
+        return self.pack(_Slots(tuple(prompts), jnp.broadcast_to(own, shape)))
 
     def last_prompt_token(self) -> jax.Array:
         """Packed index of the last token of each prompt; [R, B / R]."""
-        tokens = self.packing.token[:, : -self.num_completion_slots]
-        return last_tokens(tokens, self.batch.prompt_length)
+        tokens = self._cut(self.packing.token).prompts
+        last = map(last_tokens, tokens, self.by_bucket(self.batch.prompt_length))
+        return self.from_buckets(list(last)).reshape(self.num_blocks, -1)
 
-    def pack(self, prompt: jax.Array, completion: jax.Array) -> jax.Array:
-        """[B, P, ...] and [B, K, C, ...] → [R, N, ...]."""
-        num_blocks = len(self.packing.token)
-        rest = prompt.shape[2:]
-        parts = [x.reshape(num_blocks, -1, *rest) for x in (prompt, completion)]
-        return self.packing.pack(jnp.concatenate(parts, axis=1))
+    def attend_prompts(
+        self, q: _Slots, k: _Slots, v: _Slots, backend: str
+    ) -> tuple[jax.Array, ...]:
+        """`attention.prompt_attention` of all groups, by bucket; [R n_j, P_j, H, Hd]."""
+        lengths = self.by_bucket(self.batch.prompt_length)
+        attend = partial(prompt_attention, backend=backend)
+        return tuple(map(attend, q.prompts, k.prompts, v.prompts, lengths))
 
-    def unpack(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """[R, N, ...] → [B, P, ...] and [B, K, C, ...]."""
-        slots = self.packing.unpack(x)
-        prompt, completion = jnp.split(slots, [slots.shape[1] - self.num_completion_slots], axis=1)
-        return (
-            prompt.reshape(*self.batch.prompt_tokens.shape, *x.shape[2:]),
-            completion.reshape(*self.batch.completion_tokens.shape, *x.shape[2:]),
+    def attend_completions(
+        self, q: jax.Array, k: _Slots, v: _Slots, num_seen: jax.Array
+    ) -> jax.Array:
+        """`attention.completion_attention` of all groups.
+
+        Args:
+            q: [B, K, Q, H, Hd].
+            k: keys.
+            v: values.
+            num_seen: [B, K, Q].
+
+        Returns:
+            [B, K, Q, H, Hd].
+        """
+        own = q, self.batch.prompt_length, k.completions, v.completions, num_seen
+        rows, length, own_k, own_v, seen = map(self.by_bucket, own)
+        mixed = map(completion_attention, rows, k.prompts, v.prompts, length, own_k, own_v, seen)
+        return self.from_buckets(list(mixed))
+
+    def by_bucket(self, x: jax.Array) -> list[jax.Array]:
+        """[B, ...] → [R n_j, ...] for the groups of each bucket."""
+        sizes = [len(bucket) // self.num_blocks for bucket in self.batch.prompt_tokens]
+        blocks = x.reshape(self.num_blocks, -1, *x.shape[1:])
+        return [part.reshape(-1, *x.shape[1:]) for part in _split(blocks, sizes)]
+
+    def from_buckets(self, parts: list[jax.Array]) -> jax.Array:
+        """[R n_j, ...] for the groups of each bucket → [B, ...]."""
+        rest = parts[0].shape[1:]
+        blocks = [part.reshape(self.num_blocks, -1, *rest) for part in parts]
+        return jnp.concatenate(blocks, axis=1).reshape(-1, *rest)
+
+    def pack(self, x: _Slots) -> jax.Array:
+        """[R, N, ...]."""
+        rest = x.completions.shape[3:]
+        parts = (part.reshape(self.num_blocks, -1, *rest) for part in (*x.prompts, x.completions))
+        return self.packing.pack(jnp.concatenate(list(parts), axis=1))
+
+    def unpack(self, x: jax.Array) -> _Slots:
+        """Of [R, N, ...]."""
+        return self._cut(self.packing.unpack(x))
+
+    def _cut(self, slots: jax.Array) -> _Slots:
+        """Of an array by slot, [R, S, ...]."""
+        shapes = [x.shape for x in (*self.batch.prompt_tokens, self.batch.completion_tokens)]
+        parts = _split(slots, [math.prod(shape) // self.num_blocks for shape in shapes])
+        *prompts, completions = (
+            part.reshape(*shape, *slots.shape[2:])
+            for part, shape in zip(parts, shapes, strict=True)
         )
+        return _Slots(tuple(prompts), completions)
+
+
+def _split(x: jax.Array, sizes: list[int]) -> list[jax.Array]:
+    """Pieces of these sizes along the second axis."""
+    return jnp.split(x, list(itertools.accumulate(sizes))[:-1], axis=1)
 
 
 def _run_groups(
@@ -138,37 +217,24 @@ def _run_groups(
     Returns:
         [R, U, D] after the final norm.
     """
-    length = group.batch.prompt_length
-    prompt_shape, completion_shape = (
-        group.batch.prompt_tokens.shape,
-        group.batch.completion_tokens.shape,
-    )
-    own_position = jnp.arange(completion_shape[2])[None, None, :]
-    positions = group.pack(
-        jnp.broadcast_to(jnp.arange(prompt_shape[1])[None, :], prompt_shape),
-        jnp.broadcast_to(length[:, None, None] + own_position, completion_shape),
-    )
-    rotation = rotary_angles(config, positions)
-
-    def in_slots(k, v):
-        (prompt_k, own_k), (prompt_v, own_v) = group.unpack(k), group.unpack(v)
-        return prompt_k, prompt_v, length, own_k, own_v
+    shape = group.batch.completion_tokens.shape
+    upto = jnp.broadcast_to(jnp.arange(1, shape[2] + 1)[None, None, :], shape)
+    rotation = rotary_angles(config, group.positions())
 
     def attend(q, k, v):
-        prompt_q, own_q = group.unpack(q)
-        keys_values = in_slots(k, v)
-        mixed = prompt_attention(prompt_q, *keys_values[:3], backend=config.attention)
-        own_mixed = completion_attention(own_q, *keys_values, num_seen=own_position + 1)
-        return group.pack(mixed, own_mixed), None
+        q, k, v = map(group.unpack, (q, k, v))
+        prompts = group.attend_prompts(q, k, v, config.attention)
+        completions = group.attend_completions(q.completions, k, v, upto)
+        return group.pack(_Slots(prompts, completions)), None
 
-    x = embed(config, params, group.pack(group.batch.prompt_tokens, group.batch.completion_tokens))
+    x = embed(config, params, group.pack(group.tokens))
     x, _ = scan_layers(config, params["layers"], x, rotation, attend)
     x, _ = last_layer(
         config,
         params["last_layer"],
         x,
         rotation,
-        lambda q, k, v: (attend_last(q, in_slots(k, v)), None),
+        lambda q, k, v: (attend_last(q, group.unpack(k), group.unpack(v)), None),
         read=partial(take_rows, index=index),
     )
     return final_norm(config, params, x)

@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
 
 from copg_jax.errors import InputError
+from copg_jax.models.primitives import linear, rms_norm
 
 HEADS = ("lm", "score")
 DTYPES = ("float32", "bfloat16")
@@ -217,14 +218,6 @@ def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
     return rotated.astype(x.dtype)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm, x / sqrt(mean(x^2) + eps) * scale, computed in float32."""
-    wide = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    scale = jnp.expand_dims(scale.astype(jnp.float32), tuple(range(x.ndim - 1)))
-    return (wide * inverse * scale).astype(x.dtype)
-
-
 class LlamaLayer(nnx.Module):
     """One decoder layer; its matrices are in the compute dtype, its norm scales in float32."""
 
@@ -265,22 +258,24 @@ class LlamaLayer(nnx.Module):
         """
         keep = partial(checkpoint_name, name=PROJECTED)
         normed = rms_norm(x, self.input_layernorm[...], self.eps)
-        k = keep(rotate(_project("btd,dhe->bthe", normed, self.k_proj), rotation))
-        v = keep(_project("btd,dhe->bthe", normed, self.v_proj))
+        k = keep(rotate(_project(normed, self.k_proj), rotation))
+        v = keep(_project(normed, self.v_proj))
         x, rotation = jax.tree.map(read, (x, rotation))
         normed = rms_norm(x, self.input_layernorm[...], self.eps)
-        q = keep(rotate(_project("btd,dhe->bthe", normed, self.q_proj), rotation))
+        q = keep(rotate(_project(normed, self.q_proj), rotation))
         mixed, extra = attend(q, k, v)
         # One merged contraction axis: over (h, e) XLA transposes the weights at every decode step.
         mixed = mixed.reshape(*mixed.shape[:2], -1)
         o_proj = self.o_proj[...].reshape(mixed.shape[-1], -1)
-        x = keep(x + jnp.einsum("btm,md->btd", mixed, o_proj))
+        x = keep(x + linear(mixed, o_proj))
 
         normed = rms_norm(x, self.post_attention_layernorm[...], self.eps)
-        gate = _project("btd,df->btf", normed, self.gate_proj)
-        up = _project("btd,df->btf", normed, self.up_proj)
-        return x + _project("btf,fd->btd", jax.nn.silu(gate) * up, self.down_proj), extra
+        gate = _project(normed, self.gate_proj)
+        up = _project(normed, self.up_proj)
+        return x + _project(jax.nn.silu(gate) * up, self.down_proj), extra
 
 
-def _project(equation: str, x: jax.Array, weight: nnx.Param[jax.Array]) -> jax.Array:
-    return jnp.einsum(equation, x, weight[...])
+def _project(x: jax.Array, weight: nnx.Param[jax.Array]) -> jax.Array:
+    """[B, T, D], [D, ...] → [B, T, ...]."""
+    matrix = weight[...]
+    return linear(x, matrix.reshape(len(matrix), -1)).reshape(*x.shape[:-1], *matrix.shape[1:])

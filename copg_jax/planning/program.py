@@ -179,16 +179,19 @@ def _full_batch(config: TrainConfig, num_completions: int, *, num_blocks: int) -
         axis=1,
     )
     # As the stream would deal them: blocks of nearly equal totals, and the least room for them.
-    order = packing.balance(prompts + completions.sum(1), num_blocks).reshape(-1)
-    prompts, completions = prompts[order], completions[order]
+    tokens = np.stack([prompts, completions.sum(1)], axis=1)
+    dealt = packing.deal(tokens, batch_size=size, num_blocks=num_blocks)
+    places = packing.in_places(tokens, dealt, num_blocks=num_blocks)
+    longest = _round_up(data.max_prompt_tokens, 8)
+    (_, *prompt_sizes), capacity = packing.shape_of(places, most=longest)
     return groups.collate(
-        [_token_group(int(p), c) for p, c in zip(prompts, completions, strict=True)],
+        [_token_group(int(prompts[i]), completions[i]) for i in dealt[0]],
         batch_size=size,
-        prompt_size=_round_up(data.max_prompt_tokens, 8),
+        prompt_sizes=(longest, *prompt_sizes),
         num_completions=num_completions,
         completion_size=_round_up(data.max_completion_tokens, 8),
         num_blocks=num_blocks,
-        capacity=packing.room_of(prompts, completions, num_blocks=num_blocks, multiple=8),
+        capacity=capacity,
     )
 
 

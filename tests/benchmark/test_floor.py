@@ -47,7 +47,7 @@ def plain_batch(rows: list[TokenGroup]) -> Plain:
     batch = groups.collate(
         [replace(row, ref_logps=None) for row in sequences],
         batch_size=len(sequences),
-        prompt_size=1,
+        prompt_sizes=(1,) * len(sequences),
         num_completions=1,
         completion_size=size - 1,
     )

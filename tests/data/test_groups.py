@@ -5,7 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from copg_jax.data.groups import TOO_FEW, collate, tokenize_group
+from copg_jax.data.groups import TOO_FEW, TokenGroup, collate, tokenize_group
+from copg_jax.data.packing import Capacity
 from copg_jax.data.prompts import Post, format_prompt
 from copg_jax.data.schemas import InvalidRow, TextGroup
 from copg_jax.data.tldr import Limits
@@ -86,8 +87,11 @@ def test_collate_pads_on_the_right_and_fills_up_with_absent_groups(with_bos):
         ),
         tokenize_group(text_group((" a b",)), encoder, Limits(), Counter()),
     ]
-    batch = collate(groups, batch_size=3, prompt_size=16, num_completions=3, completion_size=8)
-    assert [np.asarray(x).shape for x in batch] == [
+    batch = collate(
+        groups, batch_size=3, prompt_sizes=(16,) * 3, num_completions=3, completion_size=8
+    )
+    (prompt_tokens,), *rest = batch
+    assert [np.asarray(x).shape for x in (prompt_tokens, *rest)] == [
         (3, 16),
         (3,),
         (3, 3, 8),
@@ -97,10 +101,11 @@ def test_collate_pads_on_the_right_and_fills_up_with_absent_groups(with_bos):
         (1, 3 * (16 + 3 * 8)),
         (1, 3 * 3 * 8),
     ]
-    assert [x.dtype for x in batch] == [np.int32] * 4 + [np.float32] * 2 + [np.int32] * 2
+    assert [x.dtype for x in rest] == [np.int32] * 3 + [np.float32] * 2 + [np.int32] * 2
+    assert prompt_tokens.dtype == np.int32
     for row, group in enumerate(groups):
         length = batch.prompt_length[row]
-        assert batch.prompt_tokens[row, :length].tolist() == group.prompt_tokens.tolist()
+        assert prompt_tokens[row, :length].tolist() == group.prompt_tokens.tolist()
         for slot, ids in enumerate(group.completion_tokens):
             assert batch.completion_tokens[row, slot, : len(ids)].tolist() == ids.tolist()
             assert batch.completion_length[row, slot] == len(ids)
@@ -109,4 +114,26 @@ def test_collate_pads_on_the_right_and_fills_up_with_absent_groups(with_bos):
     assert batch.completion_length[1].tolist()[1:] == [0, 0]
     assert batch.reward[0].tolist() == [1.0, -1.0, 0.0] and batch.ref_logp[0, 1] == -4.0
     with pytest.raises(InputError, match=r"f.jsonl:4: .* over the batch's \(16, 1, 8\)"):
-        collate(groups, batch_size=3, prompt_size=16, num_completions=1, completion_size=8)
+        collate(groups, batch_size=3, prompt_sizes=(16,) * 3, num_completions=1, completion_size=8)
+
+
+def test_prompts_lie_in_buckets_by_their_place_in_a_block():
+    lengths = [5, 3, 2, 6, 1, 2]  # two blocks of three places
+    groups = [
+        TokenGroup("i", f"f:{n}", "", np.full(n, n, np.int32), ("",), (np.array([7, 7, 1]),))
+        for n in lengths
+    ]
+    shape = {"batch_size": 6, "num_completions": 1, "completion_size": 4, "num_blocks": 2}
+    batch = collate(groups, prompt_sizes=(6, 3, 3), capacity=Capacity(20, 10), **shape)
+    long, short = batch.prompt_tokens
+    assert long.tolist() == [[5] * 5 + [0], [6] * 6]
+    assert short.tolist() == [[3, 3, 3], [2, 2, 0], [1, 0, 0], [2, 2, 0]]
+    assert batch.prompt_length.tolist() == lengths
+    # Slots of a block: 6 + 3 + 3 of prompts, then 3 times 4 of completions.
+    own = [12, 13, 14, 16, 17, 18, 20, 21, 22]
+    assert batch.token_slots.tolist() == [
+        [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, *own, 24],
+        [0, 1, 2, 3, 4, 5, 6, 9, 10, *own, 24, 24],
+    ]
+    with pytest.raises(InputError, match=r"f:3: .* are \(3, 1, 3\), over the batch's \(2, 1, 4\)"):
+        collate(groups, prompt_sizes=(6, 2, 2), **shape)

@@ -7,9 +7,9 @@ from copg_jax.data.packing import (
     Capacity,
     balance,
     batches_by_length,
-    block_tokens,
     deal,
-    room_of,
+    in_places,
+    shape_of,
     slots_of,
     token_slots,
 )
@@ -32,9 +32,23 @@ def test_balanced_totals_are_nearly_equal():
 
 
 def test_deal_leaves_places_empty_where_a_batch_is_not_full():
-    dealt = deal(np.array([5, 1, 4, 2, 3]), batch_size=4, num_blocks=2)
+    tokens = np.array([[5, 0], [1, 0], [4, 0], [2, 0], [3, 0]])
+    dealt = deal(tokens, batch_size=4, num_blocks=2)
     assert dealt.shape == (2, 4)
     assert sorted(dealt.reshape(-1).tolist()) == [-1, -1, -1, 0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("num_blocks", [1, 4])
+def test_blocks_are_dealt_equal_totals_and_run_from_the_longest_prompt_to_the_shortest(num_blocks):
+    rng = np.random.default_rng(2)
+    tokens = np.stack([rng.integers(50, 500, 62), rng.integers(2, 100, 62)], axis=1)
+    dealt = deal(tokens, batch_size=16, num_blocks=num_blocks)
+    assert sorted(dealt[dealt >= 0].tolist()) == list(range(62))
+    places = in_places(tokens, dealt, num_blocks=num_blocks)
+    assert places.shape == (4, num_blocks, 16 // num_blocks, 2)
+    assert (np.diff(places[..., 0], axis=2) <= 0).all()
+    totals = places.sum((2, 3))
+    assert np.ptp(totals) < 0.15 * totals.mean()
 
 
 def test_a_block_that_is_too_full_is_refused_with_the_numbers():
@@ -42,16 +56,26 @@ def test_a_block_that_is_too_full_is_refused_with_the_numbers():
         slots_of(np.array([3, 4]), 5, 1, 6)
 
 
-def test_room_is_that_of_the_fullest_block_rounded_up():
-    room = room_of(np.array([3, 4, 1, 9]), np.array([[1], [1], [2], [1]]), num_blocks=2, multiple=4)
-    assert room == Capacity(16, 4)
+def test_the_shape_is_that_of_the_fullest_block_and_of_the_longest_prompt_in_each_place():
+    first = [[[400, 30], [130, 9]], [[90, 20], [64, 7]]]
+    second = [[[410, 5], [90, 60]], [[70, 2], [65, 3]]]
+    places = np.array([first, second])
+    assert shape_of(places, most=512) == ((448, 192), Capacity(576, 72))
+    assert shape_of(places, most=416, multiple=1) == ((416, 192), Capacity(569, 65))
+
+
+def test_prompts_have_few_sizes_however_long_they_are():
+    places = np.stack([np.arange(4096, 0, -1), np.ones(4096, int)], axis=1)[None, None]
+    sizes, _ = shape_of(places, most=4096)
+    assert len(set(sizes)) == 8 and sizes[0] == 4096 and sizes[-1] == 512
+    assert (np.array(sizes) >= places[0, 0, :, 0]).all()
 
 
 def test_without_room_every_slot_is_listed():
     slots = token_slots(
         np.array([1, 2]),
         np.array([[0], [1]]),
-        prompt_size=2,
+        prompt_sizes=(2,),
         completion_size=3,
         num_blocks=2,
         room=None,
@@ -59,10 +83,10 @@ def test_without_room_every_slot_is_listed():
     assert slots.tolist() == [[0, 1, 2, 3, 4]] * 2
 
 
-def test_tokens_of_a_block_are_those_of_its_groups_and_one_for_a_place_without():
+def test_tokens_of_a_place_are_those_of_its_group_and_one_without():
     tokens = np.array([[5, 1], [7, 2], [9, 3]])
     dealt = np.array([[0, 2, 1, -1]])
-    assert block_tokens(tokens, dealt, num_blocks=2).tolist() == [[[14, 4], [8, 2]]]
+    assert in_places(tokens, dealt, num_blocks=2).tolist() == [[[[5, 1], [9, 3]], [[7, 2], [1, 0]]]]
 
 
 @pytest.mark.parametrize("num_blocks", [1, 4])
@@ -78,7 +102,7 @@ def test_batches_by_length_hold_every_group_once_in_rooms_that_fit(rng, num_grou
     assert len(rows) == 8 * -(-num_groups // 8)
     capacities: dict[int, set[Capacity]] = {}
     for batch in batches:
-        blocks = block_tokens(tokens, batch.rows[None], num_blocks=num_blocks)[0]
+        blocks = in_places(tokens, batch.rows[None], num_blocks=num_blocks)[0].sum(1)
         assert blocks.sum(-1).max() <= batch.capacity.tokens
         assert blocks[:, 1].max() <= batch.capacity.completion_tokens
         assert prompts[batch.rows[batch.rows >= 0]].max() <= batch.prompt_size

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from copg_jax.data.dataset import prepare
+from copg_jax.data.groups import GroupBatch
 from copg_jax.data.schemas import TextGroup
 from copg_jax.data.stream import GroupStream, num_steps
 from copg_jax.data.tldr import Limits
@@ -32,8 +33,12 @@ def steps(dataset, **changes):
 def assert_same(left, right):
     assert [ids for ids, _ in left] == [ids for ids, _ in right]
     for (_, a), (_, b) in zip(left, right, strict=True):
-        for x, y in zip(a, b, strict=True):
+        for x, y in zip(arrays(a), arrays(b), strict=True):
             np.testing.assert_array_equal(x, y)
+
+
+def arrays(batch):
+    return [*batch.prompt_tokens, *batch[1:]]
 
 
 def test_each_row_is_seen_once_an_epoch_but_for_the_tail(dataset):
@@ -64,8 +69,10 @@ def test_the_hosts_slices_make_up_the_single_host_batch(dataset, num_hosts):
     joined = []
     for parts in zip(*slices, strict=True):
         ids = [i for part, _ in parts for i in part]
-        arrays = zip(*(batch for _, batch in parts), strict=True)
-        joined.append((ids, [np.concatenate(arrays_) for arrays_ in arrays]))
+        pieces = list(zip(*(arrays(batch) for _, batch in parts), strict=True))
+        prompts = len(parts[0][1].prompt_tokens)
+        whole_arrays = [np.concatenate(piece) for piece in pieces]
+        joined.append((ids, GroupBatch(tuple(whole_arrays[:prompts]), *whole_arrays[prompts:])))
     assert_same(whole, joined)
 
 
@@ -104,14 +111,24 @@ def test_what_is_computed_is_95_percent_useful_in_one_shape(uneven, batch_size, 
     assert {batch.token_slots.shape for batch in batches} == {(num_blocks, stream.capacity.tokens)}
     useful = sum(b.prompt_length.sum() + b.completion_length.sum() for b in batches)
     assert useful >= 0.95 * sum(b.token_slots.size for b in batches)
+    # Padded to their bucket, prompts are not much longer than they are.
+    assert {tuple(x.shape for x in b.prompt_tokens) for b in batches} == {
+        tuple(x.shape for x in batches[0].prompt_tokens)
+    }
+    slots = sum(x.size for b in batches for x in b.prompt_tokens)
+    widest = stream.prompt_sizes[0] * batch_size * len(batches)
+    assert slots < 1.45 * sum(b.prompt_length.sum() for b in batches) and slots < 0.75 * widest
 
 
 def test_every_valid_token_is_computed_once_and_nothing_else(uneven):
     _, batch = next(iter(GroupStream(uneven, batch_size=16, num_epochs=1, seed=3, num_blocks=4)))
-    prompt = np.arange(batch.prompt_tokens.shape[1]) < batch.prompt_length[:, None]
     size = batch.completion_tokens.shape[2]
     completion = np.arange(size) < batch.completion_length[..., None]
-    valid = np.concatenate([prompt.reshape(4, -1), completion.reshape(4, -1)], axis=1)
+    places = batch.prompt_length.reshape(4, -1).T
+    widths = [x.shape[1] for x in batch.prompt_tokens for _ in range(len(x) // 4)]
+    assert len(set(widths)) > 1 and widths == sorted(widths, reverse=True)
+    prompts = [np.arange(p) < length[:, None] for p, length in zip(widths, places, strict=True)]
+    valid = np.concatenate([*prompts, completion.reshape(4, -1)], axis=1)
     for slots, wanted, room in (
         (batch.token_slots, valid, valid.shape[1]),
         (batch.completion_slots, completion.reshape(4, -1), completion.size // 4),

@@ -55,7 +55,7 @@ def make_group(rng: np.random.Generator) -> Callable[..., GroupBatch]:
     ) -> GroupBatch:
         b, k = np.shape(completion_length)
         batch = GroupBatch(
-            prompt_tokens=rng.integers(0, tiny.VOCAB, (b, p)),
+            prompt_tokens=(rng.integers(0, tiny.VOCAB, (b, p)),),
             prompt_length=np.array(prompt_length),
             completion_tokens=rng.integers(0, tiny.VOCAB, (b, k, c)),
             completion_length=np.array(completion_length),

@@ -17,8 +17,9 @@ from tests.models import tiny
 
 def _prefill(config, params, group, num_samples, room=None, num_blocks=1):
     prefill = functools.partial(decoding.prefill, num_samples=num_samples, max_new_tokens=6)
-    slots = slots_of(group.prompt_length, group.prompt_tokens.shape[1], num_blocks, room)
-    return jax.jit(prefill, static_argnums=0)(config, params, *group[:2], slots)
+    (tokens,), length = group[:2]
+    slots = slots_of(length, tokens.shape[1], num_blocks, room)
+    return jax.jit(prefill, static_argnums=0)(config, params, tokens, length, slots)
 
 
 @pytest.mark.parametrize("num_samples", [1, 3])

@@ -218,7 +218,7 @@ def test_all_policies_but_full_store_what_attention_mixed(
     assert (stored in text) == (remat != "full"), text
 
 
-def test_each_policy_multiplies_more_than_the_one_before():
+def test_each_policy_multiplies_more_than_the_one_before_but_dots_which_stores_every_product():
     def count(remat):
         config = dataclasses.replace(toys.LLAMA, num_hidden_layers=4, remat=remat)
         batch = toys.in_blocks(toys.group_batch(np.ones((2, 2))), 1)
@@ -227,8 +227,8 @@ def test_each_policy_multiplies_more_than_the_one_before():
             jax.jit(jax.grad(loss)).trace(functional.abstract_params(config)).jaxpr
         )
 
-    counts = [count(remat) for remat in REMAT_POLICIES]
-    assert counts == sorted(set(counts))
+    none, dots, mlp, full = map(count, REMAT_POLICIES)
+    assert none == dots < mlp < full
 
 
 def test_cudnn_is_called_for_the_shards_of_a_mesh(cudnn_traces):

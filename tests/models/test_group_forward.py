@@ -25,6 +25,8 @@ PACKINGS = {
     "no room to spare": (1, Capacity(0, 0)),
     "filling": (1, Capacity(5, 3)),
     "a block per group": (None, Capacity(2, 1)),
+    "buckets": (1, Capacity(5, 3)),
+    "buckets in blocks": (2, Capacity(5, 3)),
 }
 
 
@@ -32,6 +34,10 @@ def _packed(group, packing):
     """The group under a packing; a capacity is what the fullest block needs, and so much more."""
     num_blocks, extra = PACKINGS[packing]
     num_blocks = num_blocks or len(group.prompt_length)
+    if len(group.prompt_length) % num_blocks:
+        num_blocks = len(group.prompt_length)
+    if packing.startswith("buckets"):
+        group = tiny.in_buckets(group, num_blocks)
     if extra is None:
         return with_slots(group, num_blocks=num_blocks)
     completion = group.completion_length.reshape(num_blocks, -1).sum(1)
@@ -114,9 +120,11 @@ def test_garbage_in_padding_and_absent_slots_changes_no_value_and_no_gradient(
 ):
     group = _packed(make_group([3, 8], [[2, 0], [6, 1]]), packing)
     weights = _weights(config, group)
-    in_prompt = np.arange(8)[None, :] < group.prompt_length[:, None]
-    other = group._replace(
-        prompt_tokens=np.where(in_prompt, group.prompt_tokens, 60 - group.prompt_tokens),
+    padded = tiny.padded_prompts(group)
+    in_prompt = np.arange(padded.shape[1])[None, :] < group.prompt_length[:, None]
+    wide = group._replace(prompt_tokens=(np.where(in_prompt, padded, 60 - padded),))
+    same_shape = tiny.in_buckets if packing.startswith("buckets") else lambda group, _: group
+    other = same_shape(wide, len(group.token_slots))._replace(
         completion_tokens=np.where(
             _valid(group), group.completion_tokens, 60 - group.completion_tokens
         ),

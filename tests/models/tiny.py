@@ -5,6 +5,7 @@ need to carry them. Names, shapes and config keys are spelled out here a second 
 """
 
 import functools
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ def group_of(tokens: np.ndarray, cut: int, length: np.ndarray | None = None) -> 
     b, size = tokens.shape
     length = np.full(b, size) if length is None else length
     batch = GroupBatch(
-        prompt_tokens=tokens[:, :cut],
+        prompt_tokens=(tokens[:, :cut],),
         prompt_length=np.full(b, cut),
         completion_tokens=tokens[:, None, cut:],
         completion_length=(length - cut)[:, None],
@@ -152,13 +153,32 @@ def predictive(config: LlamaConfig, params: Params, group: GroupBatch) -> jax.Ar
     return packing.unpack(hidden).reshape(*shape, -1)
 
 
+def in_buckets(group: GroupBatch, num_blocks: int) -> GroupBatch:
+    """The group with its prompts in buckets that are as wide as the longest in each place."""
+    (tokens,) = group.prompt_tokens
+    places = tokens.reshape(num_blocks, -1, tokens.shape[1])
+    sizes = group.prompt_length.reshape(num_blocks, -1).max(0)
+    same = [list(run) for _, run in itertools.groupby(range(len(sizes)), lambda i: sizes[i])]
+    buckets = (places[:, run, : sizes[run[0]]] for run in same)
+    return group._replace(prompt_tokens=tuple(x.reshape(-1, x.shape[2]) for x in buckets))
+
+
+def padded_prompts(group: GroupBatch) -> np.ndarray:
+    """Prompts in the order of the groups, as wide as the widest bucket, padded with 0; [B, P]."""
+    num_blocks, size = len(group.token_slots), max(x.shape[1] for x in group.prompt_tokens)
+    wide = [np.pad(x, [(0, 0), (0, size - x.shape[1])]) for x in group.prompt_tokens]
+    places = [x.reshape(num_blocks, -1, size) for x in wide]
+    return np.concatenate(places, axis=1).reshape(-1, size)
+
+
 def sequences(group: Any) -> jax.Array:
     """Each completion after its prompt, without a gap: ids [B * K, P + C], right-padded with 0."""
     b, k, c = group.completion_tokens.shape
-    rows = np.zeros((b, k, group.prompt_tokens.shape[1] + c), np.int32)
+    prompts = padded_prompts(group)
+    rows = np.zeros((b, k, prompts.shape[1] + c), np.int32)
     for i, j in np.ndindex(b, k):
         length = group.prompt_length[i]
-        rows[i, j, :length] = group.prompt_tokens[i, :length]
+        rows[i, j, :length] = prompts[i, :length]
         rows[i, j, length : length + c] = group.completion_tokens[i, j]
     return jnp.asarray(rows.reshape(b * k, -1))
 
