@@ -26,7 +26,7 @@ HEADS = ("lm", "score")
 DTYPES = ("float32", "bfloat16")
 ATTENTIONS = ("xla", "splash", "cudnn")  # who computes prompts, see `flash.choose`
 # Names, for `jax.checkpoint`, of values that are costly to compute again.
-MIXED = "mixed"  # results of prompt attention, and what a fused kernel needs to differentiate them
+MIXED = "mixed"  # results of attention, and what is needed beside them to differentiate it
 PROJECTED = "projected"  # q, k, v and the sum that the MLP reads
 
 

@@ -67,6 +67,57 @@ def test_a_wrong_mask_gives_another_result(wrong):
     assert np.abs(actual - _dense(q, prompt, own, wrong)).max() > 1e-2
 
 
+def _plain_completions(q, prompt_k, prompt_v, own_k, own_v, seen):
+    """By the definition, differentiable: every score, one softmax, key-value heads repeated."""
+
+    def joined(prompt, own):
+        shared = jnp.broadcast_to(prompt[:, None], (B, K, *prompt.shape[1:]))
+        return jnp.repeat(jnp.concatenate([shared, own], axis=2), H // KV, axis=3)
+
+    keys, values = joined(prompt_k, own_k), joined(prompt_v, own_v)
+    scores = jnp.einsum("bnqhe,bnthe->bnhqt", q, keys) / HD**0.5
+    in_prompt = jnp.broadcast_to((jnp.arange(P) < LENGTH[:, None])[:, None, None], (B, K, C, P))
+    in_past = jnp.broadcast_to(jnp.arange(C) < seen[..., None], (B, K, C, C))
+    visible = jnp.concatenate([in_prompt, in_past], axis=3)[:, :, None]
+    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bnhqt,bnthe->bnqhe", weights, values)
+
+
+def test_gradients_of_completion_attention_are_those_of_its_definition():
+    q, prompt, own = _completion_inputs()
+    gradient = _normal(5, B, K, C, H, HD)
+    # A first query that sees the prompt alone, and an absent completion, as a batch has them.
+    seen = jnp.array([[[0, 1, 2, 3], [0, 0, 0, 0]], [[1, 2, 3, 4], [0, 1, 1, 4]]])
+    ours = lambda q, pk, pv, ok, ov: completion_attention(q, pk, pv, LENGTH, ok, ov, seen)
+    plain = lambda *inputs: _plain_completions(*inputs, seen)
+    mixed, vjp = jax.vjp(ours, q, *prompt, *own)
+    wanted, plain_vjp = jax.vjp(plain, q, *prompt, *own)
+    np.testing.assert_allclose(mixed, wanted, atol=1e-5)
+    for got, value in zip(vjp(gradient), plain_vjp(gradient), strict=True):
+        np.testing.assert_allclose(got, value, atol=2e-5)
+        assert np.abs(value).max() > 0.1
+
+
+def test_gradients_of_large_scores_are_finite():
+    q, prompt, own = _completion_inputs()
+    ours = lambda *x: completion_attention(100 * x[0], *x[1:3], LENGTH, *x[3:], SEEN).sum()
+    for gradient in jax.grad(ours, argnums=(0, 1, 2, 3, 4))(q, *prompt, *own):
+        assert np.isfinite(gradient).all()
+
+
+def test_bfloat16_gradients_are_those_of_float32_to_its_precision():
+    inputs = _completion_inputs()
+    flat = jax.tree.leaves(inputs)
+    gradient = _normal(5, B, K, C, H, HD)
+    ours = lambda q, pk, pv, ok, ov: completion_attention(q, pk, pv, LENGTH, ok, ov, SEEN)
+    wide = jax.vjp(ours, *flat)[1](gradient)
+    narrow = jax.vjp(ours, *(x.astype("bfloat16") for x in flat))[1](gradient.astype("bfloat16"))
+    for got, value in zip(narrow, wide, strict=True):
+        assert got.dtype == jnp.bfloat16
+        error = np.linalg.norm(got.astype(jnp.float32) - value)
+        assert error < 0.02 * np.linalg.norm(value)
+
+
 def test_single_queries_give_the_rows_of_the_whole():
     q, prompt, own = _completion_inputs()
     whole = completion_attention(q, *prompt, LENGTH, *own, SEEN)
