@@ -214,8 +214,7 @@ class GenerationEvaluator:
         length = np.where(prompts.rows < 0, 0, collated.prompt_length)
         batch, length, slots = global_arrays.place_whole((collated, length, slots), self._placement)
         keys = keys[np.maximum(prompts.rows, 0)]
-        (prompt_tokens,) = batch.prompt_tokens  # of similar length, so all are in one bucket
-        samples = self._sampler(params, prompt_tokens, length, slots, keys)
+        samples = self._sampler(params, batch.prompt_tokens, length, slots, keys)
         if self._ref_params is None:
             return samples, None
         # Not waiting for the samples, which alone would tell the host which slots they leave empty.
@@ -236,13 +235,14 @@ class GenerationEvaluator:
         batch = groups.collate(
             [None if i < 0 else replace(self._prompts[i], **blank) for i in prompts.rows],
             batch_size=self._batch_size,
-            prompt_sizes=(prompts.prompt_size,) * (self._batch_size // num_blocks),
+            prompt_sizes=prompts.prompt_sizes,
             num_completions=num_samples,
             completion_size=size,
             num_blocks=num_blocks,
             capacity=packing.Capacity(room + own, own),
         )
-        return batch, packing.slots_of(batch.prompt_length, prompts.prompt_size, num_blocks, room)
+        slots = packing.prompt_slots(batch.prompt_length, prompts.prompt_sizes, num_blocks, room)
+        return batch, slots
 
     def _measure(
         self, rows: Sequence[int], samples: Samples, ref_token_logp: np.ndarray | None

@@ -36,7 +36,9 @@ class _Loop(NamedTuple):
 _RUN = 128
 
 Sampler = Callable[[Any, Array, Array, Array, Array], Samples]
-"""(params, prompt_tokens [B, P], prompt_length [B], prompt_slots [R, N], keys [B]) → Samples.
+"""(params, prompt_tokens, prompt_length [B], prompt_slots [R, N], keys [B]) → Samples.
+
+Prompts lie in buckets as in a `GroupBatch`: one array [R n_j, P_j] each.
 
 Where a prompt's length is 0, there is none: such a place is computed, but generates nothing."""
 
@@ -178,7 +180,11 @@ def make_sampler(
     """
 
     def sample(
-        params: Any, prompt_tokens: Array, prompt_length: Array, prompt_slots: Array, keys: Array
+        params: Any,
+        prompt_tokens: tuple[Array, ...],
+        prompt_length: Array,
+        prompt_slots: Array,
+        keys: Array,
     ) -> Samples:
         # Once here instead of at every token: decoding is bound by reading the weights.
         params = functional.cast_matrices(config, params)

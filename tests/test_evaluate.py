@@ -201,7 +201,7 @@ def test_short_prompts_do_not_pay_for_long_ones_and_later_evaluations_have_the_s
     seen = []
 
     def sampler(*args: Any) -> Samples:
-        seen.append([np.shape(array) for array in args[1:]])
+        seen.append([[np.shape(bucket) for bucket in args[1]], *map(np.shape, args[2:])])
         tokens = np.full((2, 1, 6), EOS)
         return Samples(tokens, np.ones((2, 1), int), np.zeros((2, 1, 6)), np.ones((2, 1), bool))
 
@@ -209,7 +209,12 @@ def test_short_prompts_do_not_pay_for_long_ones_and_later_evaluations_have_the_s
     on = evaluator(sampler, prompts=prompts, batch_size=2, num_samples=1)
     found = generate(on, None, 0)
     assert sorted(g.id for g in found) == [prompt.id for prompt in prompts]
-    assert [tokens for tokens, *_ in seen] == [(2, 192), (2, 96), (2, 64), (2, 64)]
+    assert [tokens for tokens, *_ in seen] == [
+        [(1, 192), (1, 128)],
+        [(2, 96)],
+        [(2, 64)],
+        [(2, 64)],
+    ]
     # A place without a prompt counts as one token.
     assert [room for _, _, (_, room), _ in seen] == [130 + 90, 70 + 66, 5 + 1, 5 + 1]
     generate(on, None, 1)

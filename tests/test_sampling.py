@@ -1,5 +1,7 @@
 """The sampler: log-probabilities of training, greedy, EOS, early stop, independent draws."""
 
+import itertools
+import math
 from typing import Any
 
 import jax
@@ -8,8 +10,8 @@ import numpy as np
 import pytest
 
 from copg_jax import policy, sampling, sharding
-from copg_jax.data.groups import GroupBatch, with_slots
-from copg_jax.data.packing import slots_of
+from copg_jax.data.groups import GroupBatch, collate_prompts, with_slots
+from copg_jax.data.packing import prompt_slots
 from copg_jax.models import decoding, functional
 from copg_jax.models.llama import LlamaConfig
 from copg_jax.sampling import Samples, make_sampler, row_keys
@@ -69,8 +71,8 @@ def sample() -> sampling.Sampler:
     def call(params: Any, prompts: Any, length: Any, keys: Any) -> Samples:
         with pytest.MonkeyPatch.context() as patch:  # seen by the trace, at the first call
             patch.setattr(decoding, "decode_step", counted)
-            slots = slots_of(length, P, 1, B * P)
-            samples = jax.device_get(sampler(params, prompts, length, slots, keys))
+            slots = prompt_slots(length, [P] * B, 1, B * P)
+            samples = jax.device_get(sampler(params, (prompts,), length, slots, keys))
         jax.effects_barrier()
         return samples
 
@@ -189,8 +191,8 @@ def test_places_without_a_prompt_generate_nothing_and_are_not_waited_for(sample,
 
 
 def test_greedy_is_the_most_likely_token_of_the_whole_text_recomputed(params):
-    slots, keys = slots_of(LENGTH, P, 1, None), row_keys(0, 0, B)
-    greedy = jax.device_get(sampler_on(mesh(), 1, 0.0)(params, PROMPTS, LENGTH, slots, keys))
+    slots, keys = prompt_slots(LENGTH, [P] * B, 1, None), row_keys(0, 0, B)
+    greedy = jax.device_get(sampler_on(mesh(), 1, 0.0)(params, (PROMPTS,), LENGTH, slots, keys))
     matrix = functional.output_matrix(CONFIG, params)
     texts = np.zeros((B, P + C), np.int32)
     for b in range(B):
@@ -210,8 +212,29 @@ def test_greedy_is_the_most_likely_token_of_the_whole_text_recomputed(params):
 
 
 def test_eight_devices_draw_what_one_device_draws(samples, params):
-    slots, keys = slots_of(LENGTH, P, 4, 11), row_keys(0, 0, B)
-    on_eight = sampler_on(mesh(1, 4, 2), K, 1.0)(params, PROMPTS, LENGTH, slots, keys)
+    slots, keys = prompt_slots(LENGTH, [P] * (B // 4), 4, 11), row_keys(0, 0, B)
+    on_eight = sampler_on(mesh(1, 4, 2), K, 1.0)(params, (PROMPTS,), LENGTH, slots, keys)
     np.testing.assert_array_equal(on_eight.tokens, samples.tokens)
     np.testing.assert_array_equal(on_eight.length, samples.length)
     np.testing.assert_allclose(on_eight.token_logp, samples.token_logp, atol=1e-5)
+
+
+@pytest.mark.parametrize("on", [(1, 1, 1), (1, 4, 1)], ids=str)
+def test_buckets_draw_what_one_bucket_draws(samples, params, on):
+    num_blocks = math.prod(on)
+    prompts = [PROMPTS[b, : LENGTH[b]] for b in range(B)]
+    batch = collate_prompts(prompts, num_blocks=num_blocks)
+    places = batch.length.reshape(num_blocks, -1)
+    # As narrow as the longest prompt of each place; `collate_prompts` never goes below 64.
+    sizes = places.max(0)
+    same = [list(run) for _, run in itertools.groupby(range(len(sizes)), lambda i: sizes[i])]
+    (wide,) = batch.tokens
+    rows = wide.reshape(num_blocks, -1, wide.shape[1])
+    tokens = tuple(rows[:, run, : sizes[run[0]]].reshape(-1, sizes[run[0]]) for run in same)
+    assert len(tokens) > 1
+    slots = prompt_slots(batch.length, sizes, num_blocks, batch.slots.shape[1])
+    keys = row_keys(0, 0, B)[batch.rows]
+    found = sampler_on(mesh(*on), K, 1.0)(params, tokens, batch.length, slots, keys)
+    np.testing.assert_array_equal(found.tokens, samples.tokens[batch.rows])
+    np.testing.assert_array_equal(found.length, samples.length[batch.rows])
+    np.testing.assert_allclose(found.token_logp, samples.token_logp[batch.rows], atol=1e-5)

@@ -18,7 +18,7 @@ import numpy as np
 from copg_jax import global_arrays, sampling, sharding
 from copg_jax.benchmark.cost import peak_device_bytes
 from copg_jax.benchmark.workload import Workload
-from copg_jax.data import packing
+from copg_jax.data import groups
 from copg_jax.errors import InputError
 from copg_jax.flops import CHIPS, block_parameters
 from copg_jax.models import functional
@@ -110,15 +110,9 @@ def _random_params(config: LlamaConfig, layout: Any) -> Any:
 
 
 def _inputs(prompts: Sequence[np.ndarray], mesh: jax.sharding.Mesh) -> tuple[Any, ...]:
-    """The sampler's arrays: tokens [B, P], lengths [B], slots [R, N], keys [B]."""
-    num_blocks = sharding.num_batch_shards(mesh)
-    length = np.array([len(ids) for ids in prompts], np.int32)
-    tokens = np.zeros((len(prompts), -(-length.max() // 8) * 8), np.int32)
-    for row, ids in zip(tokens, prompts, strict=True):
-        row[: len(ids)] = ids
-    room = int(length.reshape(num_blocks, -1).sum(1).max())
-    slots = packing.slots_of(length, tokens.shape[1], num_blocks, room)
-    placed = global_arrays.place((tokens, length, slots), sharding.batch_sharding(mesh))
+    """The sampler's arrays: tokens by bucket [R n_j, P_j], lengths [B], slots [R, N], keys [B]."""
+    _, *arrays = groups.collate_prompts(prompts, num_blocks=sharding.num_batch_shards(mesh))
+    placed = global_arrays.place(tuple(arrays), sharding.batch_sharding(mesh))
     return *placed, sampling.row_keys(0, 0, len(prompts))
 
 

@@ -137,10 +137,9 @@ def collate(
         InputError: a group is larger than the batch's shape, or a block than its room.
     """
     slots = (batch_size, num_completions)
-    buckets = [(len(list(same)), size) for size, same in itertools.groupby(prompt_sizes)]
-    prompts = [np.zeros((num_blocks, places, size), np.int32) for places, size in buckets]
+    prompt_tokens, rows = _buckets(prompt_sizes, num_blocks)
     batch = GroupBatch(
-        prompt_tokens=tuple(bucket.reshape(-1, bucket.shape[2]) for bucket in prompts),
+        prompt_tokens=prompt_tokens,
         prompt_length=np.ones(batch_size, np.int32),
         completion_tokens=np.zeros((*slots, completion_size), np.int32),
         completion_length=np.zeros(slots, np.int32),
@@ -151,8 +150,6 @@ def collate(
     )
     if len(groups) > batch_size:
         raise InputError(f"{len(groups)} groups do not fit a batch of {batch_size}.")
-    # Views, in the order of the groups: [P_j] each.
-    rows = [row for block in zip(*prompts, strict=True) for bucket in block for row in bucket]
     for index, group in enumerate(groups):
         if group is None:
             continue
@@ -167,6 +164,44 @@ def collate(
         if group.ref_logps is not None:
             batch.ref_logp[index, : len(group.ref_logps)] = group.ref_logps
     return with_slots(batch, num_blocks=num_blocks, capacity=capacity)
+
+
+class PromptBatch(NamedTuple):
+    """Prompts alone, as the sampler takes them."""
+
+    rows: np.ndarray  # [B], which prompt is in each place
+    tokens: tuple[np.ndarray, ...]  # by bucket, int32 [R n_j, P_j]
+    length: np.ndarray  # int32 [B]
+    slots: np.ndarray  # int32 [R, N], see `packing.prompt_slots`
+
+
+def collate_prompts(prompts: Sequence[np.ndarray], *, num_blocks: int) -> PromptBatch:
+    """Deals prompts into the blocks of one batch.
+
+    Args:
+        prompts: token ids [p] of each; B of them.
+        num_blocks: R, divides B.
+    """
+    tokens = np.array([(len(ids), 0) for ids in prompts])
+    dealt = packing.deal(tokens, batch_size=len(prompts), num_blocks=num_blocks)
+    places = packing.in_places(tokens, dealt, num_blocks=num_blocks)
+    sizes, room = packing.shape_of(places, most=packing.round_up(int(tokens.max()), 8))
+    buckets, rows = _buckets(sizes, num_blocks)
+    for row, index in zip(rows, dealt[0], strict=True):
+        row[: len(prompts[index])] = prompts[index]
+    length = tokens[dealt[0], 0].astype(np.int32)
+    slots = packing.prompt_slots(length, sizes, num_blocks, room.tokens)
+    return PromptBatch(dealt[0], buckets, length, slots)
+
+
+def _buckets(
+    prompt_sizes: Sequence[int], num_blocks: int
+) -> tuple[tuple[np.ndarray, ...], list[np.ndarray]]:
+    """Empty buckets [R n_j, P_j], and a view of the row [P_j] of each group, in their order."""
+    runs = [(len(list(same)), size) for size, same in itertools.groupby(prompt_sizes)]
+    blocks = [np.zeros((num_blocks, places, size), np.int32) for places, size in runs]
+    rows = [row for block in zip(*blocks, strict=True) for bucket in block for row in bucket]
+    return tuple(bucket.reshape(-1, bucket.shape[2]) for bucket in blocks), rows
 
 
 def _check_size(group: TokenGroup, shape: tuple[int, int, int]) -> None:
@@ -198,7 +233,7 @@ def with_slots(
             num_blocks=num_blocks,
             room=capacity and capacity.tokens,
         ),
-        completion_slots=packing.slots_of(
+        completion_slots=packing.completion_slots(
             batch.completion_length,
             completion_size,
             num_blocks,

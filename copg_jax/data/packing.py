@@ -5,7 +5,8 @@
    groups of similar prompt length.
 2. `shape_of` is the shape that all blocks fit in: the padded size of the prompt in each place, and
    the capacity for tokens.
-3. `token_slots` and `slots_of` list what is valid in each block of a padded batch.
+3. `token_slots`, `prompt_slots` and `completion_slots` list what is valid in each block of a
+   padded batch.
 
 A batch has one block for each device and microbatch. All blocks have the same shape, so that one
 compiled program serves every batch; room that is left over is computed for nothing.
@@ -61,28 +62,43 @@ def token_slots(
     Raises:
         InputError: a block has more tokens than room.
     """
-    in_place = prompt_length.reshape(num_blocks, -1).T  # [B / R, R]
-    prompts = [
-        np.arange(size) < length[:, None]
-        for size, length in zip(prompt_sizes, in_place, strict=True)
-    ]
-    completions = _valid(completion_length, completion_size, num_blocks)
-    return _list(np.concatenate([*prompts, completions], axis=1), room)
+    prompts = _valid_prompts(prompt_length, prompt_sizes, num_blocks)
+    completions = _valid_completions(completion_length, completion_size, num_blocks)
+    return _list(np.concatenate([prompts, completions], axis=1), room)
 
 
-def slots_of(length: np.ndarray, size: int, num_blocks: int, room: int | None) -> np.ndarray:
-    """Slots of the valid tokens of each block, of prompts alone or of completions alone.
+def prompt_slots(
+    length: np.ndarray, sizes: Sequence[int], num_blocks: int, room: int | None
+) -> np.ndarray:
+    """Slots of the valid prompt tokens of each block.
 
     Args:
-        length: [B] or [B, K].
-        size: P or C.
+        length: [B].
+        sizes: P of each place in a block; [B / R].
         num_blocks: R, divides B.
         room: as in `token_slots`.
 
     Returns:
         int32 [R, room].
     """
-    return _list(_valid(length, size, num_blocks), room)
+    return _list(_valid_prompts(length, sizes, num_blocks), room)
+
+
+def completion_slots(
+    length: np.ndarray, size: int, num_blocks: int, room: int | None
+) -> np.ndarray:
+    """Slots of the valid completion tokens of each block, counted from 0.
+
+    Args:
+        length: [B, K].
+        size: C.
+        num_blocks: R, divides B.
+        room: M; None = every slot.
+
+    Returns:
+        int32 [R, room].
+    """
+    return _list(_valid_completions(length, size, num_blocks), room)
 
 
 def in_places(tokens: np.ndarray, dealt: np.ndarray, *, num_blocks: int) -> np.ndarray:
@@ -114,20 +130,28 @@ def shape_of(
     Returns:
         P of each place in a block [B / R], in few different sizes; and the capacity.
     """
-    bucket = _round_up(-(-most // _MOST_BUCKETS), _BUCKET)
+    bucket = round_up(-(-most // _MOST_BUCKETS), _BUCKET)
     longest = places[..., 0].max((0, 1))
-    sizes = tuple(min(_round_up(int(length), bucket), most) for length in longest)
+    sizes = tuple(min(round_up(int(length), bucket), most) for length in longest)
     prompts, completions = np.moveaxis(places.sum(2), -1, 0)
     capacity = (prompts + completions).max(), completions.max()
-    return sizes, Capacity(*(_round_up(int(number), multiple) for number in capacity))
+    return sizes, Capacity(*(round_up(int(number), multiple) for number in capacity))
 
 
-def _round_up(number: int, multiple: int) -> int:
+def round_up(number: int, multiple: int) -> int:
+    """The next multiple."""
     return -(-number // multiple) * multiple
 
 
-def _valid(length: np.ndarray, size: int, num_blocks: int) -> np.ndarray:
-    """True at the positions before `length` in rows of `size`, by block; [R, S]."""
+def _valid_prompts(length: np.ndarray, sizes: Sequence[int], num_blocks: int) -> np.ndarray:
+    """True at the slots of prompt tokens, by block; [R, sum of sizes]."""
+    in_place = length.reshape(num_blocks, -1).T  # [B / R, R]
+    valid = (np.arange(p) < own[:, None] for p, own in zip(sizes, in_place, strict=True))
+    return np.concatenate(list(valid), axis=1)
+
+
+def _valid_completions(length: np.ndarray, size: int, num_blocks: int) -> np.ndarray:
+    """True at the slots of completion tokens, by block; [R, B / R K C]."""
     return (np.arange(size) < length[..., None]).reshape(num_blocks, -1)
 
 
@@ -194,15 +218,16 @@ class LengthBatch(NamedTuple):
     """Groups of similar prompt length that are computed together."""
 
     rows: np.ndarray  # int64 [B], indices of the groups, block after block; -1 = no group
-    prompt_size: int  # P
+    prompt_size: int  # of all places, 64, 96, 128, 192, 256, ...
+    prompt_sizes: tuple[int, ...]  # P of each place in a block, at most that
     capacity: Capacity
 
 
 def batches_by_length(tokens: np.ndarray, *, batch_size: int, num_blocks: int) -> list[LengthBatch]:
     """Batches of similar prompt length, longest first, so that short prompts are padded little.
 
-    Prompt sizes are 64, 96, 128, 192, 256, ...; all batches of one size have the same capacity,
-    since groups are dealt among them. So there are few shapes.
+    All batches of one prompt size have the same shape, since groups are dealt among them. So there
+    are few.
 
     Args:
         tokens: of each group, as (prompt, all completions); [n, 2].
@@ -217,9 +242,9 @@ def batches_by_length(tokens: np.ndarray, *, batch_size: int, num_blocks: int) -
         rows = order[first : first + sizes.count(size) * batch_size]
         dealt = deal(tokens[rows], batch_size=batch_size, num_blocks=num_blocks)
         places = in_places(tokens[rows], dealt, num_blocks=num_blocks)
-        _, capacity = shape_of(places, most=size, multiple=1)
+        prompt_sizes, capacity = shape_of(places, most=size, multiple=1)
         dealt_rows = np.where(dealt < 0, -1, rows[dealt])
-        found += [LengthBatch(places, size, capacity) for places in dealt_rows]
+        found += [LengthBatch(places, size, prompt_sizes, capacity) for places in dealt_rows]
     return found
 
 

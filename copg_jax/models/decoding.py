@@ -10,15 +10,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from copg_jax.models.attention import completion_attention, prompt_attention
+from copg_jax.models.attention import completion_attention
 from copg_jax.models.functional import embed, final_norm, last_layer, scan_layers
+from copg_jax.models.group_forward import attend_prompts
 from copg_jax.models.llama import LlamaConfig, Params, rotary_angles
-from copg_jax.models.packing import Packing, last_tokens, take_rows
+from copg_jax.models.packing import GroupPacking, Slots, by_bucket, from_buckets, take_rows
 from copg_jax.sharding import constrain_batch, weights_in_place
 
 
 class KeyValues(NamedTuple):
-    """Keys and values of a stack of l layers.
+    """Keys and values of a stack of l layers, for the B groups of a bucket.
 
     They lie as a step multiplies, scores = q @ k and mixed = weights @ v, so that it transposes
     nothing: a step reads them once for a single query.
@@ -33,15 +34,15 @@ class KeyValues(NamedTuple):
 class Cache(NamedTuple):
     """What a decoding step remembers: prompts are written once, completions one column a step."""
 
-    prompt_length: jax.Array  # [B]
-    layers: KeyValues
-    last_layer: KeyValues
+    prompt_length: jax.Array  # by block, [R, B / R]
+    layers: tuple[KeyValues, ...]  # by bucket
+    last_layer: tuple[KeyValues, ...]
 
 
 def prefill(
     config: LlamaConfig,
     params: Params,
-    prompt_tokens: jax.Array,
+    prompt_tokens: tuple[jax.Array, ...],
     prompt_length: jax.Array,
     prompt_slots: jax.Array,
     *,
@@ -53,7 +54,7 @@ def prefill(
     Args:
         config: static.
         params: tree of `init`.
-        prompt_tokens: ids [B, P], right-padded with any valid id.
+        prompt_tokens: ids of each bucket, right-padded with any valid id; [R n_j, P_j].
         prompt_length: valid tokens [B], at least 1.
         prompt_slots: prompt slots of each block that are computed, see `GroupBatch`; [R, N].
         num_samples: K, completions of each prompt.
@@ -62,39 +63,47 @@ def prefill(
     Returns:
         The cache and the hidden state of the last prompt token [B, D], after the final norm.
     """
-    num_blocks, shape = len(prompt_slots), prompt_tokens.shape
-    packing = Packing.of(prompt_slots, prompt_tokens.size // num_blocks)
+    group = GroupPacking.of_prompts(prompt_tokens, prompt_length, prompt_slots)
+    blank = jnp.zeros(group.completion_shape, prompt_tokens[0].dtype)
 
-    def pack(x: jax.Array) -> jax.Array:
-        return packing.pack(x.reshape(num_blocks, -1, *x.shape[2:]))
-
-    def unpack(x: jax.Array) -> jax.Array:
-        return packing.unpack(x).reshape(*shape, *x.shape[2:])
+    def cached(k: Slots, v: Slots):
+        return [
+            (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2))
+            for k, v in zip(k.prompts, v.prompts, strict=True)
+        ]
 
     def attend(q, k, v):
-        k, v = unpack(k), unpack(v)
-        mixed = prompt_attention(unpack(q), k, v, prompt_length, backend=config.attention)
-        return pack(mixed), (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2))
+        q, k, v = map(group.unpack, (q, k, v))
+        mixed = attend_prompts(group, q, k, v, config.attention)
+        return group.pack(q._replace(prompts=mixed)), cached(k, v)
 
     def attend_last(q, k, v):
-        k, v = unpack(k), unpack(v)
+        k, v = group.unpack(k), group.unpack(v)
         # A completion without tokens yet: its query sees the whole prompt and nothing of its own.
-        rows, none = q.reshape(len(k), 1, 1, *q.shape[2:]), k[:, None, :0]
-        num_seen = jnp.zeros((1, 1, 1), jnp.int32)
-        mixed = completion_attention(rows, k, v, prompt_length, none, none, num_seen)
-        return mixed.reshape(q.shape), (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2))
+        rows = q.reshape(len(prompt_length), 1, 1, *q.shape[2:])
+        mixed = [
+            completion_attention(rows, k, v, length, k[:, None, :0], v[:, None, :0], none)
+            for rows, k, v, length in zip(
+                group.by_bucket(rows),
+                k.prompts,
+                v.prompts,
+                group.by_bucket(prompt_length),
+                strict=True,
+            )
+        ]
+        return from_buckets(mixed, group.num_blocks).reshape(q.shape), cached(k, v)
 
-    index = last_tokens(packing.token, prompt_length)
-    positions = jnp.broadcast_to(jnp.arange(shape[1])[None, :], shape)
-    rotation = rotary_angles(config, pack(positions))
-    x = embed(config, params, pack(prompt_tokens))
+    none = jnp.zeros((1, 1, 1), jnp.int32)
+    rotation = rotary_angles(config, group.positions())
+    x = embed(config, params, group.pack(Slots(prompt_tokens, blank)))
     x, first = scan_layers(config, params["layers"], x, rotation, attend)
-    read = partial(take_rows, index=index)
+    read = partial(take_rows, index=group.last_prompt_token())
     x, last = last_layer(config, params["last_layer"], x, rotation, attend_last, read=read)
 
     hidden = final_norm(config, params, x).reshape(len(prompt_length), -1)
     room = partial(_with_room, num_samples=num_samples, max_new_tokens=max_new_tokens)
-    return Cache(prompt_length, room(*first), room(*last)), hidden
+    layers, last_layer_ = (tuple(room(*of_bucket) for of_bucket in part) for part in (first, last))
+    return Cache(prompt_length.reshape(group.num_blocks, -1), layers, last_layer_), hidden
 
 
 def _with_room(
@@ -126,8 +135,10 @@ def decode_step(
         Hidden states [B, K, D], which predict token index + 1, and the cache with column `index`
         written (in place where the cache is donated or carried by a loop).
     """
-    positions = jnp.broadcast_to((cache.prompt_length + index)[:, None], tokens.shape)
-    rotation = rotary_angles(config, positions)
+    num_blocks, length = len(cache.prompt_length), cache.prompt_length.reshape(-1)
+    counts = [past.prompt_k.shape[1] for past in cache.layers]
+    split = partial(by_bucket, num_blocks=num_blocks, counts=counts)
+    rotation = rotary_angles(config, jnp.broadcast_to((length + index)[:, None], tokens.shape))
     num_seen = jnp.broadcast_to(index + 1, (1, 1, 1))
 
     def write(past: KeyValues, new_k: jax.Array, new_v: jax.Array) -> KeyValues:
@@ -137,28 +148,36 @@ def decode_step(
             own_v=update(past.own_v, new_v, index, axis=-2),
         )
 
-    def attend(q, k, v, past: KeyValues):
-        q = constrain_batch(q, None, "heads")
-        k, v = (constrain_batch(x, None, "kv_heads") for x in (k, v))
+    def attend_bucket(q, k, v, past: KeyValues, length):
         column = k.swapaxes(1, 2)[..., None], v.swapaxes(1, 2)[..., None, :]
         past = write(past, *column)
         mixed = completion_attention(
             q[:, :, None],
             past.prompt_k.transpose(0, 3, 1, 2),
             past.prompt_v.swapaxes(1, 2),
-            cache.prompt_length,
+            length,
             past.own_k.transpose(0, 2, 4, 1, 3),
             past.own_v.transpose(0, 2, 3, 1, 4),
             num_seen,
         )
-        # Layers return their new column only, so that one small write updates the whole cache.
         return mixed[:, :, 0], column
+
+    def attend(q, k, v, *past: KeyValues):
+        q = constrain_batch(q, None, "heads")
+        k, v = (constrain_batch(x, None, "kv_heads") for x in (k, v))
+        of_bucket = map(attend_bucket, *map(split, (q, k, v)), past, split(length))
+        mixed, columns = zip(*of_bucket, strict=True)
+        # Layers return their new columns only, so that small writes update the whole cache.
+        return from_buckets(mixed, num_blocks), columns
 
     with weights_in_place():
         x = embed(config, params, tokens)
-        x, first = scan_layers(config, params["layers"], x, rotation, attend, (cache.layers,))
-        x, last = last_layer(config, params["last_layer"], x, rotation, attend, (cache.last_layer,))
+        x, first = scan_layers(config, params["layers"], x, rotation, attend, cache.layers)
+        x, last = last_layer(config, params["last_layer"], x, rotation, attend, cache.last_layer)
         hidden = constrain_batch(final_norm(config, params, x))
-    return hidden, Cache(
-        cache.prompt_length, write(cache.layers, *first), write(cache.last_layer, *last)
-    )
+
+    def written(past: tuple[KeyValues, ...], columns) -> tuple[KeyValues, ...]:
+        return tuple(write(p, *column) for p, column in zip(past, columns, strict=True))
+
+    layers, last_layer_ = written(cache.layers, first), written(cache.last_layer, last)
+    return hidden, Cache(cache.prompt_length, layers, last_layer_)

@@ -7,12 +7,18 @@ own. The batch says which slot each packed token comes from.
 1. `Packing.of` inverts that map, once per batch.
 2. `pack` and `unpack` carry arrays from one side to the other. Each is the other's transpose, so
    the backward pass gathers as well and never scatters.
+3. `GroupPacking` is the map of whole groups, whose prompts lie in buckets.
 """
 
+import itertools
+import math
+from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+
+from copg_jax.data.groups import GroupBatch
 
 
 class Packing(NamedTuple):
@@ -70,8 +76,121 @@ def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
     return jax.vmap(lambda row, i: jnp.take(row, i, axis=0, mode="fill", fill_value=0))(x, index)
 
 
-def last_tokens(tokens: jax.Array, prompt_length: jax.Array) -> jax.Array:
-    """Packed index [R, B / R] of each prompt's last token, given those of all its slots [R, S]."""
-    rows = tokens.reshape(len(prompt_length), -1)
-    last = jnp.take_along_axis(rows, (prompt_length - 1)[:, None], axis=1)
-    return last.reshape(len(tokens), -1)
+class Slots(NamedTuple):
+    """An array of all tokens of a batch of groups, padded."""
+
+    prompts: tuple[jax.Array, ...]  # by bucket, [R n_j, P_j, ...]
+    completions: jax.Array  # [B, K, C, ...]
+
+
+class GroupPacking(NamedTuple):
+    """The map between packed tokens and slots [prompts | completions] of a batch of groups."""
+
+    packing: Packing
+    prompt_length: jax.Array  # [B]
+    prompt_shapes: tuple[tuple[int, int], ...]  # by bucket, (R n_j, P_j)
+    completion_shape: tuple[int, int, int]  # (B, K, C)
+
+    @classmethod
+    def of(cls, batch: GroupBatch) -> Self:
+        """That of all tokens of a batch."""
+        return cls._of(
+            batch.token_slots,
+            batch.prompt_length,
+            batch.prompt_tokens,
+            batch.completion_tokens.shape,
+        )
+
+    @classmethod
+    def of_prompts(cls, tokens: tuple[jax.Array, ...], length: jax.Array, slots: jax.Array) -> Self:
+        """That of groups without a completion.
+
+        Args:
+            tokens: ids of each bucket, [R n_j, P_j].
+            length: [B].
+            slots: prompt slots of each block that are computed, see `GroupBatch`; [R, N].
+        """
+        return cls._of(slots, length, tokens, (len(length), 0, 0))
+
+    @classmethod
+    def _of(cls, slots, length, tokens, completion_shape) -> Self:
+        shapes = tuple(x.shape for x in tokens)
+        num_slots = sum(map(math.prod, (*shapes, completion_shape))) // len(slots)
+        return cls(Packing.of(slots, num_slots), length, shapes, completion_shape)
+
+    @property
+    def num_blocks(self) -> int:
+        """R."""
+        return len(self.packing.slot)
+
+    @property
+    def num_completion_slots(self) -> int:
+        """Completion slots of a block; its prompt slots come before them."""
+        return math.prod(self.completion_shape) // self.num_blocks
+
+    def positions(self) -> jax.Array:
+        """Of each packed token in its sequence, which begins with the prompt; [R, N]."""
+        prompts = (
+            jnp.broadcast_to(jnp.arange(shape[1])[None, :], shape) for shape in self.prompt_shapes
+        )
+        own = jnp.arange(self.completion_shape[2])[None, None, :]
+        own = jnp.broadcast_to(self.prompt_length[:, None, None] + own, self.completion_shape)
+        return self.pack(Slots(tuple(prompts), own))
+
+    def last_prompt_token(self) -> jax.Array:
+        """Packed index of the last token of each prompt; [R, B / R]."""
+        tokens = self._cut(self.packing.token).prompts
+        last = [
+            jnp.take_along_axis(row, (length - 1)[:, None], axis=1)
+            for row, length in zip(tokens, self.by_bucket(self.prompt_length), strict=True)
+        ]
+        return from_buckets(last, self.num_blocks).reshape(self.num_blocks, -1)
+
+    def by_bucket(self, x: jax.Array) -> list[jax.Array]:
+        """[B, ...] → [R n_j, ...] for the groups of each bucket."""
+        return by_bucket(x, self.num_blocks, [count for count, _ in self.prompt_shapes])
+
+    def pack(self, x: Slots) -> jax.Array:
+        """[R, N, ...]."""
+        rest = x.completions.shape[3:]
+        parts = (part.reshape(self.num_blocks, -1, *rest) for part in (*x.prompts, x.completions))
+        return self.packing.pack(jnp.concatenate(list(parts), axis=1))
+
+    def unpack(self, x: jax.Array) -> Slots:
+        """Of [R, N, ...]."""
+        return self._cut(self.packing.unpack(x))
+
+    def _cut(self, slots: jax.Array) -> Slots:
+        """Of an array by slot, [R, S, ...]."""
+        shapes = (*self.prompt_shapes, self.completion_shape)
+        parts = _split(slots, [math.prod(shape) // self.num_blocks for shape in shapes])
+        *prompts, completions = (
+            part.reshape(*shape, *slots.shape[2:])
+            for part, shape in zip(parts, shapes, strict=True)
+        )
+        return Slots(tuple(prompts), completions)
+
+
+def by_bucket(x: jax.Array, num_blocks: int, counts: Sequence[int]) -> list[jax.Array]:
+    """[B, ...] → [R n_j, ...] for the groups of each bucket.
+
+    Args:
+        x: an array by group.
+        num_blocks: R.
+        counts: groups of each bucket, R n_j.
+    """
+    blocks = x.reshape(num_blocks, -1, *x.shape[1:])
+    parts = _split(blocks, [count // num_blocks for count in counts])
+    return [part.reshape(-1, *x.shape[1:]) for part in parts]
+
+
+def from_buckets(parts: Sequence[jax.Array], num_blocks: int) -> jax.Array:
+    """[R n_j, ...] for the groups of each bucket → [B, ...], in the order of the batch."""
+    rest = parts[0].shape[1:]
+    blocks = [part.reshape(num_blocks, -1, *rest) for part in parts]
+    return jnp.concatenate(blocks, axis=1).reshape(-1, *rest)
+
+
+def _split(x: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
+    """Pieces of these sizes along the second axis."""
+    return jnp.split(x, list(itertools.accumulate(sizes))[:-1], axis=1)

@@ -182,14 +182,14 @@ def _full_batch(config: TrainConfig, num_completions: int, *, num_blocks: int) -
     tokens = np.stack([prompts, completions.sum(1)], axis=1)
     dealt = packing.deal(tokens, batch_size=size, num_blocks=num_blocks)
     places = packing.in_places(tokens, dealt, num_blocks=num_blocks)
-    longest = _round_up(data.max_prompt_tokens, 8)
+    longest = packing.round_up(data.max_prompt_tokens, 8)
     (_, *prompt_sizes), capacity = packing.shape_of(places, most=longest)
     return groups.collate(
         [_token_group(int(prompts[i]), completions[i]) for i in dealt[0]],
         batch_size=size,
         prompt_sizes=(longest, *prompt_sizes),
         num_completions=num_completions,
-        completion_size=_round_up(data.max_completion_tokens, 8),
+        completion_size=packing.round_up(data.max_completion_tokens, 8),
         num_blocks=num_blocks,
         capacity=capacity,
     )
@@ -214,17 +214,12 @@ def _token_group(prompt_length: int, completion_lengths: np.ndarray) -> TokenGro
     )
 
 
-def _round_up(size: int, multiple: int) -> int:
-    return -(-int(size) // multiple) * multiple
-
-
 def _sampling_program(
     config: EvaluateConfig, model: LlamaConfig, mesh: jax.sharding.Mesh
 ) -> Program:
     """Sampling for one batch of prompts, all of them to the last token."""
     generation, shards = config.evaluation.generation, sharding.num_batch_shards(mesh)
-    prompt_size = _round_up(config.evaluation.data.max_prompt_tokens, 8)
-    size = _round_up(min(generation.batch_size, generation.num_prompts), shards)
+    size = packing.round_up(min(generation.batch_size, generation.num_prompts), shards)
     num_steps = generation.max_new_tokens
     params = jax.eval_shape(
         partial(functional.cast_matrices, model), functional.abstract_params(model)
@@ -240,24 +235,22 @@ def _sampling_program(
         param_shardings=layout,
     )
     rows = sharding.batch_sharding(mesh)
-    prompts = _lengths(_PROMPT_TOKENS, size, prompt_size, seed=0)
-    prompts = prompts[packing.balance(prompts, shards).reshape(-1)]
+    lengths = _lengths(_PROMPT_TOKENS, size, config.evaluation.data.max_prompt_tokens, seed=0)
+    batch = groups.collate_prompts([np.zeros(n, np.int32) for n in lengths], num_blocks=shards)
     completions = np.full((size, generation.num_samples), num_steps, np.int32)
-    room = _round_up(prompts.reshape(shards, -1).sum(1).max(), 8)
-    slots = packing.slots_of(prompts, prompt_size, shards, room)
     keys = jax.eval_shape(lambda: row_keys(0, 0, size))
     heads = model.num_key_value_heads * model.head_dim * model.num_hidden_layers
-    cache = 2 * size * prompt_size * heads * _itemsize(model) / mesh.size
+    cache = 2 * sum(x.size for x in batch.tokens) * heads * _itemsize(model) / mesh.size
     return Program(
         function,
         trains=False,
         arguments=(
             _abstract(params, layout),
-            *_abstract((np.zeros((size, prompt_size), np.int32), prompts, slots, keys), rows),
+            *_abstract((*batch[1:], keys), rows),
         ),
         num_groups=size,
-        num_tokens=int(prompts.sum() + completions.sum()),
-        useful_flops=useful_flops(model, prompts, completions, training=False),
+        num_tokens=int(lengths.sum() + completions.sum()),
+        useful_flops=useful_flops(model, batch.length, completions, training=False),
         # The prompts read the matrices; every token after the first the chip's own part of them,
         # and the prompts' cache.
         hbm_bytes=_matrix_bytes(model, mesh)

@@ -7,10 +7,11 @@ from copg_jax.data.packing import (
     Capacity,
     balance,
     batches_by_length,
+    completion_slots,
     deal,
     in_places,
+    prompt_slots,
     shape_of,
-    slots_of,
     token_slots,
 )
 from copg_jax.errors import InputError
@@ -53,7 +54,7 @@ def test_blocks_are_dealt_equal_totals_and_run_from_the_longest_prompt_to_the_sh
 
 def test_a_block_that_is_too_full_is_refused_with_the_numbers():
     with pytest.raises(InputError, match="7 tokens but room for 6"):
-        slots_of(np.array([3, 4]), 5, 1, 6)
+        completion_slots(np.array([[3], [4]]), 5, 1, 6)
 
 
 def test_the_shape_is_that_of_the_fullest_block_and_of_the_longest_prompt_in_each_place():
@@ -69,6 +70,11 @@ def test_prompts_have_few_sizes_however_long_they_are():
     sizes, _ = shape_of(places, most=4096)
     assert len(set(sizes)) == 8 and sizes[0] == 4096 and sizes[-1] == 512
     assert (np.array(sizes) >= places[0, 0, :, 0]).all()
+
+
+def test_prompt_slots_are_numbered_place_after_place_however_wide():
+    slots = prompt_slots(np.array([2, 1, 3, 1]), (3, 2), 2, 4)
+    assert slots.tolist() == [[0, 1, 3, 5], [0, 1, 2, 3]]
 
 
 def test_without_room_every_slot_is_listed():
@@ -106,17 +112,29 @@ def test_batches_by_length_hold_every_group_once_in_rooms_that_fit(rng, num_grou
         assert blocks.sum(-1).max() <= batch.capacity.tokens
         assert blocks[:, 1].max() <= batch.capacity.completion_tokens
         assert prompts[batch.rows[batch.rows >= 0]].max() <= batch.prompt_size
+        lengths = np.where(batch.rows < 0, 1, prompts[batch.rows]).reshape(num_blocks, -1)
+        assert (lengths <= batch.prompt_sizes).all() and max(
+            batch.prompt_sizes
+        ) <= batch.prompt_size
         capacities.setdefault(batch.prompt_size, set()).add(batch.capacity)
     assert list(capacities) == sorted(capacities, reverse=True)
     assert {len(found) for found in capacities.values()} == {1}
 
 
 @pytest.mark.parametrize(
-    ("length", "size"), [(1, 64), (64, 64), (65, 96), (96, 96), (97, 128), (513, 768)]
+    ("length", "size", "sizes"),
+    [
+        (1, 64, (64, 64)),
+        (64, 64, (64, 64)),
+        (65, 96, (96, 64)),
+        (96, 96, (96, 64)),
+        (97, 128, (128, 64)),
+        (513, 768, (640, 128)),
+    ],
 )
-def test_prompt_sizes_are_powers_of_two_and_half_as_much_again(length, size):
+def test_prompt_sizes_are_powers_of_two_and_half_as_much_again(length, size, sizes):
     (batch,) = batches_by_length(np.array([[length, 3]]), batch_size=2, num_blocks=1)
-    assert batch == (batch.rows, size, Capacity(length + 3 + 1, 3))
+    assert batch == (batch.rows, size, sizes, Capacity(length + 3 + 1, 3))
 
 
 def test_no_groups_make_no_batches():

@@ -76,8 +76,9 @@ def _plain_completions(q, prompt_k, prompt_v, own_k, own_v, seen):
 
     keys, values = joined(prompt_k, own_k), joined(prompt_v, own_v)
     scores = jnp.einsum("bnqhe,bnthe->bnhqt", q, keys) / HD**0.5
-    in_prompt = jnp.broadcast_to((jnp.arange(P) < LENGTH[:, None])[:, None, None], (B, K, C, P))
-    in_past = jnp.broadcast_to(jnp.arange(C) < seen[..., None], (B, K, C, C))
+    in_prompt = jnp.arange(P)[None, None, None, :] < LENGTH[:, None, None, None]
+    in_prompt = jnp.broadcast_to(in_prompt, (B, K, C, P))
+    in_past = jnp.arange(C)[None, None, None, :] < seen[..., None]
     visible = jnp.concatenate([in_prompt, in_past], axis=3)[:, :, None]
     weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
     return jnp.einsum("bnhqt,bnthe->bnqhe", weights, values)

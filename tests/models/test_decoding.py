@@ -10,25 +10,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from copg_jax.data.packing import slots_of
+from copg_jax.data.packing import prompt_slots
 from copg_jax.models import decoding, functional
 from tests.models import tiny
 
 
 def _prefill(config, params, group, num_samples, room=None, num_blocks=1):
     prefill = functools.partial(decoding.prefill, num_samples=num_samples, max_new_tokens=6)
-    (tokens,), length = group[:2]
-    slots = slots_of(length, tokens.shape[1], num_blocks, room)
+    tokens, length = group[:2]
+    sizes = [x.shape[1] for x in tokens for _ in range(len(x) // num_blocks)]
+    slots = prompt_slots(length, sizes, num_blocks, room)
     return jax.jit(prefill, static_argnums=0)(config, params, tokens, length, slots)
 
 
 @pytest.mark.parametrize("num_samples", [1, 3])
+@pytest.mark.parametrize("buckets", [False, True])
 @pytest.mark.parametrize(("room", "num_blocks"), [(None, 1), (14, 1), (17, 1), (8, 3)])
 def test_prefill_and_decode_steps_give_the_states_of_training(
-    config, params, make_group, num_samples, room, num_blocks
+    config, params, make_group, num_samples, room, num_blocks, buckets
 ):
     group = make_group([8, 1, 5], [[6] * num_samples] * 3)
     hidden = tiny.predictive(config, params, group)
+    if buckets:
+        group = tiny.in_buckets(group, num_blocks)
     cache, last_prompt = _prefill(config, params, group, num_samples, room, num_blocks)
     np.testing.assert_allclose(last_prompt, hidden[:, 0, 0], atol=1e-5)
     step = jax.jit(functools.partial(decoding.decode_step, config))
@@ -43,7 +47,7 @@ def test_a_step_writes_its_own_column_only(config, params, make_group):
     _, after = jax.jit(decoding.decode_step, static_argnums=0)(
         config, params, cache, group.completion_tokens[:, :, 0], 2
     )
-    for old, new in zip((cache.layers, cache.last_layer), after[1:], strict=True):
+    for (old,), (new,) in zip((cache.layers, cache.last_layer), after[1:], strict=True):
         for name, axis in (("own_k", -1), ("own_v", -2)):
             changed = np.asarray(getattr(new, name) != getattr(old, name))
             column = changed.take(2, axis)
@@ -58,7 +62,7 @@ def test_a_step_transposes_no_prompt(config, params, make_group, num_samples):
     cache, _ = _prefill(config, params, group, num_samples)
     step = jax.jit(decoding.decode_step, static_argnums=0, donate_argnums=2)
     program = step.lower(config, params, cache, group.completion_tokens[:, :, 0], 2).compile()
-    layer = cache.last_layer.prompt_k.size
+    layer = cache.last_layer[0].prompt_k.size
     for line in program.as_text().splitlines():
         name, _, result = line.partition(" = ")
         sizes = re.match(r"f32\[([\d,]+)\]", result)

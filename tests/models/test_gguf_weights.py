@@ -12,7 +12,7 @@ import pytest
 import regex
 from transformers import AutoTokenizer
 
-from copg_jax.data.packing import slots_of
+from copg_jax.data.packing import prompt_slots
 from copg_jax.errors import InputError
 from copg_jax.models import decoding, functional, gguf_weights, hf_weights
 from copg_jax.models.gguf_weights import _LAYER_NAMES, _TOP_NAMES
@@ -149,7 +149,7 @@ def test_smollm2_knows_the_capital_of_france(smollm2: Path, tmp_path: Path) -> N
     config, params = gguf_weights.load(smollm2)
     prefill = partial(decoding.prefill, config, num_samples=1, max_new_tokens=1)
     length = np.array([tokens.shape[1]])
-    slots = slots_of(length, tokens.shape[1], 1, None)
-    _, hidden = jax.jit(prefill)(params, tokens, length, slots)
+    slots = prompt_slots(length, [tokens.shape[1]], 1, None)
+    _, hidden = jax.jit(prefill)(params, (tokens,), length, slots)
     best = int(np.argmax(tiny.logits(hidden, functional.output_matrix(config, params))))
     assert tokenizer.decode([best]) == " Paris"
