@@ -169,25 +169,31 @@ def _list(valid: np.ndarray, room: int | None) -> np.ndarray:
     return slots
 
 
-def balance(sizes: np.ndarray, num_bins: int) -> np.ndarray:
-    """Deals items into bins of equal count and nearly equal totals.
+def balance(tokens: np.ndarray, num_bins: int) -> np.ndarray:
+    """Deals groups into bins of equal count and nearly equal tokens, completion tokens too.
 
-    In rounds, from the largest items to the smallest: the largest item of a round goes to the bin
-    with the smallest total so far.
+    In rounds, from the largest groups to the smallest, so that those of a round differ little and
+    may be dealt by either number in turn: that with the most goes to the bin with the least so far.
+    (Dealt by all tokens alone, the fullest bin has a fifth more completion tokens than the average,
+    for which logits are computed.)
 
     Args:
-        sizes: [n].
+        tokens: of each group, as (prompt, all completions); [n, 2].
         num_bins: divides n.
 
     Returns:
-        int64 [num_bins, n / num_bins], indices of the items, ascending in each bin.
+        int64 [num_bins, n / num_bins], indices of the groups, ascending in each bin.
     """
-    rounds = np.argsort(-sizes, kind="stable").reshape(-1, num_bins)
-    totals = np.zeros(num_bins)
+    size = np.stack([tokens[:, 1], tokens.sum(1)], axis=1)
+    rounds = np.argsort(-size[:, 1], kind="stable").reshape(-1, num_bins)
+    filled = np.zeros((num_bins, 2))
     bins = np.empty_like(rounds)
-    for dealt, items in zip(bins, rounds, strict=True):
-        dealt[np.argsort(totals, kind="stable")] = items
-        totals += sizes[dealt]
+    for number, (dealt, groups) in enumerate(zip(bins, rounds, strict=True), start=1):
+        # By all tokens in the last round; equal numbers of the one leave it to the other.
+        keys = [1, 0] if (len(rounds) - number) % 2 else [0, 1]
+        fullest = groups[np.lexsort(-size[groups][:, keys].T)]
+        dealt[np.lexsort(filled[:, keys].T)] = fullest
+        filled += size[dealt]
     return np.sort(bins.T, axis=1)
 
 
@@ -206,10 +212,9 @@ def deal(tokens: np.ndarray, *, batch_size: int, num_blocks: int) -> np.ndarray:
     num_batches = -(-len(tokens) // batch_size)
     padded = np.zeros((num_batches * batch_size, 2), int)
     padded[: len(tokens)] = tokens
-    prompts, sizes = padded[:, 0], padded.sum(1)
-    batches = [items[balance(sizes[items], num_blocks)] for items in balance(sizes, num_batches)]
+    batches = [rows[balance(padded[rows], num_blocks)] for rows in balance(padded, num_batches)]
     dealt = np.stack(batches)  # [b, R, B / R]
-    order = np.argsort(-prompts[dealt], axis=2, kind="stable")
+    order = np.argsort(-padded[dealt, 0], axis=2, kind="stable")
     dealt = np.take_along_axis(dealt, order, axis=2).reshape(num_batches, batch_size)
     return np.where(dealt < len(tokens), dealt, -1)
 

@@ -19,17 +19,30 @@ from copg_jax.errors import InputError
 
 @pytest.mark.parametrize(("num_items", "num_bins"), [(64, 8), (12, 12), (30, 1)])
 def test_balance_deals_every_item_once_in_ascending_order(num_items, num_bins):
-    bins = balance(np.random.default_rng(0).integers(1, 100, num_items), num_bins)
+    bins = balance(np.random.default_rng(0).integers(1, 100, (num_items, 2)), num_bins)
     assert bins.shape == (num_bins, num_items // num_bins)
     assert sorted(bins.reshape(-1).tolist()) == list(range(num_items))
     assert (np.diff(bins, axis=1) > 0).all()
 
 
-def test_balanced_totals_are_nearly_equal():
-    sizes = np.random.default_rng(1).normal(400, 100, 128).clip(50).astype(int)
-    totals = sizes[balance(sizes, 16)].sum(1)
-    shuffled = sizes.reshape(16, 8).sum(1)
-    assert np.ptp(totals) < 150 < 300 < np.ptp(shuffled)
+def test_balanced_bins_have_nearly_equal_totals_and_completions():
+    rng = np.random.default_rng(1)
+    prompts = rng.normal(340, 100, 256).clip(50).astype(int)
+    tokens = np.stack([prompts, rng.normal(72, 16, 256).clip(16).astype(int)], axis=1)
+    dealt, shuffled = (tokens[rows].sum(1) for rows in (balance(tokens, 32), _in_order(256, 32)))
+    assert np.ptp(dealt.sum(1)) < 0.04 * dealt.sum(1).mean() < 0.2 * np.ptp(shuffled.sum(1))
+    assert np.ptp(dealt[:, 1]) < 0.15 * dealt[:, 1].mean() < 0.5 * np.ptp(shuffled[:, 1])
+
+
+def test_prompts_without_completions_are_balanced_in_every_round():
+    prompts = np.random.default_rng(1).normal(340, 100, 256).clip(50).astype(int)
+    tokens = np.stack([prompts, np.zeros(256, int)], axis=1)
+    totals = prompts[balance(tokens, 32)].sum(1)
+    assert np.ptp(totals) < 0.05 * totals.mean()
+
+
+def _in_order(num_items, num_bins):
+    return np.arange(num_items).reshape(num_bins, -1)
 
 
 def test_deal_leaves_places_empty_where_a_batch_is_not_full():
