@@ -77,7 +77,8 @@ def make_loss_evaluator(
     tokens = dataset.num_tokens(np.arange(len(dataset)))
     dealt = packing.deal(tokens, batch_size=batch_size, num_blocks=num_blocks)
     places = packing.in_places(tokens, dealt, num_blocks=num_blocks)
-    prompt_sizes, capacity = packing.shape_of(places, most=prompt_size)
+    prompt_sizes = packing.prompt_sizes_of(places, most=prompt_size)
+    capacity = packing.capacity_of(places)
 
     def launched(params: Any) -> Iterator[dict[str, Any]]:
         for rows in dealt:

@@ -68,14 +68,14 @@ def _token_logp_forward(hidden: Array, matrix: Array, tokens: Array):
     return chosen - log_total, (hidden, matrix, tokens, logits, log_total)
 
 
-def _token_logp_backward(stored: tuple[Array, ...], gradient: Array):
+def _token_logp_backward(stored: tuple[Array, ...], dlogp: Array):
     """dlogits = dlogp (onehot(token) − softmax), from the logits and nothing else of their size."""
     hidden, matrix, tokens, logits, log_total = stored
     onehot = jax.lax.broadcasted_iota(tokens.dtype, logits.shape, tokens.ndim) == tokens[..., None]
-    of_logits = gradient[..., None] * (onehot - jnp.exp(logits - log_total[..., None]))
-    of_logits = of_logits.astype(hidden.dtype)
-    of_hidden = jnp.einsum("...v,dv->...d", of_logits, matrix)
-    return of_hidden, jnp.einsum("...d,...v->dv", hidden, of_logits), None
+    dlogits = dlogp[..., None] * (onehot - jnp.exp(logits - log_total[..., None]))
+    dlogits = dlogits.astype(hidden.dtype)
+    dhidden = jnp.einsum("...v,dv->...d", dlogits, matrix)
+    return dhidden, jnp.einsum("...d,...v->dv", hidden, dlogits), None
 
 
 _token_logp.defvjp(_token_logp_forward, _token_logp_backward)

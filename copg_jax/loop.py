@@ -208,7 +208,18 @@ def _take_steps(
     milestones: _Milestones,
     exit_request: GracefulExit,
 ) -> TrainState:
-    """The loop itself; saves the state where a signal or an error ends it before its time."""
+    """The loop itself; saves the state where a signal or an error ends it before its time.
+
+    Args:
+        steps: their numbers.
+        step_fn: as in `run`, like the next three.
+        state: before the first of the steps.
+        batches: from that of the first step on.
+        mesh: the device mesh.
+        late_metrics: logs them.
+        milestones: evaluates and saves.
+        exit_request: an entered GracefulExit.
+    """
     placement = sharding.batch_sharding(mesh)
     host_max, is_alone = global_arrays.make_host_max(mesh), jax.process_count() == 1
     try:

@@ -219,12 +219,13 @@ def gather_weight(x: jax.Array, axes: Axes) -> jax.Array:
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _reshard(x: jax.Array, source: NamedSharding, target: NamedSharding) -> jax.Array:
     """From one sharding to another; the gradient goes the way back."""
-    x = jax.lax.with_sharding_constraint(x, source)
-    return jax.lax.with_sharding_constraint(x, target)
+    return _reshard_forward(x, source, target)[0]
 
 
 def _reshard_forward(x: jax.Array, source: NamedSharding, target: NamedSharding):
-    return _reshard(x, source, target), None
+    # Not by way of `_reshard`, inside of which no rematerialisation policy would see a constraint.
+    x = jax.lax.with_sharding_constraint(x, source)
+    return jax.lax.with_sharding_constraint(x, target), None
 
 
 def _reshard_backward(source: NamedSharding, target: NamedSharding, _: None, gradient: jax.Array):

@@ -1,5 +1,6 @@
 """What devices say to each other: weights in a train step, activations when decoding."""
 
+import dataclasses
 import math
 import re
 from collections import Counter
@@ -28,14 +29,16 @@ CONFIG = LlamaConfig(
 B, P, K, C = 48, 40, 2, 24
 
 
-def gathered_shapes(chunk: int | None = None) -> Counter[tuple[int, ...]]:
+def gathered_shapes(
+    chunk: int | None = None, config: LlamaConfig = CONFIG
+) -> Counter[tuple[int, ...]]:
     """How many all-gathers the compiled CoPG step on 8 fsdp shards has, by shape."""
     mesh = sharding.make_mesh(sharding.MeshConfig())
     optimizer = optax.adam(1e-3)
     params = functional.abstract_params(CONFIG)
     axes = functional.logical_axes(CONFIG)
     train_step = step.make_train_step(
-        step.make_policy_loss(CONFIG, "copg", beta=0.1, chunk=chunk),
+        step.make_policy_loss(config, "copg", beta=0.1, chunk=chunk),
         optimizer,
         mesh=mesh,
         state_shardings=train_state.state_shardings(mesh, optimizer, params, axes),
@@ -47,7 +50,7 @@ def gathered_shapes(chunk: int | None = None) -> Counter[tuple[int, ...]]:
     slots = {"token_slots": (8, 160), "completion_slots": (8, 48)}
     slots = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in slots.items()}
     state = train_state.abstract_state(optimizer, params)
-    # Two prompts a block, each in a bucket of its own.
+    # Prompts in two buckets, each with three of the six places of every block.
     prompts = tuple(jax.ShapeDtypeStruct((B // 2, size), jnp.int32) for size in (P, P // 2))
     batch = GroupBatch(prompts, **arrays, **floats, **slots)
     return all_gathers(train_step.lower(state, batch))
@@ -84,6 +87,11 @@ def test_weights_are_gathered_once_forward_and_once_backward_and_nothing_else_is
     assert of_weights(found, 3)
 
 
+def test_storing_all_results_stores_no_gathered_weight():
+    # A weight that was kept would not be gathered again for the backward pass.
+    assert of_weights(gathered_shapes(config=dataclasses.replace(CONFIG, remat="none")), 3)
+
+
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_decoding_gathers_no_weights_and_cuts_heads_as_they_are(tensor):
     mesh = sharding.make_mesh(sharding.MeshConfig(tensor=tensor))
@@ -95,7 +103,7 @@ def test_decoding_gathers_no_weights_and_cuts_heads_as_they_are(tensor):
         mesh=mesh,
         param_shardings=sharding.shardings(mesh, functional.logical_axes(CONFIG), params),
     )
-    # Prompts in two buckets, each with half the places of every block.
+    # As above.
     ints = ((B // 2, P), (B // 2, P // 2)), (B,), (8 // tensor, 160 * tensor)
     rows = jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32),

@@ -54,7 +54,8 @@ def test_memory_of_one_step_is_kept_for_the_next_where_all_is_computed_on_cpus()
         return int(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
 
     mapped, kept = faults("leave"), faults("keep", JAX_PLATFORMS="cpu")
-    assert mapped >= 2**14 > 100 > kept
+    # Each fault clears a page, of 4 KiB or, where the kernel gives large ones by itself, of 2 MiB.
+    assert mapped >= 32 > 4 * kept
 
 
 def test_the_header_holds_the_resolved_config_and_the_versions(tmp_path):

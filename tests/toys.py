@@ -4,6 +4,7 @@ The toy loss draws eight numbers to the rewards of the data: loss = (mean(w) - R
 present completions. It reaches every part of step, loop and checkpoint that a real one does.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import optax
 
 from copg_jax import global_arrays, sharding, step, train_state
 from copg_jax.data.groups import GroupBatch, with_slots
-from copg_jax.data.packing import in_places, shape_of
+from copg_jax.data.packing import capacity_of, in_places
 from copg_jax.models.llama import LlamaConfig
 
 LLAMA = LlamaConfig(
@@ -59,11 +60,23 @@ def group_batch(reward: Any, length: Any = None, ref_logp: Any = None, seed: int
 
 
 def in_blocks(batch: GroupBatch, num_blocks: int) -> GroupBatch:
-    """The batch packed into blocks, each with a little more room than the fullest needs."""
+    """The batch packed into blocks, each with a little more room than the fullest needs, and with
+    its prompts in buckets.
+    """
     tokens = np.stack([batch.prompt_length, batch.completion_length.sum(1)], axis=1)
     places = in_places(tokens, np.arange(len(tokens))[None, :], num_blocks=num_blocks)
-    _, room = shape_of(places, most=tokens[:, 0].max(), multiple=5)
-    return with_slots(batch, num_blocks=num_blocks, capacity=room)
+    batch = in_buckets(batch, num_blocks)
+    return with_slots(batch, num_blocks=num_blocks, capacity=capacity_of(places, multiple=5))
+
+
+def in_buckets(group: GroupBatch, num_blocks: int) -> GroupBatch:
+    """The group with its prompts in buckets that are as wide as the longest in each place."""
+    (tokens,) = group.prompt_tokens
+    places = tokens.reshape(num_blocks, -1, tokens.shape[1])
+    sizes = group.prompt_length.reshape(num_blocks, -1).max(0)
+    same = [list(run) for _, run in itertools.groupby(range(len(sizes)), lambda i: sizes[i])]
+    buckets = (places[:, run, : sizes[run[0]]] for run in same)
+    return group._replace(prompt_tokens=tuple(x.reshape(-1, x.shape[2]) for x in buckets))
 
 
 def toy_params(value: float = 1.0) -> dict[str, jax.Array]:

@@ -185,12 +185,13 @@ def collate_prompts(prompts: Sequence[np.ndarray], *, num_blocks: int) -> Prompt
     tokens = np.array([(len(ids), 0) for ids in prompts])
     dealt = packing.deal(tokens, batch_size=len(prompts), num_blocks=num_blocks)
     places = packing.in_places(tokens, dealt, num_blocks=num_blocks)
-    sizes, room = packing.shape_of(places, most=packing.round_up(int(tokens.max()), 8))
+    sizes = packing.prompt_sizes_of(places, most=packing.round_up(int(tokens.max()), 8))
+    room = packing.capacity_of(places).tokens
     buckets, rows = _buckets(sizes, num_blocks)
     for row, index in zip(rows, dealt[0], strict=True):
         row[: len(prompts[index])] = prompts[index]
     length = tokens[dealt[0], 0].astype(np.int32)
-    slots = packing.prompt_slots(length, sizes, num_blocks, room.tokens)
+    slots = packing.prompt_slots(length, sizes, num_blocks, room)
     return PromptBatch(dealt[0], buckets, length, slots)
 
 

@@ -3,8 +3,7 @@
 1. `deal` composes batches and their blocks so that all blocks have nearly equal numbers of tokens,
    and orders each block from its longest prompt to its shortest; `batches_by_length` deals among
    groups of similar prompt length.
-2. `shape_of` is the shape that all blocks fit in: the padded size of the prompt in each place, and
-   the capacity for tokens.
+2. `prompt_sizes_of` and `capacity_of` give the shape that all blocks fit in.
 3. `token_slots`, `prompt_slots` and `completion_slots` list what is valid in each block of a
    padded batch.
 
@@ -28,13 +27,13 @@ class Capacity(NamedTuple):
 
 
 _BUCKET = 64
-_MOST_BUCKETS = 8
-"""Sizes of prompts in a batch: each has an attention of its own, and takes its time to compile.
+"""Sizes of prompts are multiples of this, or of more where there would be too many.
 
 With lengths as in TL;DR, all prompts padded to 512, attention computes 2.4 times the scores that it
 needs; with multiples of 128, 64 and 32 it is 1.9, 1.7 and 1.5 (8 groups a block), 1.6, 1.4 and 1.3
 (128 groups).
 """
+_MOST_BUCKETS = 8  # each has an attention of its own, which takes its time to compile
 
 
 def token_slots(
@@ -117,25 +116,30 @@ def in_places(tokens: np.ndarray, dealt: np.ndarray, *, num_blocks: int) -> np.n
     return found.reshape(len(dealt), num_blocks, -1, 2)
 
 
-def shape_of(
-    places: np.ndarray, *, most: int, multiple: int = 8
-) -> tuple[tuple[int, ...], Capacity]:
-    """The least shape, in round numbers, that every block of some batches fits in.
+def prompt_sizes_of(places: np.ndarray, *, most: int) -> tuple[int, ...]:
+    """Slots for the prompt in each place of a block, in few sizes, that fit all blocks.
 
     Args:
         places: tokens from `in_places`; [b, R, B / R, 2].
-        most: the largest prompt size, at least that of the longest prompt.
-        multiple: what the capacity is a multiple of.
+        most: the largest size, at least the longest prompt.
 
     Returns:
-        P of each place in a block [B / R], in few different sizes; and the capacity.
+        P of each place; [B / R].
     """
     bucket = round_up(-(-most // _MOST_BUCKETS), _BUCKET)
-    longest = places[..., 0].max((0, 1))
-    sizes = tuple(min(round_up(int(length), bucket), most) for length in longest)
+    return tuple(min(round_up(int(p), bucket), most) for p in places[..., 0].max((0, 1)))
+
+
+def capacity_of(places: np.ndarray, *, multiple: int = 8) -> Capacity:
+    """The least capacity, rounded up to `multiple`, that fits all blocks.
+
+    Args:
+        places: tokens from `in_places`; [b, R, B / R, 2].
+        multiple: what it is a multiple of.
+    """
     prompts, completions = np.moveaxis(places.sum(2), -1, 0)
-    capacity = (prompts + completions).max(), completions.max()
-    return sizes, Capacity(*(round_up(int(number), multiple) for number in capacity))
+    most = (prompts + completions).max(), completions.max()
+    return Capacity(*(round_up(int(number), multiple) for number in most))
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -247,9 +251,9 @@ def batches_by_length(tokens: np.ndarray, *, batch_size: int, num_blocks: int) -
         rows = order[first : first + sizes.count(size) * batch_size]
         dealt = deal(tokens[rows], batch_size=batch_size, num_blocks=num_blocks)
         places = in_places(tokens[rows], dealt, num_blocks=num_blocks)
-        prompt_sizes, capacity = shape_of(places, most=size, multiple=1)
+        prompt_sizes, capacity = prompt_sizes_of(places, most=size), capacity_of(places, multiple=1)
         dealt_rows = np.where(dealt < 0, -1, rows[dealt])
-        found += [LengthBatch(places, size, prompt_sizes, capacity) for places in dealt_rows]
+        found += [LengthBatch(row, size, prompt_sizes, capacity) for row in dealt_rows]
     return found
 
 

@@ -59,8 +59,8 @@ def prompt_attention(
         stop = min(start + block, size)
         upto = jnp.tile(jnp.tri(stop - start, dtype=bool), (num_groups, 1))[None, None]
         # What comes before the block is seen whole; what comes after it is never computed.
-        before = _Keys(keys[:, :, :start], values[:, :, :start], None)
-        own = _Keys(keys[:, :, start:stop], values[:, :, start:stop], upto)
+        before = _Part(keys[:, :, :start], values[:, :, :start], None)
+        own = _Part(keys[:, :, start:stop], values[:, :, start:stop], upto)
         parts = (before, own) if start else (own,)
         blocks.append(_attend(queries[:, :, :, start:stop], parts))
     mixed = jnp.concatenate(blocks, axis=3)
@@ -98,17 +98,18 @@ def completion_attention(
     queries = split.transpose(0, 3, 1, 4, 2, 5)  # [B, KV, K, G, Q, Hd]
     own_k, own_v = (jnp.moveaxis(x, 3, 1) for x in (own_k, own_v))  # [B, KV, K, C, Hd]
     in_prompt = jnp.arange(prompt_size)[None, :] < prompt_length[:, None]
+    num_seen = jnp.broadcast_to(num_seen, (*num_seen.shape[:2], q.shape[2]))
     in_past = jnp.arange(own_size)[None, None, None, :] < num_seen[..., None]
     in_past = jnp.tile(in_past, (1, 1, queries.shape[3], 1))  # [B, K, G Q, C]
     parts = (
-        _Keys(_by_head(prompt_k), _by_head(prompt_v), in_prompt[:, None, None]),
-        _Keys(own_k, own_v, in_past[:, None]),
+        _Part(_by_head(prompt_k), _by_head(prompt_v), in_prompt[:, None, None]),
+        _Part(own_k, own_v, in_past[:, None]),
     )
     return _attend(queries, parts).transpose(0, 2, 4, 1, 3, 5).reshape(q.shape)
 
 
-class _Keys(NamedTuple):
-    """Keys that queries [..., Hd] see; all queries of `...` that share them are its N rows."""
+class _Part(NamedTuple):
+    """Keys and values for queries [..., Hd]; all queries of `...` that share them are N rows."""
 
     k: Array  # [..., T, Hd]
     v: Array  # [..., T, Hd]
@@ -125,7 +126,7 @@ class _Keys(NamedTuple):
 
 
 @jax.custom_vjp
-def _attend(q: Array, parts: tuple[_Keys, ...]) -> Array:
+def _attend(q: Array, parts: tuple[_Part, ...]) -> Array:
     """softmax(q k / sqrt(Hd)) v, one softmax over the keys of all parts.
 
     Args:
@@ -138,37 +139,38 @@ def _attend(q: Array, parts: tuple[_Keys, ...]) -> Array:
     return _attend_forward(q, parts)[0]
 
 
-def _attend_forward(q: Array, parts: tuple[_Keys, ...]):
+def _attend_forward(q: Array, parts: tuple[_Part, ...]):
     scaled = q * q.shape[-1] ** -0.5
     scores = [part.scores(scaled) for part in parts]
     per_query = (*q.shape[:-1], 1)
     largest = reduce(jnp.maximum, (s.max(-1, initial=_MASKED).reshape(per_query) for s in scores))
-    total, mixed = jnp.zeros(per_query), jnp.zeros(q.shape)
+    total, mixed = jnp.zeros(per_query, jnp.float32), jnp.zeros(q.shape, jnp.float32)
     for part, s in zip(parts, scores, strict=True):
         weights = jnp.exp(s - part.rows(largest))
         total += weights.sum(-1).reshape(per_query)
         mixed += _matmul(weights.astype(q.dtype), part.v).reshape(q.shape)
     # Named, so that what is stored under that name is not computed again for the backward pass.
     mixed = checkpoint_name((mixed / total).astype(q.dtype), MIXED)
-    log_total = checkpoint_name(largest + jnp.log(total), MIXED)
+    log_total = checkpoint_name((largest + jnp.log(total))[..., 0], MIXED)
     return mixed, (q, parts, mixed, log_total)
 
 
-def _attend_backward(stored, gradient: Array):
+def _attend_backward(stored, dmixed: Array):
     q, parts, mixed, log_total = stored
     scale = q.shape[-1] ** -0.5
+    log_total = log_total[..., None]
     # Of a softmax, dscore = weight (dweight − Σ weight dweight), and that sum is mixed · dmixed.
-    along = jnp.sum(mixed.astype(jnp.float32) * gradient, axis=-1, keepdims=True)
-    q_gradient, gradients = jnp.zeros(q.shape), []
+    along = jnp.sum(mixed.astype(jnp.float32) * dmixed, axis=-1, keepdims=True)
+    dq, dparts = jnp.zeros(q.shape, jnp.float32), []
     for part in parts:
-        rows, of_rows = part.rows(q * scale), part.rows(gradient)
+        rows, drows = part.rows(q * scale), part.rows(dmixed)
         weights = jnp.exp(part.scores(q * scale) - part.rows(log_total))
-        of_scores = weights * (_matmul(of_rows, part.v.mT) - part.rows(along))
-        weights, of_scores = weights.astype(q.dtype), of_scores.astype(q.dtype)
-        q_gradient += scale * _matmul(of_scores, part.k).reshape(q.shape)
-        of_k, of_v = _matmul(of_scores.mT, rows), _matmul(weights.mT, of_rows)
-        gradients.append(_Keys(of_k.astype(q.dtype), of_v.astype(q.dtype), None))
-    return q_gradient.astype(q.dtype), tuple(gradients)
+        dscores = weights * (_matmul(drows, part.v.mT) - part.rows(along))
+        weights, dscores = weights.astype(q.dtype), dscores.astype(q.dtype)
+        dq += scale * _matmul(dscores, part.k).reshape(q.shape)
+        dk, dv = _matmul(dscores.mT, rows), _matmul(weights.mT, drows)
+        dparts.append(_Part(dk.astype(q.dtype), dv.astype(q.dtype), None))
+    return dq.astype(q.dtype), tuple(dparts)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -37,8 +37,10 @@ def _mixed_saveable(primitive: Any, *_: Any, **params: Any) -> bool:
 
 
 def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Saving all results must not mean to save the weights of every layer as they were gathered."""
-    return primitive.name != "sharding_constraint"
+    """Saving all results must not mean to save the weights of every layer as they were gathered, or
+    reshaped after that.
+    """
+    return primitive.name not in ("sharding_constraint", "reshape")
 
 
 _only_mixed = jax.checkpoint_policies.save_only_these_names(MIXED)

@@ -38,16 +38,16 @@ def _rms_norm_forward(x: Array, scale: Array, eps: float):
     return (normed * _as_row(scale, x.ndim)).astype(x.dtype), (x, scale)
 
 
-def _rms_norm_backward(eps: float, stored: tuple[Array, Array], gradient: Array):
-    """With n = x / r and h = scale · dy: dx = (h − n · mean(h n)) / r and dscale = Σ dy n."""
+def _rms_norm_backward(eps: float, stored: tuple[Array, Array], dy: Array):
+    """With n = x / r and dn = scale · dy: dx = (dn − n · mean(dn n)) / r and dscale = Σ dy n."""
     x, scale = stored
     normed, inverse = _normalize(x, eps)
-    gradient = gradient.astype(jnp.float32)
-    of_normed = gradient * _as_row(scale, x.ndim)
-    along = jnp.mean(of_normed * normed, axis=-1, keepdims=True)
-    of_x = inverse * (of_normed - normed * along)
-    of_scale = jnp.sum(gradient * normed, axis=tuple(range(x.ndim - 1)))
-    return of_x.astype(x.dtype), of_scale.astype(scale.dtype)
+    dy = dy.astype(jnp.float32)
+    dnormed = dy * _as_row(scale, x.ndim)
+    along = jnp.mean(dnormed * normed, axis=-1, keepdims=True)
+    dx = inverse * (dnormed - normed * along)
+    dscale = jnp.sum(dy * normed, axis=tuple(range(x.ndim - 1)))
+    return dx.astype(x.dtype), dscale.astype(scale.dtype)
 
 
 _rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
@@ -65,6 +65,7 @@ def _as_row(scale: Array, ndim: int) -> Array:
     return jnp.expand_dims(scale.astype(jnp.float32), tuple(range(ndim - 1)))
 
 
+@jax.custom_vjp
 def linear(x: Array, matrix: Array) -> Array:
     """x @ matrix.
 
@@ -75,26 +76,21 @@ def linear(x: Array, matrix: Array) -> Array:
     Returns:
         [..., F].
     """
-    return _linear(x, matrix)
-
-
-@jax.custom_vjp
-def _linear(x: Array, matrix: Array) -> Any:
     return _linear_forward(x, matrix)[0]
 
 
 def _linear_forward(x: Array, matrix: Array):
-    # Not by way of `_linear`, inside of which no rematerialisation policy would see the product.
+    # Not by way of `linear`, inside of which no rematerialisation policy would see the product.
     return jnp.einsum("...d,df->...f", x, matrix), (x, matrix)
 
 
-def _linear_backward(stored: tuple[Array, Array], gradient: Array):
+def _linear_backward(stored: tuple[Array, Array], dy: Array):
     """dx = dy Wᵀ and dW = xᵀ dy, where automatic differentiation takes (dyᵀ x)ᵀ: on CPUs XLA then
     transposes dy, which is wider than x in most of a Llama's products.
     """
     x, matrix = stored
-    of_x = jnp.einsum("...f,df->...d", gradient, matrix)
-    return of_x, jnp.einsum("...d,...f->df", x, gradient)
+    dx = jnp.einsum("...f,df->...d", dy, matrix)
+    return dx, jnp.einsum("...d,...f->df", x, dy)
 
 
-_linear.defvjp(_linear_forward, _linear_backward)
+linear.defvjp(_linear_forward, _linear_backward)

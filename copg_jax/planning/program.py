@@ -1,7 +1,7 @@
 """The step of a stage as its script would jit it, with abstract arrays for arguments.
 
-Batches have the largest shape that the config allows; as many of their slots are filled as TL;DR
-fills.
+Batches have the lengths of TL;DR, in the shape that a run has whose longest prompt and completion
+are as long as the config allows.
 """
 
 import math
@@ -26,6 +26,7 @@ from copg_jax.config import (
 )
 from copg_jax.data import groups, packing
 from copg_jax.data.groups import GroupBatch, TokenGroup
+from copg_jax.data.stream import WINDOW
 from copg_jax.errors import InputError
 from copg_jax.flops import block_parameters, useful_flops
 from copg_jax.loop import check_batch
@@ -168,22 +169,25 @@ def _training_program(
 
 
 def _full_batch(config: TrainConfig, num_completions: int, *, num_blocks: int) -> GroupBatch:
-    """A batch of the largest shape that the config allows, with the lengths of TL;DR."""
+    """A batch with the lengths of TL;DR, in the shape that a run has whose longest prompt and
+    completion are as long as the config allows.
+    """
     size, data = config.training.batch_size, config.data
-    prompts = _lengths(_PROMPT_TOKENS, size, data.max_prompt_tokens, seed=0)
+    # As the stream deals a window: blocks alike, in a shape that fits them all.
+    num_groups = packing.round_up(WINDOW, size)
+    prompts = _lengths(_PROMPT_TOKENS, num_groups, data.max_prompt_tokens, seed=0)
     completions = np.stack(
         [
-            _lengths(_COMPLETION_TOKENS, size, data.max_completion_tokens, seed=k + 1)
+            _lengths(_COMPLETION_TOKENS, num_groups, data.max_completion_tokens, seed=k + 1)
             for k in range(num_completions)
         ],
         axis=1,
     )
-    # As the stream would deal them: blocks of nearly equal totals, and the least room for them.
     tokens = np.stack([prompts, completions.sum(1)], axis=1)
     dealt = packing.deal(tokens, batch_size=size, num_blocks=num_blocks)
     places = packing.in_places(tokens, dealt, num_blocks=num_blocks)
     longest = packing.round_up(data.max_prompt_tokens, 8)
-    (_, *prompt_sizes), capacity = packing.shape_of(places, most=longest)
+    _, *prompt_sizes = packing.prompt_sizes_of(places, most=longest)
     return groups.collate(
         [_token_group(int(prompts[i]), completions[i]) for i in dealt[0]],
         batch_size=size,
@@ -191,7 +195,7 @@ def _full_batch(config: TrainConfig, num_completions: int, *, num_blocks: int) -
         num_completions=num_completions,
         completion_size=packing.round_up(data.max_completion_tokens, 8),
         num_blocks=num_blocks,
-        capacity=capacity,
+        capacity=packing.capacity_of(places),
     )
 
 

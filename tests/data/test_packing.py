@@ -7,11 +7,12 @@ from copg_jax.data.packing import (
     Capacity,
     balance,
     batches_by_length,
+    capacity_of,
     completion_slots,
     deal,
     in_places,
+    prompt_sizes_of,
     prompt_slots,
-    shape_of,
     token_slots,
 )
 from copg_jax.errors import InputError
@@ -74,13 +75,15 @@ def test_the_shape_is_that_of_the_fullest_block_and_of_the_longest_prompt_in_eac
     first = [[[400, 30], [130, 9]], [[90, 20], [64, 7]]]
     second = [[[410, 5], [90, 60]], [[70, 2], [65, 3]]]
     places = np.array([first, second])
-    assert shape_of(places, most=512) == ((448, 192), Capacity(576, 72))
-    assert shape_of(places, most=416, multiple=1) == ((416, 192), Capacity(569, 65))
+    assert prompt_sizes_of(places, most=512) == (448, 192)
+    assert prompt_sizes_of(places, most=416) == (416, 192)
+    assert capacity_of(places) == Capacity(576, 72)
+    assert capacity_of(places, multiple=1) == Capacity(569, 65)
 
 
 def test_prompts_have_few_sizes_however_long_they_are():
     places = np.stack([np.arange(4096, 0, -1), np.ones(4096, int)], axis=1)[None, None]
-    sizes, _ = shape_of(places, most=4096)
+    sizes = prompt_sizes_of(places, most=4096)
     assert len(set(sizes)) == 8 and sizes[0] == 4096 and sizes[-1] == 512
     assert (np.array(sizes) >= places[0, 0, :, 0]).all()
 

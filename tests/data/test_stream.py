@@ -8,7 +8,7 @@ import pytest
 from copg_jax.data.dataset import prepare
 from copg_jax.data.groups import GroupBatch
 from copg_jax.data.schemas import TextGroup
-from copg_jax.data.stream import GroupStream, num_steps
+from copg_jax.data.stream import WINDOW, GroupStream, _windows, num_steps
 from copg_jax.data.tldr import Limits
 from copg_jax.errors import InputError
 
@@ -85,6 +85,22 @@ def test_one_stream_can_be_iterated_again(dataset):
     stream = GroupStream(dataset, batch_size=4, num_epochs=1, seed=0)
     assert stream.num_steps == 5
     assert_same(list(stream), list(stream))
+
+
+@pytest.mark.parametrize("num_rows", [22, 2048, 5003, 92_858])
+@pytest.mark.parametrize(("batch_size", "num_epochs"), [(1, 1), (8, 2), (128, 3), (4096, 1)])
+def test_windows_cover_the_run_in_nearly_equal_parts_and_mix_no_epochs(
+    num_rows, batch_size, num_epochs
+):
+    num_rows = max(num_rows, batch_size)  # fewer are refused
+    firsts = _windows(num_rows, batch_size, num_epochs)
+    assert firsts == sorted(set(firsts)) and firsts[0] == 0
+    assert firsts[-1] == num_steps(num_rows, batch_size, num_epochs)
+    for epoch in range(num_epochs):
+        inside = [f for f in firsts if epoch * num_rows <= f * batch_size <= (epoch + 1) * num_rows]
+        sizes = np.diff(inside)
+        assert not len(sizes) or np.ptp(sizes) <= 1
+        assert (sizes * batch_size < 1.5 * WINDOW + batch_size).all()
 
 
 @pytest.fixture(scope="module")

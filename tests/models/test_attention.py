@@ -99,6 +99,14 @@ def test_gradients_of_completion_attention_are_those_of_its_definition():
         assert np.abs(value).max() > 0.1
 
 
+def test_num_seen_may_be_one_number_for_all_queries():
+    q, prompt, own = _completion_inputs()
+    attend = lambda seen: completion_attention(q, *prompt, LENGTH, *own, seen)
+    wanted = attend(jnp.full((B, K, C), 2))
+    np.testing.assert_array_equal(attend(jnp.full((1, 1, 1), 2)), wanted)
+    np.testing.assert_array_equal(attend(jnp.full((B, K, 1), 2)), wanted)
+
+
 def test_gradients_of_large_scores_are_finite():
     q, prompt, own = _completion_inputs()
     ours = lambda *x: completion_attention(100 * x[0], *x[1:3], LENGTH, *x[3:], SEEN).sum()

@@ -13,6 +13,7 @@ import pytest
 from copg_jax.data.packing import prompt_slots
 from copg_jax.models import decoding, functional
 from tests.models import tiny
+from tests.toys import in_buckets
 
 
 def _prefill(config, params, group, num_samples, room=None, num_blocks=1):
@@ -32,7 +33,7 @@ def test_prefill_and_decode_steps_give_the_states_of_training(
     group = make_group([8, 1, 5], [[6] * num_samples] * 3)
     hidden = tiny.predictive(config, params, group)
     if buckets:
-        group = tiny.in_buckets(group, num_blocks)
+        group = in_buckets(group, num_blocks)
     cache, last_prompt = _prefill(config, params, group, num_samples, room, num_blocks)
     np.testing.assert_allclose(last_prompt, hidden[:, 0, 0], atol=1e-5)
     step = jax.jit(functools.partial(decoding.decode_step, config))

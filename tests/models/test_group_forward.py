@@ -13,6 +13,7 @@ from copg_jax.models import functional
 from copg_jax.models.group_forward import predictive_hidden
 from copg_jax.models.llama import REMAT_POLICIES
 from tests.models import tiny
+from tests.toys import in_buckets
 
 SHAPES = [
     ([8, 1, 3], [[6], [1], [4]]),
@@ -37,7 +38,7 @@ def _packed(group, packing):
     if len(group.prompt_length) % num_blocks:
         num_blocks = len(group.prompt_length)
     if packing.startswith("buckets"):
-        group = tiny.in_buckets(group, num_blocks)
+        group = in_buckets(group, num_blocks)
     if extra is None:
         return with_slots(group, num_blocks=num_blocks)
     completion = group.completion_length.reshape(num_blocks, -1).sum(1)
@@ -123,7 +124,7 @@ def test_garbage_in_padding_and_absent_slots_changes_no_value_and_no_gradient(
     padded = tiny.padded_prompts(group)
     in_prompt = np.arange(padded.shape[1])[None, :] < group.prompt_length[:, None]
     wide = group._replace(prompt_tokens=(np.where(in_prompt, padded, 60 - padded),))
-    same_shape = tiny.in_buckets if packing.startswith("buckets") else lambda group, _: group
+    same_shape = in_buckets if packing.startswith("buckets") else lambda group, _: group
     other = same_shape(wide, len(group.token_slots))._replace(
         completion_tokens=np.where(
             _valid(group), group.completion_tokens, 60 - group.completion_tokens

@@ -5,7 +5,6 @@ need to carry them. Names, shapes and config keys are spelled out here a second 
 """
 
 import functools
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -151,16 +150,6 @@ def predictive(config: LlamaConfig, params: Params, group: GroupBatch) -> jax.Ar
     packing = Packing.of(group.completion_slots, group.completion_tokens.size // num_blocks)
     hidden = predictive_hidden(config, params, group)
     return packing.unpack(hidden).reshape(*shape, -1)
-
-
-def in_buckets(group: GroupBatch, num_blocks: int) -> GroupBatch:
-    """The group with its prompts in buckets that are as wide as the longest in each place."""
-    (tokens,) = group.prompt_tokens
-    places = tokens.reshape(num_blocks, -1, tokens.shape[1])
-    sizes = group.prompt_length.reshape(num_blocks, -1).max(0)
-    same = [list(run) for _, run in itertools.groupby(range(len(sizes)), lambda i: sizes[i])]
-    buckets = (places[:, run, : sizes[run[0]]] for run in same)
-    return group._replace(prompt_tokens=tuple(x.reshape(-1, x.shape[2]) for x in buckets))
 
 
 def padded_prompts(group: GroupBatch) -> np.ndarray:
