@@ -79,6 +79,7 @@ def make_parser(module: str, description: str | None) -> argparse.ArgumentParser
     add("--warmup", type=int, default=2, help="steps before those")
     add("--prompts", type=int, default=32, help="prompts of the generation")
     add("--new", type=int, default=48, help="tokens of each completion")
+    add("--remat", choices=REMAT_POLICIES, default="full", help="of ours (peers keep everything)")
     add("--cuda", action="store_true", help="peers on the GPU, everyone in bfloat16")
     add("--timeout", type=float, default=1800, help="seconds of one process")
     subparsers.choices["peers"].set_defaults(own=(sys.executable, "-m", module))
@@ -202,6 +203,7 @@ def compare_with_peers(args: argparse.Namespace) -> dict[str, Any]:
             warmup=args.warmup,
             prompts=args.prompts,
             new=args.new,
+            remat=args.remat,
             cuda=args.cuda,
         )
         contestants = peers.find(

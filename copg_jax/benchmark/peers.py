@@ -74,6 +74,7 @@ class Settings(NamedTuple):
     warmup: int
     prompts: int  # of the generation
     new: int  # tokens of every completion
+    remat: str  # what our training keeps, per layer
     cuda: bool  # whether peers run on a GPU; then everyone computes in bfloat16
 
 
@@ -120,7 +121,7 @@ def find(
 
     contestants = []
     for task in dict.fromkeys(PEERS[name].task for name in names):
-        text = {"train": _TRAIN, "generate": _GENERATE}[task]
+        text = {"train": _TRAIN + " --remat {remat}", "generate": _GENERATE}[task]
         command = (*own, task, *shared, settings.shape, *arguments(text, "--dtype bfloat16"))
         contestants.append(Contestant(OURS[task], task, command))
     for name in names:

@@ -82,7 +82,7 @@ def test_each_task_has_our_run_and_everyone_gets_the_same_rows(
 ):
     sizes = ("--batch", "2", "--steps", "3", "--warmup", "1", "--prompts", "4", "--new", "5")
     workload = write(rows)
-    run(scripts, workload, *ENVS, "--rounds", "1", *sizes)
+    run(scripts, workload, *ENVS, "--rounds", "1", *sizes, "--remat", "dots")
     found = {tuple(call[:2]) if call[0] == "ours.py" else call[0]: call for call in calls(scripts)}
     assert len(found) == 6
     (path,) = {call[call.index("--workload") + 1] for call in found.values()}
@@ -90,7 +90,7 @@ def test_each_task_has_our_run_and_everyone_gets_the_same_rows(
     training = ["--shape", "tiny", "--batch", "2", "--steps", "3", "--warmup", "1"]
     generation = ["--shape", "tiny", "--batch", "4", "--new", "5"]
     for name, wanted in {
-        ("ours.py", "train"): training,
+        ("ours.py", "train"): [*training, "--remat", "dots"],
         ("ours.py", "generate"): generation,
         "peer_torch.py": training,
         "peer_trl.py": training,
@@ -103,7 +103,8 @@ def test_each_task_has_our_run_and_everyone_gets_the_same_rows(
 def test_rows_that_nobody_reaches_are_left_out(scripts, toy_model, rows, write):
     count = "print(json.dumps({'pairs_per_s': len(open(sys.argv[2]).readlines())}))"
     for name in ("ours.py", "peer_torch.py"):
-        fake(scripts, name, 1, "import json, sys\n" + count.replace("[2]", "[-9]"))
+        path = "[sys.argv.index('--workload') + 1]"
+        fake(scripts, name, 1, "import json, sys\n" + count.replace("[2]", path))
     sizes = ("--batch", "2", "--steps", "3", "--warmup", "1", "--prompts", "1")
     result = run(scripts, write(rows), *ENVS, "--peers", "torch", "--rounds", "1", *sizes)[
         "contestants"
