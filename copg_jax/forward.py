@@ -115,6 +115,7 @@ class GroupForward:
         return groups.collate(
             groups_of_batch,
             batch_size=self._batch_size,
+            # One size for all places: calls differ in their prompts, and share shapes only so.
             prompt_sizes=(size[0],) * (self._batch_size // self._num_blocks),
             num_completions=size[1],
             completion_size=size[2],

@@ -35,7 +35,7 @@ class _Loop(NamedTuple):
 
 _RUN = 128
 
-Sampler = Callable[[Any, Array, Array, Array, Array], Samples]
+Sampler = Callable[[Any, tuple[Array, ...], Array, Array, Array], Samples]
 """(params, prompt_tokens, prompt_length [B], prompt_slots [R, N], keys [B]) → Samples.
 
 Prompts lie in buckets as in a `GroupBatch`: one array [R n_j, P_j] each.

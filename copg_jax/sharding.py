@@ -228,9 +228,9 @@ def _reshard_forward(x: jax.Array, source: NamedSharding, target: NamedSharding)
     return jax.lax.with_sharding_constraint(x, target), None
 
 
-def _reshard_backward(source: NamedSharding, target: NamedSharding, _: None, gradient: jax.Array):
+def _reshard_backward(source: NamedSharding, target: NamedSharding, _: None, dx: jax.Array):
     del target
-    return (jax.lax.with_sharding_constraint(gradient, source),)
+    return (jax.lax.with_sharding_constraint(dx, source),)
 
 
 _reshard.defvjp(_reshard_forward, _reshard_backward)

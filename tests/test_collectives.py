@@ -103,7 +103,7 @@ def test_decoding_gathers_no_weights_and_cuts_heads_as_they_are(tensor):
         mesh=mesh,
         param_shardings=sharding.shardings(mesh, functional.logical_axes(CONFIG), params),
     )
-    # As above.
+    # Prompts in two buckets, each with half the places of every block.
     ints = ((B // 2, P), (B // 2, P // 2)), (B,), (8 // tensor, 160 * tensor)
     rows = jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32),

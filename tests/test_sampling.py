@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from copg_jax import policy, sampling, sharding
-from copg_jax.data.groups import GroupBatch, collate_prompts, with_slots
-from copg_jax.data.packing import prompt_slots
+from copg_jax.data.groups import GroupBatch, with_slots
+from copg_jax.data.packing import deal, prompt_slots
 from copg_jax.models import decoding, functional
 from copg_jax.models.llama import LlamaConfig
 from copg_jax.sampling import Samples, make_sampler, row_keys
@@ -222,19 +222,17 @@ def test_eight_devices_draw_what_one_device_draws(samples, params):
 @pytest.mark.parametrize("on", [(1, 1, 1), (1, 4, 1)], ids=str)
 def test_buckets_draw_what_one_bucket_draws(samples, params, on):
     num_blocks = math.prod(on)
-    prompts = [PROMPTS[b, : LENGTH[b]] for b in range(B)]
-    batch = collate_prompts(prompts, num_blocks=num_blocks)
-    places = batch.length.reshape(num_blocks, -1)
-    # As narrow as the longest prompt of each place; `collate_prompts` never goes below 64.
-    sizes = places.max(0)
+    lengths = np.stack([LENGTH, np.zeros(B, int)], axis=1)
+    rows = deal(lengths, batch_size=B, num_blocks=num_blocks)[0]
+    # As narrow as the longest prompt of each place, which no run would cut so fine.
+    sizes = LENGTH[rows].reshape(num_blocks, -1).max(0)
+    places = PROMPTS[rows].reshape(num_blocks, -1, P)
     same = [list(run) for _, run in itertools.groupby(range(len(sizes)), lambda i: sizes[i])]
-    (wide,) = batch.tokens
-    rows = wide.reshape(num_blocks, -1, wide.shape[1])
-    tokens = tuple(rows[:, run, : sizes[run[0]]].reshape(-1, sizes[run[0]]) for run in same)
+    tokens = tuple(places[:, run, : sizes[run[0]]].reshape(-1, sizes[run[0]]) for run in same)
     assert len(tokens) > 1
-    slots = prompt_slots(batch.length, sizes, num_blocks, batch.slots.shape[1])
-    keys = row_keys(0, 0, B)[batch.rows]
-    found = sampler_on(mesh(*on), K, 1.0)(params, tokens, batch.length, slots, keys)
-    np.testing.assert_array_equal(found.tokens, samples.tokens[batch.rows])
-    np.testing.assert_array_equal(found.length, samples.length[batch.rows])
-    np.testing.assert_allclose(found.token_logp, samples.token_logp[batch.rows], atol=1e-5)
+    slots = prompt_slots(LENGTH[rows], sizes, num_blocks, 29)
+    keys = row_keys(0, 0, B)[rows]
+    found = sampler_on(mesh(*on), K, 1.0)(params, tokens, LENGTH[rows], slots, keys)
+    np.testing.assert_array_equal(found.tokens, samples.tokens[rows])
+    np.testing.assert_array_equal(found.length, samples.length[rows])
+    np.testing.assert_allclose(found.token_logp, samples.token_logp[rows], atol=1e-5)

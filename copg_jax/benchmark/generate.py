@@ -18,7 +18,8 @@ import numpy as np
 from copg_jax import global_arrays, sampling, sharding
 from copg_jax.benchmark.cost import peak_device_bytes
 from copg_jax.benchmark.workload import Workload
-from copg_jax.data import groups
+from copg_jax.data import groups, packing
+from copg_jax.data.groups import TokenGroup
 from copg_jax.errors import InputError
 from copg_jax.flops import CHIPS, block_parameters
 from copg_jax.models import functional
@@ -55,7 +56,7 @@ def measure(
         mesh, functional.logical_axes(config), functional.abstract_params(config)
     )
     params = _random_params(config, layout)
-    prompts = [workload[index].prompt_tokens for index in range(batch_size)]
+    prompts = [workload[index] for index in range(batch_size)]
     inputs = _inputs(prompts, mesh)
 
     def median_sec(max_new_tokens: int) -> float:
@@ -74,7 +75,7 @@ def measure(
     prefill_sec, total_sec = median_sec(1), median_sec(num_new)
     decode_sec = total_sec - prefill_sec
     made = batch_size * num_samples
-    length = np.array([len(ids) for ids in prompts])
+    length = np.array([len(row.prompt_tokens) for row in prompts])
     return {
         "tokens_per_s": made * num_new / total_sec,
         "seconds": total_sec,
@@ -109,10 +110,25 @@ def _random_params(config: LlamaConfig, layout: Any) -> Any:
     return jax.jit(make, out_shardings=layout)()
 
 
-def _inputs(prompts: Sequence[np.ndarray], mesh: jax.sharding.Mesh) -> tuple[Any, ...]:
+def _inputs(prompts: Sequence[TokenGroup], mesh: jax.sharding.Mesh) -> tuple[Any, ...]:
     """The sampler's arrays: tokens by bucket [R n_j, P_j], lengths [B], slots [R, N], keys [B]."""
-    _, *arrays = groups.collate_prompts(prompts, num_blocks=sharding.num_batch_shards(mesh))
-    placed = global_arrays.place(tuple(arrays), sharding.batch_sharding(mesh))
+    num_blocks = sharding.num_batch_shards(mesh)
+    tokens = np.array([(len(row.prompt_tokens), 0) for row in prompts])
+    dealt = packing.deal(tokens, batch_size=len(prompts), num_blocks=num_blocks)
+    places = packing.in_places(tokens, dealt, num_blocks=num_blocks)
+    sizes = packing.prompt_sizes_of(places, most=packing.round_up(int(tokens.max()), 8))
+    batch = groups.collate(
+        [prompts[index] for index in dealt[0]],
+        batch_size=len(prompts),
+        prompt_sizes=sizes,
+        num_completions=max(len(row.completion_tokens) for row in prompts),
+        completion_size=max(len(ids) for row in prompts for ids in row.completion_tokens),
+        num_blocks=num_blocks,
+    )
+    room = packing.capacity_of(places).tokens
+    slots = packing.prompt_slots(batch.prompt_length, sizes, num_blocks, room)
+    arrays = batch.prompt_tokens, batch.prompt_length, slots
+    placed = global_arrays.place_whole(arrays, sharding.batch_sharding(mesh))
     return *placed, sampling.row_keys(0, 0, len(prompts))
 
 

@@ -166,35 +166,6 @@ def collate(
     return with_slots(batch, num_blocks=num_blocks, capacity=capacity)
 
 
-class PromptBatch(NamedTuple):
-    """Prompts alone, as the sampler takes them."""
-
-    rows: np.ndarray  # [B], which prompt is in each place
-    tokens: tuple[np.ndarray, ...]  # by bucket, int32 [R n_j, P_j]
-    length: np.ndarray  # int32 [B]
-    slots: np.ndarray  # int32 [R, N], see `packing.prompt_slots`
-
-
-def collate_prompts(prompts: Sequence[np.ndarray], *, num_blocks: int) -> PromptBatch:
-    """Deals prompts into the blocks of one batch.
-
-    Args:
-        prompts: token ids [p] of each; B of them.
-        num_blocks: R, divides B.
-    """
-    tokens = np.array([(len(ids), 0) for ids in prompts])
-    dealt = packing.deal(tokens, batch_size=len(prompts), num_blocks=num_blocks)
-    places = packing.in_places(tokens, dealt, num_blocks=num_blocks)
-    sizes = packing.prompt_sizes_of(places, most=packing.round_up(int(tokens.max()), 8))
-    room = packing.capacity_of(places).tokens
-    buckets, rows = _buckets(sizes, num_blocks)
-    for row, index in zip(rows, dealt[0], strict=True):
-        row[: len(prompts[index])] = prompts[index]
-    length = tokens[dealt[0], 0].astype(np.int32)
-    slots = packing.prompt_slots(length, sizes, num_blocks, room)
-    return PromptBatch(dealt[0], buckets, length, slots)
-
-
 def _buckets(
     prompt_sizes: Sequence[int], num_blocks: int
 ) -> tuple[tuple[np.ndarray, ...], list[np.ndarray]]:

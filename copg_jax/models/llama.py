@@ -37,8 +37,8 @@ def _mixed_saveable(primitive: Any, *_: Any, **params: Any) -> bool:
 
 
 def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Saving all results must not mean to save the weights of every layer as they were gathered, or
-    reshaped after that.
+    """Saving all results must not mean to save the weights of every layer as they were gathered;
+    `LlamaLayer` reshapes them after that, and saving the result would keep them too.
     """
     return primitive.name not in ("sharding_constraint", "reshape")
 

@@ -183,15 +183,15 @@ def _full_batch(config: TrainConfig, num_completions: int, *, num_blocks: int) -
         ],
         axis=1,
     )
+    prompts[prompts.argmax()] = data.max_prompt_tokens
     tokens = np.stack([prompts, completions.sum(1)], axis=1)
     dealt = packing.deal(tokens, batch_size=size, num_blocks=num_blocks)
     places = packing.in_places(tokens, dealt, num_blocks=num_blocks)
     longest = packing.round_up(data.max_prompt_tokens, 8)
-    _, *prompt_sizes = packing.prompt_sizes_of(places, most=longest)
     return groups.collate(
         [_token_group(int(prompts[i]), completions[i]) for i in dealt[0]],
         batch_size=size,
-        prompt_sizes=(longest, *prompt_sizes),
+        prompt_sizes=packing.prompt_sizes_of(places, most=longest),
         num_completions=num_completions,
         completion_size=packing.round_up(data.max_completion_tokens, 8),
         num_blocks=num_blocks,
@@ -221,7 +221,9 @@ def _token_group(prompt_length: int, completion_lengths: np.ndarray) -> TokenGro
 def _sampling_program(
     config: EvaluateConfig, model: LlamaConfig, mesh: jax.sharding.Mesh
 ) -> Program:
-    """Sampling for one batch of prompts, all of them to the last token."""
+    """Sampling for the first batch of an evaluation, which has its longest prompts, all of them to
+    the last token.
+    """
     generation, shards = config.evaluation.generation, sharding.num_batch_shards(mesh)
     size = packing.round_up(min(generation.batch_size, generation.num_prompts), shards)
     num_steps = generation.max_new_tokens
@@ -239,22 +241,35 @@ def _sampling_program(
         param_shardings=layout,
     )
     rows = sharding.batch_sharding(mesh)
-    lengths = _lengths(_PROMPT_TOKENS, size, config.evaluation.data.max_prompt_tokens, seed=0)
-    batch = groups.collate_prompts([np.zeros(n, np.int32) for n in lengths], num_blocks=shards)
+    most = config.evaluation.data.max_prompt_tokens
+    lengths = _lengths(_PROMPT_TOKENS, generation.num_prompts, most, seed=0)
+    lengths[lengths.argmax()] = most
+    tokens = np.stack([lengths, np.zeros_like(lengths)], axis=1)
+    first, *_ = packing.batches_by_length(tokens, batch_size=size, num_blocks=shards)
     completions = np.full((size, generation.num_samples), num_steps, np.int32)
+    batch = groups.collate(
+        [None if i < 0 else _token_group(int(lengths[i]), completions[0]) for i in first.rows],
+        batch_size=size,
+        prompt_sizes=first.prompt_sizes,
+        num_completions=generation.num_samples,
+        completion_size=num_steps,
+        num_blocks=shards,
+    )
+    length, room = batch.prompt_length, first.capacity.tokens
+    slots = packing.prompt_slots(length, first.prompt_sizes, shards, room)
     keys = jax.eval_shape(lambda: row_keys(0, 0, size))
     heads = model.num_key_value_heads * model.head_dim * model.num_hidden_layers
-    cache = 2 * sum(x.size for x in batch.tokens) * heads * _itemsize(model) / mesh.size
+    cache = 2 * sum(x.size for x in batch.prompt_tokens) * heads * _itemsize(model) / mesh.size
     return Program(
         function,
         trains=False,
         arguments=(
             _abstract(params, layout),
-            *_abstract((*batch[1:], keys), rows),
+            *_abstract((batch.prompt_tokens, length, slots, keys), rows),
         ),
         num_groups=size,
-        num_tokens=int(lengths.sum() + completions.sum()),
-        useful_flops=useful_flops(model, batch.length, completions, training=False),
+        num_tokens=int(length.sum() + completions.sum()),
+        useful_flops=useful_flops(model, length, completions, training=False),
         # The prompts read the matrices; every token after the first the chip's own part of them,
         # and the prompts' cache.
         hbm_bytes=_matrix_bytes(model, mesh)

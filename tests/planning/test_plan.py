@@ -71,6 +71,18 @@ def test_a_batch_is_as_long_as_the_config_allows_and_filled_like_tldr(architectu
     assert program.num_tokens <= computed < 1.05 * program.num_tokens
 
 
+def test_sampling_is_planned_for_the_longest_prompts_of_an_evaluation(architecture: Path):
+    sizes = ["num_prompts=64", "batch_size=16", "max_new_tokens=8"]
+    limits = [f"evaluation.generation.{size}" for size in sizes]
+    config = config_of("evaluate", architecture, "evaluation.data.max_prompt_tokens=1024", *limits)
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    program = make_program(config, read_architecture(config.model), mesh)
+    _, tokens, length, *_ = program.arguments
+    assert tokens[0].shape[1] == 1024 and sum(len(x) for x in tokens) == length.shape[0] == 16
+    # The top quarter of TL;DR's lengths has 410 tokens and more.
+    assert program.num_tokens > 16 * (410 + 8)
+
+
 def test_a_plan_has_the_fields_of_its_json_line_and_fits_where_it_should(architecture: Path):
     config = config_of("sft", architecture)
     found, remarks = make_plan(config, open_topology("gpu:2xh200"))
