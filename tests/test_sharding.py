@@ -83,9 +83,9 @@ def test_a_batch_is_cut_along_groups_only():
     batch = group_batch(np.arange(16.0).reshape(8, 2))
     placed = global_arrays.place_whole(batch, sharding.batch_sharding(on))
     assert sharding.num_batch_shards(on) == 4
-    for name, array in placed._asdict().items():
+    for array, given in zip(jax.tree.leaves(placed), jax.tree.leaves(batch), strict=True):
         assert {shard.data.shape for shard in array.addressable_shards} == {(2, *array.shape[1:])}
-        np.testing.assert_array_equal(array, getattr(batch, name))
+        np.testing.assert_array_equal(array, given)
 
 
 def hosts(of_devices: list[int], shape: tuple[int, int, int]) -> SimpleNamespace:
