@@ -108,7 +108,12 @@ class GroupForward:
         present = [row for row in groups_of_batch if row is not None]
         longest = max(len(ids) for row in present for ids in row.completion_tokens)
         most = max(len(row.completion_tokens) for row in present)
-        size = batch.prompt_size, _round_up(most, bits=1), max(16, _round_up(longest, bits=1))
+        prompt_size, num_completions = batch.prompt_size, _round_up(most, bits=1)
+        completion_size = max(16, _round_up(longest, bits=1))
+        if not tight:  # rather in a wider shape that is compiled than in one of its own
+            wider = (c for p, k, c in self._rooms if (p, k) == (prompt_size, num_completions))
+            completion_size = min((c for c in wider if c >= longest), default=completion_size)
+        size = prompt_size, num_completions, completion_size
         room = self._rooms.get(size, packing.Capacity(0, 0))
         if any(map(operator.gt, batch.capacity, room)):
             room = self._rooms[size] = self._larger(room, batch.capacity, size, tight)

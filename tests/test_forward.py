@@ -164,3 +164,12 @@ def test_evaluations_while_completions_grow_compile_nothing_after_the_first(per_
         num_shapes.append(found)
     assert num_shapes == [3] * 30
     assert useful > 0.84
+
+
+def test_shorter_completions_are_computed_in_a_shape_that_is_there():
+    batches: list[GroupBatch] = []
+    run = forward(mesh(), batches)
+    for length in (40, 12, 20, 9):
+        row = group(range(1, 30), range(1, length))
+        np.testing.assert_allclose(run([row]), [expected(row)])
+    assert useful_and_shapes(batches)[1] == 1
