@@ -160,8 +160,10 @@ def test_rematerialisation_does_not_change_gradients(config, make_group):
         for remat in REMAT_POLICIES
     )
     assert len(again) >= 3
+    # To rounding: gradients reach hundreds, and what is computed again is fused in another way.
+    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(stored))
     for gradients in again:
-        _assert_trees_close(gradients, stored, atol=1e-5)
+        _assert_trees_close(gradients, stored, atol=1e-6 * scale)
 
 
 def test_full_rematerialisation_needs_less_memory_than_none(config, params, make_group):
