@@ -235,6 +235,25 @@ def test_samples_do_not_depend_on_the_batches_and_texts_are_of_the_first_prompts
     ]
 
 
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_the_kl_of_a_model_to_itself_is_zero_on_prompts_in_several_buckets(params, num_devices):
+    on = mesh(num_devices)
+    widths = []
+
+    def noted(*args: Any) -> Samples:
+        widths.append([bucket.shape[1] for bucket in args[1]])
+        return draw(*args)
+
+    draw = sampler_on(on)
+    prompts = prompts_of([3, 130, 2, 5, 150, 70, 6, 4])
+    found = generate(evaluator(noted, params, prompts=prompts, batch_size=8, on=on), params, 0)
+    assert widths == [[192, 128, 64]]
+    assert len(found) == len(prompts) * GENERATION.num_samples
+    for g in found:
+        assert g.kl_k3 == pytest.approx(0, abs=1e-5)
+        assert g.logp == pytest.approx(g.ref_logp, abs=1e-5)
+
+
 def test_an_interrupted_evaluation_goes_on_with_the_other_prompts_on_another_mesh(sampler, params):
     prompts = prompts_of([3, 66, 2, 5, 4, 70, 6])
     begun = evaluator(sampler, prompts=prompts, batch_size=3).batches(params, 7)

@@ -166,10 +166,10 @@ def test_evaluations_while_completions_grow_compile_nothing_after_the_first(per_
     assert useful > 0.84
 
 
-def test_shorter_completions_are_computed_in_a_shape_that_is_there():
+def test_completions_that_get_longer_or_shorter_are_computed_in_a_shape_that_is_there():
     batches: list[GroupBatch] = []
     run = forward(mesh(), batches)
-    for length in (40, 12, 20, 9):
+    for length in (33, 34, 60, 12, 20, 9):
         row = group(range(1, 30), range(1, length))
         np.testing.assert_allclose(run([row]), [expected(row)])
     assert useful_and_shapes(batches)[1] == 1

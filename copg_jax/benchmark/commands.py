@@ -52,9 +52,7 @@ def make_parser(module: str, description: str | None) -> argparse.ArgumentParser
     add = command("train", time_training)
     _add_shared(add)
     _add_model(add)
-    add("--batch", type=int, default=8, help="pairs of a step, over all devices")
-    add("--steps", type=int, default=6, help="steps to time")
-    add("--warmup", type=int, default=2, help="steps before those")
+    _add_steps(add)
     add("--remat", choices=REMAT_POLICIES, default="full", help="what is kept, per layer")
     add("--microbatches", type=int, default=1, help="pieces of a batch")
     add("--logits-chunk", type=int, help="completion tokens whose logits exist at a time")
@@ -74,9 +72,7 @@ def make_parser(module: str, description: str | None) -> argparse.ArgumentParser
     add("--env", action="append", default=[], metavar="NAME=PYTHON", help="torch= and tunix=")
     add("--peers", nargs="+", choices=peers.PEERS, default=list(peers.PEERS), help="whom to run")
     add("--rounds", type=int, default=3, help="turns")
-    add("--batch", type=int, default=8, help="pairs of a training step")
-    add("--steps", type=int, default=6, help="steps to time")
-    add("--warmup", type=int, default=2, help="steps before those")
+    _add_steps(add)
     add("--prompts", type=int, default=32, help="prompts of the generation")
     add("--new", type=int, default=48, help="tokens of each completion")
     add("--remat", choices=REMAT_POLICIES, default="full", help="of ours (peers keep everything)")
@@ -93,6 +89,12 @@ def _files() -> list[str]:
 def _add_shared(add: Any) -> None:
     add("--workload", type=Path, required=True, help="JSON lines of token ids")
     add("--shape", choices=MODELS, default="small", help="architecture")
+
+
+def _add_steps(add: Any) -> None:
+    add("--batch", type=int, default=8, help="pairs of a step, over all devices")
+    add("--steps", type=int, default=6, help="steps to time")
+    add("--warmup", type=int, default=2, help="steps before those")
 
 
 def _add_model(add: Any) -> None:

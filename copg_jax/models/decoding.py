@@ -30,6 +30,14 @@ class KeyValues(NamedTuple):
     own_k: jax.Array  # [l, B, KV, K, Hd, C]
     own_v: jax.Array  # [l, B, KV, K, C, Hd]
 
+    def with_column(self, index: jax.Array | int, k: jax.Array, v: jax.Array) -> "KeyValues":
+        """The same with column `index` of the completions written."""
+        update = jax.lax.dynamic_update_slice_in_dim
+        return self._replace(
+            own_k=update(self.own_k, k, index, axis=-1),
+            own_v=update(self.own_v, v, index, axis=-2),
+        )
+
 
 class Cache(NamedTuple):
     """What a decoding step remembers: prompts are written once, completions one column a step."""
@@ -66,16 +74,10 @@ def prefill(
     group = GroupPacking.of_prompts(prompt_tokens, prompt_length, prompt_slots)
     blank = jnp.zeros(group.completion_shape, prompt_tokens[0].dtype)
 
-    def cached(k: Slots, v: Slots):
-        return [
-            (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2))
-            for k, v in zip(k.prompts, v.prompts, strict=True)
-        ]
-
     def attend(q, k, v):
         q, k, v = map(group.unpack, (q, k, v))
         mixed = attend_prompts(group, q, k, v, config.attention)
-        return group.pack(q._replace(prompts=mixed)), cached(k, v)
+        return group.pack(q._replace(prompts=mixed)), _of_prompts(k, v)
 
     def attend_last(q, k, v):
         k, v = group.unpack(k), group.unpack(v)
@@ -91,19 +93,27 @@ def prefill(
                 strict=True,
             )
         ]
-        return from_buckets(mixed, group.num_blocks).reshape(q.shape), cached(k, v)
+        return from_buckets(mixed, group.num_blocks).reshape(q.shape), _of_prompts(k, v)
 
     none = jnp.zeros((1, 1, 1), jnp.int32)
     rotation = rotary_angles(config, group.positions())
     x = embed(config, params, group.pack(Slots(prompt_tokens, blank)))
-    x, first = scan_layers(config, params["layers"], x, rotation, attend)
+    x, layers = scan_layers(config, params["layers"], x, rotation, attend)
     read = partial(take_rows, index=group.last_prompt_token())
-    x, last = last_layer(config, params["last_layer"], x, rotation, attend_last, read=read)
+    x, final = last_layer(config, params["last_layer"], x, rotation, attend_last, read=read)
 
     hidden = final_norm(config, params, x).reshape(len(prompt_length), -1)
     room = partial(_with_room, num_samples=num_samples, max_new_tokens=max_new_tokens)
-    layers, last_layer_ = (tuple(room(*of_bucket) for of_bucket in part) for part in (first, last))
-    return Cache(prompt_length.reshape(group.num_blocks, -1), layers, last_layer_), hidden
+    layers, final = (tuple(room(*of_bucket) for of_bucket in part) for part in (layers, final))
+    return Cache(prompt_length.reshape(group.num_blocks, -1), layers, final), hidden
+
+
+def _of_prompts(k: Slots, v: Slots) -> list[tuple[jax.Array, jax.Array]]:
+    """Keys and values of a layer's prompts, by bucket, as they lie in `KeyValues`."""
+    return [
+        (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2))
+        for k, v in zip(k.prompts, v.prompts, strict=True)
+    ]
 
 
 def _with_room(
@@ -141,16 +151,9 @@ def decode_step(
     rotation = rotary_angles(config, jnp.broadcast_to((length + index)[:, None], tokens.shape))
     num_seen = jnp.broadcast_to(index + 1, (1, 1, 1))
 
-    def write(past: KeyValues, new_k: jax.Array, new_v: jax.Array) -> KeyValues:
-        update = jax.lax.dynamic_update_slice_in_dim
-        return past._replace(
-            own_k=update(past.own_k, new_k, index, axis=-1),
-            own_v=update(past.own_v, new_v, index, axis=-2),
-        )
-
     def attend_bucket(q, k, v, past: KeyValues, length):
         column = k.swapaxes(1, 2)[..., None], v.swapaxes(1, 2)[..., None, :]
-        past = write(past, *column)
+        past = past.with_column(index, *column)
         mixed = completion_attention(
             q[:, :, None],
             past.prompt_k.transpose(0, 3, 1, 2),
@@ -172,12 +175,15 @@ def decode_step(
 
     with weights_in_place():
         x = embed(config, params, tokens)
-        x, first = scan_layers(config, params["layers"], x, rotation, attend, cache.layers)
-        x, last = last_layer(config, params["last_layer"], x, rotation, attend, cache.last_layer)
+        x, layers = scan_layers(config, params["layers"], x, rotation, attend, cache.layers)
+        x, final = last_layer(config, params["last_layer"], x, rotation, attend, cache.last_layer)
         hidden = constrain_batch(final_norm(config, params, x))
 
-    def written(past: tuple[KeyValues, ...], columns) -> tuple[KeyValues, ...]:
-        return tuple(write(p, *column) for p, column in zip(past, columns, strict=True))
+    def written(buckets: tuple[KeyValues, ...], columns) -> tuple[KeyValues, ...]:
+        return tuple(
+            p.with_column(index, *column) for p, column in zip(buckets, columns, strict=True)
+        )
 
-    layers, last_layer_ = written(cache.layers, first), written(cache.last_layer, last)
-    return hidden, Cache(cache.prompt_length, layers, last_layer_)
+    return hidden, Cache(
+        cache.prompt_length, written(cache.layers, layers), written(cache.last_layer, final)
+    )
