@@ -5,6 +5,7 @@
 #
 #   experiments/benchmark_gpu.sh FOLDER                                writes results.jsonl, log.txt
 #   WHEELS=DIR experiments/benchmark_gpu.sh FOLDER                     with DIR/*.whl, no network
+#   SHAPES=1b experiments/benchmark_gpu.sh FOLDER                      for a GPU of 80 GB
 #   SHAPES=tiny JAX_PLATFORMS=cpu experiments/benchmark_gpu.sh FOLDER  tries the script on CPU
 #
 # The most wanted variants come first: the last ones are left out when LIMIT seconds do not suffice.

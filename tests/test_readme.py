@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from copg_jax import rewards
+from copg_jax.benchmark.commands import make_parser
 from copg_jax.cli import load_config
 from copg_jax.config import (
     EvaluateConfig,
@@ -67,6 +68,23 @@ def test_a_stage_command_for_a_slice_names_no_folder_of_this_machine(command, mo
     monkeypatch.chdir(ROOT)
     config = load_config(STAGES[command[0].removeprefix("experiments.")], command[1:])
     assert re.findall(r"'(?:runs|data|/)[^']*'", repr(config)) == []
+
+
+BENCHMARKS = [
+    command[command.index("experiments.benchmark") + 1 :]
+    for command in shell_commands()
+    if "experiments.benchmark" in command
+]
+
+
+def test_the_readme_shows_each_benchmark_that_needs_no_other_library():
+    assert {command[0] for command in BENCHMARKS} == {"workload", "train", "generate"}
+
+
+@pytest.mark.parametrize("command", BENCHMARKS, ids=" ".join)
+def test_a_benchmark_of_the_readme_is_accepted(command):
+    args = make_parser("experiments.benchmark", None).parse_args(command)
+    assert callable(args.run)
 
 
 def test_make_targets_of_the_readme_exist():

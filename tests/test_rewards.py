@@ -1,6 +1,7 @@
 """Reward functions: what a spec may name, what a function may answer, and the shipped ones."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,9 @@ from copg_jax.data.schemas import TextGroup
 from copg_jax.data.tokenizer import Encoder, load_tokenizer
 from copg_jax.errors import InputError
 from copg_jax.models import functional, hf_weights
-from copg_jax.models.llama import LlamaConfig
 from copg_jax.models.reward import reward as model_reward
 from copg_jax.rewards import RewardModel, RewardSpec, WeightedRewards, load_reward, score_texts
-from tests.toys import names_all
+from tests.toys import LLAMA, names_all
 
 NOT_CALLABLE = 3
 
@@ -149,15 +149,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("reward")
     write_generated(folder / "data", num_posts=20, num_comparisons=2, seed=0, vocab_size=300)
     tokenizer = load_tokenizer(folder / "data" / "tokenizer")
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=4,
-    )
+    config = replace(LLAMA, vocab_size=len(tokenizer))
     params = functional.init(config, jax.random.key(0), head="score")
     params = jax.tree.map(lambda x: x if x.ndim == 1 else 10 * x, params)
     hf_weights.save_pretrained(folder / "m", config, params, head="score", tokenizer=tokenizer)

@@ -1,5 +1,6 @@
 """The sampler: log-probabilities of training, greedy, EOS, early stop, independent draws."""
 
+import dataclasses
 import itertools
 import math
 from typing import Any
@@ -13,22 +14,12 @@ from copg_jax import policy, sampling, sharding
 from copg_jax.data.groups import GroupBatch, with_slots
 from copg_jax.data.packing import deal, prompt_slots
 from copg_jax.models import decoding, functional
-from copg_jax.models.llama import LlamaConfig
 from copg_jax.sampling import Samples, make_sampler, row_keys
 from tests.models import tiny
-from tests.toys import mesh
+from tests.toys import LLAMA, mesh
 
 EOS, B, K, P, C = 3, 8, 40, 7, 6
-CONFIG = LlamaConfig(
-    vocab_size=8,
-    hidden_size=16,
-    intermediate_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=4,
-    remat="none",
-)
+CONFIG = dataclasses.replace(LLAMA, vocab_size=8)
 LENGTH = np.array([1, 7, 3, 1, 5, 2, 6, 4], np.int32)  # right-padded with garbage
 PROMPTS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (B, P)).astype(np.int32)
 trips: list[int] = []

@@ -1,5 +1,6 @@
 """A folder with everything that the stages need, on a tiny model, and their arguments there."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from copg_jax.data.generated import write_generated
 from copg_jax.data.tokenizer import load_tokenizer
 from copg_jax.errors import InputError
 from copg_jax.models import functional, hf_weights
-from copg_jax.models.llama import LlamaConfig
 from experiments import evaluate, score, train_policy, train_reward, train_sft
+from tests.toys import LLAMA
 
 MAINS: dict[str, tuple[Any, type]] = {
     "sft": (train_sft.main, config.SFTConfig),
@@ -35,16 +36,7 @@ GENERATION = ["num_prompts=5", "max_new_tokens=6", "batch_size=8", "num_texts=1"
 
 def tiny_model(folder: Path, tokenizer: Any, vocab_size: int) -> None:
     """Writes a random Llama with a tokenizer."""
-    model = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=4,
-        tie_word_embeddings=True,
-    )
+    model = replace(LLAMA, vocab_size=vocab_size, tie_word_embeddings=True)
     params = functional.init(model, jax.random.key(0))
     hf_weights.save_pretrained(folder, model, params, head="lm", tokenizer=tokenizer)
 

@@ -61,7 +61,7 @@ def write_workload(path: Path, *, num_pairs: int, seed: int = 0) -> None:
     clipped to [8, 64].
 
     Args:
-        path: file to write.
+        path: file to write; its folder is made.
         num_pairs: lines.
         seed: decides everything.
     """
@@ -73,6 +73,7 @@ def write_workload(path: Path, *, num_pairs: int, seed: int = 0) -> None:
     def draw(size: int) -> list[int]:
         return rng.integers(10, _VOCAB_SIZE, size).tolist()
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for _ in range(num_pairs):
             prompt = length(340, 100, 64, 512)

@@ -14,7 +14,7 @@ from tests.toys import names_all
 
 
 def test_a_written_workload_has_the_lengths_of_tldr_and_is_read_back(tmp_path):
-    path = tmp_path / "w.jsonl"
+    path = tmp_path / "new folder" / "w.jsonl"
     write_workload(path, num_pairs=400)
     groups = read_workload(path, vocab_size=32000)
     prompt = np.array([len(group.prompt_tokens) for group in groups])
