@@ -158,7 +158,7 @@ class GenerationEvaluator:
         self._sampler, self._prompts, self._tokenizer = sampler, prompts, tokenizer
         self._rewards, self._generation, self._beta = rewards, generation, beta
         self._num_blocks = shards = sharding.num_batch_shards(mesh)
-        self._batch_size = -(-min(generation.batch_size, len(prompts)) // shards) * shards
+        self._batch_size = packing.round_up(min(generation.batch_size, len(prompts)), shards)
         self._ref_params, self._placement = ref_params, sharding.batch_sharding(mesh)
         self._ref_token_logp = jax.jit(
             sharding.batch_parallel(mesh)(partial(policy.token_logp, config, chunk=logits_chunk)),

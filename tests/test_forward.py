@@ -166,10 +166,11 @@ def test_evaluations_while_completions_grow_compile_nothing_after_the_first(per_
     assert useful > 0.84
 
 
-def test_completions_that_get_longer_or_shorter_are_computed_in_a_shape_that_is_there():
+@pytest.mark.parametrize("lengths", [(20, 33, 40, 9), (100, 40, 70, 9)])
+def test_completions_that_get_longer_or_shorter_are_computed_in_a_shape_that_is_there(lengths):
     batches: list[GroupBatch] = []
     run = forward(mesh(), batches)
-    for length in (33, 34, 60, 12, 20, 9):
-        row = group(range(1, 30), range(1, length))
+    for length in lengths:
+        row = group(range(1, 30), range(1, 1 + length))
         np.testing.assert_allclose(run([row]), [expected(row)])
     assert useful_and_shapes(batches)[1] == 1

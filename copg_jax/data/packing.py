@@ -27,7 +27,8 @@ class Capacity(NamedTuple):
 
 
 _BUCKET = 64
-"""Sizes of prompts are multiples of this, or of more where there would be too many.
+"""Sizes of prompts, but for the largest, are multiples of this, or of more where there would be too
+many.
 
 With lengths as in TL;DR, all prompts padded to 512, attention computes 2.4 times the scores that it
 needs; with multiples of 128, 64 and 32 it is 1.9, 1.7 and 1.5 (8 groups a block), 1.6, 1.4 and 1.3

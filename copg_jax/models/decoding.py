@@ -4,6 +4,7 @@
 2. `decode_step` appends a token to every completion; all completions of a prompt share its cache.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -31,12 +32,23 @@ class KeyValues(NamedTuple):
     own_v: jax.Array  # [l, B, KV, K, C, Hd]
 
     def with_column(self, index: jax.Array | int, k: jax.Array, v: jax.Array) -> "KeyValues":
-        """The same with column `index` of the completions written."""
+        """The same with column `index` of the completions written.
+
+        For one layer or a stack of them: the axes that it writes are counted from the end.
+
+        Args:
+            index: 0 to C - 1.
+            k: [..., Hd, 1].
+            v: [..., 1, Hd].
+        """
         update = jax.lax.dynamic_update_slice_in_dim
         return self._replace(
             own_k=update(self.own_k, k, index, axis=-1),
             own_v=update(self.own_v, v, index, axis=-2),
         )
+
+
+Columns = Sequence[tuple[jax.Array, jax.Array]]  # (k, v) of one token, by bucket
 
 
 class Cache(NamedTuple):
@@ -45,6 +57,17 @@ class Cache(NamedTuple):
     prompt_length: jax.Array  # by block, [R, B / R]
     layers: tuple[KeyValues, ...]  # by bucket
     last_layer: tuple[KeyValues, ...]
+
+    def with_column(self, index: jax.Array | int, layers: Columns, last_layer: Columns) -> "Cache":
+        """The same with column `index` of all completions written, see `KeyValues.with_column`."""
+
+        def write(buckets: tuple[KeyValues, ...], columns: Columns) -> tuple[KeyValues, ...]:
+            pairs = zip(buckets, columns, strict=True)
+            return tuple(bucket.with_column(index, k, v) for bucket, (k, v) in pairs)
+
+        return Cache(
+            self.prompt_length, write(self.layers, layers), write(self.last_layer, last_layer)
+        )
 
 
 def prefill(
@@ -179,11 +202,4 @@ def decode_step(
         x, final = last_layer(config, params["last_layer"], x, rotation, attend, cache.last_layer)
         hidden = constrain_batch(final_norm(config, params, x))
 
-    def written(buckets: tuple[KeyValues, ...], columns) -> tuple[KeyValues, ...]:
-        return tuple(
-            p.with_column(index, *column) for p, column in zip(buckets, columns, strict=True)
-        )
-
-    return hidden, Cache(
-        cache.prompt_length, written(cache.layers, layers), written(cache.last_layer, final)
-    )
+    return hidden, cache.with_column(index, layers, final)
