@@ -1,7 +1,7 @@
 """What a run needs from the process around it.
 
 1. `setup`: logging, the persistent compilation cache, and the other processes of the run;
-   `keep_freed_memory` for steps on CPUs.
+   `check_platform` for the accelerator that was asked for, `keep_freed_memory` for steps on CPUs.
 2. `check_run_folder` and `write_run_header`: the resolved config and the versions, on disk before
    any work, and never over those of another run.
 3. `GracefulExit`: SIGTERM and SIGINT become a flag that the loop reads between two steps.
@@ -93,9 +93,32 @@ def setup(mode: str = "off") -> None:
         cache = Path.home() / ".cache" / "copg_jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
     index = distributed.start(mode)
+    check_platform()
     logging.getLogger("copg_jax").setLevel(logging.WARNING if index else logging.INFO)
     if jax.distributed.is_initialized():
         log.info("process 0 of %d, %d devices", jax.process_count(), jax.device_count())
+
+
+def check_platform() -> None:
+    """Refuse to compute on a CPU where JAX_PLATFORMS names an accelerator first.
+
+    JAX leaves `cuda` out of `cuda,cpu` where it sees no GPU, without a word.
+
+    Raises:
+      InputError: The accelerator is not there.
+    """
+    names = os.environ.get("JAX_PLATFORMS", "")
+    wanted = names.split(",")[0]
+    try:
+        got = jax.default_backend()
+    except (AssertionError, RuntimeError) as error:  # the former where no name is left
+        got = str(error) or "nothing"
+    if wanted not in ("", "cpu") and got not in ("gpu", "tpu"):
+        raise InputError(
+            f"JAX_PLATFORMS={names}: wanted {wanted}, got {got}. Fix: see that its driver works, "
+            "that no other process holds it and that the extra for it ([gpu] or [tpu]) is "
+            "installed; or compute on the CPU, with JAX_PLATFORMS=cpu."
+        )
 
 
 def keep_freed_memory() -> None:

@@ -26,6 +26,8 @@ if [[ ${WHEELS:-} ]]; then
 fi
 # A cache of this run alone: compilations are timed, and what one variant tunes serves the others.
 export JAX_COMPILATION_CACHE_DIR=$work/xla
+[[ ${JAX_PLATFORMS:-} ]] || python -c 'import jax; jax.devices("cuda")' 2>>"$out/log.txt" ||
+  die "wanted an NVIDIA GPU that JAX sees, got none: $(tail -n 1 "$out/log.txt")"
 python -m experiments.benchmark workload --pairs 512 --out "$work/workload.jsonl"
 
 # variant NAME ARGUMENTS...: one JSON line, whatever happens.

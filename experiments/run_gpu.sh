@@ -18,7 +18,7 @@ flags=(
   --xla_gpu_nccl_terminate_on_error=true
 )
 export XLA_FLAGS="${flags[*]} ${XLA_FLAGS:-}" # the caller's come last and win
-# A missing GPU or driver is an error, not a slow run on CPU.
+# A missing GPU or driver is an error, not a slow run on CPU: `runtime.check_platform` reads this.
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}
 # JAX takes 75 % of the memory by default; CUDA and NCCL need less than 8 %. It refuses both names.
 [[ ${XLA_PYTHON_CLIENT_MEM_FRACTION:-} ]] ||

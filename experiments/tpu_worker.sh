@@ -69,6 +69,8 @@ install() {
 
 start() {
   cd copg_jax
+  # A TPU that does not start is an error, not a slow run on CPU.
+  export JAX_PLATFORMS=${JAX_PLATFORMS:-tpu,cpu}
   # shellcheck disable=SC2016 # for the inner shell to expand
   PATH=$PWD/.venv/bin:$PATH setsid \
     bash -c 'echo $$ >../copg_jax.pid; "$@"; echo $? >../copg_jax.status' - "$@" \

@@ -18,6 +18,7 @@ case "$*" in
   *"remat full"*) echo RESOURCE_EXHAUSTED >&2; exit 1 ;;
   *"remat dots"*) exec sleep 30 ;;
   *pip*) for last; do :; done; [[ -f $last ]] ;;
+  -c*) [[ $GPU ]] || { echo "no devices" >&2; exit 1; } ;;
   *) echo '{"pairs_per_s": 2.5, "mfu": null}' ;;
 esac
 """
@@ -33,9 +34,11 @@ def run(tmp_path):
     def run(*arguments, **extra):
         env = clean | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RECORD": f"{tmp_path}/calls"}
         command = ["bash", SCRIPT, *map(str, arguments)]
-        done = subprocess.run(command, env=env | extra, capture_output=True, text=True)
+        env |= {"GPU": "yes"} | extra
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
         calls = tmp_path / "calls"
-        return done, calls.read_text().splitlines() if calls.exists() else []
+        lines = calls.read_text().splitlines() if calls.exists() else []
+        return done, [line for line in lines if not line.startswith("-c ")]
 
     return run
 
@@ -80,6 +83,12 @@ def test_the_benchmark_knows_every_argument(run, tmp_path):
     for call in calls:
         module, *arguments = call.split()[1:]
         assert make_parser(module, None).parse_args(arguments)  # exits where it does not
+
+
+def test_without_a_gpu_nothing_is_tried(run, tmp_path):
+    done, calls = run(tmp_path / "out", GPU="")
+    assert done.returncode == 2 and calls == []
+    assert "wanted an NVIDIA GPU that JAX sees, got none: no devices" in done.stderr
 
 
 def test_one_folder_is_wanted(run):

@@ -161,6 +161,32 @@ def test_a_second_signal_exits_at_once():
     assert "SIGTERM: saving after this step" in done.stderr
 
 
+@pytest.mark.parametrize("names", ["cuda,cpu", "cuda", "tpu,cpu", "rocm"])
+def test_an_accelerator_that_is_asked_for_and_not_there_is_named(names, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", names)
+    with pytest.raises(
+        InputError, match=f"JAX_PLATFORMS={names}: wanted {names.split(',')[0]}, got"
+    ):
+        runtime.check_platform()
+
+
+@pytest.mark.parametrize("names", ["", "cpu", "cpu,cuda"])
+def test_a_cpu_that_is_asked_for_or_left_to_jax_is_used(names, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", names)
+    runtime.check_platform()
+
+
+@pytest.mark.parametrize("problem", [AssertionError(), RuntimeError("the TPU is in use")])
+def test_an_accelerator_that_does_not_start_is_no_traceback(problem, monkeypatch):
+    def fail() -> str:
+        raise problem
+
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
+    monkeypatch.setattr(jax, "default_backend", fail)
+    with pytest.raises(InputError, match=r"got (nothing|the TPU is in use)\. Fix"):
+        runtime.check_platform()
+
+
 @pytest.mark.parametrize("given", [None, "elsewhere"])
 def test_the_compilation_cache_has_a_default_and_obeys_the_environment(tmp_path, given):
     environment = {**os.environ, "HOME": str(tmp_path)}

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from copg_jax import sharding
+from copg_jax import runtime, sharding
 from copg_jax.benchmark import generate, peers, train
 from copg_jax.benchmark.workload import MODELS, read_workload, write_workload
 from copg_jax.errors import InputError
@@ -123,6 +123,7 @@ def write(args: argparse.Namespace) -> dict[str, Any]:
 
 def time_training(args: argparse.Namespace) -> dict[str, Any]:
     """time full optimiser steps of policy training"""
+    runtime.check_platform()
     mesh = sharding.make_mesh(args.mesh)
     config = dataclasses.replace(_architecture(args, mesh), remat=args.remat)
     measured = train.measure(
@@ -143,6 +144,7 @@ def time_training(args: argparse.Namespace) -> dict[str, Any]:
 
 def time_generation(args: argparse.Namespace) -> dict[str, Any]:
     """time greedy generation of a fixed number of tokens"""
+    runtime.check_platform()
     mesh = sharding.make_mesh(args.mesh)
     config = _architecture(args, mesh)
     measured = generate.measure(
