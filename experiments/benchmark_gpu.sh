@@ -15,8 +15,6 @@ die() { printf 'error: %s\n' "$*" >&2 && exit 2; }
 [[ $# == 1 ]] || die "wanted one folder for the results, got '$*'"
 shapes=${SHAPES:-7b 1b} limit=${LIMIT:-465} most=${MOST:-180}
 mkdir -p "$1" && out=$(cd "$1" && pwd)
-: >"$out/results.jsonl"
-: >"$out/log.txt"
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -26,8 +24,10 @@ if [[ ${WHEELS:-} ]]; then
 fi
 # A cache of this run alone: compilations are timed, and what one variant tunes serves the others.
 export JAX_COMPILATION_CACHE_DIR=$work/xla
-[[ ${JAX_PLATFORMS:-} ]] || python -c 'import jax; jax.devices("cuda")' 2>>"$out/log.txt" ||
-  die "wanted an NVIDIA GPU that JAX sees, got none: $(tail -n 1 "$out/log.txt")"
+[[ ${JAX_PLATFORMS:-} == cpu* ]] || python -c 'import jax; jax.devices("cuda")' 2>"$work/no_gpu" ||
+  die "wanted an NVIDIA GPU that JAX sees, got none: $(tail -n 1 "$work/no_gpu")"
+: >"$out/results.jsonl"
+: >"$out/log.txt"
 python -m experiments.benchmark workload --pairs 512 --out "$work/workload.jsonl"
 
 # variant NAME ARGUMENTS...: one JSON line, whatever happens.

@@ -67,7 +67,7 @@ VENV_PYTHON = """#!/bin/bash
 case "$1 $2" in
   "-c "*) echo py312 ;;
   "-m pip") echo "$@" >>~/pip ;;
-  *) printf '%s\\n' "$@" >~/arguments && . "$CLOUD/train" ;;
+  *) echo "$JAX_PLATFORMS" >~/platforms && printf '%s\\n' "$@" >~/arguments && . "$CLOUD/train" ;;
 esac
 """
 

@@ -85,10 +85,18 @@ def test_the_benchmark_knows_every_argument(run, tmp_path):
         assert make_parser(module, None).parse_args(arguments)  # exits where it does not
 
 
-def test_without_a_gpu_nothing_is_tried(run, tmp_path):
-    done, calls = run(tmp_path / "out", GPU="")
+@pytest.mark.parametrize("platforms", ["", "cuda,cpu"])
+def test_without_a_gpu_nothing_is_tried_and_earlier_results_stay(run, tmp_path, platforms):
+    (tmp_path / "results.jsonl").write_text("earlier")
+    done, calls = run(tmp_path, GPU="", JAX_PLATFORMS=platforms)
     assert done.returncode == 2 and calls == []
     assert "wanted an NVIDIA GPU that JAX sees, got none: no devices" in done.stderr
+    assert (tmp_path / "results.jsonl").read_text() == "earlier"
+
+
+def test_it_can_be_tried_on_a_cpu(run, tmp_path):
+    done, _ = run(tmp_path, GPU="", JAX_PLATFORMS="cpu", SHAPES="tiny", MOST="1")
+    assert done.returncode == 0 and '"variant": "train tiny auto none"' in done.stdout
 
 
 def test_one_folder_is_wanted(run):

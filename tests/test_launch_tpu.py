@@ -44,6 +44,7 @@ def test_it_creates_waits_copies_installs_and_runs(pod):
     for worker in (0, 1):
         assert (pod.home(worker) / "arguments").read_text().splitlines() == TRAIN[1:]
         assert (pod.home(worker) / "copg_jax.log").read_text() == "training\n"
+        assert (pod.home(worker) / "platforms").read_text() == "tpu,cpu\n"
         installed = (pod.home(worker) / "pip").read_text().split()
         assert installed[-4:] == ["--constraint", "constraints/py312.txt", "--editable", ".[tpu]"]
     assert remains(result)

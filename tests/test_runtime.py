@@ -176,15 +176,31 @@ def test_a_cpu_that_is_asked_for_or_left_to_jax_is_used(names, monkeypatch):
     runtime.check_platform()
 
 
-@pytest.mark.parametrize("problem", [AssertionError(), RuntimeError("the TPU is in use")])
-def test_an_accelerator_that_does_not_start_is_no_traceback(problem, monkeypatch):
-    def fail() -> str:
-        raise problem
+_FAILING = """
+from jax._src import xla_bridge
+from copg_jax import runtime
 
-    monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
-    monkeypatch.setattr(jax, "default_backend", fail)
-    with pytest.raises(InputError, match=r"got (nothing|the TPU is in use)\. Fix"):
-        runtime.check_platform()
+def fail():
+    raise RuntimeError("the device is in use")
+
+xla_bridge.register_backend_factory("rocm", fail, priority=500, fail_quietly=False)
+runtime.check_platform()
+"""
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        ("", "RuntimeError: Unable to initialize backend 'rocm': the device is in use"),
+        ("rocm,cpu", "RuntimeError: Unable to initialize backend 'rocm': the device is in use"),
+        ("cuda", "InputError: JAX_PLATFORMS=cuda: wanted cuda, got nothing."),
+    ],
+)
+def test_a_device_that_does_not_start_is_never_replaced_by_the_cpu(names, text):
+    command = [sys.executable, "-c", _FAILING]
+    environment = {**os.environ, "JAX_PLATFORMS": names}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode != 0 and text in done.stderr
 
 
 @pytest.mark.parametrize("given", [None, "elsewhere"])

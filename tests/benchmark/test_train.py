@@ -123,6 +123,15 @@ def test_bad_input_ends_with_its_text_and_status_two(capsys, tmp_path):
     assert "error: --workload" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["train", "generate"])
+def test_without_the_accelerator_that_is_asked_for_nothing_is_timed(capsys, monkeypatch, command):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main([command, "--workload", "w"])
+    assert ended.value.code == 2
+    assert "JAX_PLATFORMS=cuda,cpu: wanted cuda, got cpu" in capsys.readouterr().err
+
+
 def test_a_mesh_is_sizes_by_axis(capsys):
     for text in ("data", "data=x", "rows=2"):
         with pytest.raises(SystemExit):
