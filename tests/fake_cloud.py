@@ -134,8 +134,9 @@ class FakeCloud:
 
     def start(self, *arguments: str, **env: str) -> subprocess.Popen:
         """Starts the launcher."""
-        # A shell cannot trap a signal that its parent ignores, as a job in the background may.
-        command = [ENV, "--default-signal=INT", BASH, str(self.tree / "launch_tpu.sh"), *arguments]
+        # A shell cannot trap what its parent ignores, as jobs in the background and nohup do.
+        launcher = [BASH, str(self.tree / "launch_tpu.sh"), *arguments]
+        command = [ENV, "--default-signal=INT,HUP", *launcher]
         pipe = subprocess.PIPE
         process = subprocess.Popen(
             command, env=self._env | env, stdout=pipe, stderr=pipe, text=True

@@ -112,7 +112,7 @@ def test_a_gcloud_that_gives_no_answer_for_a_while_ends_no_run_and_repeats_none(
     pod.set_up("READY BROKEN", train="sleep 1; echo done")
     result = pod.launch(*SLICE, "--create", "--", *TRAIN)
     assert result.status == 0 and result.out == "done\n"
-    broken = f'[ -e ~/runs ] || echo {"BROKEN " * 8} READY >"$CLOUD/states"'
+    broken = f'[ -e ~/runs ] || echo {"BROKEN " * 24} READY >"$CLOUD/states"'
     pod.set_up(train=f"{broken}; echo run >>~/runs; exit 3")
     result = pod.launch(*SLICE, "--", *TRAIN)
     assert result.status == 3 and (pod.home(0) / "runs").read_text() == "run\n"
