@@ -1,4 +1,4 @@
-"""Evaluation by generation and on held-out data: averages by hand, fixed prompts and samples."""
+"""Evaluation by generation: averages by hand, fixed prompts and samples."""
 
 import dataclasses
 import math
@@ -10,14 +10,14 @@ import pytest
 from etils import epath
 
 import experiments.evaluate
-from copg_jax import evaluate, step
+from copg_jax import evaluate
 from copg_jax.data.groups import TokenGroup
 from copg_jax.errors import InputError
 from copg_jax.evaluate import Generation, GenerationConfig, GenerationEvaluator, summarize
 from copg_jax.models import functional
 from copg_jax.rewards import RewardSpec, WeightedRewards
 from copg_jax.sampling import Samples, make_sampler
-from tests.toys import LLAMA, Toy, mesh, toy_loss
+from tests.toys import LLAMA, mesh
 
 EOS = 3
 
@@ -309,42 +309,6 @@ def test_texts_are_of_different_prompts(sampler, params):
     assert list(texts) == ["sample/0", "sample/1"]
     assert all(text.startswith("[reward ") for text in texts.values())
     assert metrics["eval/num_prompts"] == 5
-
-
-class Rows(list):
-    """A held-out set in memory."""
-
-    def shape(self) -> tuple[int, int, int]:
-        return 8, 3, 8
-
-    def num_tokens(self, indices):
-        rows = [self[i] for i in indices]
-        return np.array([(len(r.prompt_tokens), sum(map(len, r.completion_tokens))) for r in rows])
-
-
-def test_held_out_averages_do_not_depend_on_the_batch_size():
-    rng = np.random.default_rng(0)
-    rows = Rows(
-        TokenGroup(
-            id=str(i),
-            where="",
-            prompt="",
-            prompt_tokens=np.ones(2, np.int32),
-            completions=("",) * k,
-            completion_tokens=(np.ones(3, np.int32),) * k,
-            rewards=rng.normal(size=k).astype(np.float32),
-        )
-        for i, k in enumerate([1, 2, 3, 1, 2, 3, 2])
-    )
-    every = np.concatenate([row.rewards for row in rows])
-    toy = Toy()
-    for batch_size in (1, 3, 7, 16):
-        loss_step = step.make_loss_step(toy_loss, mesh=toy.mesh, param_shardings=toy.layout.params)
-        held_out = evaluate.make_loss_evaluator(
-            loss_step, rows, batch_size=batch_size, mesh=toy.mesh
-        )
-        wanted = ((1.0 - every) ** 2).mean()
-        assert held_out(toy.state.params) == pytest.approx({"eval/loss": wanted}, rel=1e-5)
 
 
 @pytest.mark.parametrize(

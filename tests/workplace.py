@@ -36,7 +36,7 @@ GENERATION = ["num_prompts=5", "max_new_tokens=6", "batch_size=8", "num_texts=1"
 
 def tiny_model(folder: Path, tokenizer: Any, vocab_size: int) -> None:
     """Writes a random Llama with a tokenizer."""
-    model = replace(LLAMA, vocab_size=vocab_size, tie_word_embeddings=True)
+    model = replace(LLAMA, vocab_size=vocab_size, intermediate_size=16, tie_word_embeddings=True)
     params = functional.init(model, jax.random.key(0))
     hf_weights.save_pretrained(folder, model, params, head="lm", tokenizer=tokenizer)
 

@@ -1,0 +1,44 @@
+"""Evaluation on held-out data: the average over the whole set, whatever the batches."""
+
+import numpy as np
+import pytest
+
+from copg_jax import evaluate, step
+from copg_jax.data.groups import TokenGroup
+from tests.toys import Toy, toy_loss
+
+
+class Rows(list):
+    """A held-out set in memory."""
+
+    def shape(self) -> tuple[int, int, int]:
+        return 8, 3, 8
+
+    def num_tokens(self, indices):
+        rows = [self[i] for i in indices]
+        return np.array([(len(r.prompt_tokens), sum(map(len, r.completion_tokens))) for r in rows])
+
+
+def test_held_out_averages_do_not_depend_on_the_batch_size():
+    rng = np.random.default_rng(0)
+    rows = Rows(
+        TokenGroup(
+            id=str(i),
+            where="",
+            prompt="",
+            prompt_tokens=np.ones(2, np.int32),
+            completions=("",) * k,
+            completion_tokens=(np.ones(3, np.int32),) * k,
+            rewards=rng.normal(size=k).astype(np.float32),
+        )
+        for i, k in enumerate([1, 2, 3, 1, 2, 3, 2])
+    )
+    every = np.concatenate([row.rewards for row in rows])
+    toy = Toy()
+    for batch_size in (1, 3, 7, 16):
+        loss_step = step.make_loss_step(toy_loss, mesh=toy.mesh, param_shardings=toy.layout.params)
+        held_out = evaluate.make_loss_evaluator(
+            loss_step, rows, batch_size=batch_size, mesh=toy.mesh
+        )
+        wanted = ((1.0 - every) ** 2).mean()
+        assert held_out(toy.state.params) == pytest.approx({"eval/loss": wanted}, rel=1e-5)
