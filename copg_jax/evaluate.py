@@ -9,52 +9,22 @@ time:
 3. compute ln π_ref of the same tokens and estimate the KL from the samples.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import Array
 
-from copg_jax import global_arrays, policy, sharding
-from copg_jax.cli import option
-from copg_jax.data import groups, packing
+from copg_jax import distributed, sharding
+from copg_jax.config.sections import GenerationConfig
 from copg_jax.data.dataset import GroupDataset
 from copg_jax.data.groups import GroupBatch, TokenGroup
-from copg_jax.errors import InputError
-from copg_jax.forward import one_late
-from copg_jax.models.llama import LlamaConfig
-from copg_jax.rewards import WeightedRewards
+from copg_jax.infer import one_late
+from copg_jax.models.layout import Shape, pack, pack_by_length
+from copg_jax.rewards.functions import WeightedRewards
 from copg_jax.sampling import Sampler, Samples, row_keys
-
-
-@dataclass(frozen=True)
-class GenerationConfig:
-    """How completions are generated and judged."""
-
-    num_prompts: int = option(
-        128, "fixed prompts, the first ones of the data (paper: 128; Fig. 6: 1024)"
-    )
-    num_samples: int = option(1, "completions per prompt")
-    max_new_tokens: int = option(53, "longest completion, EOS included")
-    sampling_temperature: float = option(
-        1.0, "1 estimates J(pi), an expectation under pi; 0 is greedy decoding"
-    )
-    missing_eos_reward: float | None = option(
-        None, "reward of a completion without EOS; null = that of its text, like any other"
-    )
-    batch_size: int = option(32, "prompts generated at a time")
-    num_texts: int = option(4, "generations shown and logged as text")
-    seed: int = option(0, "seed of the sampling; the step is folded in")
-
-    def __post_init__(self):
-        for name in ("num_prompts", "num_samples", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if self.sampling_temperature < 0 or self.num_texts < 0:
-            raise InputError("sampling_temperature and num_texts must be >= 0")
 
 
 def make_loss_evaluator(
@@ -67,31 +37,23 @@ def make_loss_evaluator(
     """Builds params → metrics averaged over the whole held-out set, names prefixed with `eval/`.
 
     Args:
-        loss_step: from `step.make_loss_step`.
+        loss_step: from `step.make_loss_step`, its coefficients given.
         dataset: held-out groups.
         batch_size: groups per forward pass.
         mesh: the device mesh.
     """
-    prompt_size, num_completions, completion_size = dataset.shape()
-    placement, num_blocks = sharding.batch_sharding(mesh), sharding.num_batch_shards(mesh)
-    tokens = dataset.num_tokens(np.arange(len(dataset)))
-    dealt = packing.deal(tokens, batch_size=batch_size, num_blocks=num_blocks)
-    places = packing.in_places(tokens, dealt, num_blocks=num_blocks)
-    prompt_sizes = packing.prompt_sizes_of(places, most=prompt_size)
-    capacity = packing.capacity_of(places)
+    placement = sharding.batch_sharding(mesh)
+    batches = pack(
+        dataset.num_tokens(np.arange(len(dataset))),
+        batch_size=batch_size,
+        num_bins=sharding.num_batch_shards(mesh),
+        sizes=dataset.shape(),
+    )
 
     def launched(params: Any) -> Iterator[dict[str, Any]]:
-        for rows in dealt:
-            batch = groups.collate(
-                [None if row < 0 else dataset[row] for row in rows],
-                batch_size=batch_size,
-                prompt_sizes=prompt_sizes,
-                num_completions=num_completions,
-                completion_size=completion_size,
-                num_blocks=num_blocks,
-                capacity=capacity,
-            )
-            yield loss_step(params, global_arrays.place_whole(batch, placement))
+        for rows in batches.rows:
+            batch = batches.collate([None if row < 0 else dataset[row] for row in rows])
+            yield loss_step(params, distributed.place_whole(batch, placement))
 
     def evaluate(params: Any) -> dict[str, float]:
         totals: dict[str, np.ndarray] = {}
@@ -122,54 +84,43 @@ class Generation:
     has_eos: bool
 
 
+class Generator(NamedTuple):
+    """What generates: a sampler and, for the KL, the reference of its policy."""
+
+    sample: Sampler  # from `sampling.make_sampler`, built with the numbers of the GenerationConfig
+    decode: Callable[[Any], str]  # ids without the end token → text
+    mesh: jax.sharding.Mesh
+    ref_token_logp: Callable[[GroupBatch], Array] | None = None  # nats, [B, K, C]; None = no KL
+
+
 class GenerationEvaluator:
     """Generates on fixed prompts and measures reward, KL, length and EOS rate.
 
     Args:
-        config: architecture of policy and reference.
-        sampler: from `sampling.make_sampler`, built with the numbers of `generation`.
+        config: sizes and options.
         prompts: the fixed prompts; their `columns` go to the reward function.
-        tokenizer: decodes the samples.
+        generator: draws completions of them.
         rewards: the reward function.
-        generation: sizes and options.
         beta: β of the reported objective.
-        mesh: the device mesh.
-        ref_params: parameters of π_ref, or None for no KL and no objective.
-        logits_chunk: see `logprobs.token_logp`.
-        inputs: name to hash of what this evaluation reads, for the run's header.
     """
 
     def __init__(
         self,
-        config: LlamaConfig,
-        *,
-        sampler: Sampler,
+        config: GenerationConfig,
         prompts: Sequence[TokenGroup],
-        tokenizer: Any,
+        generator: Generator,
         rewards: WeightedRewards,
-        generation: GenerationConfig,
+        *,
         beta: float,
-        mesh: jax.sharding.Mesh,
-        ref_params: Any = None,
-        logits_chunk: int | None = None,
-        inputs: Mapping[str, str] | None = None,
     ) -> None:
-        self.inputs = dict(inputs or {})
-        self._sampler, self._prompts, self._tokenizer = sampler, prompts, tokenizer
-        self._rewards, self._generation, self._beta = rewards, generation, beta
-        self._num_blocks = shards = sharding.num_batch_shards(mesh)
-        self._batch_size = packing.round_up(min(generation.batch_size, len(prompts)), shards)
-        self._ref_params, self._placement = ref_params, sharding.batch_sharding(mesh)
-        self._ref_token_logp = jax.jit(
-            sharding.batch_parallel(mesh)(partial(policy.token_logp, config, chunk=logits_chunk)),
-            in_shardings=(None, self._placement),
-            out_shardings=sharding.replicated(mesh),
-        )
+        self._config, self._prompts, self._generator = config, prompts, generator
+        self._rewards, self._beta = rewards, beta
+        self._placement = sharding.batch_sharding(generator.mesh)
 
     def __call__(self, params: Any, step: int) -> tuple[dict[str, float], dict[str, str]]:
         """Metrics (`eval/…`) and sample texts of the policy `params` at `step`; see `summarize`."""
         found = in_prompt_order(g for batch in self.batches(params, step) for g in batch)
-        return summarize(found, beta=self._beta), sample_texts(found, self._generation)
+        return summarize(found, beta=self._beta), sample_texts(found, self._config)
 
     def batches(
         self, params: Any, step: int, finished: Collection[int] = ()
@@ -183,9 +134,10 @@ class GenerationEvaluator:
             finished: prompts to leave out, by index, when going on with an interrupted evaluation;
                 its mesh and batch size may have been others.
         """
-        keys = row_keys(self._generation.seed, step, len(self._prompts))
-        batches = self._plan([i for i in range(len(self._prompts)) if i not in finished])
-        launched = ((batch.rows, *self._launch(params, keys, batch)) for batch in batches)
+        keys = row_keys(self._config.seed, step, len(self._prompts))
+        launched = (
+            (rows, *self._launch(params, keys, rows, shape)) for rows, shape in self._plan(finished)
+        )
         # Texts and rewards of a batch are made while the device generates the next one.
         for rows, samples, ref_logp in one_late(launched):
             present = rows >= 0
@@ -194,56 +146,45 @@ class GenerationEvaluator:
             )
             yield self._judge(self._measure(rows[present].tolist(), samples, ref_logp))
 
-    def _plan(self, prompts: Sequence[int]) -> list[packing.LengthBatch]:
-        """Batches of these prompts: the same at every evaluation, so that later ones compile
-        nothing."""
-        lengths = [(len(self._prompts[i].prompt_tokens), 0) for i in prompts]
-        batches = packing.batches_by_length(
+    def _plan(self, finished: Collection[int]) -> Iterator[tuple[np.ndarray, Shape]]:
+        """Batches of the prompts that are left, [B] each, -1 = none: the same at every evaluation,
+        so that later ones compile nothing.
+        """
+        config = self._config
+        left = np.array([i for i in range(len(self._prompts)) if i not in finished], int)
+        lengths = [(len(self._prompts[i].prompt_tokens), 0) for i in left]
+        batches = pack_by_length(
             np.array(lengths, int).reshape(-1, 2),
-            batch_size=self._batch_size,
-            num_blocks=self._num_blocks,
+            batch_size=min(config.batch_size, len(self._prompts)),
+            num_bins=sharding.num_batch_shards(self._generator.mesh),
+            sizes=(config.num_samples, config.max_new_tokens),
         )
-        rows = np.array(prompts, int)
-        return [b._replace(rows=np.where(b.rows < 0, -1, rows[b.rows])) for b in batches]
+        for packed in batches:
+            full = packed.shape.with_all_completions()  # they may become as long as they can
+            yield from ((np.where(rows < 0, -1, left[rows]), full) for rows in packed.rows)
 
     def _launch(
-        self, params: Any, keys: Array, prompts: packing.LengthBatch
+        self, params: Any, keys: Array, rows: np.ndarray, shape: Shape
     ) -> tuple[Samples, Array | None]:
         """Starts the generation of a batch, and ln π_ref of what it will generate [B, K, C]."""
-        collated, slots = self._collate(prompts)
+        config = self._config
+        blank = (np.zeros(config.max_new_tokens, np.int32),) * config.num_samples
+        nothing: dict[str, Any] = {"rewards": None, "ref_logps": None, "completion_tokens": blank}
+        host = shape.collate(
+            [None if i < 0 else replace(self._prompts[i], **nothing) for i in rows]
+        )
         # The model wants at least one token, but the sampler shall leave empty places empty.
-        length = np.where(prompts.rows < 0, 0, collated.prompt_length)
-        batch, length, slots = global_arrays.place_whole((collated, length, slots), self._placement)
-        keys = keys[np.maximum(prompts.rows, 0)]
-        samples = self._sampler(params, batch.prompt_tokens, length, slots, keys)
-        if self._ref_params is None:
+        length = np.where(rows < 0, 0, host.prompt_length)
+        alone = shape.prompt_layout(host.prompt_length)
+        batch, length, alone = distributed.place_whole((host, length, alone), self._placement)
+        keys = keys[np.maximum(rows, 0)]
+        samples = self._generator.sample(params, batch.prompt_tokens, length, alone, keys)
+        if self._generator.ref_token_logp is None:
             return samples, None
         # Not waiting for the samples, which alone would tell the host which slots they leave empty.
         tokens, length = jax.device_put((samples.tokens, samples.length), self._placement)
         batch = batch._replace(completion_tokens=tokens, completion_length=length)
-        return samples, self._ref_token_logp(self._ref_params, batch)
-
-    def _collate(self, prompts: packing.LengthBatch) -> tuple[GroupBatch, np.ndarray]:
-        """Prompts of a batch with every slot of the samples to come, and the prompts' slots."""
-        num_samples, size = self._generation.num_samples, self._generation.max_new_tokens
-        num_blocks, room = self._num_blocks, prompts.capacity.tokens
-        own = self._batch_size // num_blocks * num_samples * size
-        blank = {
-            "completion_tokens": (np.zeros(size, np.int32),) * num_samples,
-            "rewards": None,
-            "ref_logps": None,
-        }
-        batch = groups.collate(
-            [None if i < 0 else replace(self._prompts[i], **blank) for i in prompts.rows],
-            batch_size=self._batch_size,
-            prompt_sizes=prompts.prompt_sizes,
-            num_completions=num_samples,
-            completion_size=size,
-            num_blocks=num_blocks,
-            capacity=packing.Capacity(room + own, own),
-        )
-        slots = packing.prompt_slots(batch.prompt_length, prompts.prompt_sizes, num_blocks, room)
-        return batch, slots
+        return samples, self._generator.ref_token_logp(batch)
 
     def _measure(
         self, rows: Sequence[int], samples: Samples, ref_token_logp: np.ndarray | None
@@ -252,7 +193,7 @@ class GenerationEvaluator:
         found = []
         for b, index in enumerate(rows):
             prompt = self._prompts[index]
-            for k in range(self._generation.num_samples):
+            for k in range(self._config.num_samples):
                 n, has_eos = int(samples.length[b, k]), bool(samples.has_eos[b, k])
                 logp = np.asarray(samples.token_logp[b, k, :n], np.float64)
                 log_ratio = np.full(n, np.nan)
@@ -264,9 +205,7 @@ class GenerationEvaluator:
                         index=index,
                         id=prompt.id,
                         prompt=prompt.prompt,
-                        completion=self._tokenizer.decode(
-                            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-                        ),
+                        completion=self._generator.decode(ids),
                         reward=np.nan,
                         logp=float(logp.sum()),
                         ref_logp=float((logp - log_ratio).sum()),
@@ -285,7 +224,7 @@ class GenerationEvaluator:
         rewards, _ = self._rewards(
             [g.prompt for g in found], [g.completion for g in found], columns
         )
-        penalty = self._generation.missing_eos_reward
+        penalty = self._config.missing_eos_reward
         return [
             replace(g, reward=float(reward if penalty is None or g.has_eos else penalty))
             for g, reward in zip(found, rewards, strict=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:  # only its sizes are read: this module needs no jax
-    from copg_jax.models.llama import LlamaConfig
+    from copg_jax.models.params import Architecture
 
 
 class Chip(NamedTuple):
@@ -45,7 +45,7 @@ PEAK_TFLOPS: dict[str, float] = {kind: chip.peak_tflops for kind, chip in CHIPS.
 """bfloat16 peak by `jax.Device.device_kind`."""
 
 
-def block_parameters(config: LlamaConfig) -> int:
+def block_parameters(config: Architecture) -> int:
     """Parameters of all matrices in the decoder layers."""
     query = config.num_attention_heads * config.head_dim
     key = config.num_key_value_heads * config.head_dim
@@ -54,7 +54,7 @@ def block_parameters(config: LlamaConfig) -> int:
 
 
 def useful_flops(
-    config: LlamaConfig,
+    config: Architecture,
     prompt_length: np.ndarray,
     completion_length: np.ndarray,
     *,

@@ -1,8 +1,8 @@
 """From hidden states to log-probabilities of completions, in float32.
 
-1. `token_logp` applies the output matrix to the hidden states that predict completion tokens, and
-   only to them: never at prompt positions;
-2. `seq_logp` sums over the tokens of each completion.
+1. `hidden_to_logp` applies the output matrix to the hidden states that predict completion tokens,
+   and only to them: never at prompt positions;
+2. `sum_logp` sums over the tokens of each completion.
 """
 
 import chex
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def token_logp(
+def hidden_to_logp(
     hidden: Array, output_matrix: Array, tokens: Array, *, chunk: int | None = None
 ) -> Array:
     """ln softmax(hidden @ output_matrix)[token], accumulated and normalised in float32.
@@ -34,7 +34,7 @@ def token_logp(
     matrix = output_matrix.astype(hidden.dtype)
     *leading, length = tokens.shape
     if chunk is None or chunk >= length:
-        return _token_logp(hidden, matrix, tokens)
+        return _hidden_to_logp(hidden, matrix, tokens)
     num_chunks = -(-length // chunk)
     padding = [(0, 0)] * len(leading) + [(0, num_chunks * chunk - length)]
     hidden = jnp.pad(hidden, [*padding, (0, 0)])
@@ -46,7 +46,7 @@ def token_logp(
         return jnp.moveaxis(pieces, axis, 0)
 
     def logp(piece: tuple[Array, Array]) -> Array:
-        return jax.checkpoint(_token_logp)(piece[0], matrix, piece[1])
+        return jax.checkpoint(_hidden_to_logp)(piece[0], matrix, piece[1])
 
     pieces = jax.lax.map(logp, (split(hidden), split(tokens)))
     joined = jnp.moveaxis(pieces, 0, axis)
@@ -54,12 +54,12 @@ def token_logp(
 
 
 @jax.custom_vjp
-def _token_logp(hidden: Array, matrix: Array, tokens: Array) -> Array:
-    """`token_logp` of all positions at once."""
-    return _token_logp_forward(hidden, matrix, tokens)[0]
+def _hidden_to_logp(hidden: Array, matrix: Array, tokens: Array) -> Array:
+    """`hidden_to_logp` of all positions at once."""
+    return _hidden_to_logp_forward(hidden, matrix, tokens)[0]
 
 
-def _token_logp_forward(hidden: Array, matrix: Array, tokens: Array):
+def _hidden_to_logp_forward(hidden: Array, matrix: Array, tokens: Array):
     logits = jnp.einsum("...d,dv->...v", hidden, matrix, preferred_element_type=jnp.float32)
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
     # An index below 0 would count from the end; the other side gives NaN by itself.
@@ -68,7 +68,7 @@ def _token_logp_forward(hidden: Array, matrix: Array, tokens: Array):
     return chosen - log_total, (hidden, matrix, tokens, logits, log_total)
 
 
-def _token_logp_backward(stored: tuple[Array, ...], dlogp: Array):
+def _hidden_to_logp_backward(stored: tuple[Array, ...], dlogp: Array):
     """dlogits = dlogp (onehot(token) − softmax), from the logits and nothing else of their size."""
     hidden, matrix, tokens, logits, log_total = stored
     onehot = jax.lax.broadcasted_iota(tokens.dtype, logits.shape, tokens.ndim) == tokens[..., None]
@@ -78,7 +78,7 @@ def _token_logp_backward(stored: tuple[Array, ...], dlogp: Array):
     return dhidden, jnp.einsum("...d,...v->dv", hidden, dlogits), None
 
 
-_token_logp.defvjp(_token_logp_forward, _token_logp_backward)
+_hidden_to_logp.defvjp(_hidden_to_logp_forward, _hidden_to_logp_backward)
 
 
 def length_mask(length: Array, size: int) -> Array:
@@ -96,7 +96,7 @@ def length_mask(length: Array, size: int) -> Array:
     )
 
 
-def seq_logp(token_logp: Array, length: Array) -> Array:
+def sum_logp(token_logp: Array, length: Array) -> Array:
     """ln π(y|x): the sum of the log-probabilities of the first `length` tokens.
 
     Args:

@@ -8,17 +8,24 @@ of a group and returns one number a group. In order below:
 3. the policy gradient surrogates `pg_objective` (a given baseline) and `rloo_objective`;
 4. the supervised losses `bradley_terry_loss` (reward model) and `nll_loss` (SFT).
 
+A policy loss carries what an average over groups needs to know of it: `counts(reward, mask)` marks
+the groups that teach it something (see `counting`). Any function of the signature of `copg_loss` is
+one; without `counts`, groups of two or more completions count.
+
 A name ending in `_objective` is maximised, one ending in `_loss` is minimised. Log-ratios are
 *sums* over the tokens of a completion, in nats, never averages. `mask` marks the completions that
 are present; an absent one changes neither value nor gradient, whatever its numbers are.
 """
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+Loss = TypeVar("Loss", bound=Callable[..., Any])
 
 
 def _present(mask: Array | None, like: Array) -> Array:
@@ -44,6 +51,29 @@ def _centred(values: Array, mask: Array) -> Array:
 def _num_others(mask: Array) -> Array:
     """Returns k − 1 per group, at least 1 so that it can divide."""
     return jnp.maximum(mask.sum(-1) - 1, 1)
+
+
+def has_pair(reward: Array, mask: Array | None = None) -> Array:
+    """Marks groups with two or more present completions; [..., K] → [...]."""
+    return _present(mask, reward).sum(-1) >= 2
+
+
+def has_preference(reward: Array, mask: Array | None = None) -> Array:
+    """Marks groups in which one completion is strictly preferred to another; [..., K] → [...].
+
+    Groups of ties carry no information for losses that see only the order of rewards.
+    """
+    return preferences(reward, mask).any((-2, -1))
+
+
+def counting(counts: Callable[..., Array]) -> Callable[[Loss], Loss]:
+    """Decorator: gives a loss its attribute `counts`, (reward, mask) → groups in its average."""
+
+    def mark(loss: Loss) -> Loss:
+        loss.counts = counts  # pyright: ignore[reportFunctionMemberAccess]
+        return loss
+
+    return mark
 
 
 def copg_objective(
@@ -76,6 +106,7 @@ def copg_objective(
     return scale * (reward_gap * gap - 0.5 * beta * gap**2).sum(-1)
 
 
+@counting(has_pair)
 def copg_loss(
     log_ratio: Array, reward: Array, *, beta: float | Array, mask: Array | None = None
 ) -> Array:
@@ -109,6 +140,7 @@ def _mean_over_preferences(gap_loss: Callable[[Array], Array], score: Array, pre
     return total / jnp.maximum(preferred.sum((-2, -1)), 1)
 
 
+@counting(has_preference)
 def dpo_loss(
     log_ratio: Array, reward: Array, *, beta: float | Array, mask: Array | None = None
 ) -> Array:
@@ -131,6 +163,7 @@ def dpo_loss(
     )
 
 
+@counting(has_preference)
 def ipo_loss(
     log_ratio: Array, reward: Array, *, beta: float | Array, mask: Array | None = None
 ) -> Array:
@@ -154,7 +187,7 @@ def pg_objective(
     reward: Array,
     *,
     beta: float | Array,
-    baseline: float | Array,
+    baseline: float | Array = 0.0,
     mask: Array | None = None,
 ) -> Array:
     """Policy gradient surrogate Σ_i sg[R^π_β(y_i) − b]·λ_i, whose gradient is the paper's ∇ℓ_PG
@@ -180,6 +213,19 @@ def pg_objective(
     return (jax.lax.stop_gradient(_masked(advantage, mask)) * _masked(log_ratio, mask)).sum(-1)
 
 
+@counting(has_pair)
+def pg_loss(
+    log_ratio: Array,
+    reward: Array,
+    *,
+    beta: float | Array,
+    baseline: float | Array = 0.0,
+    mask: Array | None = None,
+) -> Array:
+    """Negative `pg_objective`; minimised. Same arguments, [..., K] → [...]."""
+    return -pg_objective(log_ratio, reward, beta=beta, baseline=baseline, mask=mask)
+
+
 def rloo_objective(
     log_ratio: Array, reward: Array, *, beta: float | Array, mask: Array | None = None
 ) -> Array:
@@ -198,6 +244,15 @@ def rloo_objective(
     return (jax.lax.stop_gradient(advantage) * _masked(log_ratio, mask)).sum(-1)
 
 
+@counting(has_pair)
+def rloo_loss(
+    log_ratio: Array, reward: Array, *, beta: float | Array, mask: Array | None = None
+) -> Array:
+    """Negative `rloo_objective`; minimised. Same arguments, [..., K] → [...]."""
+    return -rloo_objective(log_ratio, reward, beta=beta, mask=mask)
+
+
+@counting(has_preference)
 def bradley_terry_loss(score: Array, reward: Array, *, mask: Array | None = None) -> Array:
     """Reward model loss −ln σ(s⁺ − s⁻) (paper Sec. 6, ℓ_RM); minimised.
 

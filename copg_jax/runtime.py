@@ -29,7 +29,7 @@ from etils import epath
 
 import copg_jax
 from copg_jax import distributed
-from copg_jax.cli import config_differences, to_yaml
+from copg_jax.config.load import config_differences, to_yaml
 from copg_jax.distributed import is_main_process
 from copg_jax.errors import InputError
 from copg_jax.files import bucket_errors, write_text

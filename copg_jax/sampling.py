@@ -14,8 +14,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from copg_jax import sharding
-from copg_jax.models import decoding, functional
-from copg_jax.models.llama import LlamaConfig
+from copg_jax.models import decoding
+from copg_jax.models.decoder import Decoder
+from copg_jax.models.layout import Layout
+from copg_jax.models.params import Architecture, cast_matrices
+from copg_jax.sharding import Partitioner
 
 
 class Samples(NamedTuple):
@@ -35,12 +38,11 @@ class _Loop(NamedTuple):
 
 _RUN = 128
 
-Sampler = Callable[[Any, tuple[Array, ...], Array, Array, Array], Samples]
-"""(params, prompt_tokens, prompt_length [B], prompt_slots [R, N], keys [B]) → Samples.
+Sampler = Callable[[Any, Array, Array, Layout | None, Array], Samples]
+"""(params, prompt_tokens [B, P], prompt_length [B], layout, keys [B]) → Samples.
 
-Prompts lie in buckets as in a `GroupBatch`: one array [R n_j, P_j] each.
-
-Where a prompt's length is 0, there is none: such a place is computed, but generates nothing."""
+The layout is that of the prompts alone, see `Shape.prompt_layout`. Where a prompt's length is 0,
+there is none: such a place is computed, but generates nothing."""
 
 
 def _choose(logits: Array, keys: Array, index: Array, temperature: float) -> tuple[Array, Array]:
@@ -129,13 +131,11 @@ def _append(samples: Samples, tokens: Array, logp: Array, index: Array, eos_id: 
     )
 
 
-def _decode(
-    config: LlamaConfig, params: Any, first: _Loop, append: Callable[..., Samples]
-) -> Samples:
+def _decode(decoder: Decoder, params: Any, first: _Loop, append: Callable[..., Samples]) -> Samples:
     """Token after token, until every row has ended.
 
     Args:
-        config: architecture.
+        decoder: static.
         params: parameters in the compute dtype.
         first: with the first token of every row.
         append: (samples, hidden [B, K, D], index) → samples with token number `index`.
@@ -149,7 +149,7 @@ def _decode(
         newest = jax.lax.dynamic_index_in_dim(
             loop.samples.tokens, loop.index, axis=2, keepdims=False
         )
-        hidden, cache = decoding.decode_step(config, params, loop.cache, newest, loop.index)
+        hidden, cache = decoding.decode_step(decoder, params, loop.cache, newest, loop.index)
         index = loop.index + 1
         return _Loop(index, cache, append(loop.samples, hidden, index))
 
@@ -157,38 +157,37 @@ def _decode(
 
 
 def make_sampler(
-    config: LlamaConfig,
+    arch: Architecture,
     *,
     eos_id: int,
     max_new_tokens: int,
     num_samples: int = 1,
     temperature: float = 1.0,
     mesh: jax.sharding.Mesh,
-    param_shardings: Any,
 ) -> Sampler:
     """Builds the jitted sampler.
 
     Args:
-        config: architecture.
+        arch: architecture.
         eos_id: id that ends a completion.
         max_new_tokens: C, EOS included.
         num_samples: K, completions of each prompt.
         temperature: of the sampling distribution; 0 is greedy. Log-probabilities are always those
             of temperature 1.
         mesh: the device mesh; B must be a multiple of data·fsdp.
-        param_shardings: where the parameters lie.
     """
+    decoder = Decoder(arch, Partitioner(mesh))
 
     def sample(
         params: Any,
-        prompt_tokens: tuple[Array, ...],
+        prompt_tokens: Array,
         prompt_length: Array,
-        prompt_slots: Array,
+        layout: Layout | None,
         keys: Array,
     ) -> Samples:
         # Once here instead of at every token: decoding is bound by reading the weights.
-        params = functional.cast_matrices(config, params)
-        matrix = functional.output_matrix(config, params)
+        params = cast_matrices(arch, params)
+        matrix = decoder.output_matrix(params)
 
         def append(samples: Samples, hidden: Array, index: Array) -> Samples:
             logits = jnp.einsum("bkd,dv->bkv", hidden, matrix, preferred_element_type=jnp.float32)
@@ -196,22 +195,22 @@ def make_sampler(
             return _append(samples, tokens, logp, index, eos_id)
 
         cache, last = decoding.prefill(
-            config,
+            decoder,
             params,
             prompt_tokens,
             jnp.maximum(prompt_length, 1),
-            prompt_slots,
+            layout,
             num_samples=num_samples,
             max_new_tokens=max_new_tokens,
         )
         hidden = jnp.broadcast_to(last[:, None], (len(last), num_samples, last.shape[-1]))
         samples = append(_empty(prompt_length, num_samples, max_new_tokens), hidden, jnp.int32(0))
-        return _decode(config, params, _Loop(jnp.int32(0), cache, samples), append)
+        return _decode(decoder, params, _Loop(jnp.int32(0), cache, samples), append)
 
     rows = sharding.batch_sharding(mesh)
     return jax.jit(
-        sharding.batch_parallel(mesh)(sample),
-        in_shardings=(param_shardings, rows, rows, rows, rows),
+        sample,
+        in_shardings=(None, rows, rows, rows, rows),
         out_shardings=sharding.replicated(mesh),
     )
 

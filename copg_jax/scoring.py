@@ -23,14 +23,30 @@ import numpy as np
 from etils import epath
 
 from copg_jax import distributed
+from copg_jax.config.stages import ScoreConfig
 from copg_jax.data import scored
 from copg_jax.data.dataset import GroupDataset
 from copg_jax.data.groups import TokenGroup
-from copg_jax.forward import GroupForward
-from copg_jax.metrics import MetricsLogger
-from copg_jax.rewards import WeightedRewards
+from copg_jax.data.tokenizer import tokenizer_hash
+from copg_jax.hf.pretrained import PretrainedModel
+from copg_jax.infer import GroupForward
+from copg_jax.rewards.functions import WeightedRewards
+from copg_jax.tracking import MetricsLogger
 
 log = logging.getLogger(__name__)
+
+
+def make_side_car(
+    config: ScoreConfig, reference: PretrainedModel, rewards: WeightedRewards
+) -> scored.SideCar:
+    """What a scored folder is made of, before its first part is written."""
+    return scored.SideCar(
+        tokenizer_hash=tokenizer_hash(reference.tokenizer),
+        reference_hash=reference.hash,
+        rewards=rewards.provenance,
+        limits=config.data.limits._asdict(),
+        complete=False,
+    )
 
 
 def score_dataset(
@@ -39,7 +55,7 @@ def score_dataset(
     folder: epath.Path,
     part_size: int,
     rewards: WeightedRewards,
-    seq_logp: GroupForward,
+    reference: GroupForward,
     side_car: scored.SideCar,
 ) -> None:
     """Scores every group and writes the scored folder.
@@ -49,7 +65,7 @@ def score_dataset(
         folder: where part-*.parquet and scored.json go.
         part_size: groups a part.
         rewards: total and parts of the reward.
-        seq_logp: ln π_ref of groups.
+        reference: ln π_ref of groups.
         side_car: what makes the numbers; written as incomplete first and as complete at the end.
 
     Raises:
@@ -69,7 +85,7 @@ def score_dataset(
             if finished[part]:
                 continue
             rows = [dataset[i] for i in range(first, min(first + part_size, len(dataset)))]
-            logger.log(first + len(rows), _score_part(folder, part, rows, rewards, seq_logp))
+            logger.log(first + len(rows), _score_part(folder, part, rows, rewards, reference))
             logger.sync()
     with distributed.main_first(folder):
         if distributed.is_main_process():
@@ -93,13 +109,13 @@ def _score_part(
     part: int,
     rows: Sequence[TokenGroup],
     rewards: WeightedRewards,
-    seq_logp: GroupForward,
+    reference: GroupForward,
 ) -> dict[str, float]:
     """Scores and writes one part; returns its metrics."""
     begin = time.perf_counter()
     totals, sources = _reward_groups(rewards, rows)
     reward_sec = time.perf_counter() - begin
-    ref_logps = seq_logp(rows)
+    ref_logps = reference(rows)
     groups = [
         scored.ScoredGroup(row, total.tolist(), ref_logp.tolist(), source)
         for row, total, ref_logp, source in zip(rows, totals, ref_logps, sources, strict=True)

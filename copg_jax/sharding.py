@@ -4,18 +4,16 @@ from it.
 1. `make_mesh` lays the devices out as (data, fsdp, tensor);
 2. `LOGICAL_TO_MESH` says which mesh axis cuts which logical axis; models speak logical axes only;
 3. `shardings` turns a tree of logical axes into shardings; `batch_sharding` cuts batches along
-   groups, `constrain_batch` and `constrain_residual` the activations that come of them;
-   `gather_weight` makes a weight whole for its use, and `on_shards` runs on the pieces;
-4. `batch_share` says which part of every batch a host has to load; `global_arrays` puts it there.
+   groups;
+4. a `Partitioner`, which a model is given, cuts its activations and gathers its weights;
+5. `batch_share` says which part of every batch a host has to load; `distributed` puts it there.
 
 This is the only file that names a mesh axis.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,7 +23,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from copg_jax.cli import option
+from copg_jax.config.sections import MeshConfig
 from copg_jax.errors import InputError
 
 LOGICAL_TO_MESH: Mapping[str, str | tuple[str, ...]] = {
@@ -40,23 +38,6 @@ LOGICAL_TO_MESH: Mapping[str, str | tuple[str, ...]] = {
 
 Axes = tuple[str | None, ...]
 """Logical axis names, one an array axis."""
-
-
-@dataclass(frozen=True)
-class MeshConfig:
-    """Sizes of the mesh axes; one of them may be −1 for "all remaining devices"."""
-
-    data: int = option(1, "replicas of the model (pure data parallelism)")
-    fsdp: int = option(-1, "shards of parameters, optimiser state and batch; -1 = all that remain")
-    tensor: int = option(1, "shards of heads, MLP and vocabulary (tensor parallelism)")
-
-    def __post_init__(self):
-        sizes = (self.data, self.fsdp, self.tensor)
-        if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
-            raise InputError(
-                f"mesh: wanted positive sizes, at most one of them -1, got data={self.data} "
-                f"fsdp={self.fsdp} tensor={self.tensor}"
-            )
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
@@ -140,80 +121,83 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(LOGICAL_TO_MESH["batch"]))
 
 
-_activations: ContextVar[NamedSharding | None] = ContextVar("activations", default=None)
-
-
-@contextmanager
-def batch_parallel(mesh: Mesh) -> Iterator[None]:
-    """While a function is traced in here, activations are cut along the batch and weights gathered.
+@dataclass(frozen=True)
+class Partitioner:
+    """Where the activations and the gathered weights of a model lie while it is computed.
 
     The compiler alone may keep the `embed` axis of the weights cut, and then computes the whole
     batch on every device and gathers activations; or gathers a weight once for each of its uses.
-    """
-    token = _activations.set(batch_sharding(mesh))
-    try:
-        yield
-    finally:
-        _activations.reset(token)
-
-
-_weights_stay: ContextVar[bool] = ContextVar("weights_stay", default=False)
-
-
-@contextmanager
-def weights_in_place() -> Iterator[None]:
-    """While a step of decoding is traced in here, weights stay cut and activations go to them.
-
-    Those of a single token are thousands of times smaller than the weights, of which every device
-    then reads its own part only.
-    """
-    token = _weights_stay.set(True)
-    try:
-        yield
-    finally:
-        _weights_stay.reset(token)
-
-
-def constrain_batch(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Cuts an activation [B, ...] along B, and along those logical axes of the others that are
-    named, inside `batch_parallel`; elsewhere does nothing.
-    """
-    layout = _activations.get()
-    if layout is None:
-        return x
-    spec = _spec(("batch", *axes))
-    return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec))
-
-
-def constrain_residual(x: jax.Array) -> jax.Array:
-    """Cuts the residual stream [B, ..., D] like `constrain_batch`, or where weights stay in place,
-    along D as they are.
-    """
-    layout = _activations.get()
-    if layout is None or not _weights_stay.get():
-        return constrain_batch(x)
-    along = LOGICAL_TO_MESH["embed"]
-    rest = tuple(name for name in LOGICAL_TO_MESH["batch"] if name != along)
-    spec = PartitionSpec(rest, *(None,) * (x.ndim - 2), along)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec))
-
-
-def gather_weight(x: jax.Array, axes: Axes) -> jax.Array:
-    """Makes a weight whole along the axes that share mesh axes with the batch (FSDP).
-
-    Inside `batch_parallel`, but for `weights_in_place`; elsewhere does nothing. Its gradient comes
-    back cut like the weight: a reduce-scatter.
 
     Args:
-        x: in the dtype in which it travels.
-        axes: its logical axes.
+        mesh: the device mesh; None, for one device, constrains nothing.
+        weights_in_place: weights stay cut and activations go to them, as in a step of decoding:
+            those of a single token are thousands of times smaller than the weights, of which every
+            device then reads its own part only.
     """
-    layout = _activations.get()
-    if layout is None or _weights_stay.get():
-        return x
-    cut = _spec(axes)
-    whole = PartitionSpec(*(None if name in LOGICAL_TO_MESH["batch"] else name for name in cut))
-    return _reshard(x, NamedSharding(layout.mesh, cut), NamedSharding(layout.mesh, whole))
+
+    mesh: Mesh | None = None
+    weights_in_place: bool = False
+
+    def constrain_batch(self, x: jax.Array, *axes: str | None) -> jax.Array:
+        """Cuts an activation [B, ...] along B, and along those logical axes of the others that are
+        named.
+        """
+        return self._constrain(x, _spec(("batch", *axes)))
+
+    def constrain_residual(self, x: jax.Array) -> jax.Array:
+        """Cuts the residual stream [B, ..., D] like `constrain_batch`, or where weights stay in
+        place, along D as they are.
+        """
+        if not self.weights_in_place:
+            return self.constrain_batch(x)
+        along = LOGICAL_TO_MESH["embed"]
+        rest = tuple(name for name in LOGICAL_TO_MESH["batch"] if name != along)
+        return self._constrain(x, PartitionSpec(rest, *(None,) * (x.ndim - 2), along))
+
+    def gather_weight(self, x: jax.Array, axes: Axes) -> jax.Array:
+        """Makes a weight whole along the axes that share mesh axes with the batch (FSDP).
+
+        Its gradient comes back cut like the weight: a reduce-scatter.
+
+        Args:
+            x: in the dtype in which it travels.
+            axes: its logical axes.
+        """
+        if self.mesh is None or self.weights_in_place:
+            return x
+        cut = _spec(axes)
+        whole = PartitionSpec(*(None if name in LOGICAL_TO_MESH["batch"] else name for name in cut))
+        return _reshard(x, NamedSharding(self.mesh, cut), NamedSharding(self.mesh, whole))
+
+    def on_shards(
+        self, function: Callable[..., jax.Array], *, in_axes: Sequence[Axes], out_axes: Axes
+    ) -> Callable[..., jax.Array]:
+        """Each device runs the function on its pieces of the arguments.
+
+        For kernels that the compiler cannot cut.
+
+        Args:
+            function: arrays → array; the axes that are cut must be independent of each other.
+            in_axes: logical axes of each argument.
+            out_axes: logical axes of the result.
+        """
+        if self.mesh is None:
+            return function
+        return jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=tuple(map(_spec, in_axes)),
+            out_specs=_spec(out_axes),
+            check_vma=False,  # kernels do not say along which mesh axes their results vary
+        )
+
+    def _constrain(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
+        if self.mesh is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+
+ONE_DEVICE = Partitioner()
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -234,30 +218,6 @@ def _reshard_backward(source: NamedSharding, target: NamedSharding, _: None, dx:
 
 
 _reshard.defvjp(_reshard_forward, _reshard_backward)
-
-
-def on_shards(
-    function: Callable[..., jax.Array], *, in_axes: Sequence[Axes], out_axes: Axes
-) -> Callable[..., jax.Array]:
-    """Inside `batch_parallel`, each device runs the function on its pieces of the arguments.
-
-    For kernels that the compiler cannot cut. Elsewhere it is the function itself.
-
-    Args:
-        function: arrays → array; the axes that are cut must be independent of each other.
-        in_axes: logical axes of each argument.
-        out_axes: logical axes of the result.
-    """
-    layout = _activations.get()
-    if layout is None:
-        return function
-    return jax.shard_map(
-        function,
-        mesh=layout.mesh,
-        in_specs=tuple(map(_spec, in_axes)),
-        out_specs=_spec(out_axes),
-        check_vma=False,  # kernels do not say along which mesh axes their results vary
-    )
 
 
 def _spec(axes: Axes) -> PartitionSpec:

@@ -17,8 +17,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from copg_jax.bandit import exact, figures, population, train
-from copg_jax.cli import run_main
+from copg_jax.bandit import exact, population, train
+from copg_jax.config.load import run_main
+from experiments.studies import regret_figure
 
 ALGORITHMS = tuple(train.OBJECTIVES)
 
@@ -53,9 +54,9 @@ def write_csv(path: Path, regret: np.ndarray) -> None:
 def write_figure(path: Path, short: np.ndarray, long: np.ndarray, ends: dict[str, float]) -> None:
     """Left: the paper's figure 1. Right: the same runs continued, towards their fixed points."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    figures.draw_regret(left, short, ALGORITHMS, ends=ends)
+    regret_figure.draw_regret(left, short, ALGORITHMS, ends=ends)
     left.set_title(f"the paper's {short.shape[1] - 1:,} steps, {short.shape[0]} seeds", fontsize=10)
-    figures.draw_regret(right, np.maximum(long, 1e-9), ALGORITHMS, ends=ends, log=True)
+    regret_figure.draw_regret(right, np.maximum(long, 1e-9), ALGORITHMS, ends=ends, log=True)
     right.set_title(f"continued to {long.shape[1] - 1:,} steps, {long.shape[0]} seeds", fontsize=10)
     right.set(xlim=(10, long.shape[1] - 1), ylim=(1e-6, 1))
     right.legend(frameon=False, fontsize=9, loc="lower left")

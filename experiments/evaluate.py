@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from copg_jax import distributed, runtime, sharding, stages
-from copg_jax.cli import run_main
-from copg_jax.config import MAY_DIFFER, EvaluateConfig
+from copg_jax import distributed, runtime, sharding
+from copg_jax.config.load import run_main
+from copg_jax.config.stages import MAY_DIFFER, EvaluateConfig
 from copg_jax.evaluate import Generation, in_prompt_order, sample_texts, summarize
 from copg_jax.files import GrowingFile, write_text
-from copg_jax.metrics import MetricsLogger
+from copg_jax.hf.pretrained import open_model
+from copg_jax.inputs import open_evaluation
+from copg_jax.tracking import MetricsLogger
 
 
 def main(config: EvaluateConfig) -> dict[str, float]:
@@ -30,18 +32,17 @@ def main(config: EvaluateConfig) -> dict[str, float]:
     runtime.setup(config.distributed)
     runtime.check_run_folder(folder, config, may_differ=MAY_DIFFER)
     mesh = sharding.make_mesh(config.mesh)
-    model = stages.open_model(config.model, mesh)
-    reference = config.reference and stages.open_model(config.reference, mesh)
-    evaluator = stages.open_evaluation(
+    model = open_model(config.model, mesh)
+    reference = config.reference and open_model(config.reference, mesh)
+    evaluator, hashes = open_evaluation(
         config.evaluation,
         model,
-        mesh,
         folder,
         beta=config.beta,
         reference=reference,
         logits_chunk=config.logits_chunk,
     )
-    runtime.write_run_header(folder, config, evaluator.inputs | {"model": model.hash})
+    runtime.write_run_header(folder, config, hashes | {"model": model.hash})
 
     sizes = config.evaluation.generation
     path = folder / "generations.jsonl"

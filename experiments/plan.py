@@ -21,12 +21,12 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from copg_jax.cli import load_config
+from copg_jax.config.load import load_config
+from copg_jax.config.sections import POLICY_LOSSES
 from copg_jax.errors import InputError
-from copg_jax.planning.plan import Plan, make_plan
-from copg_jax.planning.program import STAGES
-from copg_jax.planning.topology import open_topology
-from copg_jax.step import POLICY_LOSSES
+from experiments.planning.plan import Plan, make_plan
+from experiments.planning.program import STAGES
+from experiments.planning.topology import open_topology
 
 STAGE_OF_WORD = {"sft": "sft", "reward": "reward", "evaluate": "evaluate"} | dict.fromkeys(
     POLICY_LOSSES, "policy"

@@ -15,8 +15,7 @@ from typing import Any
 import jax
 
 from copg_jax import runtime
-from copg_jax.cli import load_config, run_main
-from copg_jax.config import (
+from copg_jax.config.stages import (
     EvaluateConfig,
     PolicyConfig,
     QuickstartConfig,
@@ -24,12 +23,14 @@ from copg_jax.config import (
     ScoreConfig,
     SFTConfig,
 )
+from copg_jax.config.load import load_config, run_main
 from copg_jax.data.generated import write_generated
-from copg_jax.data.tldr import GroupReader
+from copg_jax.data.reader import GroupReader
 from copg_jax.data.tokenizer import load_tokenizer
-from copg_jax.models import functional, hf_weights
-from copg_jax.models.llama import LlamaConfig
-from copg_jax.rewards import RewardModel, pairwise_accuracy
+from copg_jax.hf import weights as hf_weights
+from copg_jax.models.params import Architecture, init_params
+from copg_jax.rewards import RewardModel
+from copg_jax.rewards.functions import pairwise_accuracy
 from experiments import evaluate, figures, score, train_policy, train_reward, train_sft
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "quickstart"
@@ -104,7 +105,7 @@ def make_inputs(config: QuickstartConfig, folder: Path) -> None:
         vocab_size=config.vocab_size,
     )
     tokenizer = load_tokenizer(folder / "data" / "tokenizer")
-    model = LlamaConfig(
+    model = Architecture(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,
         intermediate_size=8 * config.hidden_size // 3,
@@ -114,7 +115,7 @@ def make_inputs(config: QuickstartConfig, folder: Path) -> None:
         head_dim=config.hidden_size // 4,
         tie_word_embeddings=True,
     )
-    params = functional.init(model, jax.random.key(config.seed))
+    params = init_params(model, jax.random.key(config.seed))
     hf_weights.save_pretrained(folder / "base", model, params, head="lm", tokenizer=tokenizer)
 
 

@@ -6,15 +6,16 @@ Writes part-*.parquet and scored.json with the hashes of model, tokenizer and re
 interrupted run goes on at the first part that is not finished.
 """
 
-from functools import partial
-
 from etils import epath
 
-from copg_jax import policy, runtime, scoring, sharding, stages
-from copg_jax.cli import run_main
-from copg_jax.config import MAY_DIFFER, ScoreConfig
-from copg_jax.forward import GroupForward
-from copg_jax.rewards import WeightedRewards
+from copg_jax import runtime, scoring, sharding
+from copg_jax.config.load import run_main
+from copg_jax.config.stages import MAY_DIFFER, ScoreConfig
+from copg_jax.hf.pretrained import open_model
+from copg_jax.infer import GroupForward
+from copg_jax.inputs import open_data
+from copg_jax.models.forward import make_seq_logp
+from copg_jax.rewards.functions import WeightedRewards
 
 
 def main(config: ScoreConfig) -> None:
@@ -23,15 +24,14 @@ def main(config: ScoreConfig) -> None:
     runtime.setup(config.distributed)
     runtime.check_run_folder(folder, config, may_differ=MAY_DIFFER)
     mesh = sharding.make_mesh(config.mesh)
-    reference = stages.open_model(config.reference, mesh)
-    dataset = stages.open_data(config.data, reference, folder, "groups")
+    model = open_model(config.reference, mesh)
+    dataset = open_data(config.data, model, folder, "groups")
     rewards = WeightedRewards(config.rewards)
-    inputs = {"reference": reference.hash, "data": dataset.fingerprint}
-    runtime.write_run_header(folder, config, inputs | {"rewards": rewards.fingerprint})
-    seq_logp = GroupForward(
-        partial(policy.seq_logp, reference.config, chunk=config.logits_chunk),
-        reference.load_frozen(),
-        param_shardings=reference.shardings,
+    hashes = {"reference": model.hash, "data": dataset.fingerprint}
+    runtime.write_run_header(folder, config, hashes | {"rewards": rewards.fingerprint})
+    reference = GroupForward(
+        make_seq_logp(model.arch, model.partitioner, chunk=config.logits_chunk),
+        model.load_frozen(),
         mesh=mesh,
         batch_size=config.batch_size,
         name="reference",
@@ -41,8 +41,8 @@ def main(config: ScoreConfig) -> None:
         folder=folder,
         part_size=config.part_size,
         rewards=rewards,
-        seq_logp=seq_logp,
-        side_car=stages.side_car(config, reference, rewards),
+        reference=reference,
+        side_car=scoring.make_side_car(config, model, rewards),
     )
 
 

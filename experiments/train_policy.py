@@ -8,38 +8,39 @@ Writes metrics.jsonl, checkpoints/, model/ (the last step) and best/ (the step o
 generation reward).
 """
 
-from copg_jax import stages, step, training
-from copg_jax.cli import run_main
-from copg_jax.config import PolicyConfig
+from copg_jax.config.load import run_main
+from copg_jax.config.stages import PolicyConfig
+from copg_jax.inputs import open_evaluation, require_scored
+from copg_jax.models.forward import make_seq_logp
+from copg_jax.objective import find_coefficients, find_objective, make_policy_loss
+from copg_jax.train.run import Stage, train
 
 
 def main(config: PolicyConfig) -> None:
     """Trains the SFT model with the loss named in `loss.name`."""
-    loss, evaluation = config.loss, config.evaluation
-    training.train(
+    objective, evaluation = find_objective(config.loss), config.evaluation
+    train(
         config,
-        head="lm",
-        make_loss=lambda model: step.make_policy_loss(
-            model,
-            loss.name,
-            beta=loss.beta,
-            baseline=loss.baseline,
-            chunk=config.logits_chunk,
+        Stage(
+            head="lm",
+            make_loss=lambda model: make_policy_loss(
+                make_seq_logp(model.arch, model.partitioner, chunk=config.logits_chunk), objective
+            ),
+            coefficients=find_coefficients(config.loss),
+            check_data=require_scored,
+            open_evaluation=evaluation
+            and (
+                lambda model, folder: open_evaluation(
+                    evaluation,
+                    model,
+                    folder,
+                    beta=config.loss.beta,
+                    reference=model,
+                    logits_chunk=config.logits_chunk,
+                )
+            ),
+            best_metric="eval/reward_mean" if evaluation else None,
         ),
-        check_data=stages.require_scored,
-        make_evaluation=evaluation
-        and (
-            lambda model, mesh, folder: stages.open_evaluation(
-                evaluation,
-                model,
-                mesh,
-                folder,
-                beta=loss.beta,
-                reference=model,
-                logits_chunk=config.logits_chunk,
-            )
-        ),
-        best_metric="eval/reward_mean" if evaluation else None,
     )
 
 

@@ -6,18 +6,25 @@ Writes metrics.jsonl, checkpoints/ and model/, which `LlamaForSequenceClassifica
 loads.
 """
 
-from copg_jax import stages, step, training
-from copg_jax.cli import run_main
-from copg_jax.config import RewardModelConfig
+from copg_jax.config.load import run_main
+from copg_jax.config.stages import RewardModelConfig
+from copg_jax.inputs import require_rewards
+from copg_jax.models.forward import make_score
+from copg_jax.objective import make_bradley_terry_loss
+from copg_jax.train.run import Stage, train
 
 
 def main(config: RewardModelConfig) -> None:
     """Trains the SFT backbone with a new scalar head on labelled pairs."""
-    training.train(
+    train(
         config,
-        head="score",
-        make_loss=step.make_bradley_terry_loss,
-        check_data=lambda _section, _model, dataset: stages.require_rewards(dataset, at_least=2),
+        Stage(
+            head="score",
+            make_loss=lambda model: make_bradley_terry_loss(
+                make_score(model.arch, model.partitioner)
+            ),
+            check_data=lambda _section, _model, dataset: require_rewards(dataset, at_least=2),
+        ),
     )
 
 

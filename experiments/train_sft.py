@@ -5,17 +5,23 @@
 Writes metrics.jsonl, checkpoints/ and model/, a Hugging Face folder.
 """
 
-from copg_jax import step, training
-from copg_jax.cli import run_main
-from copg_jax.config import SFTConfig
+from copg_jax.config.load import run_main
+from copg_jax.config.stages import SFTConfig
+from copg_jax.models.forward import make_seq_logp
+from copg_jax.objective import make_nll_loss
+from copg_jax.train.run import Stage, train
 
 
 def main(config: SFTConfig) -> None:
     """Trains with the negative log-likelihood of the completion tokens."""
-    training.train(
+    train(
         config,
-        head="lm",
-        make_loss=lambda model: step.make_nll_loss(model, chunk=config.logits_chunk),
+        Stage(
+            head="lm",
+            make_loss=lambda model: make_nll_loss(
+                make_seq_logp(model.arch, model.partitioner, chunk=config.logits_chunk)
+            ),
+        ),
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from copg_jax.benchmark.commands import make_parser
+from experiments.benchmark.commands import make_parser
 from tests.toys import names_all
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "benchmark_gpu.sh"

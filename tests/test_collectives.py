@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from copg_jax import sharding, step, train_state
+from copg_jax import sharding
 from copg_jax.data.groups import GroupBatch
-from copg_jax.models import functional
-from copg_jax.models.llama import LlamaConfig, layer_specs
+from copg_jax.models.params import Architecture, abstract_params, layer_specs, logical_axes
 from copg_jax.sampling import make_sampler, row_keys
+from copg_jax.train import state as train_state
+from copg_jax.train import step
 
-CONFIG = LlamaConfig(
+CONFIG = Architecture(
     vocab_size=512,
     hidden_size=64,
     intermediate_size=176,
@@ -30,13 +31,13 @@ B, P, K, C = 48, 40, 2, 24
 
 
 def gathered_shapes(
-    chunk: int | None = None, config: LlamaConfig = CONFIG
+    chunk: int | None = None, config: Architecture = CONFIG
 ) -> Counter[tuple[int, ...]]:
     """How many all-gathers the compiled CoPG step on 8 fsdp shards has, by shape."""
     mesh = sharding.make_mesh(sharding.MeshConfig())
     optimizer = optax.adam(1e-3)
-    params = functional.abstract_params(CONFIG)
-    axes = functional.logical_axes(CONFIG)
+    params = abstract_params(CONFIG)
+    axes = logical_axes(CONFIG)
     train_step = step.make_train_step(
         step.make_policy_loss(config, "copg", beta=0.1, chunk=chunk),
         optimizer,
@@ -72,7 +73,7 @@ def of_weights(found: Counter[tuple[int, ...]], times: int) -> bool:
 
 def activations(shapes: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """Gathered shapes that are neither a weight (axes may be merged) nor one number a group."""
-    params = functional.abstract_params(CONFIG)
+    params = abstract_params(CONFIG)
     stacks = params.pop("layers"), params.pop("last_layer")
     sizes = {math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(stacks)}
     sizes |= {leaf.size for leaf in jax.tree.leaves(params)} | {B}
@@ -95,13 +96,13 @@ def test_storing_all_results_stores_no_gathered_weight():
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_decoding_gathers_no_weights_and_cuts_heads_as_they_are(tensor):
     mesh = sharding.make_mesh(sharding.MeshConfig(tensor=tensor))
-    params = functional.abstract_params(CONFIG)
+    params = abstract_params(CONFIG)
     sampler = make_sampler(
         CONFIG,
         eos_id=0,
         max_new_tokens=4,
         mesh=mesh,
-        param_shardings=sharding.shardings(mesh, functional.logical_axes(CONFIG), params),
+        param_shardings=sharding.shardings(mesh, logical_axes(CONFIG), params),
     )
     # Prompts in two buckets, each with half the places of every block.
     ints = ((B // 2, P), (B // 2, P // 2)), (B,), (8 // tensor, 160 * tensor)

@@ -14,7 +14,7 @@ from copg_jax import evaluate
 from copg_jax.data.groups import TokenGroup
 from copg_jax.errors import InputError
 from copg_jax.evaluate import Generation, GenerationConfig, GenerationEvaluator, summarize
-from copg_jax.models import functional
+from copg_jax.models.params import init_params
 from copg_jax.rewards import RewardSpec, WeightedRewards
 from copg_jax.sampling import Samples, make_sampler
 from tests.toys import LLAMA, mesh
@@ -98,7 +98,7 @@ GENERATION = GenerationConfig(num_prompts=5, num_samples=3, max_new_tokens=6, ba
 @pytest.fixture(scope="module")
 def params() -> Any:
     """A model sure enough of EOS that a third of the samples end."""
-    drawn = functional.init(LLAMA, jax.random.key(2))
+    drawn = init_params(LLAMA, jax.random.key(2))
     return jax.tree.map(lambda x: x if x.ndim == 1 else 6 * x, drawn)
 
 

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from copg_jax import evaluate, step
+from copg_jax import evaluate
 from copg_jax.data.groups import TokenGroup
+from copg_jax.train import step
 from tests.toys import Toy, toy_loss
 
 

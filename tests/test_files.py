@@ -12,16 +12,18 @@ import numpy as np
 import pytest
 from etils import epath
 
-from copg_jax import files, training
-from copg_jax.checkpoint import Checkpoints
-from copg_jax.cli import load_config
+from copg_jax import files
+from copg_jax.config.load import load_config
 from copg_jax.data import scored
 from copg_jax.data.rows import find_files, read_rows
 from copg_jax.errors import InputError
 from copg_jax.files import GrowingFile, local_copy
-from copg_jax.metrics import MetricsLogger
-from copg_jax.models import functional, hf_weights
+from copg_jax.hf import weights as hf_weights
+from copg_jax.models.params import init_params
 from copg_jax.runtime import check_run_folder, write_run_header
+from copg_jax.tracking import MetricsLogger
+from copg_jax.train import run as training
+from copg_jax.train.checkpoint import Checkpoints
 from tests.bucket import make_bucket
 from tests.models import tiny
 from tests.toys import LLAMA, names_all
@@ -76,7 +78,7 @@ def test_the_header_claims_its_folder(root):
 
 
 def test_an_export_is_read_back_bit_for_bit_and_replaces_the_one_before(root):
-    params = functional.init(LLAMA, jax.random.key(0))
+    params = init_params(LLAMA, jax.random.key(0))
     for scale in (2, 1):
         scaled = jax.tree.map(lambda x, scale=scale: scale * x, params)
         hf_weights.save_pretrained(

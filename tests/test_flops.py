@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from copg_jax import flops
-from copg_jax.models import functional
-from copg_jax.models.llama import LlamaConfig
+from copg_jax.models.params import Architecture, abstract_params
 from tests import toys
 from tests.models import tiny
 
-LLAMA2_7B = LlamaConfig(
+LLAMA2_7B = Architecture(
     vocab_size=32000,
     hidden_size=4096,
     intermediate_size=11008,
@@ -24,7 +23,7 @@ LLAMA2_7B = LlamaConfig(
 )
 
 
-def of_one_group(config: LlamaConfig, prompt: int, *completions: int, **options: Any) -> float:
+def of_one_group(config: Architecture, prompt: int, *completions: int, **options: Any) -> float:
     return flops.useful_flops(config, np.array([prompt]), np.array([completions]), **options)
 
 
@@ -35,7 +34,7 @@ def test_llama2_7b_on_a_mean_tldr_pair_costs_16_2_tflop():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_count_is_that_of_xla_for_a_plain_model_on_one_sequence(training: bool):
-    config = LlamaConfig(
+    config = Architecture(
         vocab_size=1024,
         hidden_size=256,
         intermediate_size=688,
@@ -54,7 +53,7 @@ def test_the_count_is_that_of_xla_for_a_plain_model_on_one_sequence(training: bo
 
     tokens = jax.ShapeDtypeStruct((1, prompt + completion), jnp.int32)
     function = jax.value_and_grad(loss) if training else loss
-    costs = jax.jit(function).lower(functional.abstract_params(config), tokens).cost_analysis()
+    costs = jax.jit(function).lower(abstract_params(config), tokens).cost_analysis()
     counted = of_one_group(config, prompt, completion, training=training)
     # XLA adds elementwise work and the masked half of attention, both small at these sizes.
     assert costs["flops"] == pytest.approx(counted, rel=0.05)

@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from copg_jax import global_arrays, sharding
+from copg_jax import distributed, sharding
 from tests.toys import mesh
 
 
 def test_host_rows_are_those_of_the_host_s_own_devices():
     on = mesh(1, 4, 2)
     x = np.arange(16).reshape(8, 2)
-    np.testing.assert_array_equal(global_arrays.host_rows(x, sharding.batch_sharding(on)), x)
+    np.testing.assert_array_equal(distributed.host_rows(x, sharding.batch_sharding(on)), x)
 
     class Second:
         """A host whose devices hold the second and the last quarter, in two copies."""
@@ -17,4 +17,4 @@ def test_host_rows_are_those_of_the_host_s_own_devices():
         def addressable_devices_indices_map(self, shape):
             return dict(enumerate([(slice(6, 8),), (slice(2, 4),)] * 2))
 
-    np.testing.assert_array_equal(global_arrays.host_rows(x, Second()), x[[2, 3, 6, 7]])
+    np.testing.assert_array_equal(distributed.host_rows(x, Second()), x[[2, 3, 6, 7]])

@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 
 from copg_jax import rewards
-from copg_jax.benchmark.commands import make_parser
-from copg_jax.cli import load_config
 from copg_jax.config import (
     EvaluateConfig,
     PolicyConfig,
@@ -17,6 +15,8 @@ from copg_jax.config import (
     ScoreConfig,
     SFTConfig,
 )
+from copg_jax.config.load import load_config
+from experiments.benchmark.commands import make_parser
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -13,7 +13,8 @@ import jax
 import pytest
 
 from copg_jax import runtime
-from copg_jax.cli import load_config, option, section
+from copg_jax.config.load import load_config
+from copg_jax.config.options import option, section
 from copg_jax.errors import InputError
 from copg_jax.runtime import GracefulExit, check_run_folder, write_run_header
 

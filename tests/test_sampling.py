@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from copg_jax import policy, sampling, sharding
+from copg_jax import sampling, sharding
 from copg_jax.data.groups import GroupBatch, with_slots
-from copg_jax.data.packing import deal, prompt_slots
-from copg_jax.models import decoding, functional
+from copg_jax.models import decoding
+from copg_jax.models.decoder import output_matrix
+from copg_jax.models.layout import deal, prompt_slots
+from copg_jax.models.params import abstract_params, init_params, logical_axes
 from copg_jax.sampling import Samples, make_sampler, row_keys
 from tests.models import tiny
 from tests.toys import LLAMA, mesh
@@ -28,15 +30,13 @@ trips: list[int] = []
 @pytest.fixture(scope="module")
 def params() -> Any:
     """Weights large enough that tokens matter, still far from one-hot predictions."""
-    drawn = functional.init(CONFIG, jax.random.key(1))
+    drawn = init_params(CONFIG, jax.random.key(1))
     return jax.tree.map(lambda x: x if x.ndim == 1 else 4 * x, drawn)
 
 
 def sampler_on(on: jax.sharding.Mesh, num_samples: int, temperature: float) -> sampling.Sampler:
     """A sampler of the tiny model on a mesh."""
-    layout = sharding.shardings(
-        on, functional.logical_axes(CONFIG), functional.abstract_params(CONFIG)
-    )
+    layout = sharding.shardings(on, logical_axes(CONFIG), abstract_params(CONFIG))
     return make_sampler(
         CONFIG,
         eos_id=EOS,
@@ -109,9 +109,7 @@ def test_draws_at_temperature_one_have_the_model_s_distribution(sample, params):
     logp = np.concatenate([s.token_logp[..., 0].ravel() for s in drawn])
     count = np.bincount(first, minlength=CONFIG.vocab_size)
     hidden = tiny.plain_hidden(CONFIG, params, jnp.asarray(PROMPTS[1:2]))[0, LENGTH[1] - 1]
-    expected = np.asarray(jax.nn.softmax(hidden @ functional.output_matrix(CONFIG, params))) * len(
-        first
-    )
+    expected = np.asarray(jax.nn.softmax(hidden @ output_matrix(CONFIG, params))) * len(first)
     assert expected.max() < 0.7 * len(first)
     chi_square = ((count - expected) ** 2 / expected).sum()
     assert chi_square < 24.3  # 7 degrees of freedom, 1 in 1,000
@@ -184,7 +182,7 @@ def test_places_without_a_prompt_generate_nothing_and_are_not_waited_for(sample,
 def test_greedy_is_the_most_likely_token_of_the_whole_text_recomputed(params):
     slots, keys = prompt_slots(LENGTH, [P] * B, 1, None), row_keys(0, 0, B)
     greedy = jax.device_get(sampler_on(mesh(), 1, 0.0)(params, (PROMPTS,), LENGTH, slots, keys))
-    matrix = functional.output_matrix(CONFIG, params)
+    matrix = output_matrix(CONFIG, params)
     texts = np.zeros((B, P + C), np.int32)
     for b in range(B):
         texts[b, : LENGTH[b]] = PROMPTS[b, : LENGTH[b]]

@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 from etils import epath
 
-from copg_jax import policy, scoring
+from copg_jax import scoring
 from copg_jax.data import scored
 from copg_jax.data.dataset import GroupDataset, prepare
 from copg_jax.data.generated import write_generated
 from copg_jax.data.groups import TokenGroup
-from copg_jax.data.tldr import DataConfig, GroupReader
+from copg_jax.data.reader import DataConfig, GroupReader
 from copg_jax.data.tokenizer import load_tokenizer
 from copg_jax.errors import InputError
-from copg_jax.forward import GroupForward
-from copg_jax.models import functional
+from copg_jax.infer import GroupForward
+from copg_jax.models.decoder import output_matrix
+from copg_jax.models.params import init_params
 from copg_jax.rewards import RewardSpec, WeightedRewards
 from tests.bucket import make_bucket
 from tests.models import tiny
@@ -203,7 +204,7 @@ def random_groups(rng: np.random.Generator) -> list[TokenGroup]:
 
 
 def test_ref_logps_are_those_of_the_plain_model_in_the_order_of_the_groups(rng):
-    params = functional.init(LLAMA, jax.random.key(0))
+    params = init_params(LLAMA, jax.random.key(0))
     params = jax.tree.map(lambda x: x if x.ndim == 1 else 10 * x, params)
     rows = random_groups(rng)
     forward = GroupForward(
@@ -220,7 +221,7 @@ def test_ref_logps_are_those_of_the_plain_model_in_the_order_of_the_groups(rng):
     for i, (prompt, ids) in enumerate(texts):
         padded[i, : len(prompt) + len(ids)] = np.concatenate([prompt, ids])
     hidden = tiny.plain_hidden(LLAMA, params, jnp.asarray(padded))
-    logp = np.asarray(jax.nn.log_softmax(hidden @ functional.output_matrix(LLAMA, params)))
+    logp = np.asarray(jax.nn.log_softmax(hidden @ output_matrix(LLAMA, params)))
     wanted = [
         sum(logp[i, len(prompt) - 1 + t, token] for t, token in enumerate(ids))
         for i, (prompt, ids) in enumerate(texts)

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from copg_jax import global_arrays, sharding, train_state
+from copg_jax import distributed, sharding
 from copg_jax.errors import InputError
-from copg_jax.models import functional
-from copg_jax.optim import OptimConfig, make_optimizer
+from copg_jax.models.params import abstract_params, logical_axes
 from copg_jax.sharding import MeshConfig, make_mesh
+from copg_jax.train import state as train_state
+from copg_jax.train.optim import OptimConfig, make_optimizer
 from tests.toys import LLAMA, group_batch, mesh, names_all
 
 
@@ -47,7 +48,7 @@ def test_meshes_without_a_meaning_are_refused(sizes):
 
 
 def test_every_axis_that_the_mesh_does_not_divide_is_listed_with_sizes_that_do():
-    shapes, axes = functional.abstract_params(LLAMA), functional.logical_axes(LLAMA)
+    shapes, axes = abstract_params(LLAMA), logical_axes(LLAMA)
     with pytest.raises(InputError) as caught:
         sharding.shardings(mesh(1, 2, 4), axes, shapes)
     (_, line) = str(caught.value).splitlines()
@@ -59,8 +60,8 @@ def test_every_axis_that_the_mesh_does_not_divide_is_listed_with_sizes_that_do()
 
 def test_each_device_holds_its_share_of_parameters_and_of_both_moments():
     on, optimizer = mesh(1, 4, 2), make_optimizer(OptimConfig(clip_norm=1.0, weight_decay=0.1), 10)
-    shapes = functional.abstract_params(LLAMA)
-    layout = train_state.state_shardings(on, optimizer, shapes, functional.logical_axes(LLAMA))
+    shapes = abstract_params(LLAMA)
+    layout = train_state.state_shardings(on, optimizer, shapes, logical_axes(LLAMA))
     # [L, D, H, Hd]: D over fsdp, H over tensor.
     spec = layout.params["layers"]["q_proj"].spec
     assert spec == PartitionSpec(None, "fsdp", "tensor", None)
@@ -81,7 +82,7 @@ def test_each_device_holds_its_share_of_parameters_and_of_both_moments():
 def test_a_batch_is_cut_along_groups_only():
     on = mesh(2, 2, 2)
     batch = group_batch(np.arange(16.0).reshape(8, 2))
-    placed = global_arrays.place_whole(batch, sharding.batch_sharding(on))
+    placed = distributed.place_whole(batch, sharding.batch_sharding(on))
     assert sharding.num_batch_shards(on) == 4
     for array, given in zip(jax.tree.leaves(placed), jax.tree.leaves(batch), strict=True):
         assert {shard.data.shape for shard in array.addressable_shards} == {(2, *array.shape[1:])}

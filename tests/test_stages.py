@@ -14,12 +14,15 @@ import numpy as np
 import pytest
 from etils import epath
 
-from copg_jax import config, distributed, sharding, stages, training
-from copg_jax.cli import load_config
+from copg_jax import distributed, inputs, sharding
+from copg_jax.config import stages as config
+from copg_jax.config.load import load_config
 from copg_jax.data import scored
 from copg_jax.data.tokenizer import load_tokenizer
 from copg_jax.errors import InputError
-from copg_jax.models import functional, hf_weights
+from copg_jax.hf import weights as hf_weights
+from copg_jax.models.params import abstract_params
+from copg_jax.train import run as training
 from tests.toys import names_all
 from tests.workplace import MAINS, Workplace
 
@@ -58,7 +61,7 @@ def test_sft_logs_its_losses_and_leaves_a_language_model(workplace):
     assert [row["step"] for row in rows if "eval/loss" in row] == [0, 2, 3]
     assert {"optim/grad_norm", "perf/pairs_per_sec", "perf/tokens_per_sec"} <= names_in(rows)
     # An untrained model gives each of the tokens about the same probability.
-    model = hf_weights.read_config(workplace.folder / "sft" / "model")
+    model = hf_weights.read_architecture(workplace.folder / "sft" / "model")
     assert rows[0]["eval/loss"] == pytest.approx(np.log(model.vocab_size), rel=0.05)
     base = hf_weights.load_params(workplace.folder / "base", model, head="lm")
     trained = hf_weights.load_params(workplace.folder / "sft" / "model", model, head="lm")
@@ -75,7 +78,7 @@ def test_the_reward_stage_leaves_a_sequence_classifier(workplace):
     raw = json.loads((folder / "model" / "config.json").read_text())
     assert raw["architectures"] == ["LlamaForSequenceClassification"]
     loaded = hf_weights.load_params(
-        folder / "model", hf_weights.read_config(folder / "model"), head="score"
+        folder / "model", hf_weights.read_architecture(folder / "model"), head="score"
     )
     assert loaded["score"].shape == (16,)
 
@@ -107,10 +110,10 @@ def test_the_policy_starts_at_its_reference_and_the_last_and_the_best_model_are_
     best = max(row["eval/reward_mean"] for row in rows[1:] if "eval/reward_mean" in row)
     (step,) = {r["step"] for r in rows[1:] if r.get("eval/reward_mean") == best}
     for name, kept in (("model", 3), ("best", step)):
-        model = hf_weights.read_config(folder / name)
+        model = hf_weights.read_architecture(folder / name)
         params = hf_weights.load_params(folder / name, model, head="lm")
         assert jax.tree.map(np.shape, params) == jax.tree.map(
-            lambda leaf: leaf.shape, functional.abstract_params(model)
+            lambda leaf: leaf.shape, abstract_params(model)
         )
         assert (folder / "checkpoints" / str(kept)).is_dir()
     same = hf_weights.params_hash(folder / "model") == hf_weights.params_hash(folder / "best")
@@ -187,7 +190,7 @@ def test_the_export_needs_no_more_memory_than_training(workplace, tmp_path, monk
     (tmp_path / "policy" / "model" / "config.json").unlink()
     # Not the last step, so that there are two sets of parameters to export.
     monkeypatch.setattr(training.Checkpoints, "best", lambda _: (2, 0.0))
-    model = hf_weights.read_config(workplace.folder / "base")
+    model = hf_weights.read_architecture(workplace.folder / "base")
     embedding = (model.vocab_size, model.hidden_size)
     sizes: dict[str, list[int]] = {"run": [], "save_pretrained": []}
 
@@ -264,10 +267,10 @@ def test_another_process_opens_the_tokens_of_process_0_if_both_read_the_same_dat
 ):
     arguments = [*workplace.arguments("score"), f"output_dir={tmp_path}"]
     settings = load_config(config.ScoreConfig, arguments)
-    model = stages.open_model(settings.reference, sharding.make_mesh(settings.mesh))
+    model = inputs.open_model(settings.reference, sharding.make_mesh(settings.mesh))
 
     def opened() -> Any:
-        return stages.open_data(settings.data, model, epath.Path(tmp_path), "groups")
+        return inputs.open_data(settings.data, model, epath.Path(tmp_path), "groups")
 
     path = tmp_path / "tokens" / "groups.arrow"
     monkeypatch.setattr(distributed, "_VISIBLE_SEC", 0.0)

@@ -4,7 +4,6 @@ The toy loss draws eight numbers to the rewards of the data: loss = (mean(w) - R
 present completions. It reaches every part of step, loop and checkpoint that a real one does.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,12 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from copg_jax import global_arrays, sharding, step, train_state
-from copg_jax.data.groups import GroupBatch, with_slots
-from copg_jax.data.packing import capacity_of, in_places
-from copg_jax.models.llama import LlamaConfig
+from copg_jax import distributed, sharding
+from copg_jax.config.sections import MeshConfig
+from copg_jax.data.groups import GroupBatch
+from copg_jax.models.layout import Capacity, Shape, round_up
+from copg_jax.models.params import Architecture
+from copg_jax.objective import LossFn, LossOutput
+from copg_jax.train.state import abstract_state, create_state, state_shardings
+from copg_jax.train.step import make_train_step
 
-LLAMA = LlamaConfig(
+LLAMA = Architecture(
     vocab_size=64,
     hidden_size=16,
     intermediate_size=32,
@@ -33,7 +36,7 @@ AXES = {"w": ("embed",)}
 
 def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
     """The first data x fsdp x tensor virtual devices as a mesh."""
-    sizes = sharding.MeshConfig(data, fsdp, tensor)
+    sizes = MeshConfig(data, fsdp, tensor)
     return sharding.make_mesh(sizes, jax.devices()[: data * fsdp * tensor])
 
 
@@ -45,38 +48,34 @@ def group_batch(reward: Any, length: Any = None, ref_logp: Any = None, seed: int
     p, c = 6, 5
     draw = rng.integers(1, c + 1, (b, k))
     length = draw if length is None else np.asarray(length)
-    batch = GroupBatch(
-        prompt_tokens=(rng.integers(0, LLAMA.vocab_size, (b, p)).astype(np.int32),),
+    return GroupBatch(
+        prompt_tokens=rng.integers(0, LLAMA.vocab_size, (b, p)).astype(np.int32),
         prompt_length=rng.integers(1, p + 1, b).astype(np.int32),
         completion_tokens=rng.integers(0, LLAMA.vocab_size, (b, k, c)).astype(np.int32),
         completion_length=length.astype(np.int32),
         reward=reward,
-        ref_logp=np.zeros((b, k)) if ref_logp is None else np.asarray(ref_logp),
-        token_slots=None,
-        completion_slots=None,
+        ref_logp=np.zeros((b, k), np.float32)
+        if ref_logp is None
+        else np.asarray(ref_logp, np.float32),
     )
-    # A block a group, and every slot: one shape, on any mesh.
-    return with_slots(batch._replace(ref_logp=batch.ref_logp.astype(np.float32)), num_blocks=b)
 
 
-def in_blocks(batch: GroupBatch, num_blocks: int) -> GroupBatch:
-    """The batch packed into blocks, each with a little more room than the fullest needs, and with
-    its prompts in buckets.
+def in_bins(batch: GroupBatch, num_bins: int) -> GroupBatch:
+    """The batch with a layout of so many bins, each with a little more capacity than the fullest
+    needs, and prompts in buckets as wide as the longest in each place.
     """
-    tokens = np.stack([batch.prompt_length, batch.completion_length.sum(1)], axis=1)
-    places = in_places(tokens, np.arange(len(tokens))[None, :], num_blocks=num_blocks)
-    batch = in_buckets(batch, num_blocks)
-    return with_slots(batch, num_blocks=num_blocks, capacity=capacity_of(places, multiple=5))
-
-
-def in_buckets(group: GroupBatch, num_blocks: int) -> GroupBatch:
-    """The group with its prompts in buckets that are as wide as the longest in each place."""
-    (tokens,) = group.prompt_tokens
-    places = tokens.reshape(num_blocks, -1, tokens.shape[1])
-    sizes = group.prompt_length.reshape(num_blocks, -1).max(0)
-    same = [list(run) for _, run in itertools.groupby(range(len(sizes)), lambda i: sizes[i])]
-    buckets = (places[:, run, : sizes[run[0]]] for run in same)
-    return group._replace(prompt_tokens=tuple(x.reshape(-1, x.shape[2]) for x in buckets))
+    widths = batch.prompt_length.reshape(num_bins, -1).max(0)
+    own = batch.completion_length.reshape(num_bins, -1).sum(1).max()
+    both = (batch.prompt_length + batch.completion_length.sum(1)).reshape(num_bins, -1).sum(1).max()
+    capacity = Capacity(round_up(int(both), 5), round_up(int(own), 5))
+    shape = Shape(
+        num_bins,
+        tuple(map(int, widths)),
+        batch.prompt_tokens.shape[1],
+        *batch.completion_tokens.shape[1:],
+        capacity,
+    )
+    return batch._replace(layout=shape.layout(batch.prompt_length, batch.completion_length))
 
 
 def toy_params(value: float = 1.0) -> dict[str, jax.Array]:
@@ -84,13 +83,13 @@ def toy_params(value: float = 1.0) -> dict[str, jax.Array]:
     return {"w": jnp.linspace(0.5, 1.5, 8) * value}
 
 
-def toy_loss(params: Any, batch: GroupBatch) -> tuple[jax.Array, step.LossOutput]:
+def toy_loss(params: Any, batch: GroupBatch) -> LossOutput:
     """See the module's docstring."""
     present = batch.completion_length > 0
     error = jnp.where(present, (params["w"].mean() - batch.reward) ** 2, 0.0)
     per_group, weight = error.sum(-1), present.sum().astype(jnp.float32)
     total = per_group.sum()
-    return total, step.LossOutput(weight, per_group, {"loss": (total, weight)})
+    return LossOutput(total, weight, per_group, {"loss": (total, weight)})
 
 
 class Toy:
@@ -101,19 +100,17 @@ class Toy:
         on: jax.sharding.Mesh | None = None,
         *,
         optimizer: optax.GradientTransformation | None = None,
-        loss_fn: step.LossFn = toy_loss,
+        loss_fn: LossFn = toy_loss,
         num_microbatches: int = 1,
         value: float = 1.0,
     ) -> None:
         self.mesh = on or mesh()
         self.optimizer = optimizer or optax.adam(0.1)
-        self.layout = train_state.state_shardings(
-            self.mesh, self.optimizer, jax.eval_shape(toy_params), AXES
-        )
-        self.abstract = train_state.abstract_state(self.optimizer, jax.eval_shape(toy_params))
+        self.layout = state_shardings(self.mesh, self.optimizer, jax.eval_shape(toy_params), AXES)
+        self.abstract = abstract_state(self.optimizer, jax.eval_shape(toy_params))
         params = jax.device_put(toy_params(value), self.layout.params)
-        self.state = train_state.create_state(self.optimizer, params, self.layout)
-        self.step = step.make_train_step(
+        self.state = create_state(self.optimizer, params, self.layout)
+        self.step = make_train_step(
             loss_fn,
             self.optimizer,
             mesh=self.mesh,
@@ -123,7 +120,7 @@ class Toy:
 
     def place(self, batch: GroupBatch) -> GroupBatch:
         """The batch on the mesh."""
-        return global_arrays.place(batch, sharding.batch_sharding(self.mesh))
+        return distributed.place(batch, sharding.batch_sharding(self.mesh))
 
 
 def toy_batches(num_steps: int, start: int = 0) -> Iterator[tuple[list[str], GroupBatch]]:

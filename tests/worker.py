@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 
-from copg_jax.cli import load_config
+from copg_jax.config.load import load_config
 from copg_jax.data.stream import GroupStream
 from copg_jax.errors import InputError
 from tests.workplace import MAINS

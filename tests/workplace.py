@@ -7,12 +7,13 @@ from typing import Any
 import jax
 import pytest
 
-from copg_jax import config
-from copg_jax.cli import load_config
+from copg_jax.config import stages as config
+from copg_jax.config.load import load_config
 from copg_jax.data.generated import write_generated
 from copg_jax.data.tokenizer import load_tokenizer
 from copg_jax.errors import InputError
-from copg_jax.models import functional, hf_weights
+from copg_jax.hf import weights as hf_weights
+from copg_jax.models.params import init_params
 from experiments import evaluate, score, train_policy, train_reward, train_sft
 from tests.toys import LLAMA
 
@@ -37,7 +38,7 @@ GENERATION = ["num_prompts=5", "max_new_tokens=6", "batch_size=8", "num_texts=1"
 def tiny_model(folder: Path, tokenizer: Any, vocab_size: int) -> None:
     """Writes a random Llama with a tokenizer."""
     model = replace(LLAMA, vocab_size=vocab_size, intermediate_size=16, tie_word_embeddings=True)
-    params = functional.init(model, jax.random.key(0))
+    params = init_params(model, jax.random.key(0))
     hf_weights.save_pretrained(folder, model, params, head="lm", tokenizer=tokenizer)
 
 

@@ -102,9 +102,9 @@ def completion_logp(output_matrix: Array, features: Array, completions: Completi
     num_prompts, (num_completions, size) = features.shape[0], tokens.shape
     hidden = jnp.take(features, completions.prefix, axis=1)  # each token's is that of its prefix
     batched = jnp.broadcast_to(tokens, (num_prompts, num_completions, size))
-    logp = logprobs.token_logp(hidden, output_matrix, batched)
+    logp = logprobs.hidden_to_logp(hidden, output_matrix, batched)
     length = jnp.broadcast_to(jnp.asarray(completions.length), batched.shape[:2])
-    return logprobs.seq_logp(logp, length)
+    return logprobs.sum_logp(logp, length)
 
 
 def prompt_features(features: np.ndarray, num_prompts: int) -> np.ndarray:

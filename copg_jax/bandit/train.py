@@ -21,7 +21,7 @@ from jax import Array
 from copg_jax import losses
 from copg_jax.bandit import exact
 from copg_jax.bandit.exact import Bandit
-from copg_jax.cli import option
+from copg_jax.config.options import option
 from copg_jax.errors import InputError
 
 

@@ -19,9 +19,10 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from copg_jax.config.sections import Limits
+from copg_jax.data.formats.columns import InvalidRow, TextGroup
 from copg_jax.data.groups import TokenGroup, tokenize_group
-from copg_jax.data.schemas import InvalidRow, TextGroup
-from copg_jax.data.tldr import GroupReader, Limits
+from copg_jax.data.reader import GroupReader
 from copg_jax.data.tokenizer import Encoder
 from copg_jax.errors import InputError
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from copg_jax.data.prompts import Post, format_prompt, parse_prompt
+from copg_jax.data.formats.tldr import Post, format_prompt, parse_prompt
 from copg_jax.errors import InputError
 
 PEOPLE = ["brother", "sister", "friend", "boss", "neighbor", "cousin"]

@@ -4,7 +4,6 @@
 2. `collate` pads groups into one `GroupBatch`, the only thing that any stage trains on.
 """
 
-import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,11 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from copg_jax.data import packing
-from copg_jax.data.packing import Capacity
-from copg_jax.data.prompts import parse_prompt, truncate_prompt
-from copg_jax.data.schemas import InvalidRow, TextGroup
-from copg_jax.data.tldr import Limits
+from copg_jax.config.sections import Limits
+from copg_jax.data.formats.columns import InvalidRow, TextGroup
+from copg_jax.data.formats.tldr import parse_prompt, truncate_prompt
 from copg_jax.data.tokenizer import Encoder
 from copg_jax.errors import InputError
 
@@ -25,25 +22,19 @@ EOS_INSIDE = "EOS inside a completion"
 
 
 class GroupBatch(NamedTuple):
-    """B prompts with K completions each, padded on the right with token 0; NumPy or JAX arrays.
+    """B prompts with K completions each, padded on the right; NumPy or JAX arrays.
 
-    Block r of R holds the groups [r B/R, (r + 1) B/R). Prompts lie in buckets, so that long ones do
-    not pad the others: bucket j has the prompts of n_j neighbouring places of every block, block
-    after block, and with all buckets n_1 + n_2 + ... = B/R.
-
-    The last two fields say what is computed. Slots of a block are numbered through: first those of
-    the prompts, place after place and each as many as its bucket is wide, then the completion slots
-    (g K + k) C + c.
+    `layout` says how a model may leave the padding out; only the models that make and read it know
+    what is inside. Without one every model computes the batch as it is padded.
     """
 
-    prompt_tokens: Any  # one int32 [R n_j, P_j] a bucket
+    prompt_tokens: Any  # [B, P] int32
     prompt_length: Any  # [B] int32, at least 1
-    completion_tokens: Any  # [B, K, C] int32, EOS included
-    completion_length: Any  # [B, K] int32, 0 where the slot is absent
+    completion_tokens: Any  # [B, K, C] int32, the end token included
+    completion_length: Any  # [B, K] int32, 0 where the completion is absent
     reward: Any  # [B, K] float32, reward units
     ref_logp: Any  # [B, K] float32, nats, summed over the completion
-    token_slots: Any  # [R, N] int32, slots of the tokens to compute; S past the last one
-    completion_slots: Any  # [R, M] int32, completion slots alone, counted from 0; the same
+    layout: Any = None
 
 
 @dataclass(frozen=True)
@@ -114,47 +105,35 @@ def tokenize_group(
 
 def collate(
     groups: Sequence[TokenGroup | None],
-    *,
-    batch_size: int,
-    prompt_sizes: Sequence[int],
+    prompt_size: int,
     num_completions: int,
     completion_size: int,
-    num_blocks: int = 1,
-    capacity: Capacity | None = None,
 ) -> GroupBatch:
-    """Pads at most `batch_size` groups into one batch; missing groups have only absent completions.
+    """Pads groups with token 0 into one batch without a layout.
 
     Args:
-        groups: groups to place, first to last; None leaves a place empty.
-        batch_size: B.
-        prompt_sizes: P of each place in a block, tokens; equal neighbours share a bucket; [B / R].
+        groups: [B]; None leaves a place empty, with only absent completions.
+        prompt_size: P, tokens.
         num_completions: K.
         completion_size: C, tokens.
-        num_blocks: R, divides B.
-        capacity: room of a block; None = every slot is computed, valid or not.
 
     Raises:
-        InputError: a group is larger than the batch's shape, or a block than its room.
+        InputError: a group is larger than the batch's shape.
     """
-    slots = (batch_size, num_completions)
-    prompt_tokens, rows = _buckets(prompt_sizes, num_blocks)
+    slots, batch_size = (len(groups), num_completions), len(groups)
     batch = GroupBatch(
-        prompt_tokens=prompt_tokens,
+        prompt_tokens=np.zeros((batch_size, prompt_size), np.int32),
         prompt_length=np.ones(batch_size, np.int32),
         completion_tokens=np.zeros((*slots, completion_size), np.int32),
         completion_length=np.zeros(slots, np.int32),
         reward=np.zeros(slots, np.float32),
         ref_logp=np.zeros(slots, np.float32),
-        token_slots=None,
-        completion_slots=None,
     )
-    if len(groups) > batch_size:
-        raise InputError(f"{len(groups)} groups do not fit a batch of {batch_size}.")
     for index, group in enumerate(groups):
         if group is None:
             continue
-        _check_size(group, (len(rows[index]), num_completions, completion_size))
-        rows[index][: len(group.prompt_tokens)] = group.prompt_tokens
+        _check_size(group, (prompt_size, num_completions, completion_size))
+        batch.prompt_tokens[index, : len(group.prompt_tokens)] = group.prompt_tokens
         batch.prompt_length[index] = len(group.prompt_tokens)
         for slot, ids in enumerate(group.completion_tokens):
             batch.completion_tokens[index, slot, : len(ids)] = ids
@@ -163,17 +142,7 @@ def collate(
             batch.reward[index, : len(group.rewards)] = group.rewards
         if group.ref_logps is not None:
             batch.ref_logp[index, : len(group.ref_logps)] = group.ref_logps
-    return with_slots(batch, num_blocks=num_blocks, capacity=capacity)
-
-
-def _buckets(
-    prompt_sizes: Sequence[int], num_blocks: int
-) -> tuple[tuple[np.ndarray, ...], list[np.ndarray]]:
-    """Empty buckets [R n_j, P_j], and a view of the row [P_j] of each group, in their order."""
-    runs = [(len(list(same)), size) for size, same in itertools.groupby(prompt_sizes)]
-    blocks = [np.zeros((num_blocks, places, size), np.int32) for places, size in runs]
-    rows = [row for block in zip(*blocks, strict=True) for bucket in block for row in bucket]
-    return tuple(bucket.reshape(-1, bucket.shape[2]) for bucket in blocks), rows
+    return batch
 
 
 def _check_size(group: TokenGroup, shape: tuple[int, int, int]) -> None:
@@ -181,37 +150,13 @@ def _check_size(group: TokenGroup, shape: tuple[int, int, int]) -> None:
     size = (
         len(group.prompt_tokens),
         len(group.completion_tokens),
-        max(len(ids) for ids in group.completion_tokens),
+        max((len(ids) for ids in group.completion_tokens), default=0),
     )
     if any(got > most for got, most in zip(size, shape, strict=True)):
         raise InputError(
             f"{group.where}: prompt tokens, completions, completion tokens are {size}, over the "
             f"batch's {shape}. Make the batch larger or the limits smaller."
         )
-
-
-def with_slots(
-    batch: GroupBatch, *, num_blocks: int = 1, capacity: Capacity | None = None
-) -> GroupBatch:
-    """Sets the slots to compute, from the lengths; arguments as in `collate`."""
-    completion_size = batch.completion_tokens.shape[2]
-    sizes = [[bucket.shape[1]] * (len(bucket) // num_blocks) for bucket in batch.prompt_tokens]
-    return batch._replace(
-        token_slots=packing.token_slots(
-            batch.prompt_length,
-            batch.completion_length,
-            prompt_sizes=list(itertools.chain(*sizes)),
-            completion_size=completion_size,
-            num_blocks=num_blocks,
-            room=capacity and capacity.tokens,
-        ),
-        completion_slots=packing.completion_slots(
-            batch.completion_length,
-            completion_size,
-            num_blocks,
-            capacity and capacity.completion_tokens,
-        ),
-    )
 
 
 def _fit_prompt(group: TextGroup, encoder: Encoder, max_tokens: int) -> tuple[str, list[int]]:

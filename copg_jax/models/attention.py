@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from copg_jax.models.flash import fused_attention
-from copg_jax.models.llama import MIXED
+from copg_jax.models.kernels import fused_attention
+from copg_jax.models.ops import MIXED
+from copg_jax.sharding import ONE_DEVICE, Partitioner
 
 # Finite, so that a row without any visible key would still give a number and not NaN.
 _MASKED = float(jnp.finfo(jnp.float32).min)
@@ -34,7 +35,13 @@ _SHORTEST_FUSED = 256
 
 
 def prompt_attention(
-    q: Array, k: Array, v: Array, prompt_length: Array, *, backend: str = "xla"
+    q: Array,
+    k: Array,
+    v: Array,
+    prompt_length: Array,
+    *,
+    backend: str = "xla",
+    partitioner: Partitioner = ONE_DEVICE,
 ) -> Array:
     """Causal attention within right-padded prompts: softmax(q k / sqrt(Hd)) v.
 
@@ -43,13 +50,14 @@ def prompt_attention(
         k: keys [B, P, KV, Hd].
         v: values [B, P, KV, Hd].
         prompt_length: valid tokens [B], at least 1.
-        backend: one of `llama.ATTENTIONS`; XLA computes short prompts in any case.
+        backend: one of `ATTENTIONS`; XLA computes short prompts in any case.
+        partitioner: how a fused kernel is spread over devices.
 
     Returns:
         [B, P, H, Hd]; rows of padding are finite and mean nothing.
     """
     if backend != "xla" and q.shape[1] >= _SHORTEST_FUSED:
-        return fused_attention(backend, q, k, v, prompt_length)
+        return fused_attention(backend, q, k, v, prompt_length, partitioner)
     # Padding is on the right, so no valid query comes after it: causality alone hides it.
     queries, keys, values = _by_head(q, k.shape[2]), _by_head(k), _by_head(v)
     size, num_groups = q.shape[1], queries.shape[2]

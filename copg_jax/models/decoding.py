@@ -1,4 +1,4 @@
-"""Decoding: the computation of `group_forward`, one completion token at a time.
+"""Decoding: the computation of `forward`, one completion token at a time.
 
 1. `prefill` runs the prompts once and keeps their keys and values.
 2. `decode_step` appends a token to every completion; all completions of a prompt share its cache.
@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from copg_jax.models.attention import completion_attention
-from copg_jax.models.functional import embed, final_norm, last_layer, scan_layers
-from copg_jax.models.group_forward import attend_prompts
-from copg_jax.models.llama import LlamaConfig, Params, rotary_angles
-from copg_jax.models.packing import GroupPacking, Slots, by_bucket, from_buckets, take_rows
-from copg_jax.sharding import constrain_batch, weights_in_place
+from copg_jax.models.decoder import Decoder, rotary_angles
+from copg_jax.models.forward import attend_prompts
+from copg_jax.models.layout import GroupPacking, Layout, Slots, by_bucket, from_buckets, take_rows
+from copg_jax.models.params import Params
 
 
 class KeyValues(NamedTuple):
@@ -54,7 +53,7 @@ Columns = Sequence[tuple[jax.Array, jax.Array]]  # (k, v) of one token, by bucke
 class Cache(NamedTuple):
     """What a decoding step remembers: prompts are written once, completions one column a step."""
 
-    prompt_length: jax.Array  # by block, [R, B / R]
+    prompt_length: jax.Array  # by bin, [R, B / R]
     layers: tuple[KeyValues, ...]  # by bucket
     last_layer: tuple[KeyValues, ...]
 
@@ -71,11 +70,11 @@ class Cache(NamedTuple):
 
 
 def prefill(
-    config: LlamaConfig,
+    decoder: Decoder,
     params: Params,
-    prompt_tokens: tuple[jax.Array, ...],
+    prompt_tokens: jax.Array,
     prompt_length: jax.Array,
-    prompt_slots: jax.Array,
+    layout: Layout | None,
     *,
     num_samples: int,
     max_new_tokens: int,
@@ -83,23 +82,23 @@ def prefill(
     """Run the prompts once and make room for `num_samples` completions of each.
 
     Args:
-        config: static.
-        params: tree of `init`.
-        prompt_tokens: ids of each bucket, right-padded with any valid id; [R n_j, P_j].
+        decoder: static.
+        params: tree of `init_params`.
+        prompt_tokens: ids, right-padded with any valid id; [B, P].
         prompt_length: valid tokens [B], at least 1.
-        prompt_slots: prompt slots of each block that are computed, see `GroupBatch`; [R, N].
+        layout: of the prompts, see `Shape.prompt_layout`; None = as they are padded.
         num_samples: K, completions of each prompt.
         max_new_tokens: C, columns of the own cache.
 
     Returns:
         The cache and the hidden state of the last prompt token [B, D], after the final norm.
     """
-    group = GroupPacking.of_prompts(prompt_tokens, prompt_length, prompt_slots)
-    blank = jnp.zeros(group.completion_shape, prompt_tokens[0].dtype)
+    group = GroupPacking.of_prompts(prompt_tokens, prompt_length, layout)
+    blank = jnp.zeros(group.completion_shape, prompt_tokens.dtype)
 
     def attend(q, k, v):
         q, k, v = map(group.unpack, (q, k, v))
-        mixed = attend_prompts(group, q, k, v, config.attention)
+        mixed = attend_prompts(decoder, group, q, k, v)
         return group.pack(q._replace(prompts=mixed)), _of_prompts(k, v)
 
     def attend_last(q, k, v):
@@ -116,19 +115,19 @@ def prefill(
                 strict=True,
             )
         ]
-        return from_buckets(mixed, group.num_blocks).reshape(q.shape), _of_prompts(k, v)
+        return group.from_buckets(mixed).reshape(q.shape), _of_prompts(k, v)
 
     none = jnp.zeros((1, 1, 1), jnp.int32)
-    rotation = rotary_angles(config, group.positions())
-    x = embed(config, params, group.pack(Slots(prompt_tokens, blank)))
-    x, layers = scan_layers(config, params["layers"], x, rotation, attend)
+    rotation = rotary_angles(decoder.arch, group.positions())
+    x = decoder.embed(params, group.pack(group.slots(prompt_tokens, blank)))
+    x, layers = decoder.scan_layers(params["layers"], x, rotation, attend)
     read = partial(take_rows, index=group.last_prompt_token())
-    x, final = last_layer(config, params["last_layer"], x, rotation, attend_last, read=read)
+    x, final = decoder.last_layer(params["last_layer"], x, rotation, attend_last, read=read)
 
-    hidden = final_norm(config, params, x).reshape(len(prompt_length), -1)
+    hidden = decoder.final_norm(params, x).reshape(len(prompt_length), -1)
     room = partial(_with_room, num_samples=num_samples, max_new_tokens=max_new_tokens)
     layers, final = (tuple(room(*of_bucket) for of_bucket in part) for part in (layers, final))
-    return Cache(prompt_length.reshape(group.num_blocks, -1), layers, final), hidden
+    return Cache(prompt_length.reshape(group.num_bins, -1), layers, final), hidden
 
 
 def _of_prompts(k: Slots, v: Slots) -> list[tuple[jax.Array, jax.Array]]:
@@ -149,7 +148,7 @@ def _with_room(
 
 
 def decode_step(
-    config: LlamaConfig,
+    decoder: Decoder,
     params: Params,
     cache: Cache,
     tokens: jax.Array,
@@ -158,8 +157,8 @@ def decode_step(
     """Append one token to every completion; the same attention as in training, one query a row.
 
     Args:
-        config: static.
-        params: tree of `init`.
+        decoder: static.
+        params: tree of `init_params`.
         cache: from `prefill` or the previous step; columns before `index` are filled.
         tokens: ids [B, K], the tokens at position `index` of the completions.
         index: column to write, 0 to C - 1.
@@ -168,10 +167,14 @@ def decode_step(
         Hidden states [B, K, D], which predict token index + 1, and the cache with column `index`
         written (in place where the cache is donated or carried by a loop).
     """
-    num_blocks, length = len(cache.prompt_length), cache.prompt_length.reshape(-1)
-    counts = [past.prompt_k.shape[1] for past in cache.layers]
-    split = partial(by_bucket, num_blocks=num_blocks, counts=counts)
-    rotation = rotary_angles(config, jnp.broadcast_to((length + index)[:, None], tokens.shape))
+    num_bins, length = len(cache.prompt_length), cache.prompt_length.reshape(-1)
+    counts = [past.prompt_k.shape[1] // num_bins for past in cache.layers]
+    split = partial(by_bucket, num_bins=num_bins, counts=counts)
+    decoder = decoder.with_weights_in_place()
+    constrain = decoder.partitioner.constrain_batch
+    rotation = rotary_angles(
+        decoder.arch, jnp.broadcast_to((length + index)[:, None], tokens.shape)
+    )
     num_seen = jnp.broadcast_to(index + 1, (1, 1, 1))
 
     def attend_bucket(q, k, v, past: KeyValues, length):
@@ -189,17 +192,15 @@ def decode_step(
         return mixed[:, :, 0], column
 
     def attend(q, k, v, *past: KeyValues):
-        q = constrain_batch(q, None, "heads")
-        k, v = (constrain_batch(x, None, "kv_heads") for x in (k, v))
+        q = constrain(q, None, "heads")
+        k, v = (constrain(x, None, "kv_heads") for x in (k, v))
         of_bucket = map(attend_bucket, *map(split, (q, k, v)), past, split(length))
         mixed, columns = zip(*of_bucket, strict=True)
         # Layers return their new columns only, so that small writes update the whole cache.
-        return from_buckets(mixed, num_blocks), columns
+        return from_buckets(mixed, num_bins), columns
 
-    with weights_in_place():
-        x = embed(config, params, tokens)
-        x, layers = scan_layers(config, params["layers"], x, rotation, attend, cache.layers)
-        x, final = last_layer(config, params["last_layer"], x, rotation, attend, cache.last_layer)
-        hidden = constrain_batch(final_norm(config, params, x))
-
+    x = decoder.embed(params, tokens)
+    x, layers = decoder.scan_layers(params["layers"], x, rotation, attend, cache.layers)
+    x, final = decoder.last_layer(params["last_layer"], x, rotation, attend, cache.last_layer)
+    hidden = constrain(decoder.final_norm(params, x))
     return hidden, cache.with_column(index, layers, final)

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from copg_jax.bandit import ablations, exact, figures, instability, population, sequences, train
+from copg_jax.bandit import exact, population, sequences, train
+from experiments.studies import ablations, instability, regret_figure
 
 jax.config.update("jax_enable_x64", True)
 # %config InlineBackend.figure_formats = ["png"]
@@ -189,7 +190,7 @@ for ax, c, log in zip(axes, (config, long_config), (False, True), strict=True):
     regret = np.asarray(
         jax.jit(jax.vmap(train.make_train(c)))(jax.random.split(jax.random.key(0), c.num_seeds))
     )
-    figures.draw_regret(ax, np.maximum(regret, 1e-12), algorithms, log=log)
+    regret_figure.draw_regret(ax, np.maximum(regret, 1e-12), algorithms, log=log)
     print(
         regret.shape[1] - 1,
         "steps:",
@@ -229,9 +230,9 @@ start = jax.vmap(lambda b: exact.regret(uniform, bandit._replace(beta=b)))(betas
 fig, axes = plt.subplots(1, 2, figsize=(10, 3), layout="constrained", sharey=True)
 for i, name in enumerate(names):
     style = {
-        "color": figures.COLOURS[name],
-        "linestyle": figures.STYLES[name],
-        "label": figures.LABELS[name],
+        "color": regret_figure.COLOURS[name],
+        "linestyle": regret_figure.STYLES[name],
+        "label": regret_figure.LABELS[name],
     }
     if name in ends:
         axes[0].loglog(betas, jnp.maximum(ends[name], 1e-6), **style)
@@ -280,7 +281,7 @@ for s in (0.5, 1.0):
         color="0.4",
         lw=1,
     )
-ax.loglog(sizes, ipo, "^--", color=figures.COLOURS["ipo"], label="IPO, labels sampled")
+ax.loglog(sizes, ipo, "^--", color=regret_figure.COLOURS["ipo"], label="IPO, labels sampled")
 ax.set(xlabel="pairs n", ylabel="mean regret", title="grey: the law")
 ax.legend(frameon=False)
 plt.show()

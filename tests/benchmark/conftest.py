@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from copg_jax.benchmark.workload import MODELS
 from copg_jax.data.groups import TokenGroup
+from experiments.benchmark.workload import MODELS
 from tests.toys import LLAMA
 
 

@@ -13,15 +13,17 @@ import numpy as np
 import optax
 import pytest
 
-from copg_jax import losses, step, train_state
-from copg_jax.benchmark import train
-from copg_jax.benchmark.cost import compile_cost
-from copg_jax.benchmark.workload import MODELS, Workload, read_workload, write_workload
+from copg_jax import losses
 from copg_jax.data import groups
 from copg_jax.data.groups import GroupBatch, TokenGroup
-from copg_jax.models import functional
-from copg_jax.models.group_forward import predictive_hidden
-from copg_jax.models.llama import LlamaConfig
+from copg_jax.models.decoder import output_matrix
+from copg_jax.models.forward import predictive_hidden
+from copg_jax.models.params import Architecture, abstract_params, init_params
+from copg_jax.train import state as train_state
+from copg_jax.train import step
+from experiments.benchmark import train
+from experiments.benchmark.cost import compile_cost
+from experiments.benchmark.workload import MODELS, Workload, read_workload, write_workload
 from tests.toys import LLAMA, mesh
 
 BETA = 0.06
@@ -58,10 +60,10 @@ def plain_batch(rows: list[TokenGroup]) -> Plain:
     return Plain(batch, scored, np.stack([row.rewards for row in rows]))
 
 
-def plain_loss(config: LlamaConfig, params: Any, batch: Plain) -> jax.Array:
+def plain_loss(config: Architecture, params: Any, batch: Plain) -> jax.Array:
     """Mean CoPG loss."""
     hidden = predictive_hidden(config, params, batch.sequences)
-    matrix = functional.output_matrix(config, params)
+    matrix = output_matrix(config, params)
     logits = jnp.einsum("...d,dv->...v", hidden, matrix)
     tokens = batch.sequences.completion_tokens.reshape(hidden.shape[:-1])
     logp = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)
@@ -69,7 +71,7 @@ def plain_loss(config: LlamaConfig, params: Any, batch: Plain) -> jax.Array:
     return losses.copg_loss(seq_logp.reshape(-1, 2), batch.reward, beta=BETA).mean()
 
 
-def plain_step(config: LlamaConfig, optimizer: optax.GradientTransformation) -> Any:
+def plain_step(config: Architecture, optimizer: optax.GradientTransformation) -> Any:
     """Jitted (params, opt_state, batch) → (params, opt_state, loss)."""
 
     def run(params: Any, opt_state: Any, batch: Plain) -> Any:
@@ -94,7 +96,7 @@ def test_the_plain_formulation_is_the_same_loss():
         TokenGroup("", "", "", draw(), ("", ""), (draw(), draw()), rng.normal(size=2))
         for _ in range(4)
     ]
-    params = functional.init(LLAMA, jax.random.key(0))
+    params = init_params(LLAMA, jax.random.key(0))
     (batch,) = train.make_batches(Workload(rows), 4, 1, 1)
     loss_fn = step.make_policy_loss(LLAMA, "copg", beta=BETA)
     ours = jax.jit(lambda p: loss_fn(p, batch)[1].per_group)(params).mean()
@@ -104,7 +106,7 @@ def test_the_plain_formulation_is_the_same_loss():
 
 def test_a_step_takes_a_quarter_of_the_operations_and_a_third_of_the_memory(rows):
     config, optimizer = replace(MODELS["small"], remat="none"), train.make_optimizer()
-    state = train_state.abstract_state(optimizer, functional.abstract_params(config))
+    state = train_state.abstract_state(optimizer, abstract_params(config))
     step_fn, _ = train.make_step(config, optimizer, mesh=mesh())
     (batch,) = train.make_batches(rows, BATCH, 1, 1)
     ours = compile_cost(step_fn, state, batch)

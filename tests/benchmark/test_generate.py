@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from copg_jax import sampling
-from copg_jax.benchmark import generate
-from copg_jax.benchmark.workload import Workload
 from copg_jax.errors import InputError
 from copg_jax.flops import CHIPS
-from copg_jax.models import functional
+from copg_jax.models.params import abstract_params
 from experiments import benchmark
+from experiments.benchmark import generate
+from experiments.benchmark.workload import Workload
 from tests.toys import LLAMA, mesh
 
 
@@ -30,7 +30,7 @@ def test_a_run_prints_one_line_of_numbers_that_fit_together(
     assert found["decode_tokens_per_s"] * found["decode_s"] == pytest.approx(8 * 2 * 4)
     prompts = sum(len(row["prompt_ids"]) for row in rows[:8])
     cached = 2 * 2 * 2 * 4 * (prompts + 8 * 2 * 5 / 2)  # layers, k and v, heads, width
-    weights = sum(leaf.size for leaf in jax.tree.leaves(functional.abstract_params(LLAMA)))
+    weights = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(LLAMA)))
     weights -= 64 * 16 + (2 * 2 + 1) * 16  # without embedding and norms
     # Each of the two replicas of the model reads all weights, a quarter on each of its four chips.
     wanted = 8 * 2 * 1e9 * 8 / (4 * (2 * weights + cached))

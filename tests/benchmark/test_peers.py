@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from copg_jax.benchmark import peers
-from copg_jax.benchmark.commands import make_parser
 from copg_jax.errors import InputError
+from experiments.benchmark import peers
+from experiments.benchmark.commands import make_parser
 from tests.toys import names_all
 
 SCRIPT = """

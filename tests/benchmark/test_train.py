@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from copg_jax import step
-from copg_jax.benchmark import train
-from copg_jax.benchmark.workload import Workload
 from copg_jax.errors import InputError
 from copg_jax.flops import useful_flops
+from copg_jax.train import step
 from experiments import benchmark
+from experiments.benchmark import train
+from experiments.benchmark.workload import Workload
 from tests.toys import LLAMA, mesh
 
 

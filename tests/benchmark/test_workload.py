@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from copg_jax.benchmark.workload import MODELS, read_workload, write_workload
 from copg_jax.errors import InputError
-from copg_jax.models import functional
+from copg_jax.models.params import abstract_params
+from experiments.benchmark.workload import MODELS, read_workload, write_workload
 from tests.toys import names_all
 
 
@@ -77,7 +77,7 @@ def test_an_empty_file_is_refused(write):
 
 def test_the_architectures_have_the_sizes_of_their_names():
     def parameters(name: str) -> int:
-        shapes = jax.tree.leaves(functional.abstract_params(MODELS[name]))
+        shapes = jax.tree.leaves(abstract_params(MODELS[name]))
         return sum(math.prod(leaf.shape) for leaf in shapes)
 
     assert parameters("small") == pytest.approx(19.5e6, rel=0.01)

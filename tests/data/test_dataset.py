@@ -9,10 +9,10 @@ import pyarrow as pa
 import pytest
 
 from copg_jax.data.dataset import format_stats, prepare
+from copg_jax.data.formats.columns import TextGroup
+from copg_jax.data.formats.tldr import Post, format_prompt
 from copg_jax.data.groups import tokenize_group
-from copg_jax.data.prompts import Post, format_prompt
-from copg_jax.data.schemas import TextGroup
-from copg_jax.data.tldr import DataConfig, GroupReader, Limits
+from copg_jax.data.reader import DataConfig, GroupReader, Limits
 from copg_jax.data.tokenizer import Encoder
 from copg_jax.errors import InputError
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from copg_jax.data.dataset import prepare
+from copg_jax.data.formats.tldr import Post, format_prompt
 from copg_jax.data.generated import (
     Facts,
     facts_of,
@@ -15,8 +16,7 @@ from copg_jax.data.generated import (
     make_summary,
     write_generated,
 )
-from copg_jax.data.prompts import Post, format_prompt
-from copg_jax.data.tldr import DataConfig, GroupReader
+from copg_jax.data.reader import DataConfig, GroupReader
 from copg_jax.data.tokenizer import Encoder, load_tokenizer, tokenizer_hash
 from copg_jax.errors import InputError
 

@@ -5,13 +5,13 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from copg_jax.data.formats.columns import InvalidRow, TextGroup
+from copg_jax.data.formats.tldr import Post, format_prompt
 from copg_jax.data.groups import TOO_FEW, TokenGroup, collate, tokenize_group
-from copg_jax.data.packing import Capacity
-from copg_jax.data.prompts import Post, format_prompt
-from copg_jax.data.schemas import InvalidRow, TextGroup
-from copg_jax.data.tldr import Limits
+from copg_jax.data.reader import Limits
 from copg_jax.data.tokenizer import Encoder
 from copg_jax.errors import InputError
+from copg_jax.models.layout import Capacity
 
 
 def text_group(completions=(" a", " b"), **changes):

@@ -6,9 +6,10 @@ import math
 import numpy as np
 import pytest
 
+from copg_jax.data.formats.columns import TextGroup
 from copg_jax.data.groups import TokenGroup
+from copg_jax.data.reader import DataConfig, GroupReader
 from copg_jax.data.rows import find_files
-from copg_jax.data.schemas import TextGroup
 from copg_jax.data.scored import (
     ScoredGroup,
     SideCar,
@@ -18,7 +19,6 @@ from copg_jax.data.scored import (
     write_part,
     write_side_car,
 )
-from copg_jax.data.tldr import DataConfig, GroupReader
 from copg_jax.errors import InputError
 
 PROMPT = "SUBREDDIT: r/x\n\nTITLE: t\n\nPOST: p\n\nTL;DR:"

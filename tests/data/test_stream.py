@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from copg_jax.data.dataset import prepare
+from copg_jax.data.formats.columns import TextGroup
 from copg_jax.data.groups import GroupBatch
-from copg_jax.data.schemas import TextGroup
+from copg_jax.data.reader import Limits
 from copg_jax.data.stream import WINDOW, GroupStream, _windows, num_steps
-from copg_jax.data.tldr import Limits
 from copg_jax.errors import InputError
 
 ROWS = 22

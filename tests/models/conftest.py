@@ -7,16 +7,15 @@ import numpy as np
 import pytest
 
 from copg_jax.data.groups import GroupBatch, with_slots
-from copg_jax.data.packing import Capacity
-from copg_jax.models import functional
-from copg_jax.models.llama import LlamaConfig, Params
+from copg_jax.models.layout import Capacity
+from copg_jax.models.params import Architecture, Params, init_params
 from tests.models import tiny
 
 
 @pytest.fixture(scope="session")
-def config() -> LlamaConfig:
+def config() -> Architecture:
     """Grouped-query attention, untied."""
-    return LlamaConfig(
+    return Architecture(
         vocab_size=tiny.VOCAB,
         hidden_size=16,
         intermediate_size=24,
@@ -28,9 +27,9 @@ def config() -> LlamaConfig:
 
 
 @pytest.fixture(scope="session")
-def params(config: LlamaConfig) -> Params:
+def params(config: Architecture) -> Params:
     """Weights large enough for attention to matter, embeddings of size 1 for good conditioning."""
-    drawn = functional.init(config, jax.random.key(1))
+    drawn = init_params(config, jax.random.key(1))
     stacks = {
         stack: {name: leaf if leaf.ndim == 2 else 10 * leaf for name, leaf in drawn[stack].items()}
         for stack in ("layers", "last_layer")

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from copg_jax.data.packing import prompt_slots
-from copg_jax.models import decoding, functional
+from copg_jax.models import decoding
+from copg_jax.models.layout import prompt_slots
+from copg_jax.models.params import init_params
 from tests.models import tiny
 from tests.toys import in_buckets
 
@@ -73,7 +74,7 @@ def test_a_step_transposes_no_prompt(config, params, make_group, num_samples):
 
 def test_a_loop_of_steps_works_in_the_donated_cache(config, params, make_group):
     config = dataclasses.replace(config, num_hidden_layers=8)
-    params = functional.init(config, jax.random.key(0))
+    params = init_params(config, jax.random.key(0))
     group = make_group([64] * 4, [[6, 6]] * 4, p=64)
     cache, _ = _prefill(config, params, group, 2)
 

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from copg_jax.models import functional, hf_weights
-from copg_jax.models.reward import reward
+from copg_jax.hf import weights as hf_weights
+from copg_jax.models.decoder import output_matrix
+from copg_jax.models.forward import reward
 from tests.models import record_golden, tiny
 
 PROMPT = 5
@@ -21,7 +22,7 @@ def test_logits_equal_the_hugging_face_model(kind: str, tmp_path: Path) -> None:
     config = hf_weights.read_config(tmp_path)
     params = hf_weights.load_params(tmp_path, config, head="lm")
     hidden = tiny.predictive(config, params, tiny.group_of(tokens, PROMPT))[:, 0]
-    logits = tiny.logits(hidden, functional.output_matrix(config, params))
+    logits = tiny.logits(hidden, output_matrix(config, params))
     np.testing.assert_allclose(logits, golden[:, PROMPT - 1 : -1], atol=1e-4)
 
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from copg_jax.data.packing import Capacity
-from copg_jax.models import functional
-from copg_jax.models.reward import reward
+from copg_jax.models.forward import reward
+from copg_jax.models.layout import Capacity
+from copg_jax.models.params import init_params
 from tests.models import tiny
 
 _reward = jax.jit(reward, static_argnums=0)
@@ -18,7 +18,7 @@ _sum_and_grad = jax.jit(
 
 @pytest.fixture(scope="module")
 def score_params(config, params):
-    drawn = functional.init(config, jax.random.key(2), head="score")
+    drawn = init_params(config, jax.random.key(2), head="score")
     return {**params, "score": drawn["score"]}
 
 

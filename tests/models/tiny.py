@@ -17,9 +17,9 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from copg_jax.data.groups import GroupBatch, with_slots
-from copg_jax.models.group_forward import predictive_hidden
-from copg_jax.models.llama import LlamaConfig, Params
-from copg_jax.models.packing import Packing
+from copg_jax.models.forward import predictive_hidden
+from copg_jax.models.layout import Packing
+from copg_jax.models.params import Architecture, Params
 
 VOCAB = 61
 PAD = 2  # of the tiny tokenizer; EOS is 1
@@ -144,12 +144,12 @@ def group_of(tokens: np.ndarray, cut: int, length: np.ndarray | None = None) -> 
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def predictive(config: LlamaConfig, params: Params, group: GroupBatch) -> jax.Array:
+def predictive(config: Architecture, params: Params, group: GroupBatch) -> jax.Array:
     """The states that predict each completion token, in slots: [B, K, C, D]; 0 if not computed."""
     num_blocks, shape = len(group.completion_slots), group.completion_tokens.shape
     packing = Packing.of(group.completion_slots, group.completion_tokens.size // num_blocks)
     hidden = predictive_hidden(config, params, group)
-    return packing.unpack(hidden).reshape(*shape, -1)
+    return layout.unpack(hidden).reshape(*shape, -1)
 
 
 def padded_prompts(group: GroupBatch) -> np.ndarray:
@@ -173,12 +173,12 @@ def sequences(group: Any) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def plain_hidden(config: LlamaConfig, params: Params, tokens: jax.Array) -> jax.Array:
+def plain_hidden(config: Architecture, params: Params, tokens: jax.Array) -> jax.Array:
     """The model on rows of ids [N, T] -> [N, T, D]: no groups, no scan, kv heads repeated."""
     return jax.vmap(lambda row: _plain_row(config, params, row))(tokens)
 
 
-def _plain_row(config: LlamaConfig, params: Params, tokens: jax.Array) -> jax.Array:
+def _plain_row(config: Architecture, params: Params, tokens: jax.Array) -> jax.Array:
 
     def norm(x, scale):
         return x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + config.rms_norm_eps) * scale[None]

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from copg_jax import sharding
-from copg_jax.planning.collectives import Collective, count
+from experiments.planning.collectives import Collective, count
 
 ROWS = PartitionSpec("fsdp")
 

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 
 from copg_jax import sharding
-from copg_jax.cli import load_config
+from copg_jax.config.load import load_config
 from copg_jax.errors import InputError
 from copg_jax.flops import matmul_flops
-from copg_jax.models import functional
-from copg_jax.planning import plan as planning
-from copg_jax.planning.plan import Plan, make_plan
-from copg_jax.planning.program import STAGES, Program, make_program, read_architecture
-from copg_jax.planning.topology import open_topology
+from copg_jax.models.params import abstract_params
 from experiments import plan as script
+from experiments.planning import plan as planning
+from experiments.planning.plan import Plan, make_plan
+from experiments.planning.program import STAGES, Program, make_program, read_architecture
+from experiments.planning.topology import open_topology
 from tests import toys
 from tests.models import tiny
 
@@ -130,7 +130,7 @@ def test_a_policy_that_evaluates_shares_its_chips_with_the_reference_and_the_rew
     evaluation = ["evaluation.data.path=x", f"evaluation.rewards=[{reward}]"]
     config = config_of("policy", architecture, "model.dtype=float32", *evaluation)
     model, mesh = read_architecture(config.model), sharding.make_mesh(sharding.MeshConfig(data=2))
-    sizes = [leaf.size for leaf in jax.tree.leaves(functional.abstract_params(model))]
+    sizes = [leaf.size for leaf in jax.tree.leaves(abstract_params(model))]
     # The reward model is cut over all devices, the reference as the policy is.
     assert make_program(config, model, mesh).frozen_bytes == (2 / 8 + 4 / 4) * sum(sizes)
     assert make_program(replace(config, evaluation=None), model, mesh).frozen_bytes == 0

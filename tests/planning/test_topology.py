@@ -6,7 +6,7 @@ import math
 import pytest
 
 from copg_jax.errors import InputError
-from copg_jax.planning.topology import open_topology
+from experiments.planning.topology import open_topology
 from tests import toys
 
 needs_compiler = pytest.mark.skipif(

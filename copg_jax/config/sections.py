@@ -1,0 +1,234 @@
+"""The sections that the configs of the stages are composed of: every field, with its default.
+
+Defaults are the paper's settings. A range that a single value can violate is checked here; what
+depends on a model, a device or the data is checked where it is used.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from copg_jax.config.options import option
+from copg_jax.errors import InputError
+
+DTYPES = ("float32", "bfloat16")
+ATTENTIONS = ("xla", "splash", "cudnn")
+ATTENTION_CHOICES = ("auto", *ATTENTIONS)
+DISTRIBUTED_MODES = ("auto", "on", "off")
+REMATS = ("none", "dots", "mlp", "full")
+POLICY_LOSSES = ("copg", "dpo", "ipo", "pg", "rloo")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A pretrained Llama and how to compute with it."""
+
+    path: str = option(help="Hugging Face folder or hub id (safetensors)")
+    revision: str | None = option(None, "hub revision; a commit pins the weights")
+    dtype: str = option("bfloat16", "compute dtype: bfloat16 or float32 (parameters stay float32)")
+    attention: str = option(
+        "auto", "what computes prompts: xla, splash (TPU), cudnn (NVIDIA) or auto, which fits"
+    )
+
+    def __post_init__(self):
+        for name, allowed in (("dtype", DTYPES), ("attention", ATTENTION_CHOICES)):
+            if getattr(self, name) not in allowed:
+                raise InputError(
+                    f"{name} must be one of {', '.join(allowed)}, got '{getattr(self, name)}'"
+                )
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; one of them may be −1 for "all remaining devices"."""
+
+    data: int = option(1, "replicas of the model (pure data parallelism)")
+    fsdp: int = option(-1, "shards of parameters, optimiser state and batch; -1 = all that remain")
+    tensor: int = option(1, "shards of heads, MLP and vocabulary (tensor parallelism)")
+
+    def __post_init__(self):
+        sizes = (self.data, self.fsdp, self.tensor)
+        if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
+            raise InputError(
+                f"mesh: wanted positive sizes, at most one of them -1, got data={self.data} "
+                f"fsdp={self.fsdp} tensor={self.tensor}"
+            )
+
+
+class Limits(NamedTuple):
+    """Most tokens of a prompt (with BOS) and a completion (with EOS); what to do with bad rows."""
+
+    max_prompt_tokens: int = 512
+    max_completion_tokens: int = 192
+    invalid_rows: str = "error"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the rows are and which of them to use."""
+
+    path: str = option(
+        help="file, folder or glob of .jsonl/.json/.parquet, scored folder, or hub id owner/name"
+    )
+    split: str = option(
+        "train", "hub split, or the files or rows of this split where they name one"
+    )
+    revision: str | None = option(None, "hub revision; a commit pins the contents")
+    max_prompt_tokens: int = option(512, "longer posts are cut at a newline until the prompt fits")
+    max_completion_tokens: int = option(
+        192, "longer completions (EOS included) are dropped and counted"
+    )
+    holdout_fraction: float = option(0.0, "share of posts (not rows) in the validation part")
+    part: str = option("all", "all, train or validation: which side of the split by post to read")
+    invalid_rows: str = option(
+        "error", "error: stop at the first bad row; drop: leave out and count"
+    )
+    max_rows: int | None = option(None, "stop after this many rows of the part")
+
+    def __post_init__(self) -> None:
+        for name in ("max_prompt_tokens", "max_completion_tokens", "max_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}.")
+        if not 0.0 <= self.holdout_fraction < 1.0:
+            raise InputError(f"holdout_fraction must be in [0, 1), got {self.holdout_fraction}.")
+        for name, choices in (
+            ("part", ("all", "train", "validation")),
+            ("invalid_rows", ("error", "drop")),
+        ):
+            if getattr(self, name) not in choices:
+                raise InputError(
+                    f"{name} must be one of {', '.join(choices)}, got '{getattr(self, name)}'."
+                )
+        if self.part == "validation" and self.holdout_fraction == 0.0:
+            raise InputError(
+                "part is validation but holdout_fraction is 0, which holds no post out: set it "
+                "above 0."
+            )
+
+    @property
+    def limits(self) -> Limits:
+        """The token limits, as plain values for `groups.prepare`."""
+        return Limits(self.max_prompt_tokens, self.max_completion_tokens, self.invalid_rows)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Adam and its learning-rate schedule; the defaults are the paper's for CoPG, DPO, IPO and the
+    reward model.
+    """
+
+    learning_rate: float = option(1e-6, "peak learning rate")
+    warmup_fraction: float = option(0.1, "share of all steps spent on linear warm-up from 0")
+    decay: str = option("constant", "after warm-up: 'constant' or 'cosine' (to 0)")
+    b1: float = option(0.9, "Adam's first-moment decay")
+    b2: float = option(0.999, "Adam's second-moment decay")
+    eps: float = option(1e-8, "Adam's denominator offset")
+    weight_decay: float = option(0.0, "decoupled weight decay (the paper uses none)")
+    clip_norm: float | None = option(None, "clip the global gradient norm; null = no clipping")
+
+    def __post_init__(self):
+        checks = {
+            "learning_rate must be > 0": self.learning_rate > 0,
+            "warmup_fraction must be in [0, 1]": 0 <= self.warmup_fraction <= 1,
+            "decay must be 'constant' or 'cosine'": self.decay in ("constant", "cosine"),
+            "b1 and b2 must be in [0, 1)": 0 <= self.b1 < 1 and 0 <= self.b2 < 1,
+            "eps must be > 0": self.eps > 0,
+            "weight_decay must be >= 0": self.weight_decay >= 0,
+            "clip_norm must be > 0 or null": self.clip_norm is None or self.clip_norm > 0,
+        }
+        if failed := [text for text, holds in checks.items() if not holds]:
+            raise InputError(f"{'; '.join(failed)}; got {self}")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long to train and what to write on the way; the defaults are the paper's."""
+
+    batch_size: int = option(128, "groups per optimiser step, over all devices")
+    num_microbatches: int = option(1, "pieces a batch is processed in (gradient accumulation)")
+    remat: str = option(
+        "full", "what the backward pass recomputes: none, dots (all but products), mlp or full"
+    )
+    num_epochs: int = option(2, "passes over the data")
+    max_steps: int | None = option(None, "stop after this many steps; null = all epochs")
+    eval_every: int = option(50, "steps between evaluations; one also runs before the first step")
+    save_every: int = option(500, "steps between checkpoints (best and last are always saved)")
+    log_every: int = option(10, "steps between console lines (metrics.jsonl has every step)")
+    tensorboard: bool = option(False, "also write TensorBoard files (needs the tensorboard extra)")
+
+    def __post_init__(self):
+        for name in ("batch_size", "num_microbatches", "num_epochs", "eval_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.remat not in REMATS:
+            raise InputError(f"remat must be one of {', '.join(REMATS)}, got '{self.remat}'")
+        if self.log_every < 1 or (self.max_steps is not None and self.max_steps < 1):
+            raise InputError("log_every must be >= 1 and max_steps >= 1 or null")
+        if self.batch_size % self.num_microbatches:
+            raise InputError(
+                f"batch_size must be a multiple of num_microbatches, got {self.batch_size} and "
+                f"{self.num_microbatches}"
+            )
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Which policy objective, and its numbers."""
+
+    name: str = option(
+        "copg", f"one of {', '.join(POLICY_LOSSES)}, or the dotted path of a function of yours"
+    )
+    beta: float = option(0.06, "KL coefficient (Fig. 6: copg 0.06, dpo 0.1, ipo 0.01)")
+    arguments: dict[str, float] = option({}, "further numbers that it takes, e.g. {baseline: 0.5}")
+
+    def __post_init__(self):
+        if self.name not in POLICY_LOSSES and "." not in self.name:
+            raise InputError(
+                f"name must be one of {', '.join(POLICY_LOSSES)}, or the dotted path of a function "
+                f"such as my_module.my_loss, got '{self.name}'"
+            )
+        if not self.beta > 0:
+            raise InputError(
+                f"beta must be > 0, got {self.beta}: it weighs the KL to the reference, without "
+                "which offline learning has no optimum"
+            )
+        if "beta" in self.arguments:
+            raise InputError("arguments: beta is a field of its own, loss.beta")
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """One reward function and its share in the total."""
+
+    function: str = option(help="dotted path of the function, e.g. copg_jax.rewards.rouge_l")
+    arguments: dict[str, Any] = option(
+        {}, "if given, the path names a factory that is called with these and returns the function"
+    )
+    weight: float = option(1.0, "factor of this reward in the sum")
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How completions are generated and judged."""
+
+    num_prompts: int = option(
+        128, "fixed prompts, the first ones of the data (paper: 128; Fig. 6: 1024)"
+    )
+    num_samples: int = option(1, "completions per prompt")
+    max_new_tokens: int = option(53, "longest completion, EOS included")
+    sampling_temperature: float = option(
+        1.0, "1 estimates J(pi), an expectation under pi; 0 is greedy decoding"
+    )
+    missing_eos_reward: float | None = option(
+        None, "reward of a completion without EOS; null = that of its text, like any other"
+    )
+    batch_size: int = option(32, "prompts generated at a time")
+    num_texts: int = option(4, "generations shown and logged as text")
+    seed: int = option(0, "seed of the sampling; the step is folded in")
+
+    def __post_init__(self):
+        for name in ("num_prompts", "num_samples", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.sampling_temperature < 0 or self.num_texts < 0:
+            raise InputError("sampling_temperature and num_texts must be >= 0")

@@ -1,0 +1,181 @@
+"""One frozen config per stage, composed of sections.
+
+Defaults are the paper's settings; a YAML under `configs/` lists only what differs. Fields that only
+say where and how a run executes (`MAY_DIFFER`) may change when it is resumed; any other change is
+another run.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from copg_jax.config.options import option, section
+from copg_jax.config.sections import (
+    DISTRIBUTED_MODES,
+    DataConfig,
+    GenerationConfig,
+    LossConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    RewardSpec,
+    TrainingConfig,
+)
+from copg_jax.errors import InputError
+
+MAY_DIFFER = (
+    "output_dir",  # a folder may be moved
+    "distributed",
+    "mesh",
+    "model.attention",
+    "reference.attention",
+    "batch_size",  # of scoring; that of training is training.batch_size
+    "training.log_every",
+    "training.tensorboard",
+    "training.num_microbatches",
+    "training.remat",
+    "logits_chunk",
+)
+"""Config fields that do not define a run: resuming with another value of them is allowed."""
+
+
+def _distributed() -> Any:
+    return option(
+        "auto",
+        "join other processes: auto (TPU pod, SLURM, Open MPI, Kubernetes, or "
+        "JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID), on (or fail) or off",
+    )
+
+
+def _check_distributed(config: Any) -> None:
+    # YAML reads on and off as booleans.
+    mode = {"True": "on", "False": "off"}.get(config.distributed, config.distributed)
+    if mode not in DISTRIBUTED_MODES:
+        raise InputError(f"distributed must be one of {', '.join(DISTRIBUTED_MODES)}, got '{mode}'")
+    object.__setattr__(config, "distributed", mode)
+
+
+def _logits_chunk() -> Any:
+    return option(None, "completion positions whose logits exist at a time; null = all")
+
+
+def _check_chunk(logits_chunk: int | None) -> None:
+    if logits_chunk is not None and logits_chunk < 1:
+        raise InputError(f"logits_chunk must be >= 1 or null, got {logits_chunk}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What every training stage has."""
+
+    output_dir: str = option(help="folder of the run: checkpoints, metrics.jsonl, model/")
+    model: ModelConfig = section(ModelConfig)
+    data: DataConfig = section(DataConfig)
+    validation: DataConfig | None = option(None, "held-out data; null = none")
+    optim: OptimConfig = section(OptimConfig)
+    training: TrainingConfig = section(TrainingConfig)
+    mesh: MeshConfig = section(MeshConfig)
+    distributed: str = _distributed()
+    seed: int = option(0, "seed of the data order, and of a new score head")
+
+    def __post_init__(self):
+        _check_distributed(self)
+
+
+@dataclass(frozen=True)
+class SFTConfig(TrainConfig):
+    """Supervised fine-tuning on the author's summaries: gives π_ref."""
+
+    optim: OptimConfig = section(lambda: OptimConfig(learning_rate=2e-5, decay="cosine"))
+    logits_chunk: int | None = _logits_chunk()
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_chunk(self.logits_chunk)
+
+
+@dataclass(frozen=True)
+class RewardModelConfig(TrainConfig):
+    """Bradley–Terry reward model on human comparisons."""
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Rewards and ln π_ref of a data set, computed once."""
+
+    output_dir: str = option(help="folder of the scored data: part-*.parquet and scored.json")
+    reference: ModelConfig = section(ModelConfig)
+    data: DataConfig = section(DataConfig)
+    rewards: list[RewardSpec] = option([], "reward functions; the reward is their weighted sum")
+    batch_size: int = option(64, "groups per forward pass")
+    part_size: int = option(2048, "groups per Parquet part; an interrupted run resumes at a part")
+    logits_chunk: int | None = _logits_chunk()
+    mesh: MeshConfig = section(MeshConfig)
+    distributed: str = _distributed()
+
+    def __post_init__(self):
+        _check_distributed(self)
+        if self.batch_size < 1 or self.part_size < 1:
+            raise InputError("batch_size and part_size must be >= 1")
+        _check_chunk(self.logits_chunk)
+
+
+@dataclass(frozen=True)
+class PolicyEvaluationConfig:
+    """Evaluation by generation while a policy trains."""
+
+    data: DataConfig = section(DataConfig)
+    rewards: list[RewardSpec] = option([], "reward functions; the reward is their weighted sum")
+    generation: GenerationConfig = section(GenerationConfig)
+
+
+@dataclass(frozen=True)
+class PolicyConfig(TrainConfig):
+    """CoPG, DPO, IPO, PG or RLOO on scored groups; `model` is the first policy and π_ref, `data` a
+    scored folder.
+    """
+
+    loss: LossConfig = section(LossConfig)
+    evaluation: PolicyEvaluationConfig | None = option(
+        None, "generation every training.eval_every steps; null = none"
+    )
+    logits_chunk: int | None = _logits_chunk()
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_chunk(self.logits_chunk)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Rewards of a model's generations on fixed prompts."""
+
+    output_dir: str = option(help="folder of evaluation.json and generations.jsonl")
+    model: ModelConfig = section(ModelConfig)
+    reference: ModelConfig | None = option(None, "π_ref for the KL; null = no KL, no objective")
+    evaluation: PolicyEvaluationConfig = section(PolicyEvaluationConfig)
+    beta: float = option(0.06, "β of the reported objective E[R] − β·KL")
+    logits_chunk: int | None = _logits_chunk()
+    mesh: MeshConfig = section(MeshConfig)
+    distributed: str = _distributed()
+
+    def __post_init__(self):
+        _check_distributed(self)
+        if not self.beta > 0:
+            raise InputError(f"beta must be > 0, got {self.beta}")
+        _check_chunk(self.logits_chunk)
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """The whole pipeline on generated posts and a tiny Llama, on CPU, in minutes."""
+
+    output_dir: str = option("runs/quickstart", "folder of all its runs")
+    seed: int = option(0, "seed of data, initialisation and data order")
+    num_posts: int = option(4000, "generated posts with a reference summary, for SFT")
+    num_comparisons: int = option(3000, "generated human comparisons")
+    vocab_size: int = option(700, "size of the tokenizer that is trained on them")
+    hidden_size: int = option(128, "width of the tiny Llama")
+    num_layers: int = option(3, "its depth")
+    overrides: dict[str, list[str]] = option(
+        {}, "stage (sft, reward, scored, copg, dpo, ipo, evaluate) -> list of key=value"
+    )

@@ -1,0 +1,1 @@
+"""Hugging Face folders: weights, names and tokenizers, in and out, without torch."""

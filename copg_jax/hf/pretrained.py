@@ -1,0 +1,112 @@
+"""A model from a Hugging Face folder: all but its weights, which are read into their shards."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from copg_jax import sharding
+from copg_jax.config.sections import ModelConfig
+from copg_jax.data.tokenizer import load_tokenizer
+from copg_jax.errors import InputError
+from copg_jax.hf.weights import load_params, params_hash, read_architecture, resolve
+from copg_jax.models.kernels import choose
+from copg_jax.models.params import (
+    Architecture,
+    Params,
+    abstract_params,
+    cast_matrices,
+    logical_axes,
+)
+from copg_jax.sharding import Partitioner
+
+
+@dataclass(frozen=True)
+class PretrainedModel:
+    """An architecture with its tokenizer, the folder of its weights, and where each weight lies."""
+
+    arch: Architecture
+    tokenizer: Any
+    folder: Path
+    head: str
+    mesh: jax.sharding.Mesh
+
+    @property
+    def axes(self) -> Params:
+        """Logical axes of the parameters."""
+        return logical_axes(self.arch, head=self.head)
+
+    @property
+    def shapes(self) -> Params:
+        """Shapes and dtypes of the parameters."""
+        return abstract_params(self.arch, head=self.head)
+
+    @property
+    def shardings(self) -> Params:
+        """Where each parameter lies.
+
+        Raises:
+            InputError: the mesh does not divide the model.
+        """
+        return sharding.shardings(self.mesh, self.axes, self.shapes)
+
+    @property
+    def partitioner(self) -> Partitioner:
+        """Where its activations lie."""
+        return Partitioner(self.mesh)
+
+    @cached_property
+    def hash(self) -> str:
+        """Hash of the weights and config on disk."""
+        return params_hash(self.folder)
+
+    def load(self, *, score_key: jax.Array | None = None) -> Any:
+        """Reads the float32 weights into their shards.
+
+        Args:
+            score_key: draws a score head that the folder lacks.
+        """
+        return load_params(
+            self.folder,
+            self.arch,
+            head=self.head,
+            shardings=self.shardings,
+            init_missing_score=score_key,
+        )
+
+    def load_frozen(self) -> Any:
+        """Reads weights that are only read (π_ref, a reward model), into the compute dtype."""
+        cast = partial(cast_matrices, self.arch)
+        return jax.jit(cast, out_shardings=self.shardings)(self.load())
+
+
+def open_model(
+    section: ModelConfig, mesh: jax.sharding.Mesh, *, head: str = "lm", remat: str = "none"
+) -> PretrainedModel:
+    """Reads everything about a model but its weights, and checks that the parts fit.
+
+    Args:
+        section: where it is and how it is computed.
+        mesh: the device mesh.
+        head: "lm" or "score".
+        remat: what a backward pass recomputes; one of `REMATS`.
+
+    Raises:
+        InputError: no such folder, not a Llama, a tokenizer with more ids than the model has, a
+            mesh that does not divide it, or an attention that cannot run there.
+    """
+    folder = resolve(section.path, section.revision)
+    arch = replace(read_architecture(folder), dtype=section.dtype, remat=remat)
+    arch = choose(section.attention, arch, mesh)
+    tokenizer = load_tokenizer(folder)
+    if len(tokenizer) > arch.vocab_size:
+        raise InputError(
+            f"{folder}: the tokenizer has {len(tokenizer)} ids, the model only {arch.vocab_size} "
+            "(vocab_size in config.json): they do not belong together. Fix: use the tokenizer "
+            "files that came with these weights."
+        )
+    model = PretrainedModel(arch, tokenizer, folder, head, mesh)
+    model.shardings  # noqa: B018  (raises where the mesh does not divide the model)
+    return model

@@ -1,0 +1,319 @@
+"""Hugging Face model folders: read and write, without torch and without pickle.
+
+1. `resolve` finds a local folder, or downloads one of a bucket or the hub.
+2. `read_architecture` turns config.json into an Architecture, or says why it cannot.
+3. `load_params` reads safetensors (one file or sharded) into float32 leaves, shard by shard.
+4. `save_pretrained` writes a folder that `transformers` loads with the same logits or rewards.
+5. `params_hash` identifies a folder's weights.
+"""
+
+import copy
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import transformers
+from etils import epath
+from jax.experimental import multihost_utils
+
+from copg_jax import distributed
+from copg_jax.errors import InputError
+from copg_jax.files import is_remote, local_copy
+from copg_jax.hf.names import HfSlot, assemble, check_fit, hf_slots, to_hf
+from copg_jax.hf.tensor_files import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    SafetensorsFolder,
+    write_safetensors,
+)
+from copg_jax.models.params import Architecture, Params, RopeScaling
+
+_SNAPSHOT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+
+
+def resolve(path_or_id: str, revision: str | None = None) -> Path:
+    """Give the local folder of a model: the folder itself, or a downloaded hub snapshot.
+
+    Args:
+        path_or_id: folder, URL of one in a bucket, or hub id "owner/name".
+        revision: hub branch, tag or commit; only for hub ids.
+    """
+    if is_remote(path_or_id):
+        return Path(local_copy(path_or_id, [pattern[1:] for pattern in _SNAPSHOT_FILES]))
+    folder = Path(path_or_id).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path_or_id):
+        raise InputError(
+            f"{path_or_id}: wanted a model folder (config.json, *.safetensors) or a hub id "
+            f"'owner/name', got {'a file' if folder.exists() else 'a path that does not exist'}"
+        )
+    # Imported here because it pulls in an HTTP client that local folders do not need.
+    import huggingface_hub
+
+    try:
+        snapshot = huggingface_hub.snapshot_download(
+            path_or_id, revision=revision, allow_patterns=_SNAPSHOT_FILES
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path_or_id}: no such folder, and the hub did not give it "
+            f"(revision {revision or 'main'}): {error}\n"
+            "Check the spelling, log in if the model is gated, or give a local folder."
+        ) from error
+    return Path(snapshot)
+
+
+def read_architecture(path: str | Path) -> Architecture:
+    """Read config.json of a Llama folder.
+
+    Raises:
+        InputError: the file is missing or broken, or describes something this model cannot do.
+    """
+    file = Path(path) / "config.json"
+    try:
+        raw = json.loads(file.read_text())
+    except OSError as error:
+        raise InputError(f"{file}: wanted a Hugging Face config.json, got {error}") from error
+    except ValueError as error:
+        raise InputError(f"{file}: wanted JSON, got {error}") from error
+    if not isinstance(raw, dict) or raw.get("model_type") != "llama":
+        got = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
+        raise InputError(f"{file}: model_type: wanted 'llama', got {got!r}; use a Llama checkpoint")
+    try:
+        hf = transformers.LlamaConfig.from_dict(raw)
+    except Exception as error:  # the validation of transformers has its own exception types
+        raise InputError(f"{file}: transformers refuses it: {error}") from error
+    unsupported = {
+        "hidden_act": (hf.hidden_act, "silu"),
+        "attention_bias": (hf.attention_bias, False),
+        "mlp_bias": (hf.mlp_bias, False),
+        "quantization_config": (raw.get("quantization_config"), None),
+    }
+    for field, (got, wanted) in unsupported.items():
+        if got != wanted:
+            raise InputError(f"{file}: {field}: wanted {wanted!r}, got {got!r}, not supported")
+    names = {field.name for field in dataclasses.fields(Architecture)}
+    sizes = {k: v for k, v in hf.to_dict().items() if k in names - {"rope_scaling", "dtype"}}
+    rope_theta, rope_scaling = _read_rope(hf.rope_parameters or {}, file)
+    try:
+        return Architecture(**{**sizes, "rope_theta": rope_theta, "rope_scaling": rope_scaling})
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
+
+
+def _read_rope(rope: Mapping[str, Any], file: Path) -> tuple[float, RopeScaling | None]:
+    kind = rope.get("rope_type", "default")
+    if kind not in ("default", "llama3"):
+        raise InputError(
+            f"{file}: rope_type: wanted 'default' or 'llama3', got {kind!r}, not supported"
+        )
+    if kind == "default":
+        return float(rope["rope_theta"]), None
+    fields = {field.name for field in dataclasses.fields(RopeScaling)}
+    scaling = RopeScaling(**{name: value for name, value in rope.items() if name in fields})
+    return float(rope["rope_theta"]), scaling
+
+
+def load_params(
+    folder: str | Path,
+    arch: Architecture,
+    *,
+    head: str,
+    shardings: Params | None = None,
+    init_missing_score: jax.Array | None = None,
+) -> Params:
+    """Load a folder's safetensors into float32 parameters.
+
+    Args:
+        folder: local model folder, see `resolve`.
+        arch: from `read_architecture` of that folder.
+        head: "lm" for a causal language model, "score" for a one-label sequence classifier.
+        shardings: tree of shardings like the parameters; each device reads its own slices only.
+        init_missing_score: key that draws the score head when the folder is a language model.
+
+    Raises:
+        InputError: no safetensors, or missing, surplus and misshapen tensors, listed together.
+    """
+    source = SafetensorsFolder(Path(folder))
+    slots = hf_slots(arch, head=head)
+    optional = []
+    score = None
+    if head == "score" and init_missing_score is not None and "score.weight" not in source.shapes():
+        spec = slots.pop("score.weight").spec
+        score = spec.init(init_missing_score, spec.shape, np.float32)
+        if shardings is not None:
+            score = jax.device_put(score, shardings["score"])
+        optional.append("lm_head.weight")
+    if arch.tie_word_embeddings:
+        optional.append("lm_head.weight")  # some writers store the tied copy
+    check_fit(source, slots, str(folder), optional=optional)
+    params = assemble(source, slots, shardings)
+    return params if score is None else {**params, "score": score}
+
+
+def save_pretrained(
+    folder: epath.PathLike,
+    arch: Architecture,
+    params: Params,
+    *,
+    head: str,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    max_shard_bytes: int = 4 << 30,
+) -> None:
+    """Write config.json, safetensors (float32) and tokenizer; config.json, which comes last, marks
+    the folder as complete.
+
+    Every process calls it, to gather each tensor in turn; process 0 writes.
+
+    Args:
+        folder: target; replaced where it is a model folder already.
+        arch: sizes of the model.
+        params: tree of `init_params`, any sharding.
+        head: "lm" -> LlamaForCausalLM, "score" -> LlamaForSequenceClassification of one label.
+        tokenizer: gives BOS, EOS and padding ids; saved beside the weights.
+        max_shard_bytes: size at which the next safetensors file begins.
+    """
+    folder = epath.Path(folder)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    with distributed.main_first(folder.parent):
+        if distributed.is_main_process():
+            _check_replaceable(folder)
+            temporary.rmtree(missing_ok=True)
+            temporary.mkdir(parents=True)
+            padded = copy.deepcopy(tokenizer)  # the caller's tokenizer stays as it is
+            if (pad_id := _pad_id(tokenizer)) is not None:
+                padded.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
+            _save_small(padded, temporary)
+    try:
+        _write_weights(temporary, hf_slots(arch, head=head), params, max_shard_bytes)
+        with distributed.main_first(folder / "config.json"):
+            if distributed.is_main_process():
+                folder.rmtree(missing_ok=True)
+                temporary.rename(folder)
+                _save_small(hf_config(arch, head=head, tokenizer=tokenizer), folder)
+    finally:
+        if distributed.is_main_process():
+            temporary.rmtree(missing_ok=True)
+
+
+def _save_small(part: Any, folder: epath.Path) -> None:
+    """Saves a tokenizer or config of transformers, which only knows files of this machine."""
+    with tempfile.TemporaryDirectory() as local:
+        part.save_pretrained(local)
+        for file in Path(local).iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+
+
+def _check_replaceable(folder: epath.Path) -> None:
+    """Raises InputError unless a folder is new, empty, or holds a model, perhaps in part."""
+    marks = ("config.json", "tokenizer_config.json")
+    is_model = any((folder / mark).is_file() for mark in marks)
+    if folder.exists() and any(folder.iterdir()) and not is_model:
+        raise InputError(
+            f"{folder}: wanted a new folder or an older model folder to replace, got other "
+            "files; choose another folder"
+        )
+
+
+def hf_config(
+    arch: Architecture, *, head: str, tokenizer: transformers.PreTrainedTokenizerBase
+) -> transformers.LlamaConfig:
+    """The transformers config of a model; `rope_parameters` in the form of transformers 5."""
+    sizes = dataclasses.asdict(arch)
+    for ours in ("dtype", "attention", "remat", "rope_theta", "rope_scaling"):
+        del sizes[ours]
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": arch.rope_theta}
+    if arch.rope_scaling is not None:
+        rope |= {"rope_type": "llama3", **dataclasses.asdict(arch.rope_scaling)}
+    names = {"lm": "LlamaForCausalLM", "score": "LlamaForSequenceClassification"}
+    fields = {
+        **sizes,
+        "rope_parameters": rope,
+        "architectures": [names[head]],
+        "dtype": "float32",
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": _pad_id(tokenizer),
+    }
+    if head == "score":
+        fields["num_labels"] = 1
+    return transformers.LlamaConfig.from_dict(fields)
+
+
+def _pad_id(tokenizer: transformers.PreTrainedTokenizerBase) -> Any:
+    """The id of a special token to pad with that is not EOS; None where there is no such token.
+
+    LlamaForSequenceClassification reads the last token that differs from pad_token_id: with
+    padding equal to EOS it would read the token before the EOS. Without pad_token_id it takes
+    batches of one text and refuses larger ones. An ordinary token is no substitute: as padding it
+    would count as special, and decoding would leave it out of texts.
+    """
+    candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id)
+    return next((i for i in candidates if i is not None and i != tokenizer.eos_token_id), None)
+
+
+def _write_weights(
+    folder: epath.Path, slots: Mapping[str, HfSlot], params: Params, max_shard_bytes: int
+) -> None:
+    shards: list[list[str]] = [[]]
+    size = total = 0
+    for name, slot in slots.items():
+        num_bytes = 4 * int(np.prod(slot.hf_shape))
+        if shards[-1] and size + num_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size, total = size + num_bytes, total + num_bytes
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        if len(shards) == 1:
+            file = SINGLE_NAME
+        _write_file(folder / file, {name: slots[name] for name in names}, params)
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1 and distributed.is_main_process():
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_file(path: epath.Path, slots: Mapping[str, HfSlot], params: Params) -> None:
+    def tensor(name: str) -> np.ndarray:
+        return to_hf(slots[name], _fetch(params, slots[name]))
+
+    # Other processes take part in the gathering, and throw away what they get.
+    with path.open("wb") if distributed.is_main_process() else open(os.devnull, "wb") as stream:
+        write_safetensors(stream, {name: slot.hf_shape for name, slot in slots.items()}, tensor)
+
+
+@jax.jit
+def _take_layer(leaf: jax.Array, layer: int) -> jax.Array:
+    # Jitted with a traced layer: one program a leaf, and the host never holds all layers of it.
+    return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+
+
+def _fetch(params: Params, slot: HfSlot) -> np.ndarray:
+    """A leaf, or one layer of it, whole and in float32 on every host."""
+    if slot.stack is None:
+        value = params[slot.leaf]
+    else:
+        value = _take_layer(params[slot.stack][slot.leaf], slot.layer)
+    return np.asarray(multihost_utils.process_allgather(value, tiled=True), np.float32)
+
+
+def params_hash(folder: str | Path) -> str:
+    """SHA-256 (hex) over config.json and the weight files of a folder: names and contents."""
+    digest = hashlib.sha256()
+    for file in sorted([Path(folder) / "config.json", *Path(folder).glob("*.safetensors")]):
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,140 @@
+"""Forward passes over many groups: sorted by length into batches, back in the order they came.
+
+Scoring with the reference and with a reward model differ by one function of (params, batch); this
+is all the rest.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax import Array
+
+from copg_jax import distributed, sharding
+from copg_jax.data.groups import TokenGroup
+from copg_jax.models.forward import BatchFn
+from copg_jax.models.layout import ReusedShapes, pack_by_length
+from copg_jax.runtime import Progress
+
+Item = TypeVar("Item")
+
+_MOST_COMPLETIONS = 8
+
+
+class GroupForward:
+    """Applies a function of (params, batch) → [B, K] to any number of groups.
+
+    Args:
+        function: pure function, e.g. of `forward.make_seq_logp` or `make_score`; jitted here, once
+            a shape.
+        params: its parameters, already in their shards.
+        mesh: the device mesh.
+        batch_size: groups per call, rounded up to a multiple of data·fsdp.
+        name: what is computed, for the progress of long calls.
+    """
+
+    def __init__(
+        self,
+        function: BatchFn,
+        params: Any,
+        *,
+        mesh: jax.sharding.Mesh,
+        batch_size: int,
+        name: str,
+    ) -> None:
+        self._name, self._params = name, params
+        self._num_bins, self._batch_size = sharding.num_batch_shards(mesh), batch_size
+        self._shapes, self._placement = ReusedShapes(), sharding.batch_sharding(mesh)
+        self._function = jax.jit(
+            function,
+            in_shardings=(None, self._placement),
+            out_shardings=sharding.replicated(mesh),
+        )
+
+    def __call__(self, rows: Sequence[TokenGroup]) -> list[np.ndarray]:
+        """One float32 array [number of completions] per group, in the order of `rows`.
+
+        What occurs several times is computed once: groups with the same prompt are merged, equal
+        completions of it too.
+        """
+        merged, places = _merge(rows)
+        values = self._run(merged)
+        return [np.array([values[i][k] for i, k in of_row], np.float32) for of_row in places]
+
+    def _run(self, rows: Sequence[TokenGroup]) -> list[np.ndarray]:
+        progress, done = Progress(self._name, len(rows)), 0
+        results: list[np.ndarray] = [np.empty(0, np.float32)] * len(rows)
+        for places, values in one_late(self._launched(rows)):
+            present = places >= 0
+            for i, row_values in zip(places[present], jax.device_get(values)[present], strict=True):
+                results[i] = row_values
+            done += int(present.sum())
+            progress.update(done)
+        return results
+
+    def _launched(self, rows: Sequence[TokenGroup]) -> Iterator[tuple[np.ndarray, Array]]:
+        """Starts batch after batch; yields the groups in its places [B] and its values [B, K]."""
+        lengths = [(len(row.prompt_tokens), sum(map(len, row.completion_tokens))) for row in rows]
+        batches = pack_by_length(
+            np.array(lengths).reshape(-1, 2),
+            batch_size=self._batch_size,
+            num_bins=self._num_bins,
+        )
+        total = sum(len(packed.rows) for packed in batches)
+        for packed in batches:
+            for places in packed.rows:
+                groups = [None if i < 0 else rows[i] for i in places]
+                shape = self._shapes.fit(packed.shape, groups, num_batches=total)
+                placed = distributed.place_whole(shape.collate(groups), self._placement)
+                yield places, self._function(self._params, placed)
+
+
+def one_late(items: Iterable[Item]) -> Iterator[Item]:
+    """The same items, each once the next one is there.
+
+    Where making an item starts a computation, the device has the next one to go on with while the
+    host waits for this one and reads it.
+    """
+    waiting: list[Item] = []
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > 1:
+            yield waiting.pop(0)
+    yield from waiting
+
+
+def _merge(
+    rows: Sequence[TokenGroup],
+) -> tuple[list[TokenGroup], list[list[tuple[int, int]]]]:
+    """Groups of distinct completions of distinct prompts; (group, slot) of each row's completions.
+
+    Groups are closed at `_MOST_COMPLETIONS`, so that few shapes are compiled.
+    """
+    completions: list[list[np.ndarray]] = []
+    prompts: list[TokenGroup] = []
+    open_group: dict[bytes, int] = {}
+    found: dict[tuple[bytes, bytes], tuple[int, int]] = {}
+
+    def place(row: TokenGroup, prompt: bytes, tokens: np.ndarray) -> tuple[int, int]:
+        key = prompt, tokens.tobytes()
+        if key not in found:
+            group = open_group.get(prompt)
+            if group is None or len(completions[group]) == _MOST_COMPLETIONS:
+                group = open_group[prompt] = len(prompts)
+                prompts.append(row)
+                completions.append([])
+            found[key] = group, len(completions[group])
+            completions[group].append(tokens)
+        return found[key]
+
+    places = []
+    for row in rows:
+        prompt = row.prompt_tokens.tobytes()
+        places.append([place(row, prompt, tokens) for tokens in row.completion_tokens])
+    merged = [
+        replace(row, completion_tokens=tuple(tokens), rewards=None, ref_logps=None)
+        for row, tokens in zip(prompts, completions, strict=True)
+    ]
+    return merged, places

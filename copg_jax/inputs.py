@@ -1,0 +1,212 @@
+"""What a stage reads: its data and its evaluation, opened and checked against its model.
+
+1. `open_data` tokenises a data set once and reports what was kept, cut and dropped.
+2. The `require_*` functions refuse inputs that do not belong together.
+3. `open_evaluation` puts prompts, sampler, reward functions and π_ref together.
+"""
+
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+
+import jax
+import numpy as np
+from etils import epath
+
+from copg_jax import distributed
+from copg_jax.config.load import config_differences
+from copg_jax.config.sections import DataConfig
+from copg_jax.config.stages import PolicyEvaluationConfig
+from copg_jax.data import scored
+from copg_jax.data.dataset import GroupDataset, data_key, format_stats, is_prepared, prepare
+from copg_jax.data.groups import TokenGroup
+from copg_jax.data.reader import GroupReader
+from copg_jax.data.tokenizer import tokenizer_hash
+from copg_jax.errors import InputError
+from copg_jax.evaluate import GenerationEvaluator, Generator
+from copg_jax.files import is_remote, scratch_folder
+from copg_jax.hf.pretrained import PretrainedModel
+from copg_jax.models.forward import make_token_logp
+from copg_jax.rewards.functions import WeightedRewards
+from copg_jax.sampling import make_sampler
+from copg_jax.sharding import batch_sharding, replicated
+
+log = logging.getLogger(__name__)
+
+_UNREADABLE = "unreadable: "  # before what a process says instead of the key of its data
+
+
+def open_data(
+    section: DataConfig, model: PretrainedModel, folder: epath.Path, name: str
+) -> GroupDataset:
+    """Tokenises a data set into `folder`/tokens (once) and logs what was kept, cut and dropped."""
+    path = scratch_folder(folder, jax.process_index()) / "tokens" / f"{name}.arrow"
+    rows, vocab_size = GroupReader(section), model.arch.vocab_size
+    turn: AbstractContextManager[None] = nullcontext()
+    if jax.process_count() > 1:
+        try:
+            key = data_key(rows, model.tokenizer, section.limits, vocab_size)
+        except InputError as error:
+            key = f"{_UNREADABLE}{error}"  # the others wait to hear of this process
+        _require_same(key, section.path)
+        # What processes share, one of them makes; where each has its own, nobody waits.
+        if not is_remote(folder):
+            turn = distributed.main_first(path, lambda: is_prepared(path, key))
+    with turn:
+        dataset = prepare(
+            rows, model.tokenizer, path=path, limits=section.limits, vocab_size=vocab_size
+        )
+    log.info("%s: %s\n%s", name, section.path, format_stats(dataset.stats))
+    prompt, _, completion = dataset.shape(multiple=1)
+    if prompt + completion > model.arch.max_position_embeddings:
+        raise InputError(
+            f"{section.path}: prompts of up to {prompt} and completions of up to {completion} "
+            f"tokens, but {model.folder} was made for {model.arch.max_position_embeddings} "
+            "positions (max_position_embeddings). Fix: lower data.max_prompt_tokens or "
+            "data.max_completion_tokens."
+        )
+    return dataset
+
+
+def _require_same(key: str, path: str) -> None:
+    """Raises InputError, in every process, unless all of them read the same data."""
+    keys = distributed.from_all(key)
+    failed = [index for index, other in enumerate(keys) if other.startswith(_UNREADABLE)]
+    if failed:
+        raise InputError(
+            f"data.path {path}: process {', '.join(map(str, failed))} of {len(keys)} cannot read "
+            f"it: {keys[failed[0]].removeprefix(_UNREADABLE)}"
+        )
+    others = [str(index) for index, other in enumerate(keys) if other != keys[0]]
+    if others:
+        raise InputError(
+            f"data.path {path}: wanted the same files and tokenizer in all {len(keys)} processes, "
+            f"got others in process {', '.join(others)} than in process 0. Fix: copy them to every "
+            "host anew, or point data.path at a shared folder or bucket."
+        )
+
+
+def require_rewards(dataset: GroupDataset, *, at_least: int) -> None:
+    """Raises InputError unless all groups have rewards and some have `at_least` completions."""
+    _, num_completions, _ = dataset.shape()
+    if not dataset.has_rewards or num_completions < at_least:
+        raise InputError(
+            f"data: wanted {at_least} or more completions with a reward or a human choice for "
+            f"every prompt, got at most {num_completions} completion(s), rewards "
+            f"{'present' if dataset.has_rewards else 'missing'}. Fix: point "
+            "data.path at comparisons or at a folder that experiments.score wrote."
+        )
+
+
+def require_scored(section: DataConfig, model: PretrainedModel, dataset: GroupDataset) -> None:
+    """Raises InputError unless the data was scored, to its end, with this reference model and
+    tokenizer.
+    """
+    require_rewards(dataset, at_least=2)
+    if not dataset.has_ref_logps:
+        raise InputError(
+            f"data.path {section.path}: has rewards but no ref_logps, the log-probabilities "
+            "under the reference. Fix: run experiments.score on it and point data.path at the "
+            "folder that writes."
+        )
+    scored.verify(
+        epath.Path(section.path),
+        tokenizer_hash=tokenizer_hash(model.tokenizer),
+        reference_hash=model.hash,
+    )
+
+
+def require_comparable(policy: PretrainedModel, reference: PretrainedModel) -> None:
+    """Raises InputError unless ln π − ln π_ref of the same tokens means something.
+
+    Architecture, tokenizer and compute dtype must be equal: a reference in another dtype differs
+    from the policy by rounding, which reads as KL.
+    """
+    arch = replace(reference.arch, remat=policy.arch.remat)
+    if arch != policy.arch:
+        raise InputError(
+            f"reference {reference.folder}: wanted the architecture and dtype of the policy "
+            f"{policy.folder}, got (reference -> policy) "
+            + ", ".join(config_differences(arch, policy.arch))
+        )
+    if tokenizer_hash(reference.tokenizer) != tokenizer_hash(policy.tokenizer):
+        raise InputError(
+            f"reference {reference.folder}: its tokenizer is not that of the policy "
+            f"{policy.folder}, so the same text has other tokens. Fix: use the model that the "
+            "policy was trained from."
+        )
+
+
+def _first_prompts(dataset: GroupDataset, num_prompts: int, path: str) -> list[TokenGroup]:
+    """The first different prompts of a data set (comparisons repeat theirs)."""
+    prompts: dict[str, TokenGroup] = {}
+    for group in dataset:
+        prompts.setdefault(group.prompt, group)
+        if len(prompts) == num_prompts:
+            return list(prompts.values())
+    raise InputError(
+        f"evaluation.data: wanted {num_prompts} different prompts, got {len(prompts)} from {path}. "
+        f"Fix: more data, or evaluation.generation.num_prompts={len(prompts)}."
+    )
+
+
+def open_evaluation(
+    section: PolicyEvaluationConfig,
+    model: PretrainedModel,
+    folder: epath.Path,
+    *,
+    beta: float,
+    reference: PretrainedModel | None,
+    logits_chunk: int | None = None,
+) -> tuple[GenerationEvaluator, dict[str, str]]:
+    """Builds the evaluation by generation: prompts, sampler, reward functions, π_ref.
+
+    Args:
+        section: data, rewards and sizes.
+        model: the policy's architecture and tokenizer.
+        folder: where the tokenised prompts are kept.
+        beta: β of the reported objective.
+        reference: π_ref, loaded here and held; None for no KL.
+        logits_chunk: see `logprobs.hidden_to_logp`.
+
+    Returns:
+        The evaluation, and hashes of what it reads by name.
+
+    Raises:
+        InputError: fewer different prompts than asked for, unusable rewards, or a reference that
+            cannot be compared with the policy.
+    """
+    if reference is not None:
+        require_comparable(model, reference)
+    generation = section.generation
+    dataset = open_data(section.data, model, folder, "prompts")
+    prompts = _first_prompts(dataset, generation.num_prompts, section.data.path)
+    rewards = WeightedRewards(section.rewards)
+    hashes = {"evaluation.data": dataset.fingerprint, "evaluation.rewards": rewards.fingerprint}
+    ref_token_logp = None
+    if reference is not None:
+        hashes["reference"] = reference.hash
+        # An argument of the compiled function, not a constant inside it.
+        token_logp = jax.jit(
+            make_token_logp(reference.arch, reference.partitioner, chunk=logits_chunk),
+            in_shardings=(None, batch_sharding(model.mesh)),
+            out_shardings=replicated(model.mesh),
+        )
+        ref_token_logp = partial(token_logp, reference.load_frozen())
+    sampler = make_sampler(
+        model.arch,
+        eos_id=model.tokenizer.eos_token_id,
+        max_new_tokens=generation.max_new_tokens,
+        num_samples=generation.num_samples,
+        temperature=generation.sampling_temperature,
+        mesh=model.mesh,
+    )
+
+    def decode(ids: np.ndarray) -> str:
+        return model.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    generator = Generator(sampler, decode, model.mesh, ref_token_logp)
+    return GenerationEvaluator(generation, prompts, generator, rewards, beta=beta), hashes

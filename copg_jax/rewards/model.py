@@ -1,0 +1,109 @@
+"""The Bradley–Terry reward model as one reward function among others.
+
+It gives the same number in training evaluation, rescoring and generation evaluation, because all of
+them call it.
+"""
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from copg_jax.config.sections import Limits, MeshConfig, ModelConfig
+from copg_jax.data import groups
+from copg_jax.data.formats.columns import InvalidRow, TextGroup
+from copg_jax.data.formats.tldr import normalize_completion
+from copg_jax.data.groups import TokenGroup
+from copg_jax.data.tokenizer import Encoder
+from copg_jax.errors import InputError
+from copg_jax.hf.pretrained import open_model
+from copg_jax.hf.weights import read_architecture, resolve
+from copg_jax.infer import GroupForward
+from copg_jax.models.forward import make_score
+from copg_jax.sharding import make_mesh
+
+
+class RewardModel:
+    """A Bradley–Terry reward model as a reward function.
+
+    Texts are tokenised with the model's own tokenizer and end in its EOS, whether or not the policy
+    wrote one.
+
+    Args:
+        path: folder or hub id that `LlamaForSequenceClassification` (num_labels=1) could load.
+        batch_size: groups per forward pass.
+        dtype: compute dtype.
+        max_prompt_tokens: longer TL;DR prompts are cut as in training, so this is the limit it was
+            trained with.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        batch_size: int = 16,
+        dtype: str = "float32",
+        max_prompt_tokens: int = 512,
+    ):
+        # All devices, whatever the run's mesh; the weights in as many pieces as are equal.
+        width = read_architecture(resolve(path)).hidden_size
+        shards = math.gcd(len(jax.devices()), width)
+        mesh = make_mesh(MeshConfig(data=-1, fsdp=shards))
+        model = open_model(ModelConfig(path, dtype=dtype), mesh, head="score")
+        self.fingerprint = model.hash
+        self._encoder = Encoder(model.tokenizer)
+        # Every completion gets a reward, however long it is.
+        self._limits = Limits(max_prompt_tokens, max_completion_tokens=1 << 30)
+        self._forward = GroupForward(
+            make_score(model.arch, model.partitioner),
+            model.load_frozen(),
+            mesh=mesh,
+            batch_size=batch_size,
+            name="reward model",
+        )
+
+    def __call__(
+        self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
+    ) -> list[float | None]:
+        """Scores, reward units, one a completion; None for a text that spells EOS."""
+        runs = self._group(prompts, completions)
+        scores = self._forward([group for group, _ in runs])
+        rewards: list[float | None] = [None] * len(completions)
+        for (_, slots), values in zip(runs, scores, strict=True):
+            for slot, value in zip(slots, values.tolist(), strict=True):
+                rewards[slot] = value
+        return rewards
+
+    def _group(
+        self, prompts: Sequence[str], completions: Sequence[str]
+    ) -> list[tuple[TokenGroup, list[int]]]:
+        """Groups runs of equal prompts; each with the indices of its completions."""
+        runs = itertools.groupby(range(len(prompts)), key=prompts.__getitem__)
+        return [
+            found for _, run in runs for found in self._tokenize(list(run), prompts, completions)
+        ]
+
+    def _tokenize(
+        self, run: list[int], prompts: Sequence[str], completions: Sequence[str]
+    ) -> list[tuple[TokenGroup, list[int]]]:
+        """One group of a run; completions that cannot be encoded (they spell EOS) are left out."""
+        text = TextGroup(
+            id=str(run[0]),
+            where=f"prompt {prompts[run[0]][:60]!r}",
+            prompt=prompts[run[0]],
+            completions=tuple(normalize_completion(completions[i]) for i in run),
+        )
+        try:
+            tokens = groups.tokenize_group(text, self._encoder, self._limits, Counter())
+        except InvalidRow as error:
+            if error.reason != groups.EOS_INSIDE:
+                raise InputError(
+                    f"reward model: {error}\nIts own limit is the reward function's argument "
+                    f"max_prompt_tokens={self._limits.max_prompt_tokens}."
+                ) from error
+            alone = [[i] for i in run] if len(run) > 1 else []
+            return [found for one in alone for found in self._tokenize(one, prompts, completions)]
+        assert isinstance(tokens, TokenGroup)  # nothing is dropped under these limits
+        return [(tokens, run)]

@@ -1,0 +1,33 @@
+"""Rewards that read nothing but texts."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def length(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+    """Minus the number of words: the shorter, the better."""
+    return [-float(len(text.split())) for text in completions]
+
+
+def rouge_l(
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    *,
+    reference: Sequence[str | None],
+    **columns: Any,
+) -> list[float | None]:
+    """ROUGE-L F1 (with stemming) against the author's summary; None where there is no reference.
+
+    Args:
+        prompts: unused.
+        completions: [N].
+        reference: the data set's column of reference summaries; [N].
+        columns: unused.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    return [
+        None if target is None else scorer.score(target, text)["rougeL"].fmeasure
+        for target, text in zip(reference, completions, strict=True)
+    ]

@@ -1,0 +1,281 @@
+"""One training stage, from its config to exported Hugging Face folders.
+
+1. Everything that can be wrong is checked before anything long begins; the run then claims its
+   output folder.
+2. The newest checkpoint is restored, or the run starts from the model's weights.
+3. `loop.run` trains; held-out loss and generation are evaluated on the way.
+4. The best and the last parameters are exported, the last one last: it marks the run as complete.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from etils import epath
+
+from copg_jax import distributed, flops, inputs, runtime, sharding
+from copg_jax.config.sections import DataConfig
+from copg_jax.config.stages import MAY_DIFFER, TrainConfig
+from copg_jax.data.dataset import GroupDataset
+from copg_jax.data.stream import GroupStream, num_steps
+from copg_jax.evaluate import GenerationEvaluator, make_loss_evaluator
+from copg_jax.hf.pretrained import PretrainedModel, open_model
+from copg_jax.hf.weights import save_pretrained
+from copg_jax.models.layout import pack
+from copg_jax.objective import LossFn
+from copg_jax.tracking import MetricsLogger
+from copg_jax.train import loop, optim
+from copg_jax.train.checkpoint import Checkpoints
+from copg_jax.train.metrics import LateMetrics
+from copg_jax.train.state import TrainState, abstract_state, create_state, state_shardings
+from copg_jax.train.step import make_loss_step, make_train_step
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What sets one training stage apart from another."""
+
+    head: str  # "lm" or "score"
+    make_loss: Callable[[PretrainedModel], LossFn]
+    coefficients: Mapping[str, float] = field(default_factory=dict)  # numbers of the loss
+    # (section, model, data set): raises InputError where a data set does not fit the stage.
+    check_data: Callable[[DataConfig, PretrainedModel, GroupDataset], None] | None = None
+    # (model, output folder) → the evaluation by generation, and hashes of what it reads.
+    open_evaluation: (
+        Callable[[PretrainedModel, epath.Path], tuple[GenerationEvaluator, dict[str, str]]] | None
+    ) = None
+    best_metric: str | None = None  # whose best trained step is exported to best/
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a run is made of, once its inputs are checked."""
+
+    config: TrainConfig
+    folder: epath.Path
+    mesh: jax.sharding.Mesh
+    model: PretrainedModel
+    data: GroupDataset
+    held_out: GroupDataset | None
+    num_steps: int
+    optimizer: optax.GradientTransformation
+    shapes: TrainState
+    layout: TrainState
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        found = {"model": self.model.hash, "data": self.data.fingerprint}
+        return found | ({"validation": self.held_out.fingerprint} if self.held_out else {})
+
+
+def train(config: TrainConfig, stage: Stage) -> None:
+    """Runs one training stage, or what is left of it."""
+    runtime.setup(config.distributed)
+    run = _prepare(config, stage)
+    with Checkpoints(run.folder / "checkpoints", best_metric=stage.best_metric) as checkpoints:
+        start = checkpoints.latest_step or 0
+        exported = (run.folder / "model" / "config.json").exists()
+        if distributed.from_main(start >= run.num_steps and exported):
+            log.info("%s: already complete (%d steps)", run.folder, run.num_steps)
+            return
+        generation, hashes = None, {}
+        if stage.open_evaluation is not None:
+            generation, hashes = stage.open_evaluation(run.model, run.folder)
+        runtime.write_run_header(run.folder, config, run.inputs | hashes)
+        with MetricsLogger(
+            run.folder,
+            total_steps=run.num_steps,
+            log_every=config.training.log_every,
+            tensorboard=config.training.tensorboard,
+            resume_step=start or None,
+        ) as logger:
+            trained = _train(run, stage, checkpoints, logger, generation, start)
+        _export_all(run, checkpoints, trained)
+
+
+def _train(
+    run: _Run,
+    stage: Stage,
+    checkpoints: Checkpoints,
+    logger: MetricsLogger,
+    generation: GenerationEvaluator | None,
+    start: int,
+) -> Any:
+    """Trains from step `start` to the last; returns the parameters, without the optimiser's state,
+    to make room for those of the best step.
+    """
+    training, loss_fn = run.config.training, stage.make_loss(run.model)
+    hooks: list[loop.Hook] = []
+    evaluate, evaluation = _evaluation(run, stage, loss_fn, generation), None
+    if evaluate is not None:
+        evaluation = loop.EvaluationHook(
+            training, run.num_steps, evaluate, logger, stage.best_metric
+        )
+        hooks.append(evaluation)
+    hooks.append(loop.CheckpointHook(training, run.num_steps, checkpoints, logger, evaluation))
+    useful_flops = lambda batch: flops.useful_flops(
+        run.model.arch, batch.prompt_length, batch.completion_length, head=stage.head
+    )
+    return loop.run(
+        _Step(run, loss_fn, stage.coefficients),
+        _initial_state(run, checkpoints, start),
+        iter(_stream(run, start)),
+        range(start + 1, run.num_steps + 1),
+        mesh=run.mesh,
+        metrics=LateMetrics(logger, checkpoints.folder, run.mesh, useful_flops),
+        hooks=hooks,
+        # An evaluation that was due where the run was left is made up for.
+        begin_with_hooks=start == 0 or not checkpoints.is_evaluated(start),
+    ).params
+
+
+class _Step:
+    """The step of a run, compiled once: a batch of another shape or dtype is an error.
+
+    Args:
+        run: gives optimiser, mesh and learning rate.
+        loss_fn: what is minimised.
+        coefficients: its numbers.
+    """
+
+    def __init__(self, run: _Run, loss_fn: LossFn, coefficients: Mapping[str, float]) -> None:
+        self._step_fn = make_train_step(
+            loss_fn,
+            run.optimizer,
+            mesh=run.mesh,
+            state_shardings=run.layout,
+            num_microbatches=run.config.training.num_microbatches,
+        )
+        self._coefficients = as_arguments(coefficients)
+        self._learning_rate = partial(optim.learning_rate, run.config.optim, run.num_steps)
+        self._compiled: Any = None
+
+    def __call__(self, step: int, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
+        arguments = self._coefficients | {
+            "learning_rate": np.float32(self._learning_rate(step - 1))
+        }
+        if self._compiled is None:
+            log.info("compiling the training step")
+            begin = time.perf_counter()
+            self._compiled = self._step_fn.lower(state, batch, **arguments).compile()
+            log.info("compiled in %.0f s", time.perf_counter() - begin)
+        return self._compiled(state, batch, **arguments)
+
+
+def as_arguments(coefficients: Mapping[str, float]) -> dict[str, np.float32]:
+    """Numbers of a loss as a compiled step takes them."""
+    return {name: np.float32(value) for name, value in coefficients.items()}
+
+
+def _prepare(config: TrainConfig, stage: Stage) -> _Run:
+    """Opens model and data and checks that they fit the config, the mesh and each other."""
+    folder, training = epath.Path(config.output_dir), config.training
+    runtime.check_run_folder(folder, config, may_differ=MAY_DIFFER)
+    mesh = sharding.make_mesh(config.mesh)
+    loop.check_batch(training.batch_size, training.num_microbatches, mesh)
+    model = open_model(config.model, mesh, head=stage.head, remat=training.remat)
+    datasets = []
+    for name, section in (("train", config.data), ("validation", config.validation)):
+        if section is None:
+            continue
+        dataset = inputs.open_data(section, model, folder, name)
+        if stage.check_data is not None:
+            stage.check_data(section, model, dataset)
+        datasets.append(dataset)
+    total = num_steps(len(datasets[0]), training.batch_size, training.num_epochs)
+    total = total if training.max_steps is None else min(total, training.max_steps)
+    optimizer = optim.make_optimizer(config.optim)
+    return _Run(
+        config=config,
+        folder=folder,
+        mesh=mesh,
+        model=model,
+        data=datasets[0],
+        held_out=datasets[1] if len(datasets) > 1 else None,
+        num_steps=total,
+        optimizer=optimizer,
+        shapes=abstract_state(optimizer, model.shapes),
+        layout=state_shardings(mesh, optimizer, model.shapes, model.axes),
+    )
+
+
+def _stream(run: _Run, start: int) -> GroupStream:
+    """This host's share of the batches after step `start`."""
+    training = run.config.training
+    host, num_hosts = sharding.batch_share(run.mesh)
+    return GroupStream(
+        run.data,
+        pack,
+        batch_size=training.batch_size,
+        num_epochs=training.num_epochs,
+        seed=run.config.seed,
+        num_bins=sharding.num_batch_shards(run.mesh) * training.num_microbatches,
+        start_step=start,
+        host=host,
+        num_hosts=num_hosts,
+    )
+
+
+def _initial_state(run: _Run, checkpoints: Checkpoints, start: int) -> TrainState:
+    """The newest checkpoint, or the model's weights with a fresh optimiser."""
+    if start:
+        log.info("%s: resuming after step %d of %d", run.folder, start, run.num_steps)
+        return checkpoints.restore(start, run.shapes, run.layout)
+    score_key = jax.random.key(run.config.seed) if run.model.head == "score" else None
+    params = run.model.load(score_key=score_key)
+    return create_state(run.optimizer, params, run.layout)
+
+
+def _evaluation(
+    run: _Run, stage: Stage, loss_fn: LossFn, generation: GenerationEvaluator | None
+) -> loop.Evaluate | None:
+    """Joins the held-out loss and the evaluation by generation; None where there is neither."""
+    if run.held_out is None and generation is None:
+        return None
+    held_out_loss = None
+    if run.held_out is not None:
+        loss_step = make_loss_step(loss_fn, mesh=run.mesh)
+        held_out_loss = make_loss_evaluator(
+            partial(loss_step, **as_arguments(stage.coefficients)),
+            run.held_out,
+            # What fits a training step fits here.
+            batch_size=run.config.training.batch_size // run.config.training.num_microbatches,
+            mesh=run.mesh,
+        )
+
+    def evaluate(params: Any, at: int) -> tuple[dict[str, float], dict[str, str]]:
+        metrics = held_out_loss(params) if held_out_loss is not None else {}
+        generated, texts = generation(params, at) if generation is not None else ({}, {})
+        return metrics | generated, texts
+
+    return evaluate
+
+
+def _export_all(run: _Run, checkpoints: Checkpoints, last: Any) -> None:
+    """Writes best/ and then model/, of the `last` parameters; the two are all that is in memory."""
+    best = checkpoints.best()
+    if best is not None:
+        is_last = best[0] == run.num_steps
+        params = last if is_last else checkpoints.restore_params(best[0], run.shapes, run.layout)
+        _export(run, "best", params)
+        log.info("best/ is step %d, value %.4f", *best)
+    _export(run, "model", last)
+
+
+def _export(run: _Run, name: str, params: Any) -> None:
+    save_pretrained(
+        run.folder / name,
+        run.model.arch,
+        params,
+        head=run.model.head,
+        tokenizer=run.model.tokenizer,
+    )
+    log.info("wrote %s", run.folder / name)

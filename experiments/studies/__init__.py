@@ -1,0 +1,1 @@
+"""Studies of the theory, beyond what the paper states."""

@@ -1,0 +1,142 @@
+"""Claims about the schemas: each becomes the same group; bad rows name place, field and fix."""
+
+import pytest
+
+from copg_jax.data.formats.columns import NEWS, InvalidRow, to_group
+
+CARPER = "SUBREDDIT: r/tifu\nTITLE: My bike\nPOST: It broke.\nTwice.\nTL;DR: "
+ARTICLE = {
+    "id": "b",
+    "site": "cnn",
+    "title": "t",
+    "article": "text",
+    "post": None,
+    "subreddit": None,
+}
+
+
+def sft_rows(sft_row, prompt):
+    """One post in all schemas with a single completion."""
+    return [
+        sft_row,
+        sft_row | {"query": "x", "query_token": [1], "reference_response": " x<|endoftext|>"},
+        {"prompt": prompt, "completion": " bike broke"},
+        {"prompt": CARPER, "label": "bike broke"},
+    ]
+
+
+def pair_rows(prompt):
+    """One pair in all schemas with chosen and rejected."""
+    return [
+        {"prompt": prompt, "chosen": " no bike", "rejected": " bike broke"},
+        {
+            "prompt": CARPER.removesuffix("\nTL;DR: "),
+            "chosen": "TL;DR: no bike",
+            "rejected": "TL;DR: bike broke",
+        },
+        {"prompt": prompt, "completions": ["no bike", "bike broke"], "rewards": [1, 0.0]},
+    ]
+
+
+def test_every_single_completion_schema_gives_the_same_group(sft_row, prompt):
+    for row in sft_rows(sft_row, prompt):
+        group = to_group("f:1", row)
+        assert (group.prompt, group.completions, group.rewards) == (prompt, (" bike broke",), None)
+        assert group.columns == {
+            "reference": "bike broke",
+            "subreddit": "tifu",
+            "title": "My bike",
+        }
+
+
+def test_every_pair_schema_gives_reward_one_to_the_chosen(comparison_row, prompt):
+    for row in pair_rows(prompt):
+        group = to_group("f:1", row)
+        assert (group.prompt, group.completions) == (prompt, (" no bike", " bike broke"))
+        assert group.rewards == (1.0, 0.0)
+        assert group.columns == {"subreddit": "tifu", "title": "My bike"}
+    group = to_group("f:1", comparison_row)
+    assert (group.prompt, group.completions) == (prompt, (" bike broke", " no bike"))
+    assert group.rewards == (0.0, 1.0) and group.id == "t3_a"
+    comparison_row["choice"] = 0
+    assert to_group("f:1", comparison_row).rewards == (1.0, 0.0)
+
+
+def test_groups_of_k_keep_null_rewards_ref_logps_and_other_columns():
+    row = {
+        "prompt": "Say a.",
+        "completions": ["a", "b", "c"],
+        "rewards": [0.5, None, 2],
+        "ref_logps": [-1.0, -2.0, -3.0],
+        "topic": "letters",
+    }
+    group = to_group("dir/f.jsonl:7", row)
+    assert group.prompt == "Say a." and group.completions == (" a", " b", " c")
+    assert group.rewards == (0.5, None, 2) and group.ref_logps == (-1.0, -2.0, -3.0)
+    assert group.columns == {"topic": "letters"} and group.id == "f.jsonl:7"
+    assert to_group("f:1", {"prompt": "Say a.", "completions": ["a"]}).rewards is None
+
+
+def test_news_articles_are_left_out_in_every_schema(comparison_row):
+    news = "TITLE: t\n\ntext\n\nTL;DR:"
+    assert to_group("f:1", comparison_row | {"info": ARTICLE}) == NEWS
+    assert to_group("f:1", {"prompt": news, "chosen": "a", "rejected": "b"}) == NEWS
+
+
+def test_an_unknown_schema_lists_what_was_got_and_all_that_is_known():
+    with pytest.raises(InvalidRow) as error:
+        to_group("f.jsonl:3", {"prompt": "p", "chosen": "c", "extra": 1})
+    text = str(error.value)
+    assert text.startswith("f.jsonl:3: fields ['rejected'] are missing")
+    assert "got ['chosen', 'extra', 'prompt']" in text
+    for fields in ("info, summaries, choice", "prompt, label", "subreddit, title, post, summary"):
+        assert fields in text
+    assert "data.invalid_rows=drop" in text
+
+
+def bad(row, **changes):
+    return {name: value for name, value in (row | changes).items() if value is not ...}
+
+
+GROUP = {"prompt": "p", "completions": ["a", "b"], "rewards": [1.0, 0.0], "ref_logps": [-1.0, -2.0]}
+PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
+BAD_ROWS = [
+    (bad(PAIR, prompt=" "), "empty prompt", "'prompt' is empty"),
+    (bad(PAIR, prompt=3), "wrong type", r"field 'prompt': wanted a string, got int \(3\)"),
+    (bad(PAIR, chosen=""), "empty completion", "completion 0 is empty"),
+    (bad(PAIR, rejected=None), "wrong type", "'rejected': wanted a string, got NoneType"),
+    (bad(PAIR, chosen=" b"), "identical completions", "all 2 completions are the same text"),
+    (bad(GROUP, completions=["a", "a"]), "identical completions", "all 2 completions"),
+    (bad(GROUP, completions=[]), "empty completion", "'completions' is an empty list"),
+    (bad(GROUP, completions="a"), "wrong type", "'completions': wanted a list, got str"),
+    (bad(GROUP, completions=["a", 1]), "wrong type", r"'completions\[1\]': wanted a string"),
+    (bad(GROUP, rewards=[1.0]), "rewards count", "'rewards' has 1 entries for 2 completions"),
+    (bad(GROUP, rewards=[1.0, "x"]), "wrong type", r"'rewards\[1\]': wanted a number or null"),
+    (bad(GROUP, rewards=[1.0, True]), "wrong type", r"'rewards\[1\]': wanted a number or null"),
+    (bad(GROUP, rewards=[1.0, float("nan")]), "non-finite rewards", r"'rewards\[1\]' is nan"),
+    (bad(GROUP, rewards=[float("inf"), 1]), "non-finite rewards", r"'rewards\[0\]' is inf"),
+    (bad(GROUP, ref_logps=[0.0, float("nan")]), "non-finite ref_logps", r"ref_logps\[1\]"),
+]
+
+
+@pytest.mark.parametrize(("row", "reason", "text"), BAD_ROWS)
+def test_a_bad_row_names_place_field_and_what_was_got(row, reason, text):
+    with pytest.raises(InvalidRow, match=rf"f.jsonl:9: .*{text}") as error:
+        to_group("f.jsonl:9", row)
+    assert error.value.reason == reason
+
+
+def test_bad_posts_and_comparisons_are_named(sft_row, comparison_row):
+    with pytest.raises(InvalidRow, match="the post is empty"):
+        to_group("f:1", sft_row | {"post": "\n "})
+    with pytest.raises(InvalidRow, match=r"field 'title': wanted a string, got NoneType"):
+        to_group("f:1", sft_row | {"title": None})
+    for choice in (2, None, True, "1"):
+        with pytest.raises(InvalidRow, match="wanted 2 summaries and choice 0 or 1"):
+            to_group("f:1", comparison_row | {"choice": choice})
+    with pytest.raises(InvalidRow, match="got 1 and choice 1"):
+        to_group("f:1", comparison_row | {"summaries": comparison_row["summaries"][:1]})
+    with pytest.raises(InvalidRow, match=r"field 'summaries\[0\].text' is missing"):
+        to_group("f:1", comparison_row | {"summaries": [{}, {}]})
+    with pytest.raises(InvalidRow, match=r"field 'info.title' is missing"):
+        to_group("f:1", comparison_row | {"info": {"post": "p", "subreddit": "x"}})

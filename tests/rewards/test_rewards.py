@@ -1,0 +1,216 @@
+"""Reward functions: what a spec may name, what a function may answer, and the shipped ones."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from copg_jax import rewards
+from copg_jax.data.formats.columns import TextGroup
+from copg_jax.data.generated import write_generated
+from copg_jax.data.groups import collate
+from copg_jax.data.tokenizer import Encoder, load_tokenizer
+from copg_jax.errors import InputError
+from copg_jax.hf import weights as hf_weights
+from copg_jax.models.forward import reward as model_reward
+from copg_jax.models.params import init_params
+from copg_jax.rewards import RewardModel, RewardSpec, WeightedRewards, load_reward, score_texts
+from tests.toys import LLAMA, names_all
+
+NOT_CALLABLE = 3
+
+
+def some(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+    """Length in characters; None for an empty text."""
+    return [float(len(text)) if text else None for text in completions]
+
+
+def make_scaled(factor: float) -> rewards.RewardFn:
+    """Factory of a reward function."""
+    return lambda prompts, completions, **_: [factor * len(text) for text in completions]
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("no_such_module.reward", "no_such_module"),
+        ("copg_jax.rewards.rouge", "has no attribute 'rouge'"),
+        ("rouge_l", "Empty module name"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_named_with_the_form_of_one_that_does(path, reason):
+    with pytest.raises(InputError) as caught:
+        load_reward(RewardSpec(path))
+    names_all(str(caught.value), [repr(path), reason, "copg_jax.rewards.rouge_l", "PYTHONPATH"])
+
+
+@pytest.mark.parametrize("name", [f"{__name__}.NOT_CALLABLE", "copg_jax.rewards.RewardModel"])
+def test_what_is_not_a_function_is_refused(name):
+    with pytest.raises(InputError, match="not a function; a class needs `arguments`") as caught:
+        load_reward(RewardSpec(name))
+    assert name in str(caught.value)
+
+
+def test_arguments_go_to_a_factory_and_wrong_ones_are_named():
+    path = f"{__name__}.make_scaled"
+    function = load_reward(RewardSpec(path, {"factor": 2.0}))
+    assert function(prompts=["p"], completions=["abc"]) == [6.0]
+    with pytest.raises(InputError, match=r"arguments do not fit.*'scale'"):
+        load_reward(RewardSpec(path, {"scale": 2.0}))
+
+
+def ask(answer: Any, completions: list[str]) -> np.ndarray:
+    """What `score_texts` makes of an answer."""
+    return score_texts(lambda **_: answer, ["p"] * len(completions), completions, {}, name="mine")
+
+
+def test_none_and_nan_mark_a_completion_as_to_be_dropped():
+    np.testing.assert_array_equal(ask([1, None, math.nan], ["a", "b", "c"]), [1, np.nan, np.nan])
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ([1.0], r"mine: wanted 2 rewards, one a completion, got 1"),
+        ([1.0, -math.inf], r"mine: infinite reward for completion 'second'.*return None"),
+        ([1.0, "high"], r"mine: wanted numbers or None, got .*high"),
+        ([1.0, [2.0]], r"mine: wanted numbers or None"),
+    ],
+)
+def test_an_answer_that_is_no_list_of_rewards_is_refused(answer, reason):
+    with pytest.raises(InputError, match=reason):
+        ask(answer, ["first", "second"])
+
+
+def test_a_column_that_a_function_wants_and_the_data_lacks_is_named():
+    with pytest.raises(InputError) as caught:
+        score_texts(rewards.rouge_l, ["p"], ["c"], {"subreddit": ["a"]}, name="rouge_l")
+    names_all(str(caught.value), ["rouge_l", "reference", "subreddit"])
+
+
+def test_the_total_is_the_weighted_sum_and_absent_where_a_part_is():
+    total, parts = WeightedRewards(
+        [
+            RewardSpec("copg_jax.rewards.length", weight=0.5),
+            RewardSpec(f"{__name__}.make_scaled", {"factor": 3.0}, weight=2.0),
+            RewardSpec(f"{__name__}.some"),
+        ]
+    )(["p", "p"], ["a bc", ""], {})
+    np.testing.assert_allclose(total, [0.5 * -2 + 2 * 12 + 4, np.nan])
+    assert parts["copg_jax.rewards.length"].tolist() == [-2.0, 0.0]
+    assert parts[f"{__name__}.make_scaled"].tolist() == [12.0, 0.0]
+
+
+def test_no_reward_function_at_all_is_refused():
+    with pytest.raises(InputError, match=r"rewards: wanted at least one.*got none; e\.g\."):
+        WeightedRewards([])
+
+
+def test_the_provenance_changes_with_the_spec():
+    first = WeightedRewards([RewardSpec("copg_jax.rewards.length")]).provenance
+    assert first == WeightedRewards([RewardSpec("copg_jax.rewards.length")]).provenance
+    assert first != WeightedRewards([RewardSpec("copg_jax.rewards.length", weight=2.0)]).provenance
+
+
+def test_rouge_l_is_the_f1_of_the_longest_common_subsequence_of_stems():
+    references = ["the cat sat on the mat", "dogs barked", "one two three", None, "alpha"]
+    texts = ["the cat sat", "a dog barks", "three two one", "text", ""]
+    got = rewards.rouge_l(["p"] * 5, texts, reference=references, other=["x"] * 5)
+    # LCS 3 of 3 and 6 words; 2 of 3 and 2 stems; 1 of 3 and 3; no reference; nothing in common.
+    assert got == [pytest.approx(2 / 3), pytest.approx(4 / 5), pytest.approx(1 / 3), None, 0.0]
+
+
+def test_length_is_minus_the_number_of_words():
+    assert rewards.length(["p"] * 3, [" one two", "", "x"], any_column=[1, 2, 3]) == [-2, 0, -1]
+
+
+def test_pairwise_accuracy_counts_strictly_ordered_pairs_and_ties_as_wrong():
+    def group(texts: str, labels: tuple[float | None, ...] | None) -> TextGroup:
+        return TextGroup("i", "w", "p", tuple(texts.split(",")), labels)
+
+    labelled = [
+        group("aaa,b", (1.0, 0.0)),  # longer is preferred: right
+        group("a,bbb", (1.0, 0.0)),  # wrong
+        group("a,b", (0.0, 1.0)),  # the function ties: wrong
+        group("a,b", (1.0, 1.0)),  # no preference: not counted
+        group("aaa,bb,c", (3.0, 2.0, None)),  # one pair with labels: right
+        group("a,b", None),
+    ]
+    assert rewards.pairwise_accuracy(some, labelled) == pytest.approx(2 / 4)
+    assert math.isnan(rewards.pairwise_accuracy(some, [group("a,b", (1.0, 1.0))]))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny random reward model with the tokenizer of generated posts."""
+    folder = tmp_path_factory.mktemp("reward")
+    write_generated(folder / "data", num_posts=20, num_comparisons=2, seed=0, vocab_size=300)
+    tokenizer = load_tokenizer(folder / "data" / "tokenizer")
+    config = replace(LLAMA, vocab_size=len(tokenizer))
+    params = init_params(config, jax.random.key(0), head="score")
+    params = jax.tree.map(lambda x: x if x.ndim == 1 else 10 * x, params)
+    hf_weights.save_pretrained(folder / "m", config, params, head="score", tokenizer=tokenizer)
+    return folder / "m"
+
+
+PROMPTS = ["A short prompt", "A short prompt", "Another", "A short prompt"]
+TEXTS = [" one summary", "another, longer summary", " x", "one summary"]
+
+
+@pytest.fixture(scope="module")
+def together(folder) -> list[float]:
+    """Rewards of all texts in one call."""
+    return list(RewardModel(str(folder))(PROMPTS, TEXTS, reference=[None] * 4))
+
+
+def test_the_reward_model_s_numbers_do_not_depend_on_the_batch(folder, together):
+    model = RewardModel(str(folder))
+    assert np.ptp(together) > 0.1
+    assert together[0] == pytest.approx(together[3], abs=1e-5)  # one leading blank or none
+    alone = [model([p], [t])[0] for p, t in zip(PROMPTS, TEXTS, strict=True)]
+    np.testing.assert_allclose(alone, together, atol=1e-5)
+    order = [2, 3, 1, 0]
+    moved = model([PROMPTS[i] for i in order], [TEXTS[i] for i in order])
+    np.testing.assert_allclose(moved, np.array(together)[order], atol=1e-5)
+
+
+def test_the_reward_model_uses_all_devices_where_their_number_does_not_divide_its_width(
+    folder, together, monkeypatch
+):
+    six = jax.devices()[:6]
+    monkeypatch.setattr(jax, "devices", lambda: six)
+    model = RewardModel(str(folder))
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(model._forward._params)} == {
+        6
+    }
+    np.testing.assert_allclose(model(PROMPTS, TEXTS), together, atol=1e-5)
+
+
+def test_the_reward_model_gives_the_number_that_its_training_saw(folder, together):
+    config = hf_weights.read_config(folder)
+    params = hf_weights.load_params(folder, config, head="score")
+    encoder = Encoder(load_tokenizer(folder))
+    group = rewards.TokenGroup(
+        "i",
+        "w",
+        PROMPTS[0],
+        np.asarray(encoder.encode_prompt(PROMPTS[0]), np.int32),
+        tuple(TEXTS[:2]),
+        tuple(
+            np.asarray(encoder.encode_completion(t), np.int32) for t in (TEXTS[0], " " + TEXTS[1])
+        ),
+    )
+    batch = collate(
+        [group], batch_size=2, prompt_sizes=(40, 40), num_completions=3, completion_size=40
+    )
+    scores = jax.jit(lambda p, b: model_reward(config, p, b))(params, batch)
+    np.testing.assert_allclose(scores[0, :2], together[:2], atol=1e-5)
+
+
+def test_an_empty_generation_has_a_reward_too(folder):
+    (reward,) = RewardModel(str(folder))(["A short prompt"], [""])
+    assert math.isfinite(reward)

@@ -1,0 +1,110 @@
+"""Checkpoints: the newest and the best are kept, any mesh restores, other models are refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from copg_jax.errors import InputError
+from copg_jax.train import state as train_state
+from copg_jax.train.checkpoint import Checkpoints
+from tests.toys import Toy, assert_trees_equal, group_batch, leaves, mesh
+
+METRIC = "eval/reward_mean"
+
+
+@pytest.fixture
+def trained() -> Toy:
+    """A toy whose state is one step old, on eight devices."""
+    toy = Toy(mesh(1, 8, 1))
+    toy.state, _ = toy.step(toy.state, toy.place(group_batch(np.arange(16.0).reshape(8, 2))))
+    return toy
+
+
+def test_a_state_comes_back_bit_for_bit_on_the_same_and_on_other_meshes(tmp_path, trained):
+    wanted = leaves(trained.state)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, trained.state)
+    for sizes in ((1, 8, 1), (2, 2, 2), (1, 1, 1)):
+        layout = Toy(mesh(*sizes)).layout
+        with Checkpoints(tmp_path) as checkpoints:
+            assert checkpoints.latest_step == 1
+            state = checkpoints.restore(1, trained.abstract, layout)
+        assert_trees_equal(state, wanted)
+        for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(layout), strict=True):
+            assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+
+
+def test_the_parameters_come_back_alone_on_another_mesh(tmp_path, trained):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, trained.state)
+    layout = Toy(mesh(2, 2, 2)).layout
+    with Checkpoints(tmp_path) as checkpoints:
+        params = checkpoints.restore_params(1, trained.abstract, layout)
+    assert_trees_equal(params, leaves(trained.state.params))
+    for leaf, place in zip(jax.tree.leaves(params), jax.tree.leaves(layout.params), strict=True):
+        assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+
+
+def test_saving_returns_before_the_state_may_be_donated(tmp_path, trained):
+    wanted = leaves(trained.state)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, trained.state)
+        trained.step(trained.state, trained.place(group_batch(np.ones((8, 2)))))
+    with Checkpoints(tmp_path) as checkpoints:
+        assert_trees_equal(checkpoints.restore(1, trained.abstract, trained.layout), wanted)
+
+
+def test_only_the_newest_two_are_kept_without_a_metric(tmp_path, trained):
+    with Checkpoints(tmp_path) as checkpoints:
+        for at in (1, 2, 3):
+            checkpoints.save(at, trained.state)
+        assert checkpoints.best() is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
+
+
+def test_the_newest_two_and_the_best_by_the_metric_are_kept(tmp_path, trained):
+    values = {1: 0.5, 2: 2.0, 3: 1.0, 4: None, 5: 1.5}
+    with Checkpoints(tmp_path, best_metric=METRIC) as checkpoints:
+        assert checkpoints.best() is None
+        for at, value in values.items():
+            checkpoints.save(at, trained.state, value)
+        assert checkpoints.best() == (2, 2.0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4", "5"]
+    with Checkpoints(tmp_path, best_metric=METRIC) as checkpoints:  # and after a restart
+        assert checkpoints.best() == (2, 2.0)
+        assert checkpoints.latest_step == 5
+
+
+def test_a_step_that_is_there_is_left_alone(tmp_path, trained):
+    wanted = leaves(trained.state)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, trained.state)
+        checkpoints.save(1, jax.tree.map(jnp.zeros_like, trained.state))
+    with Checkpoints(tmp_path) as checkpoints:
+        assert_trees_equal(checkpoints.restore(1, trained.abstract, trained.layout), wanted)
+
+
+@pytest.mark.parametrize("other", ["names", "shapes", "optimizer"])
+def test_a_checkpoint_of_another_model_or_optimiser_is_refused(tmp_path, trained, other):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, trained.state)
+    optimizer = optax.sgd(0.1, momentum=0.9) if other == "optimizer" else trained.optimizer
+    name, size = ("v" if other == "names" else "w"), (16 if other == "shapes" else 8)
+    shapes = {name: jax.ShapeDtypeStruct((size,), jnp.float32)}
+    layout = train_state.state_shardings(trained.mesh, optimizer, shapes, {name: ("embed",)})
+    abstract = train_state.abstract_state(optimizer, shapes)
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(InputError, match=r"(?s)wanted a checkpoint of this model.*Fix: ") as caught,
+    ):
+        checkpoints.restore(1, abstract, layout)
+    assert str(tmp_path / "1") in str(caught.value)
+
+
+def test_a_state_that_halted_may_try_again_when_restored(tmp_path, trained):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, trained.state._replace(halted=jnp.bool_(True)))
+    with Checkpoints(tmp_path) as checkpoints:
+        assert not checkpoints.restore(1, trained.abstract, trained.layout).halted
