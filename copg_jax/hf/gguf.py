@@ -212,7 +212,7 @@ def _make_tokenizer(metadata: _Metadata) -> transformers.PreTrainedTokenizerFast
         "bos_token": bos,
         "eos_token": eos,
         "unk_token": special("unknown"),
-        # Padding that equals EOS would hide the EOS from a reward model: see hf_weights.
+        # Padding that equals EOS would hide the EOS from a reward model: see `weights._pad_id`.
         "pad_token": None if pad == eos else pad,
         "chat_template": metadata.get("tokenizer.chat_template"),
     }
