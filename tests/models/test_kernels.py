@@ -94,7 +94,7 @@ def test_what_stands_in_padding_changes_nothing_and_leaves_only_finite_numbers(a
     assert np.isfinite(np.asarray(mixed, np.float32)).all()
     other = attend(*(jnp.where(valid, x, 99.0).astype(x.dtype) for x in (q, k, v)))
     np.testing.assert_array_equal(jnp.where(valid, mixed, 0), jnp.where(valid, other, 0))
-    # A loss that reads rows of padding, as those of batches without a layout are read by later layers.
+    # A loss that reads rows of padding, as later layers read those of batches without a layout.
     grads = jax.grad(lambda *x: attend(*x).astype(jnp.float32).sum(), argnums=(0, 1, 2))(q, k, v)
     assert all(np.isfinite(np.asarray(grad, np.float32)).all() for grad in grads)
 
