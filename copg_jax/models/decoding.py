@@ -125,8 +125,8 @@ def prefill(
     x, final = decoder.last_layer(params["last_layer"], x, rotation, attend_last, read=read)
 
     hidden = decoder.final_norm(params, x).reshape(len(prompt_length), -1)
-    room = partial(_with_room, num_samples=num_samples, max_new_tokens=max_new_tokens)
-    layers, final = (tuple(room(*of_bucket) for of_bucket in part) for part in (layers, final))
+    begin = partial(_begin, num_samples=num_samples, max_new_tokens=max_new_tokens)
+    layers, final = (tuple(begin(*of_bucket) for of_bucket in part) for part in (layers, final))
     return Cache(prompt_length.reshape(group.num_bins, -1), layers, final), hidden
 
 
@@ -138,7 +138,7 @@ def _of_prompts(k: Slots, v: Slots) -> list[tuple[jax.Array, jax.Array]]:
     ]
 
 
-def _with_room(
+def _begin(
     prompt_k: jax.Array, prompt_v: jax.Array, *, num_samples: int, max_new_tokens: int
 ) -> KeyValues:
     """Keys and values of prompts, and zeros in place of those of their completions."""

@@ -529,7 +529,7 @@ class GroupPacking(NamedTuple):
         """Of an array by slot, [R, S, ...]."""
         prompts = ((self.num_bins * count, width) for count, width in self.buckets)
         shapes = (*prompts, self.completion_shape)
-        parts = _split(slots, [math.prod(shape) // self.num_bins for shape in shapes])
+        parts = _pieces(slots, [math.prod(shape) // self.num_bins for shape in shapes])
         *prompts, completions = (
             part.reshape(*shape, *slots.shape[2:])
             for part, shape in zip(parts, shapes, strict=True)
@@ -546,7 +546,7 @@ def by_bucket(x: jax.Array, num_bins: int, counts: Sequence[int]) -> list[jax.Ar
         counts: places of each bucket in a bin, n_j.
     """
     bins = x.reshape(num_bins, -1, *x.shape[1:])
-    return [part.reshape(-1, *x.shape[1:]) for part in _split(bins, counts)]
+    return [part.reshape(-1, *x.shape[1:]) for part in _pieces(bins, counts)]
 
 
 def from_buckets(parts: Sequence[jax.Array], num_bins: int) -> jax.Array:
@@ -556,6 +556,6 @@ def from_buckets(parts: Sequence[jax.Array], num_bins: int) -> jax.Array:
     return jnp.concatenate(bins, axis=1).reshape(-1, *rest)
 
 
-def _split(x: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
+def _pieces(x: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
     """Pieces of these sizes along the second axis."""
     return jnp.split(x, list(itertools.accumulate(sizes))[:-1], axis=1)
