@@ -23,8 +23,13 @@ def _prefill(arch, params, group, num_samples, layout=None):
 
 
 @pytest.mark.parametrize("num_samples", [1, 3])
-@pytest.mark.parametrize("buckets", [False, True])
-@pytest.mark.parametrize(("num_bins", "spare"), [(None, 0), (1, 0), (1, 3), (3, 0), (3, 2)])
+@pytest.mark.parametrize(
+    ("num_bins", "spare", "buckets"),
+    [
+        (None, None, None),  # no layout
+        *((bins, spare, buckets) for bins, spare in ((1, 0), (1, 3), (3, 2)) for buckets in (0, 1)),
+    ],
+)
 def test_prefill_and_decode_steps_give_the_states_of_training(
     arch, params, make_group, num_samples, num_bins, spare, buckets
 ):
