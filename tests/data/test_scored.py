@@ -56,10 +56,12 @@ def token_group(prompt=(5, 400, 6), ids=((7, 8), (9, 3, 4)), **changes) -> Token
     return dataclasses.replace(group, **changes)
 
 
-def scored_group(reward=(1.5, None), ref_logp=(-3.25, -4.5), **changes) -> ScoredGroup:
+def scored_group(reward=(1.5, math.nan), ref_logp=(-3.25, -4.5), **changes) -> ScoredGroup:
     """The same with scores."""
-    rewards = {"a": (0.5, None), "b": reward}
-    return ScoredGroup(token_group(**changes), reward, ref_logp, rewards)
+    group = token_group(
+        rewards=np.array(reward), ref_logps=np.array(ref_logp, np.float32), **changes
+    )
+    return ScoredGroup(group, {"a": np.array([0.5, math.nan]), "b": group.rewards})
 
 
 def write(folder, *groups, tokenizer=None, **changes) -> str:
@@ -111,7 +113,7 @@ def test_what_was_scored_comes_back_number_for_number(plain, tmp_path, rng):
             columns={"topic": i, "nested": {"a": [None, "ü"]}},
         )
         wanted.append(group)
-    groups = [ScoredGroup(g, g.rewards.tolist(), g.ref_logps.tolist(), {}) for g in wanted]
+    groups = [ScoredGroup(group, {}) for group in wanted]
     dataset = prepared(write(tmp_path / "s", *groups, tokenizer=plain), plain)
     assert len(dataset) == 300 and dataset.has_rewards
     for got, group in zip(dataset, wanted, strict=True):
@@ -154,7 +156,7 @@ def test_ids_reach_the_batch_as_they_are_without_a_tokenizer(plain, tmp_path, mo
 def test_limits_leave_completions_out_and_refuse_prompts_but_cut_nothing(plain, tmp_path):
     groups = [
         scored_group((1.0, 2.0, 3.0), (-1.0,) * 3, ids=((1,), (2, 3, 4), (5, 6))),
-        scored_group((1.0, None), (-1.0,) * 2),
+        scored_group((1.0, math.nan), (-1.0,) * 2),
         scored_group((1.0, 2.0), (-1.0,) * 2, ids=((1,), (2, 3, 4))),
     ]
     path = write(tmp_path / "s", *groups, tokenizer=plain)
@@ -215,19 +217,27 @@ def test_only_whole_parts_count_as_finished(tmp_path):
     assert scored.count_rewards(tmp_path) == {"completions scored": 4, "without a reward": 2}
 
 
-def test_scores_that_cannot_be_trained_on_name_place_and_completion(tmp_path):
-    def refused(text):
-        return pytest.raises(InputError, match=f"f.jsonl:8: {text}")
-
-    with refused("the reward of completion 1 is inf"):
-        scored.write_part(tmp_path, 0, [scored_group()._replace(reward=(0.0, math.inf))])
-    with refused("the reward 'b' of completion 0 is -inf"):
-        scored.write_part(tmp_path, 0, [scored_group((-math.inf, 0.0))])
-    with refused("the reference log-prob.* completion 0 is nan"):
-        scored.write_part(tmp_path, 0, [scored_group(ref_logp=(math.nan, -1.0))])
-    with refused("got 1 reward for 2 completions"):
-        scored.write_part(tmp_path, 0, [scored_group((1.0,))])
-    assert scored.finished_parts(tmp_path) == []
+@pytest.mark.parametrize(
+    ("group", "text"),
+    [
+        (scored_group((0.0, math.inf)), "the reward of completion 1 is inf"),
+        (scored_group((0.0, 1e39)), "the reward of completion 1 is inf"),  # in float32 it is
+        (
+            scored_group()._replace(rewards={"a": np.array([-math.inf, 0.0])}),
+            "the reward 'a' of completion 0 is -inf",
+        ),
+        (scored_group(ref_logp=(math.nan, -1)), "the reference log-prob.* completion 0 is nan"),
+        (scored_group(ref_logp=(0, -math.inf)), "the reference log-prob.* completion 1 is -inf"),
+        (scored_group((1.0,)), "wanted ids .*for each of 2 completions, .*'rewards': 1"),
+        (scored_group(ids=((1,), ())), r"wanted ids .* got \[3, 1, 0\] ids"),
+        (scored_group(prompt=()), r"wanted ids of the prompt .* got \[0, 2, 3\] ids"),
+    ],
+    ids=range(8),
+)
+def test_scores_that_cannot_be_trained_on_name_place_and_completion(tmp_path, group, text):
+    with pytest.raises(InputError, match=f"f.jsonl:8: {text}"):
+        scored.write_part(tmp_path, 0, [scored_group(), group])
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -236,11 +246,11 @@ def test_scores_that_cannot_be_trained_on_name_place_and_completion(tmp_path):
         ("origin", None, "TypeError"),
         ("prompt_token_ids", [], "wanted ids of the prompt"),
         ("completion_token_ids", [[7], []], "wanted ids of the prompt"),
-        ("completion_token_ids", [[7]], "for each of its 2 completions"),
-        ("completions", ["a"], "for each of its 1 completions"),
-        ("reward", [1.0], "for each of its 2 completions"),
-        ("has_eos", [True] * 3, "for each of its 2 completions"),
-        ("ref_logp", [-1.0, None], r"ref_logp is \[-1.0, None\]"),
+        ("completion_token_ids", [[7]], "for each of 2 completions"),
+        ("completions", ["a"], "for each of 1 completions"),
+        ("reward", [1.0], "for each of 2 completions"),
+        ("has_eos", [True] * 3, "for each of 2 completions"),
+        ("ref_logp", [-1.0, None], "the reference log-probability of completion 1 is nan"),
         ("columns", "{", "JSONDecodeError"),
         ("columns", ..., "KeyError: 'columns'"),
     ],
@@ -252,7 +262,7 @@ def test_a_row_that_the_score_stage_did_not_write_so_is_named(plain, tmp_path, c
     row = {name: item for name, item in (row | {column: value}).items() if item is not ...}
     schema = pa.schema([field for field in scored.SCHEMA if field.name in row])
     pq.write_table(pa.Table.from_pylist([row], schema), part)
-    with pytest.raises(InputError, match=rf"part-00000.parquet:1: .*{text}.* Score again"):
+    with pytest.raises(InputError, match=rf"part-00000.parquet:1: .*{text}"):
         prepared(path, plain)
 
 
