@@ -66,7 +66,7 @@ class ScoredGroup(NamedTuple):
     """
 
     group: TokenGroup
-    rewards: Mapping[str, np.ndarray]
+    by_name: Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -275,7 +275,7 @@ def _check_finite(where: str, what: str, values: Any, *, or_nan: bool) -> None:
 def _row(scored: ScoredGroup) -> dict[str, Any]:
     group, count = scored.group, len(scored.group.completions)
     _check(group)
-    for name, values in scored.rewards.items():
+    for name, values in scored.by_name.items():
         _check_finite(group.where, f"reward '{name}'", values, or_nan=True)
     return {
         "id": group.id,
@@ -285,7 +285,7 @@ def _row(scored: ScoredGroup) -> dict[str, Any]:
         "completion_token_ids": group.completion_tokens,
         "has_eos": [True] * count if group.has_eos is None else group.has_eos,
         "origin": [0] * count if group.origin is None else group.origin,
-        "rewards": [(name, _or_null(values)) for name, values in scored.rewards.items()],
+        "rewards": [(name, _or_null(values)) for name, values in scored.by_name.items()],
         "reward": _or_null(group.rewards),
         "ref_logp": group.ref_logps,
         "columns": json.dumps(group.columns, default=str),

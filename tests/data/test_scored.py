@@ -223,7 +223,7 @@ def test_only_whole_parts_count_as_finished(tmp_path):
         (scored_group((0.0, math.inf)), "the reward of completion 1 is inf"),
         (scored_group((0.0, 1e39)), "the reward of completion 1 is inf"),  # in float32 it is
         (
-            scored_group()._replace(rewards={"a": np.array([-math.inf, 0.0])}),
+            scored_group()._replace(by_name={"a": np.array([-math.inf, 0.0])}),
             "the reward 'a' of completion 0 is -inf",
         ),
         (scored_group(ref_logp=(math.nan, -1)), "the reference log-prob.* completion 0 is nan"),

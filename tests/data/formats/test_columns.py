@@ -74,6 +74,9 @@ def test_groups_of_k_keep_null_rewards_and_other_columns():
     assert group.rewards == (0.5, None, 2)
     assert group.columns == {"topic": "letters"} and group.id == "f.jsonl:7"
     assert to_group("f:1", {"prompt": "Say a.", "completions": ["a"]}).rewards is None
+    # ln π_ref comes with scored data only: here it is a column like any other.
+    group = to_group("f:1", row | {"ref_logps": [-1.0, -2.0, -3.0]})
+    assert group.columns == {"topic": "letters", "ref_logps": [-1.0, -2.0, -3.0]}
 
 
 def test_news_articles_are_left_out_in_every_schema(comparison_row):
