@@ -220,6 +220,23 @@ def test_the_folder_of_another_run_is_refused_with_the_differences(workplace):
     assert "part_size: 16 -> 5" in refused
 
 
+def test_a_scored_folder_of_the_first_format_is_neither_trained_on_nor_gone_on_with(
+    workplace, tmp_path
+):
+    folder = tmp_path / "old"
+    shutil.copytree(workplace.folder / "score", folder)
+    side_car = json.loads((folder / "scored.json").read_text()) | {"format": 1}
+    (folder / "scored.json").write_text(json.dumps(side_car))
+    elsewhere = f"output_dir={tmp_path / 'run'}"
+    again = f"python -m experiments.score {folder}/config.yaml output_dir={folder}-format2"
+    for text in (
+        workplace.refusal("policy", elsewhere, f"data.path={folder}"),
+        workplace.refusal("score", f"output_dir={folder}"),
+    ):
+        names_all(text, [f"{folder}/scored.json", "format 2, got format 1", again])
+    assert json.loads((folder / "scored.json").read_text()) == side_car
+
+
 def test_a_run_whose_data_changed_under_the_same_path_is_refused(workplace, tmp_path):
     data = tmp_path / "comparisons.jsonl"
     lines = workplace.comparisons.read_text().splitlines(True)
