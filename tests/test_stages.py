@@ -215,6 +215,23 @@ def test_the_folder_of_another_run_is_refused_with_the_differences(workplace):
     assert "part_size: 16 -> 5" in refused
 
 
+def test_a_scored_folder_of_the_first_format_is_neither_trained_on_nor_gone_on_with(
+    workplace, tmp_path
+):
+    folder = tmp_path / "old"
+    shutil.copytree(workplace.folder / "score", folder)
+    side_car = json.loads((folder / "scored.json").read_text()) | {"format": 1}
+    (folder / "scored.json").write_text(json.dumps(side_car))
+    elsewhere = f"output_dir={tmp_path / 'run'}"
+    again = f"python -m experiments.score {folder}/config.yaml output_dir={folder}-format2"
+    for text in (
+        workplace.refusal("policy", elsewhere, f"data.path={folder}"),
+        workplace.refusal("score", f"output_dir={folder}"),
+    ):
+        names_all(text, [f"{folder}/scored.json", "format 2, got format 1", again])
+    assert json.loads((folder / "scored.json").read_text()) == side_car
+
+
 def test_a_run_whose_data_changed_under_the_same_path_is_refused(workplace, tmp_path):
     data = tmp_path / "comparisons.jsonl"
     lines = workplace.comparisons.read_text().splitlines(True)
@@ -237,18 +254,17 @@ def test_data_scored_with_another_reference_or_tokenizer_trains_no_policy(workpl
     elsewhere = f"output_dir={tmp_path / 'run'}"
     text = workplace.refusal("policy", elsewhere, f"model.path={workplace.folder / 'base'}")
     names_all(text, ["scored.json", "reference_hash", "score again"])
-    for field in ("tokenizer_hash", "complete"):
-        copy = tmp_path / field
+    for field, value, words in (
+        ("tokenizer_hash", "f" * 16, ["tokenizer", "f" * 16]),
+        ("reference_dtype", "bfloat16", ["has float32", "read as KL", "model.dtype=bfloat16"]),
+        ("complete", False, ["interrupted"]),
+    ):
+        copy = epath.Path(tmp_path / field)
         shutil.copytree(workplace.folder / "score", copy)
-        change = {"tokenizer_hash": {"tokenizer_hash": "f" * 16}, "complete": {"complete": False}}
-        scored.write_side_car(
-            copy, dataclasses.replace(scored.read_side_car(copy), **change[field])
-        )
+        side_car = dataclasses.replace(scored.read_side_car(copy), **{field: value})
+        scored.write_side_car(copy, side_car)
         text = workplace.refusal("policy", elsewhere, f"data.path={copy}")
-        names_all(
-            text,
-            [str(copy)] + (["interrupted"] if field == "complete" else ["tokenizer", "f" * 16]),
-        )
+        names_all(text, [str(copy), *words])
 
 
 @pytest.mark.parametrize(("stage", "key"), [("policy", "evaluation.rewards"), ("score", "rewards")])
