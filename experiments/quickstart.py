@@ -2,19 +2,25 @@
 
     python -m experiments.quickstart configs/quickstart.yaml
 
-SFT → reward model → score → CoPG, DPO and IPO on the same scored pairs → evaluation, through the
-same stages, file formats and kinds of config (configs/quickstart/*.yaml) as the 7B runs. Prints a
-table and writes summary.json and reward_curves.png. Finished stages are not run again.
+SFT → reward model → score → CoPG, DPO and IPO at several β each, on the same scored pairs →
+evaluation of all on the same posts, through the same stages, file formats and kinds of config
+(configs/quickstart/*.yaml) as the 7B runs. Prints tables and writes summary.json and frontier.png:
+reward over steps beside reward against KL. Finished stages are not run again.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
 
 from copg_jax import runtime
+from copg_jax.config.load import load_config, run_main
 from copg_jax.config.stages import (
     EvaluateConfig,
     PolicyConfig,
@@ -23,7 +29,6 @@ from copg_jax.config.stages import (
     ScoreConfig,
     SFTConfig,
 )
-from copg_jax.config.load import load_config, run_main
 from copg_jax.data.generated import write_generated
 from copg_jax.data.reader import GroupReader
 from copg_jax.data.tokenizer import load_tokenizer
@@ -31,12 +36,48 @@ from copg_jax.hf import weights as hf_weights
 from copg_jax.models.params import Architecture, init_params
 from copg_jax.rewards import RewardModel
 from copg_jax.rewards.functions import pairwise_accuracy
-from experiments import evaluate, figures, score, train_policy, train_reward, train_sft
+from experiments import evaluate, score, train_policy, train_reward, train_sft
+from experiments.comparison import (
+    TIE_STDERRS,
+    Policy,
+    Trained,
+    differences,
+    estimate,
+    measure,
+    read_points,
+    read_policy,
+)
+from experiments.figures import LABELS, reward_and_frontier
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "quickstart"
 METHODS = ("copg", "dpo", "ipo")
-PARTS = ("train", "validation")
 REWARD = "copg_jax.rewards.RewardModel"
+
+
+class Stages:
+    """Configs of the stages: each is its YAML, what is given here, and the user's overrides."""
+
+    def __init__(self, config: QuickstartConfig) -> None:
+        self.folder, self._overrides = Path(config.output_dir), config.overrides
+        self._console = Console(highlight=False, soft_wrap=True)
+
+    def head(self, text: str) -> None:
+        """Says which stage begins."""
+        self._console.print(f"\n[bold]{text}[/bold]")
+
+    def config(self, cls: type, name: str, *arguments: str, output: str | None = None) -> Any:
+        """Config of a stage.
+
+        Args:
+            cls: its class.
+            name: of its YAML.
+            arguments: what differs, as key=value.
+            output: folder of the run below that of the quickstart; None = `name`.
+        """
+        # One process, even where a cluster would be detected.
+        arguments = (*arguments, "distributed=off", *self._overrides.get(name, []))
+        output_dir = f"output_dir={self.folder / (output or name)}"
+        return load_config(cls, [str(CONFIGS / f"{name}.yaml"), *arguments, output_dir])
 
 
 def main(config: QuickstartConfig) -> None:
@@ -45,52 +86,64 @@ def main(config: QuickstartConfig) -> None:
     runtime.setup()
     runtime.check_run_folder(folder, config)
     runtime.write_run_header(folder, config, inputs={})
+    stages = Stages(config)
     make_inputs(config, folder)
-
-    def run(
-        stage: Callable[[Any], Any], cls: type, name: str, *arguments: str, read: str = ""
-    ) -> Any:
-        file = CONFIGS / f"{read or name}.yaml"
-        # One process, even where a cluster would be detected.
-        arguments = (*arguments, "distributed=off", *config.overrides.get(read or name, []))
-        return stage(load_config(cls, [str(file), *arguments, f"output_dir={folder / name}"]))
-
     posts, comparisons = folder / "data/sft.jsonl", folder / "data/comparisons.jsonl"
     sft, reward_model = folder / "sft/model", folder / "reward/model"
     rewards = f"rewards=[{{function: {REWARD}, arguments: {{path: {reward_model}}}}}]"
     prompts = [f"evaluation.data.path={posts}", f"evaluation.{rewards}"]
 
+    stages.head("1/6 SFT: a tiny Llama learns to summarise posts and becomes the reference")
     data = [f"data.path={posts}", f"validation.path={posts}"]
-    run(train_sft.main, SFTConfig, "sft", f"model.path={folder / 'base'}", *data)
+    train_sft.main(stages.config(SFTConfig, "sft", f"model.path={folder / 'base'}", *data))
+
+    stages.head("2/6 Reward model: learns from comparisons which summary is preferred")
     data = [f"data.path={comparisons}", f"validation.path={comparisons}"]
-    run(train_reward.main, RewardModelConfig, "reward", f"model.path={sft}", *data)
+    learning = stages.config(RewardModelConfig, "reward", f"model.path={sft}", *data)
+    train_reward.main(learning)
+
+    stages.head("3/6 Score: rewards and reference log-probabilities of pairs, once for all")
     data = [f"data.path={comparisons}", rewards]
-    run(score.main, ScoreConfig, "scored", f"reference.path={sft}", *data)
-    for name in METHODS:
-        data = [f"data.path={folder / 'scored'}", *prompts]
-        run(train_policy.main, PolicyConfig, name, f"model.path={sft}", *data)
-    results = {}
-    for name in ("sft", *METHODS):
+    score.main(stages.config(ScoreConfig, "scored", f"reference.path={sft}", *data))
+
+    data = [f"model.path={sft}", f"data.path={folder / 'scored'}", *prompts]
+    policies = dict(policy_configs(stages, config.beta_factors, data))
+    for i, policy in enumerate(policies.values(), 1):
+        stages.head(f"4/6 Policy {i} of {len(policies)}: {label(policy)}")
+        train_policy.main(policy)
+
+    finished = {}
+    for i, name in enumerate(("sft", *policies), 1):
+        about = label(policies[name]) if name in policies else LABELS[name]
+        stages.head(f"5/6 Evaluation {i} of {1 + len(policies)}: {about}")
         models = [f"model.path={folder / name / 'model'}", f"reference.path={sft}"]
-        output = f"evaluate_{name}"
-        results[name] = run(
-            evaluate.main, EvaluateConfig, output, *models, *prompts, read="evaluate"
+        finished[name] = stages.config(
+            EvaluateConfig, "evaluate", *models, *prompts, output=f"evaluate_{name}"
         )
-    accuracy = reward_accuracy(comparisons, reward_model)
-    figures.summarize_quickstart(folder, accuracy, results)
+        evaluate.main(finished[name])
+
+    stages.head("6/6 Table and picture")
+    held_out = GroupReader(learning.validation)
+    accuracy = pairwise_accuracy(RewardModel(str(reward_model), batch_size=64), held_out)
+    summarize(folder, policies, finished["sft"].beta, accuracy)
 
 
-def reward_accuracy(comparisons: Path, reward_model: Path) -> dict[str, float]:
-    """Share of human choices that the reward model predicts, on the posts it was trained on and on
-    held-out ones.
-    """
-    model = RewardModel(path=str(reward_model), batch_size=64)
-    data = load_config(RewardModelConfig, [str(CONFIGS / "reward.yaml")]).data
-    parts = {part: replace(data, path=str(comparisons), part=part) for part in PARTS}
-    return {
-        f"{part}_accuracy": pairwise_accuracy(model, GroupReader(section))
-        for part, section in parts.items()
-    }
+def label(config: PolicyConfig) -> str:
+    """Name of a policy for people."""
+    return f"{LABELS[config.loss.name]}, β = {config.loss.beta:g}"
+
+
+def policy_configs(
+    stages: Stages, factors: Sequence[float], arguments: Sequence[str]
+) -> Iterator[tuple[str, PolicyConfig]]:
+    """Names and configs of the policies: each method at the β of its YAML times each factor."""
+    for method in METHODS:
+        beta = stages.config(PolicyConfig, method, *arguments).loss.beta
+        for factor in sorted(factors):
+            scaled = f"{beta * factor:.3g}"  # 0.3, not 0.30000000000000004
+            name = f"{method}_beta_{scaled}"
+            config = stages.config(PolicyConfig, method, *arguments, output=name)
+            yield name, replace(config, loss=replace(config.loss, beta=float(scaled)))
 
 
 def make_inputs(config: QuickstartConfig, folder: Path) -> None:
@@ -117,6 +170,128 @@ def make_inputs(config: QuickstartConfig, folder: Path) -> None:
     )
     params = init_params(model, jax.random.key(config.seed))
     hf_weights.save_pretrained(folder / "base", model, params, head="lm", tokenizer=tokenizer)
+
+
+def summarize(folder: Path, configs: dict[str, PolicyConfig], beta: float, accuracy: float) -> None:
+    """Writes summary.json and frontier.png and prints the tables.
+
+    Args:
+        folder: of the quickstart.
+        configs: of the policies, by the name of their folder.
+        beta: β of the objective by which all are compared.
+        accuracy: share of held-out choices that the reward model predicts.
+    """
+    sft = read_policy(folder / "evaluate_sft")
+    trained = [
+        Trained(
+            config.loss.name,
+            config.loss.beta,
+            read_points(folder / name),
+            read_policy(folder / f"evaluate_{name}"),
+        )
+        for name, config in configs.items()
+    ]
+    console = Console(highlight=False)
+    console.print(policies_table(trained, sft, beta))
+    console.print(differences_table(trained, beta))
+    level = estimate(sft.reward)
+    console.print(
+        f"Rewards are above the SFT model's on the same {len(sft.reward)} held-out posts, which is "
+        f"{level} on this machine: a Bradley-Terry\nreward is defined up to a constant, and its "
+        "level differs from processor to processor. ± is the standard error over posts of the\n"
+        f"paired difference; a tie is less than {TIE_STDERRS:g} of them. One seed; each method's "
+        "best β is chosen on these same posts.\n"
+        f"The reward model predicts {accuracy:.3f} of held-out choices.",
+        soft_wrap=True,
+    )
+    picture, numbers = folder / "frontier.png", folder / "summary.json"
+    reward_and_frontier(trained, sft, picture, beta=beta)
+    summary = summary_of(trained, sft, beta) | {"reward_model": {"validation_accuracy": accuracy}}
+    numbers.write_text(json.dumps(summary, indent=2) + "\n")
+    console.print(f"wrote {numbers} and {picture}", soft_wrap=True)
+
+
+def summary_of(trained: Sequence[Trained], sft: Policy, beta: float) -> dict[str, Any]:
+    """What the tables show, for summary.json."""
+    policies = [
+        {"method": one.method, "beta": one.beta, **numbers_of(one.policy, sft, beta)}
+        for one in trained
+    ]
+    gaps = [
+        {
+            "of": what,
+            "first": {"method": gap.first.method, "beta": gap.first.beta},
+            "second": {"method": gap.second.method, "beta": gap.second.beta},
+            "difference": gap.gap._asdict() | {"is_tie": gap.gap.is_tie},
+        }
+        for what, value in compared(beta).items()
+        for gap in differences(trained, value)
+    ]
+    return {
+        "num_prompts": len(sft.reward),
+        "objective_beta": beta,
+        "sft_reward": estimate(sft.reward)._asdict(),
+        "policies": [{"method": "sft", "beta": None, **numbers_of(sft, sft, beta)}, *policies],
+        "differences_at_best_beta": gaps,
+    }
+
+
+def numbers_of(policy: Policy, sft: Policy, beta: float) -> dict[str, Any]:
+    """One row of the table: means with standard errors, rewards above those of the SFT model."""
+    measured = measure(policy, sft, beta=beta)
+    return {name: value._asdict() for name, value in measured.items()} | {
+        "length": float(policy.length.mean()),
+        "eos_rate": float(policy.eos_rate.mean()),
+    }
+
+
+def compared(beta: float) -> dict[str, Callable[[Policy], np.ndarray]]:
+    """By what methods are compared: functions of a policy → [N], one number a prompt."""
+    return {
+        "reward": lambda policy: policy.reward,
+        "objective": lambda policy: policy.regularized(beta),
+    }
+
+
+def policies_table(trained: Sequence[Trained], sft: Policy, beta: float) -> Table:
+    """Every policy against the SFT model."""
+    title = "Quickstart: generations on held-out posts, rewards above the SFT model's"
+    table = Table(title=title, title_justify="left")
+    table.add_column("policy")
+    objective = f"E[R] − {beta:g}·KL"
+    for column in ("β", "reward", "KL (nats)", objective, "length", "EOS rate"):
+        table.add_column(column, justify="right")
+    rows = [("sft", "", sft), *((one.method, f"{one.beta:g}", one.policy) for one in trained)]
+    for method, of_method, policy in rows:
+        measured = measure(policy, sft, beta=beta)
+        table.add_row(
+            LABELS[method],
+            of_method,
+            "0" if policy is sft else str(measured["reward"]),
+            f"{round(measured['kl'].mean, 2) + 0.0:.2f}",  # no "-0.00" from rounding
+            "0" if policy is sft else str(measured["objective"]),
+            f"{policy.length.mean():.1f}",
+            f"{policy.eos_rate.mean():.2f}",
+        )
+    return table
+
+
+def differences_table(trained: Sequence[Trained], beta: float) -> Table:
+    """Methods against each other, each at its best β."""
+    table = Table(title="Paired differences, each method at its best β", title_justify="left")
+    names = {"reward": "reward", "objective": f"E[R] − {beta:g}·KL"}
+    for column in ("of", "first", "second", "first − second", "told apart?"):
+        table.add_column(column)
+    for what, value in compared(beta).items():
+        for first, second, gap in differences(trained, value):
+            table.add_row(
+                names[what],
+                f"{LABELS[first.method]}, β = {first.beta:g}",
+                f"{LABELS[second.method]}, β = {second.beta:g}",
+                str(gap),
+                "tie" if gap.is_tie else f"by {abs(gap.mean) / gap.stderr:.1f} standard errors",
+            )
+    return table
 
 
 if __name__ == "__main__":

@@ -176,6 +176,16 @@ class QuickstartConfig:
     vocab_size: int = option(700, "size of the tokenizer that is trained on them")
     hidden_size: int = option(128, "width of the tiny Llama")
     num_layers: int = option(3, "its depth")
+    beta_factors: list[float] = option(
+        [0.2, 1.0, 5.0], "each method is trained at the β of its YAML times each of these"
+    )
     overrides: dict[str, list[str]] = option(
         {}, "stage (sft, reward, scored, copg, dpo, ipo, evaluate) -> list of key=value"
     )
+
+    def __post_init__(self):
+        ok = all(factor > 0 for factor in self.beta_factors)
+        if not ok or not 1 <= len(set(self.beta_factors)) <= 4:
+            raise InputError(
+                f"beta_factors: wanted one to four different numbers > 0, got {self.beta_factors}"
+            )
