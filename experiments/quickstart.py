@@ -3,13 +3,13 @@
     python -m experiments.quickstart configs/quickstart.yaml
 
 SFT → reward model → score → CoPG, DPO and IPO at several β each, on the same scored pairs →
-evaluation of all on the same posts, through the same stages, file formats and kinds of config
-(configs/quickstart/*.yaml) as the 7B runs. Prints tables and writes summary.json and frontier.png:
+evaluation of all on the same posts, through the same stages, file formats and configs as the 7B
+runs, with configs/sizes/quickstart.yaml. Prints tables and writes summary.json and frontier.png:
 reward over steps beside reward against KL. Finished stages are not run again.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,35 +49,38 @@ from experiments.comparison import (
 )
 from experiments.figures import LABELS, reward_and_frontier
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "quickstart"
+CONFIGS = Path(__file__).parents[1] / "configs"
+FILES = [str(CONFIGS / "tldr.yaml"), str(CONFIGS / "sizes" / "quickstart.yaml")]
 METHODS = ("copg", "dpo", "ipo")
-REWARD = "copg_jax.rewards.RewardModel"
 
 
 class Stages:
-    """Configs of the stages: each is its YAML, what is given here, and the user's overrides."""
+    """Configs of the stages: those of the files, for this folder, with the user's overrides."""
 
     def __init__(self, config: QuickstartConfig) -> None:
-        self.folder, self._overrides = Path(config.output_dir), config.overrides
+        self._folder, self._overrides = f"shared.folder={config.output_dir}", config.overrides
         self._console = Console(highlight=False, soft_wrap=True)
 
     def head(self, text: str) -> None:
         """Says which stage begins."""
         self._console.print(f"\n[bold]{text}[/bold]")
 
-    def config(self, cls: type, name: str, *arguments: str, output: str | None = None) -> Any:
-        """Config of a stage.
-
-        Args:
-            cls: its class.
-            name: of its YAML.
-            arguments: what differs, as key=value.
-            output: folder of the run below that of the quickstart; None = `name`.
-        """
+    def config(self, cls: type, name: str, *arguments: str, loss: str = "") -> Any:
+        """Config of the stage whose overrides are called `name`; a policy needs its loss."""
+        files = [*FILES, str(CONFIGS / "losses" / f"{loss}.yaml")] if loss else FILES
         # One process, even where a cluster would be detected.
-        arguments = (*arguments, "distributed=off", *self._overrides.get(name, []))
-        output_dir = f"output_dir={self.folder / (output or name)}"
-        return load_config(cls, [str(CONFIGS / f"{name}.yaml"), *arguments, output_dir])
+        overrides = ("distributed=off", *self._overrides.get(name, []))
+        return load_config(cls, [*files, self._folder, *arguments, *overrides])
+
+    def policies(self, factors: Sequence[float]) -> Iterator[tuple[str, PolicyConfig]]:
+        """Folder names and configs of the policies: each method at its β times each factor."""
+        for method in METHODS:
+            beta = self.config(PolicyConfig, method, loss=method).loss.beta
+            for factor in sorted(factors):
+                scaled = f"{beta * factor:.3g}"  # 0.3, not 0.30000000000000004
+                name = f"{method}_beta_{scaled}"
+                config = self.config(PolicyConfig, method, f"shared.run={name}", loss=method)
+                yield name, replace(config, loss=replace(config.loss, beta=float(scaled)))
 
 
 def main(config: QuickstartConfig) -> None:
@@ -88,62 +91,34 @@ def main(config: QuickstartConfig) -> None:
     runtime.write_run_header(folder, config, inputs={})
     stages = Stages(config)
     make_inputs(config, folder)
-    posts, comparisons = folder / "data/sft.jsonl", folder / "data/comparisons.jsonl"
-    sft, reward_model = folder / "sft/model", folder / "reward/model"
-    rewards = f"rewards=[{{function: {REWARD}, arguments: {{path: {reward_model}}}}}]"
-    prompts = [f"evaluation.data.path={posts}", f"evaluation.{rewards}"]
-
     stages.head("1/6 SFT: a tiny Llama learns to summarise posts and becomes the reference")
-    data = [f"data.path={posts}", f"validation.path={posts}"]
-    train_sft.main(stages.config(SFTConfig, "sft", f"model.path={folder / 'base'}", *data))
-
+    train_sft.main(stages.config(SFTConfig, "sft"))
     stages.head("2/6 Reward model: learns from comparisons which summary is preferred")
-    data = [f"data.path={comparisons}", f"validation.path={comparisons}"]
-    learning = stages.config(RewardModelConfig, "reward", f"model.path={sft}", *data)
-    train_reward.main(learning)
-
+    train_reward.main(stages.config(RewardModelConfig, "reward"))
     stages.head("3/6 Score: rewards and reference log-probabilities of pairs, once for all")
-    data = [f"data.path={comparisons}", rewards]
-    score.main(stages.config(ScoreConfig, "scored", f"reference.path={sft}", *data))
-
-    data = [f"model.path={sft}", f"data.path={folder / 'scored'}", *prompts]
-    policies = dict(policy_configs(stages, config.beta_factors, data))
+    score.main(stages.config(ScoreConfig, "scored"))
+    policies = dict(stages.policies(config.beta_factors))
     for i, policy in enumerate(policies.values(), 1):
         stages.head(f"4/6 Policy {i} of {len(policies)}: {label(policy)}")
         train_policy.main(policy)
-
-    finished = {}
     for i, name in enumerate(("sft", *policies), 1):
         about = label(policies[name]) if name in policies else LABELS[name]
         stages.head(f"5/6 Evaluation {i} of {1 + len(policies)}: {about}")
-        models = [f"model.path={folder / name / 'model'}", f"reference.path={sft}"]
-        finished[name] = stages.config(
-            EvaluateConfig, "evaluate", *models, *prompts, output=f"evaluate_{name}"
-        )
-        evaluate.main(finished[name])
+        evaluate.main(stages.config(EvaluateConfig, "evaluate", f"shared.run={name}"))
+    stages.head("6/6 Tables and picture")
+    summarize(stages, folder, policies)
 
-    stages.head("6/6 Table and picture")
-    held_out = GroupReader(learning.validation)
-    accuracy = pairwise_accuracy(RewardModel(str(reward_model), batch_size=64), held_out)
-    summarize(folder, policies, finished["sft"].beta, accuracy)
+
+def reward_accuracy(stages: Stages, folder: Path) -> float:
+    """Share of held-out choices that the exported reward model predicts."""
+    held_out = stages.config(RewardModelConfig, "reward").validation
+    model = RewardModel(path=str(folder / "reward" / "model"), batch_size=64)
+    return pairwise_accuracy(model, GroupReader(held_out))
 
 
 def label(config: PolicyConfig) -> str:
     """Name of a policy for people."""
     return f"{LABELS[config.loss.name]}, β = {config.loss.beta:g}"
-
-
-def policy_configs(
-    stages: Stages, factors: Sequence[float], arguments: Sequence[str]
-) -> Iterator[tuple[str, PolicyConfig]]:
-    """Names and configs of the policies: each method at the β of its YAML times each factor."""
-    for method in METHODS:
-        beta = stages.config(PolicyConfig, method, *arguments).loss.beta
-        for factor in sorted(factors):
-            scaled = f"{beta * factor:.3g}"  # 0.3, not 0.30000000000000004
-            name = f"{method}_beta_{scaled}"
-            config = stages.config(PolicyConfig, method, *arguments, output=name)
-            yield name, replace(config, loss=replace(config.loss, beta=float(scaled)))
 
 
 def make_inputs(config: QuickstartConfig, folder: Path) -> None:
@@ -172,15 +147,16 @@ def make_inputs(config: QuickstartConfig, folder: Path) -> None:
     hf_weights.save_pretrained(folder / "base", model, params, head="lm", tokenizer=tokenizer)
 
 
-def summarize(folder: Path, configs: dict[str, PolicyConfig], beta: float, accuracy: float) -> None:
+def summarize(stages: Stages, folder: Path, configs: Mapping[str, PolicyConfig]) -> None:
     """Writes summary.json and frontier.png and prints the tables.
 
     Args:
+        stages: gives what was evaluated how.
         folder: of the quickstart.
         configs: of the policies, by the name of their folder.
-        beta: β of the objective by which all are compared.
-        accuracy: share of held-out choices that the reward model predicts.
     """
+    beta = stages.config(EvaluateConfig, "evaluate", "shared.run=sft").beta
+    accuracy = reward_accuracy(stages, folder)
     sft = read_policy(folder / "evaluate_sft")
     trained = [
         Trained(

@@ -1,6 +1,6 @@
 """One frozen config per stage, composed of sections.
 
-Defaults are the paper's settings; a YAML under `configs/` lists only what differs. Fields that only
+Defaults are the paper's settings; the files of `configs/` list only what differs. Fields that only
 say where and how a run executes (`MAY_DIFFER`) may change when it is resumed; any other change is
 another run.
 """
@@ -177,7 +177,7 @@ class QuickstartConfig:
     hidden_size: int = option(128, "width of the tiny Llama")
     num_layers: int = option(3, "its depth")
     beta_factors: list[float] = option(
-        [0.2, 1.0, 5.0], "each method is trained at the β of its YAML times each of these"
+        [0.1, 1.0, 5.0], "each method is trained at its β times each of these"
     )
     overrides: dict[str, list[str]] = option(
         {}, "stage (sft, reward, scored, copg, dpo, ipo, evaluate) -> list of key=value"
@@ -189,3 +189,13 @@ class QuickstartConfig:
             raise InputError(
                 f"beta_factors: wanted one to four different numbers > 0, got {self.beta_factors}"
             )
+
+
+STAGES: dict[str, type] = {
+    "sft": SFTConfig,
+    "reward": RewardModelConfig,
+    "score": ScoreConfig,
+    "policy": PolicyConfig,
+    "evaluate": EvaluateConfig,
+}
+"""The stages of the pipeline by the names that sections of config files have."""
