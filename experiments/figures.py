@@ -11,6 +11,7 @@ from experiments.comparison import Policy, Trained, measure
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 COLOURS = {"copg": "#0072B2", "dpo": "#D55E00", "ipo": "#009E73"}
@@ -19,15 +20,12 @@ LABELS = {"sft": "SFT", "copg": "CoPG", "dpo": "DPO", "ipo": "IPO"}
 STYLES = ((":", "v"), ("-", "o"), ("--", "^"), ("-.", "s"))
 
 
-def reward_and_frontier(
-    policies: Sequence[Trained], sft: Policy, path: Path, *, beta: float
-) -> None:
+def reward_and_frontier(policies: Sequence[Trained], sft: Policy, *, beta: float) -> Figure:
     """Reward over training steps beside reward against KL, all above the SFT model's reward.
 
     Args:
         policies: of several methods, at most four β a method.
         sft: what all started from, on the prompts of their last evaluations.
-        path: the PNG to write.
         beta: β of the objective, whose level lines are drawn.
     """
     betas = {
@@ -55,6 +53,11 @@ def reward_and_frontier(
         axes.title.set_fontsize(10)
         axes.grid(alpha=0.25)
     figure.legend(handles=_legend(betas, beta), loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a picture and forgets it."""
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

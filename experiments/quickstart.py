@@ -47,7 +47,7 @@ from experiments.comparison import (
     read_points,
     read_policy,
 )
-from experiments.figures import LABELS, reward_and_frontier
+from experiments.figures import LABELS, reward_and_frontier, save
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = [str(CONFIGS / "tldr.yaml"), str(CONFIGS / "sizes" / "quickstart.yaml")]
@@ -181,7 +181,7 @@ def summarize(stages: Stages, folder: Path, configs: Mapping[str, PolicyConfig])
         soft_wrap=True,
     )
     picture, numbers = folder / "frontier.png", folder / "summary.json"
-    reward_and_frontier(trained, sft, picture, beta=beta)
+    save(reward_and_frontier(trained, sft, beta=beta), picture)
     summary = summary_of(trained, sft, beta) | {"reward_model": {"validation_accuracy": accuracy}}
     numbers.write_text(json.dumps(summary, indent=2) + "\n")
     console.print(f"wrote {numbers} and {picture}", soft_wrap=True)

@@ -184,8 +184,8 @@ class QuickstartConfig:
     )
 
     def __post_init__(self):
-        ok = all(factor > 0 for factor in self.beta_factors)
-        if not ok or not 1 <= len(set(self.beta_factors)) <= 4:
+        factors = {factor for factor in self.beta_factors if factor > 0}
+        if len(factors) != len(self.beta_factors) or not 1 <= len(factors) <= 4:
             raise InputError(
                 f"beta_factors: wanted one to four different numbers > 0, got {self.beta_factors}"
             )
