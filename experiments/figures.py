@@ -7,17 +7,23 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from experiments.comparison import Policy, Trained, measure
+from experiments.studies.comparison import Policy, Trained, measure
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.typing import LineStyleType, MarkerType
 
 COLOURS = {"copg": "#0072B2", "dpo": "#D55E00", "ipo": "#009E73"}
 LABELS = {"sft": "SFT", "copg": "CoPG", "dpo": "DPO", "ipo": "IPO"}
 # One line style and marker for each β of a method, from the smallest on.
-STYLES = ((":", "v"), ("-", "o"), ("--", "^"), ("-.", "s"))
+STYLES: tuple[tuple[LineStyleType, MarkerType], ...] = (
+    (":", "v"),
+    ("-", "o"),
+    ("--", "^"),
+    ("-.", "s"),
+)
 
 
 def reward_and_frontier(policies: Sequence[Trained], sft: Policy, *, beta: float) -> Figure:
@@ -62,22 +68,20 @@ def save(figure: Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def _draw_curve(axes: Any, policy: Trained, style: tuple[str, str]) -> None:
+def _draw_curve(axes: Any, policy: Trained, style: tuple[LineStyleType, MarkerType]) -> None:
     steps = [point.step for point in policy.points]
     rewards = [point.reward for point in policy.points]
     line, marker = style
-    axes.plot(
-        steps, rewards, line, color=COLOURS[policy.method], marker=marker, markersize=4, alpha=0.9
-    )
+    look = {"linestyle": line, "marker": marker, "markersize": 4, "alpha": 0.9}
+    axes.plot(steps, rewards, color=COLOURS[policy.method], **look)
 
 
-def _draw_way(axes: Any, policy: Trained, style: tuple[str, str]) -> None:
+def _draw_way(axes: Any, policy: Trained, style: tuple[LineStyleType, MarkerType]) -> None:
     """Evaluations of a run, without the start that all share and the end, which is drawn large."""
     points = [point for point in policy.points if point.step > 0][:-1]
     kl, rewards = [point.kl for point in points], [point.reward for point in points]
-    axes.plot(
-        kl, rewards, "", color=COLOURS[policy.method], marker=style[1], markersize=3, alpha=0.4
-    )
+    look = {"linestyle": "", "marker": style[1], "markersize": 3, "alpha": 0.4}
+    axes.plot(kl, rewards, color=COLOURS[policy.method], **look)
 
 
 def _draw_frontier(axes: Any, policies: Sequence[Trained], sft: Policy, beta: float) -> None:
