@@ -25,6 +25,8 @@ STYLES: tuple[tuple[LineStyleType, MarkerType], ...] = (
     ("-.", "s"),
 )
 
+LEVEL_STEP = 0.2  # reward units between two lines of equal objective
+
 
 def reward_and_frontier(policies: Sequence[Trained], sft: Policy, *, beta: float) -> Figure:
     """Reward over training steps beside reward against KL, all above the SFT model's reward.
@@ -39,6 +41,10 @@ def reward_and_frontier(policies: Sequence[Trained], sft: Policy, *, beta: float
         for method in dict.fromkeys(p.method for p in policies)
     }
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.8), layout="constrained", sharey=True)
+    # Most of what is worth seeing happens below one nat; a collapsed policy is at several.
+    right.set_xscale("function", functions=(_root, _square))
+    ticks = [0, 0.1, 0.5, 1, 2, 4, 8, 16, 32]
+    right.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     for policy in policies:
         style = STYLES[betas[policy.method].index(policy.beta)]
         _draw_curve(left, policy, style)
@@ -52,7 +58,7 @@ def reward_and_frontier(policies: Sequence[Trained], sft: Policy, *, beta: float
         title=f"during training: {policies[0].points[0].num_prompts} held-out posts",
     )
     right.set(
-        xlabel="KL to the SFT model (nats)",
+        xlabel="KL to the SFT model (nats, on a square-root scale)",
         title=f"large: at the end, {len(sft.reward)} posts, ± standard error; small: on the way",
     )
     for axes in (left, right):
@@ -106,10 +112,19 @@ def _draw_frontier(axes: Any, policies: Sequence[Trained], sft: Policy, beta: fl
 
 def _draw_levels(axes: Any, beta: float) -> None:
     """Lines of equal E[R] − β·KL, which leave the limits of the axes as they are."""
-    limits, kl = (axes.get_xlim(), axes.get_ylim()), np.array([0.0, axes.get_xlim()[1]])
-    for level in np.arange(-20, 21) * 0.1:
+    limits, kl = (axes.get_xlim(), axes.get_ylim()), np.linspace(0, axes.get_xlim()[1], 300)
+    for level in LEVEL_STEP * np.arange(-100, 20):
         axes.plot(kl, level + beta * kl, color="#bbbbbb", linewidth=0.6, linestyle="--", zorder=0)
     axes.set(xlim=limits[0], ylim=limits[1])
+
+
+def _root(kl: np.ndarray) -> np.ndarray:
+    """√KL; an estimate may be below 0."""
+    return np.sign(kl) * np.sqrt(np.abs(kl))
+
+
+def _square(root: np.ndarray) -> np.ndarray:
+    return np.sign(root) * root**2
 
 
 def _legend(betas: Mapping[str, Sequence[float]], beta: float) -> list[Line2D]:
@@ -126,7 +141,11 @@ def _legend(betas: Mapping[str, Sequence[float]], beta: float) -> list[Line2D]:
         )
     ]
     level = Line2D(
-        [], [], color="#bbbbbb", linestyle="--", label=f"equal E[R] − {beta:g}·KL, 0.1 apart"
+        [],
+        [],
+        color="#bbbbbb",
+        linestyle="--",
+        label=f"equal E[R] − {beta:g}·KL, {LEVEL_STEP:g} apart",
     )
     return [*methods, *ranks, level]
 
