@@ -26,6 +26,7 @@ from copg_jax import distributed
 from copg_jax.config.stages import ScoreConfig
 from copg_jax.data import scored
 from copg_jax.data.dataset import GroupDataset
+from copg_jax.data.formats import tldr
 from copg_jax.data.groups import TokenGroup
 from copg_jax.data.tokenizer import tokenizer_hash
 from copg_jax.hf.pretrained import PretrainedModel
@@ -42,7 +43,10 @@ def make_side_car(
     """What a scored folder is made of, before its first part is written."""
     return scored.SideCar(
         tokenizer_hash=tokenizer_hash(reference.tokenizer),
+        text_format=tldr.NAME,
+        text_format_hash=tldr.format_hash(),
         reference_hash=reference.hash,
+        reference_dtype=reference.arch.dtype,
         rewards=rewards.provenance,
         limits=config.data.limits._asdict(),
         complete=False,
@@ -69,8 +73,11 @@ def score_dataset(
         side_car: what makes the numbers; written as incomplete first and as complete at the end.
 
     Raises:
-        InputError: a reward function that misbehaves; finished parts stay.
+        InputError: a reward function that misbehaves (finished parts stay), or parts of an older
+            format.
     """
+    if scored.is_scored(str(folder)):
+        scored.read_side_car(folder)
     first_rows = range(0, len(dataset), part_size)
     parts = scored.finished_parts(folder)
     finished = distributed.from_main(np.isin(np.arange(len(first_rows)), parts))

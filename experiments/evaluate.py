@@ -1,6 +1,7 @@
 """Generates on fixed prompts and measures reward, KL to the reference, length and EOS rate.
 
-    python -m experiments.evaluate configs/smollm2_evaluate.yaml
+    python -m experiments.evaluate configs/tldr.yaml configs/sizes/llama2_7b.yaml \\
+        configs/losses/copg.yaml
 
 Writes evaluation.json (the averages) and generations.jsonl (every completion with its numbers). An
 interrupted evaluation goes on with the prompts it has not done; generations.jsonl is in batch order

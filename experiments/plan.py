@@ -1,11 +1,12 @@
 """Compiles the step of a config for chips that are not here: does it fit, what bounds it?
 
-    python -m experiments.plan configs/copg_tldr_llama2_7b.yaml --topology v5e:4x4 \\
+    python -m experiments.plan configs/tldr.yaml configs/sizes/llama2_7b.yaml \\
+        configs/losses/copg.yaml model.path=configs/models/llama2_7b --topology v5e:4x4 \\
         [--topology gpu:1xh200 ...] [--stage sft|reward|policy|evaluate] [key=value ...]
 
 A topology is a TPU slice (v5e:4x4, v5p:2x2x1; needs the tpu extra, no TPU), GPUs of one node
-(gpu:8xh200, an estimate) or virtual CPU devices (cpu:8). The stage follows from the config's name.
-Prints a table, and one JSON line a topology.
+(gpu:8xh200, an estimate) or virtual CPU devices (cpu:8). The stage follows from the names of the
+configs where they tell it: that of a loss is policy. Prints a table, and one JSON line a topology.
 """
 
 import argparse
@@ -28,9 +29,7 @@ from experiments.planning.plan import Plan, make_plan
 from experiments.planning.program import STAGES
 from experiments.planning.topology import open_topology
 
-STAGE_OF_WORD = {"sft": "sft", "reward": "reward", "evaluate": "evaluate"} | dict.fromkeys(
-    POLICY_LOSSES, "policy"
-)
+STAGE_OF_WORD = {stage: stage for stage in STAGES} | dict.fromkeys(POLICY_LOSSES, "policy")
 
 
 def main(arguments: list[str]) -> None:
@@ -52,13 +51,14 @@ def main(arguments: list[str]) -> None:
 
 
 def stage_of(arguments: list[str]) -> str:
-    """The stage that a config's name tells, e.g. copg_tldr_llama2_7b.yaml."""
-    words = re.split(r"[_.-]", Path(arguments[0]).stem if arguments else "")
+    """The stage that the names of the configs tell, e.g. losses/copg.yaml or my_sft.yaml."""
+    files = [Path(argument) for argument in arguments if argument.endswith((".yaml", ".yml"))]
+    words = [word for file in files for word in re.split(r"[_.-]", file.stem)]
     stages = {STAGE_OF_WORD[word] for word in words if word in STAGE_OF_WORD}
     if len(stages) != 1:
         raise InputError(
-            f"--stage: wanted one of {', '.join(STAGES)}, since the name of the config does not "
-            "tell (its script does: experiments.train_policy is --stage policy)"
+            f"--stage: wanted one of {', '.join(STAGES)}, since the names of the configs do not "
+            "tell (a script does: experiments.train_policy is --stage policy)"
         )
     return stages.pop()
 

@@ -3,7 +3,7 @@
     python -m experiments.quickstart configs/quickstart.yaml
 
 SFT → reward model → score → CoPG, DPO and IPO on the same scored pairs → evaluation, through the
-same stages, file formats and kinds of config (configs/quickstart/*.yaml) as the 7B runs. Prints a
+same stages, file formats and configs as the 7B runs, with configs/sizes/quickstart.yaml. Prints a
 table and writes summary.json and reward_curves.png. Finished stages are not run again.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from copg_jax import runtime
+from copg_jax.config.load import load_config, run_main
 from copg_jax.config.stages import (
     EvaluateConfig,
     PolicyConfig,
@@ -23,7 +24,6 @@ from copg_jax.config.stages import (
     ScoreConfig,
     SFTConfig,
 )
-from copg_jax.config.load import load_config, run_main
 from copg_jax.data.generated import write_generated
 from copg_jax.data.reader import GroupReader
 from copg_jax.data.tokenizer import load_tokenizer
@@ -33,10 +33,10 @@ from copg_jax.rewards import RewardModel
 from copg_jax.rewards.functions import pairwise_accuracy
 from experiments import evaluate, figures, score, train_policy, train_reward, train_sft
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "quickstart"
+CONFIGS = Path(__file__).parents[1] / "configs"
+FILES = [str(CONFIGS / "tldr.yaml"), str(CONFIGS / "sizes" / "quickstart.yaml")]
 METHODS = ("copg", "dpo", "ipo")
 PARTS = ("train", "validation")
-REWARD = "copg_jax.rewards.RewardModel"
 
 
 def main(config: QuickstartConfig) -> None:
@@ -47,46 +47,36 @@ def main(config: QuickstartConfig) -> None:
     runtime.write_run_header(folder, config, inputs={})
     make_inputs(config, folder)
 
+    here = f"shared.folder={folder}"
+
     def run(
-        stage: Callable[[Any], Any], cls: type, name: str, *arguments: str, read: str = ""
+        stage: Callable[[Any], Any], cls: type, name: str, *arguments: str, loss: str = ""
     ) -> Any:
-        file = CONFIGS / f"{read or name}.yaml"
+        files = [*FILES, str(CONFIGS / "losses" / f"{loss}.yaml")] if loss else FILES
         # One process, even where a cluster would be detected.
-        arguments = (*arguments, "distributed=off", *config.overrides.get(read or name, []))
-        return stage(load_config(cls, [str(file), *arguments, f"output_dir={folder / name}"]))
+        arguments = (here, *arguments, "distributed=off", *config.overrides.get(name, []))
+        return stage(load_config(cls, [*files, *arguments]))
 
-    posts, comparisons = folder / "data/sft.jsonl", folder / "data/comparisons.jsonl"
-    sft, reward_model = folder / "sft/model", folder / "reward/model"
-    rewards = f"rewards=[{{function: {REWARD}, arguments: {{path: {reward_model}}}}}]"
-    prompts = [f"evaluation.data.path={posts}", f"evaluation.{rewards}"]
-
-    data = [f"data.path={posts}", f"validation.path={posts}"]
-    run(train_sft.main, SFTConfig, "sft", f"model.path={folder / 'base'}", *data)
-    data = [f"data.path={comparisons}", f"validation.path={comparisons}"]
-    run(train_reward.main, RewardModelConfig, "reward", f"model.path={sft}", *data)
-    data = [f"data.path={comparisons}", rewards]
-    run(score.main, ScoreConfig, "scored", f"reference.path={sft}", *data)
+    run(train_sft.main, SFTConfig, "sft")
+    run(train_reward.main, RewardModelConfig, "reward")
+    run(score.main, ScoreConfig, "scored")
     for name in METHODS:
-        data = [f"data.path={folder / 'scored'}", *prompts]
-        run(train_policy.main, PolicyConfig, name, f"model.path={sft}", *data)
-    results = {}
-    for name in ("sft", *METHODS):
-        models = [f"model.path={folder / name / 'model'}", f"reference.path={sft}"]
-        output = f"evaluate_{name}"
-        results[name] = run(
-            evaluate.main, EvaluateConfig, output, *models, *prompts, read="evaluate"
-        )
-    accuracy = reward_accuracy(comparisons, reward_model)
+        run(train_policy.main, PolicyConfig, name, loss=name)
+    results = {
+        name: run(evaluate.main, EvaluateConfig, "evaluate", f"shared.run={name}")
+        for name in ("sft", *METHODS)
+    }
+    accuracy = reward_accuracy(folder)
     figures.summarize_quickstart(folder, accuracy, results)
 
 
-def reward_accuracy(comparisons: Path, reward_model: Path) -> dict[str, float]:
+def reward_accuracy(folder: Path) -> dict[str, float]:
     """Share of human choices that the reward model predicts, on the posts it was trained on and on
     held-out ones.
     """
-    model = RewardModel(path=str(reward_model), batch_size=64)
-    data = load_config(RewardModelConfig, [str(CONFIGS / "reward.yaml")]).data
-    parts = {part: replace(data, path=str(comparisons), part=part) for part in PARTS}
+    config = load_config(RewardModelConfig, [*FILES, f"shared.folder={folder}"])
+    model = RewardModel(path=str(folder / "reward" / "model"), batch_size=64)
+    parts = {part: replace(config.data, part=part) for part in PARTS}
     return {
         f"{part}_accuracy": pairwise_accuracy(model, GroupReader(section))
         for part, section in parts.items()

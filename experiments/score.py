@@ -1,6 +1,6 @@
 """Computes rewards and ln π_ref of a data set once, so that training needs neither model.
 
-    python -m experiments.score configs/score_tldr_llama2_7b.yaml output_dir=runs/scored
+    python -m experiments.score configs/tldr.yaml configs/sizes/llama2_7b.yaml
 
 Writes part-*.parquet and scored.json with the hashes of model, tokenizer and rewards. An
 interrupted run goes on at the first part that is not finished.

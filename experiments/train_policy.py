@@ -1,6 +1,7 @@
 """CoPG, DPO, IPO, PG or RLOO on scored completions (paper Sec. 6, Figs. 2-6).
 
-    python -m experiments.train_policy configs/copg_tldr_llama2_7b.yaml output_dir=runs/copg
+    python -m experiments.train_policy configs/tldr.yaml configs/sizes/llama2_7b.yaml \\
+        configs/losses/copg.yaml
 
 Reads the folder that `experiments.score` wrote. Training holds one model: rewards and ln π_ref come
 with the data. Evaluation by generation additionally holds π_ref and the reward functions' models.

@@ -1,6 +1,6 @@
 """Bradley–Terry reward model on human comparisons (paper Sec. 6, ℓ_RM).
 
-    python -m experiments.train_reward configs/reward_tldr_llama2_7b.yaml output_dir=runs/reward
+    python -m experiments.train_reward configs/tldr.yaml configs/sizes/llama2_7b.yaml
 
 Writes metrics.jsonl, checkpoints/ and model/, which `LlamaForSequenceClassification` (num_labels=1)
 loads.

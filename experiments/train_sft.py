@@ -1,6 +1,6 @@
 """Supervised fine-tuning on the authors' summaries (paper Sec. 6): gives π_ref.
 
-    python -m experiments.train_sft configs/sft_tldr_llama2_7b.yaml output_dir=runs/sft
+    python -m experiments.train_sft configs/tldr.yaml configs/sizes/llama2_7b.yaml
 
 Writes metrics.jsonl, checkpoints/ and model/, a Hugging Face folder.
 """

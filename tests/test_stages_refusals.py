@@ -79,7 +79,7 @@ def test_data_without_choices_trains_no_reward_model(workplace, elsewhere):
 
 def test_data_that_was_not_scored_trains_no_policy(workplace, elsewhere):
     text = workplace.refusal("policy", elsewhere, f"data.path={workplace.comparisons}")
-    names_all(text, [str(workplace.comparisons), "no ref_logps", "experiments.score"])
+    names_all(text, [str(workplace.comparisons), "no ref_logp", "experiments.score"])
 
 
 def test_a_refused_run_leaves_no_config_behind(workplace, elsewhere, tmp_path):

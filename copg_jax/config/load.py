@@ -1,40 +1,39 @@
-"""Typed configs: from a YAML file and `key=value` arguments to frozen dataclasses.
+"""Typed configs: from YAML files and `key=value` arguments to frozen dataclasses.
 
-1. Read the YAML file and the arguments, remembering file and line of every key.
-2. Walk them beside the dataclass schema: unknown keys, wrong types, all reported together.
-3. Merge schema, file and arguments (OmegaConf) and report required values that are missing.
-4. Build the dataclasses from the inside out; a range error from `__post_init__` gets its path.
+1. Read files and arguments from left to right (`settings.Settings`), remembering where every key
+   stands; unknown keys and wrong types are reported together.
+2. Merge them over the schema (OmegaConf), resolve `${...}`, check again, and report required values
+   that are missing.
+3. Build the dataclasses from the inside out; a range error from `__post_init__` gets its path.
 """
 
 import dataclasses
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from copg_jax.config.schema import (
-    COMMAND_LINE,
-    field_types,
-    find_problems,
-    iter_fields,
-    join,
-    section_class,
-)
+from copg_jax.config.schema import field_types, find_problems, iter_fields, join, section_class
+from copg_jax.config.settings import SHARED, Settings, leaves
+from copg_jax.config.stages import STAGES
 from copg_jax.errors import InputError
 
 T = TypeVar("T")
+_INTERPOLATION = re.compile(r"\$\{([\w.\[\]]+)\}")  # an innermost one, of a name
 
 
 def load_config(
     cls: type[T], argv: Sequence[str] | None = None, *, description: str | None = None
 ) -> T:
-    """Load `[CONFIG.yaml] key=value ...` into an instance of the config dataclass `cls`.
+    """Load `CONFIG.yaml ... key=value ...` into an instance of the config dataclass `cls`.
 
-    `--help` lists every field and `--print-config` prints the resolved config; both exit with 0.
+    Later wins: sections merge, lists and single values are replaced. `--help` lists every field and
+    `--print-config` prints the resolved config with the place of each value; both exit with 0.
 
     Args:
       cls: Frozen dataclass; its fields and nested dataclasses are the schema.
@@ -51,32 +50,64 @@ def load_config(
     print_only = "--print-config" in arguments
     arguments = [argument for argument in arguments if argument != "--print-config"]
 
-    layers: list[Any] = []
-    problems: list[str] = []
-    where: dict[str, str] = {}
-    if arguments and arguments[0].endswith((".yaml", ".yml")):
-        is_override = "=" in arguments[0] and not Path(arguments[0]).is_file()
-        if not is_override:
-            layers.append(_read_yaml(Path(arguments.pop(0)), where))
-            problems += find_problems(cls, layers[-1], where, root=cls)
+    settings = Settings(cls, STAGES)
+    while arguments and _is_file(arguments[0]):
+        settings.add_file(Path(arguments.pop(0)))
     for argument in arguments:
-        layers.append(_read_argument(argument, where))
-        problems += find_problems(cls, layers[-1], where, root=cls)
-    if problems:
-        raise InputError("\n".join(problems))
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(cls), *layers)
-        missing = sorted(OmegaConf.missing_keys(merged))
-        if missing:
-            raise InputError("\n".join(_missing_text(cls, name) for name in missing))
-        container = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:  # such as an interpolation of an absent key
-        raise InputError(f"config: {str(error).splitlines()[0]}") from error
-    config = _build(cls, container, "", where)
+        settings.add_argument(argument)
+    settings.check()
+    raw, resolved = _merge(cls, settings)
+    config = _build(cls, resolved, "", settings.where)
     if print_only:
-        print(to_yaml(config), end="")
+        print(_with_places(to_yaml(config), raw, settings.where), end="")
         sys.exit(0)
     return config
+
+
+def _is_file(argument: str) -> bool:
+    is_override = "=" in argument and not Path(argument).is_file()
+    return argument.endswith((".yaml", ".yml")) and not is_override
+
+
+def _merge(cls: type, settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Values of all fields and of `shared`: as they are written, and fields only, resolved."""
+    schema = OmegaConf.structured(cls)
+    try:
+        shared = OmegaConf.merge({}, *settings.shared)
+        fields = OmegaConf.merge(schema, *settings.layers)
+        raw = _plain(fields) | {SHARED: _plain(shared)}
+        _require_all(cls, raw)
+        tree = OmegaConf.create(raw)
+        # Fields alone: what this stage does not read may stay open.
+        resolved = {key: _resolve(tree[key]) for key in raw if key != SHARED}
+        problems = list(find_problems(cls, resolved, settings.where, root=cls))
+        if problems:
+            raise InputError("\n".join(problems))
+        resolved = _plain(OmegaConf.merge(schema, resolved))
+    except OmegaConfBaseException as error:  # such as an interpolation of an absent key
+        name, text = error.full_key or "", str(error).splitlines()[0]
+        place = f"{settings.where.get(name, 'config')}: {name}: " if name else "config: "
+        raise InputError(
+            f"{place}{text}; set it in one of the files or on the command line"
+        ) from error
+    _require_all(cls, resolved)
+    return raw, resolved
+
+
+def _resolve(node: Any) -> Any:
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    container = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def _require_all(cls: type, values: Mapping[str, Any]) -> None:
+    missing = sorted(name for name, value in leaves(values) if value == MISSING)
+    if missing:
+        raise InputError("\n".join(_missing_text(cls, name) for name in missing))
 
 
 def to_yaml(config: Any) -> str:
@@ -111,86 +142,6 @@ def run_main(main: Callable[[T], object], cls: type[T], *, description: str | No
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _read_yaml(path: Path, where: dict[str, str]) -> Any:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(
-            f"{path}: wanted a readable YAML config, got: {reason}; check the path"
-        ) from error
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or error
-        raise InputError(f"{path}{line}: wanted valid YAML, got: {reason}") from error
-    if root is None or root.tag == "tag:yaml.org,2002:null":
-        raise InputError(
-            f"{path}: wanted a YAML mapping of config fields, got an empty file; "
-            "add fields or leave the file out to use the defaults"
-        )
-    if not isinstance(root, yaml.MappingNode):
-        raise InputError(
-            f"{path}:{root.start_mark.line + 1}: wanted a YAML mapping `field: value`, "
-            f"got a {root.id}"
-        )
-    _record_lines(root, "", path, where)
-    return _plain(text, str(path))
-
-
-def _record_lines(node: yaml.Node, name: str, path: Path, where: dict[str, str]) -> None:
-    """Put "file:line" of every key below `node` into `where`; refuse a key given twice."""
-    if isinstance(node, yaml.MappingNode):
-        lines: dict[str, int] = {}
-        for key, value in node.value:
-            line = key.start_mark.line + 1
-            child = join(name, str(key.value))
-            if key.value in lines:
-                raise InputError(
-                    f"{path}:{line}: key '{child}' wanted once, got twice "
-                    f"(first on line {lines[key.value]}); remove one of the two"
-                )
-            lines[key.value] = line
-            where[child] = f"{path}:{line}"
-            _record_lines(value, child, path, where)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            where[f"{name}[{index}]"] = f"{path}:{value.start_mark.line + 1}"
-            _record_lines(value, f"{name}[{index}]", path, where)
-
-
-def _read_argument(argument: str, where: dict[str, str]) -> Any:
-    name, equals, _ = argument.partition("=")
-    if not equals or not name or name.startswith("-"):
-        raise InputError(
-            f"{COMMAND_LINE}: wanted [CONFIG.yaml] key=value ..., got '{argument}'; "
-            "the config file comes first and ends in .yaml, fields are set as key=value, "
-            "and --help lists them"
-        )
-    try:
-        layer = OmegaConf.to_container(OmegaConf.from_dotlist([argument]), resolve=False)
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise InputError(
-            f"{COMMAND_LINE}: {name}: wanted a value, got '{argument}': {reason}"
-        ) from error
-    # The argument replaces the value from the file, and with it everything below.
-    for key in [key for key in where if key == name or key.startswith((name + ".", name + "["))]:
-        del where[key]
-    where[name] = COMMAND_LINE
-    return layer
-
-
-def _plain(text: str, place: str) -> dict[Any, Any]:
-    """Values of a YAML text, interpolations unresolved."""
-    try:
-        return OmegaConf.to_container(OmegaConf.create(text), resolve=False)  # pyright: ignore
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise InputError(f"{place}: {str(error).splitlines()[0]}") from error
-
-
 def _missing_text(cls: type, name: str) -> str:
     known = {field.name: field for field in iter_fields(cls)}
     wanted = f"{known[name].type} ({known[name].help})" if name in known else "a value"
@@ -223,9 +174,16 @@ def _build(cls: type, values: Any, name: str, where: Mapping[str, str]) -> Any:
 def _help(cls: type, description: str | None) -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
-    lines = [f"usage: {program} [CONFIG.yaml] [key=value ...] [--help] [--print-config]", ""]
+    lines = [f"usage: {program} [CONFIG.yaml ...] [key=value ...] [--help] [--print-config]", ""]
     lines += [description.strip(), ""] if description else []
-    lines += ["Later settings win: default, then CONFIG.yaml, then key=value.", ""]
+    lines += [
+        "Files are read from left to right, then key=value; later wins: sections merge, lists and",
+        "single values are replaced. In a file, what stands below the name of a stage",
+        f"({', '.join(STAGES)}) holds for that stage, and values below",
+        f"`{SHARED}` are read by fields as ${{{SHARED}.NAME}}. --print-config prints all values",
+        "and where each comes from.",
+        "",
+    ]
     lines.append("Fields (type = default):")
     for field in iter_fields(cls):
         default = " (required)" if field.default == "VALUE" else f" = {field.default}"
@@ -234,15 +192,54 @@ def _help(cls: type, description: str | None) -> str:
     return "\n".join(lines)
 
 
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(config: Any) -> Iterator[tuple[str, Any]]:
     """Yield (dotted name, value) of every leaf of a config or a nested mapping."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
-    if isinstance(value, Mapping) and (value or not name):
-        for key, child in value.items():
-            yield from _leaves(child, join(name, str(key)))
-    elif isinstance(value, list | tuple) and value:
-        for index, child in enumerate(value):
-            yield from _leaves(child, f"{name}[{index}]")
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        config = dataclasses.asdict(config)
+    return leaves(config)
+
+
+def _with_places(text: str, raw: Mapping[str, Any], where: Mapping[str, str]) -> str:
+    """YAML text with a comment behind each value: the place that set it, and what it reads."""
+    lines, written = text.splitlines(), dict(leaves(raw))
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    for name, line in _last_lines(root, ""):
+        lines[line] += f"  # {_origin(name, written, where)}"
+    return "\n".join(lines) + "\n"
+
+
+def _last_lines(node: yaml.Node, name: str) -> Iterator[tuple[str, int]]:
+    """Yield dotted name and last line of every value."""
+    if isinstance(node, yaml.MappingNode) and node.value:
+        for key, value in node.value:
+            yield from _last_lines(value, join(name, str(key.value)))
+    elif isinstance(node, yaml.SequenceNode) and node.value:
+        for index, value in enumerate(node.value):
+            yield from _last_lines(value, f"{name}[{index}]")
     else:
-        yield name, value
+        yield name, node.end_mark.line
+
+
+def _origin(name: str, written: Mapping[str, Any], where: Mapping[str, str]) -> str:
+    """The place that set a value, then those of the values that it reads as ${...}."""
+    places: dict[str, str] = {}
+    pending = [name]
+    while pending:
+        name = pending.pop(0)
+        holder = name
+        while holder and holder not in written:  # below something that is read as a whole
+            holder = holder[: max(holder.rfind("."), holder.rfind("["), 0)]
+        if not holder or holder not in where:
+            return "default"
+        places.setdefault(name, where[holder])
+        reads = [read + name[len(holder) :] for read in _reads(written[holder], written)]
+        pending += [read for read in reads if read not in places]
+    own, *others = places.items()
+    return ", ".join([own[1], *(f"{read} from {place}" for read, place in others)])
+
+
+def _reads(value: Any, written: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the names in the ${...} of a text, inner ones first."""
+    while isinstance(value, str) and (match := _INTERPOLATION.search(value)):
+        yield match[1]
+        value = value.replace(match[0], str(written.get(match[1], "")))

@@ -59,6 +59,8 @@ def find_problems(
             continue
         hint = hints[key]
         nested, is_list = section_class(hint), typing.get_origin(hint) is list
+        if isinstance(value, str) and "${" in value:
+            continue  # judged once it is resolved
         if nested is None or (value is None and _is_optional(hint)):
             if not _is_accepted(cls, key, value):
                 yield (

@@ -1,6 +1,6 @@
 """One frozen config per stage, composed of sections.
 
-Defaults are the paper's settings; a YAML under `configs/` lists only what differs. Fields that only
+Defaults are the paper's settings; the files of `configs/` list only what differs. Fields that only
 say where and how a run executes (`MAY_DIFFER`) may change when it is resumed; any other change is
 another run.
 """
@@ -179,3 +179,13 @@ class QuickstartConfig:
     overrides: dict[str, list[str]] = option(
         {}, "stage (sft, reward, scored, copg, dpo, ipo, evaluate) -> list of key=value"
     )
+
+
+STAGES: dict[str, type] = {
+    "sft": SFTConfig,
+    "reward": RewardModelConfig,
+    "score": ScoreConfig,
+    "policy": PolicyConfig,
+    "evaluate": EvaluateConfig,
+}
+"""The stages of the pipeline by the names that sections of config files have."""

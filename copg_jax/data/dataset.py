@@ -1,6 +1,7 @@
 """Data sets of token groups: a memory-mapped Arrow file made once and read by index.
 
-1. `prepare` streams groups of text through the tokenizer into the file; host memory stays flat.
+1. `prepare` streams groups through the tokenizer into the file, those of scored data as the ids
+   that they are; host memory stays flat.
 2. Counts of what was kept, cut and left out lie beside it in a JSON side-car, with a key by which
    the file is reused while inputs, tokenizer and limits stay the same.
 3. `GroupDataset` reads group i from the memory map.
@@ -11,7 +12,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from transformers import PreTrainedTokenizerBase
 
 from copg_jax.config.sections import Limits
 from copg_jax.data.formats.columns import InvalidRow, TextGroup
-from copg_jax.data.groups import TokenGroup, tokenize_group
+from copg_jax.data.groups import NUMBERS, TokenGroup, fit_group, tokenize_group
 from copg_jax.data.reader import GroupReader
-from copg_jax.data.tokenizer import Encoder
+from copg_jax.data.tokenizer import Encoder, tokenizer_hash
 from copg_jax.errors import InputError
 
-_FORMAT = 1
+log = logging.getLogger(__name__)
+
+_FORMAT = 2
 _ROWS_PER_RECORD_BATCH = 256
 _GROUPS_PER_REPORT = 10_000
 _ARROW_SCHEMA = pa.schema(
@@ -39,6 +42,8 @@ _ARROW_SCHEMA = pa.schema(
         "completion_tokens": pa.list_(pa.list_(pa.int32())),
         "rewards": pa.list_(pa.float32()),
         "ref_logps": pa.list_(pa.float32()),
+        "has_eos": pa.list_(pa.bool_()),
+        "origin": pa.list_(pa.int8()),
         "columns": pa.string(),
     }
 )
@@ -80,9 +85,12 @@ class GroupDataset:
             completion_tokens=tuple(
                 ids.values.to_numpy() for ids in row["completion_tokens"].values
             ),
-            rewards=row["rewards"].values.to_numpy() if row["rewards"].is_valid else None,
-            ref_logps=row["ref_logps"].values.to_numpy() if row["ref_logps"].is_valid else None,
             columns=json.loads(row["columns"].as_py()),
+            **{
+                name: row[name].values.to_numpy(zero_copy_only=False)
+                for name in NUMBERS
+                if row[name].is_valid
+            },
         )
 
     def num_tokens(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -109,11 +117,6 @@ class GroupDataset:
         """Whether every group has a reward for each completion."""
         return self.stats["with_rewards"] == len(self)
 
-    @property
-    def has_ref_logps(self) -> bool:
-        """Whether every group has a reference log-probability for each completion."""
-        return self.stats["with_ref_logps"] == len(self)
-
     def shape(self, multiple: int = 8) -> tuple[int, int, int]:
         """Returns the smallest (P, K, C) of every group, P and C rounded up to `multiple`."""
         prompt, completion = (
@@ -127,13 +130,12 @@ class GroupDataset:
 
 
 def prepare(
-    rows: Iterable[TextGroup],
+    rows: Iterable[TextGroup | TokenGroup],
     tokenizer: PreTrainedTokenizerBase,
     *,
     path: Path,
     limits: Limits,
     vocab_size: int,
-    on_progress: Callable[[int, int], None] | None = None,
 ) -> GroupDataset:
     """Tokenises groups into an Arrow file, or opens it where it is still valid.
 
@@ -145,10 +147,10 @@ def prepare(
         path: the Arrow file; a JSON side-car with the counts lies beside it.
         limits: most tokens of a prompt and of a completion; what to do with bad rows.
         vocab_size: number of token ids that the model knows.
-        on_progress: called with (groups seen, groups kept) every 10,000 groups; None logs them.
 
     Raises:
-        InputError: bad row, no row left, or token id that the model does not know.
+        InputError: bad row, no row left, token id that the model does not know, or scored data of
+            another tokenizer.
     """
     encoder = Encoder(tokenizer)
     key = None
@@ -164,9 +166,7 @@ def prepare(
     try:
         with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, _ARROW_SCHEMA) as writer:
             pending: list[TokenGroup] = []
-            for group in _tokenize(
-                rows, encoder, limits, vocab_size, tally, on_progress or _log_progress
-            ):
+            for group in _token_groups(rows, encoder, limits, vocab_size, tally):
                 pending.append(group)
                 if len(pending) == _ROWS_PER_RECORD_BATCH:
                     writer.write_batch(_record_batch(pending))
@@ -190,9 +190,14 @@ def prepare(
 def data_key(
     rows: GroupReader, tokenizer: PreTrainedTokenizerBase, limits: Limits, vocab_size: int
 ) -> str:
-    """Everything that decides what `prepare` makes of these; the arguments are `prepare`'s."""
-    inputs = [_FORMAT, rows.fingerprint(), Encoder(tokenizer).hash, *limits, vocab_size]
-    return json.dumps(inputs)
+    """Everything that decides what `prepare` makes of these; the arguments are `prepare`'s.
+
+    Raises:
+        InputError: data that cannot be read, or that was scored with another tokenizer.
+    """
+    own = tokenizer_hash(tokenizer)
+    rows.check_ids(own)
+    return json.dumps([_FORMAT, rows.fingerprint(), own, *limits, vocab_size])
 
 
 def is_prepared(path: Path, key: str) -> bool:
@@ -218,7 +223,7 @@ class _Tally:
     """Counts kept while tokenising."""
 
     def __init__(self) -> None:
-        self.kept = self.seen = self.with_rewards = self.with_ref_logps = 0
+        self.kept = self.seen = self.with_rewards = 0
         self.dropped: Counter[str] = Counter()
         self.changed: Counter[str] = Counter()
         self._sizes = {
@@ -228,13 +233,12 @@ class _Tally:
     def add(self, group: TokenGroup) -> None:
         self.kept += 1
         self.with_rewards += group.rewards is not None
-        self.with_ref_logps += group.ref_logps is not None
         self._measure("prompt_tokens", len(group.prompt_tokens))
         self._measure("completions", len(group.completions))
         for ids in group.completion_tokens:
             self._measure("completion_tokens", len(ids))
 
-    def stats(self, rows: Iterable[TextGroup]) -> dict[str, Any]:
+    def stats(self, rows: Iterable[Any]) -> dict[str, Any]:
         """The counts as a JSON-ready dict, with those of the reader where `rows` is one."""
         dropped, rows_read = self.dropped, self.seen
         if isinstance(rows, GroupReader):
@@ -245,7 +249,6 @@ class _Tally:
             "dropped": dict(dropped.most_common()),
             "changed": {name: count for name, count in self.changed.most_common() if count},
             "with_rewards": self.with_rewards,
-            "with_ref_logps": self.with_ref_logps,
         } | {
             name: {"mean": total / max(count, 1), "max": largest}
             for name, (count, total, largest) in self._sizes.items()
@@ -256,20 +259,22 @@ class _Tally:
         self._sizes[name] = [count + 1, total + size, max(largest, size)]
 
 
-def _tokenize(
-    rows: Iterable[TextGroup],
+def _token_groups(
+    rows: Iterable[TextGroup | TokenGroup],
     encoder: Encoder,
     limits: Limits,
     vocab_size: int,
     tally: _Tally,
-    on_progress: Callable[[int, int], None],
 ) -> Iterator[TokenGroup]:
     for group in rows:
         tally.seen += 1
         if tally.seen % _GROUPS_PER_REPORT == 0:
-            on_progress(tally.seen, tally.kept)
+            log.info("tokenising: %s groups read, %s kept", f"{tally.seen:,}", f"{tally.kept:,}")
         try:
-            tokens = tokenize_group(group, encoder, limits, tally.changed)
+            if isinstance(group, TextGroup):
+                tokens = tokenize_group(group, encoder, limits, tally.changed)
+            else:
+                tokens = fit_group(group, limits, tally.changed)
         except InvalidRow as error:
             if limits.invalid_rows == "error":
                 raise
@@ -277,10 +282,11 @@ def _tokenize(
         if isinstance(tokens, str):
             tally.dropped[tokens] += 1
             continue
-        largest = max(int(ids.max()) for ids in (tokens.prompt_tokens, *tokens.completion_tokens))
-        if largest >= vocab_size:
+        ids = np.concatenate([tokens.prompt_tokens, *tokens.completion_tokens])
+        outside = ids[(ids < 0) | (ids >= vocab_size)]
+        if len(outside):
             raise InputError(
-                f"{group.where}: token id {largest} is outside the model's vocabulary of "
+                f"{group.where}: token id {outside[0]} is outside the model's vocabulary of "
                 f"{vocab_size} tokens, so tokenizer and model do not belong together. Use the "
                 "tokenizer of the model's own folder."
             )
@@ -295,9 +301,3 @@ def _record_batch(groups: list[TokenGroup]) -> pa.RecordBatch:
 
 def _side_car(path: Path) -> Path:
     return path.with_suffix(".json")
-
-
-def _log_progress(seen: int, kept: int) -> None:
-    logging.getLogger(__name__).info(
-        "tokenising: %s groups read, %s kept", f"{seen:,}", f"{kept:,}"
-    )
