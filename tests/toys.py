@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from copg_jax import distributed, sharding
 from copg_jax.config.sections import MeshConfig
@@ -37,6 +38,8 @@ AXES = {"w": ("embed",)}
 def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
     """The first data x fsdp x tensor virtual devices as a mesh."""
     sizes = MeshConfig(data, fsdp, tensor)
+    if jax.device_count() < data * fsdp * tensor:
+        pytest.fail("one device here: name this test's file in EIGHT_DEVICES of tests/conftest.py")
     return sharding.make_mesh(sizes, jax.devices()[: data * fsdp * tensor])
 
 

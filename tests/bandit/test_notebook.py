@@ -3,14 +3,13 @@ text."""
 
 from pathlib import Path
 
+import jupytext
+import nbclient
+import nbformat
 import pytest
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "experiments" / "notebooks" / "theory.ipynb"
-
-nbformat = pytest.importorskip("nbformat", reason="notebook tests need nbclient and jupytext")
-jupytext = pytest.importorskip("jupytext", reason="notebook tests need nbclient and jupytext")
-nbclient = pytest.importorskip("nbclient", reason="notebook tests need nbclient and jupytext")
 
 
 def test_notebook_and_its_text_have_the_same_cells():
