@@ -77,6 +77,11 @@ class Layout:
     completion_slots: Any  # int32 [R, M], completion slots alone, counted from 0; the same
     prompt_sizes: tuple[int, ...]  # by place in a bin, [B / R]
 
+    @property
+    def num_computed(self) -> int:
+        """Tokens that linear layers compute: the capacity of all bins, filled or not."""
+        return self.token_slots.size
+
 
 class Shape(NamedTuple):
     """The shape of some batches, which fits all their bins."""
