@@ -86,8 +86,9 @@ def score_dataset(
             scored.write_side_car(folder, side_car)
     done = min(int(finished.sum()) * part_size, len(dataset))
     with MetricsLogger(
-        folder, total_steps=len(dataset), log_every=1, resume_step=done or None
+        folder, total_steps=len(dataset), unit="group", log_every=1, resume_step=done or None
     ) as logger:
+        log.info("scoring %d groups; the first batch waits for compilation", len(dataset) - done)
         for part, first in enumerate(first_rows):
             if finished[part]:
                 continue

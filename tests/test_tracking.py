@@ -73,6 +73,14 @@ def test_without_a_terminal_a_plain_line_comes_every_few_steps(tmp_path, capsys)
     assert output[-1] == "step 7/7  eval/reward_mean 2"
 
 
+def test_what_is_counted_is_named(tmp_path, capsys):
+    with MetricsLogger(tmp_path, total_steps=320, unit="prompt", log_every=1) as logger:
+        logger.log(80, {"eval/kl": 0.5})
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("prompt 80/320  eval/kl 0.5  ")
+    assert "s/prompt  ETA " in line
+
+
 def test_evaluation_and_texts_show_at_any_step(tmp_path, capsys):
     with MetricsLogger(tmp_path, total_steps=100, log_every=50) as logger:
         logger.log(1, {"eval/kl": 0.5}, text={"sample": "[b]words"})

@@ -77,6 +77,17 @@ def test_the_newest_two_and_the_best_by_the_metric_are_kept(tmp_path, trained):
         assert checkpoints.latest_step == 5
 
 
+def test_a_step_without_a_value_is_saved_without_a_warning_and_never_the_best(
+    tmp_path, trained, caplog
+):
+    with Checkpoints(tmp_path, best_metric=METRIC) as checkpoints:
+        for at, value in {1: None, 2: -3.0, 3: None, 4: float("nan"), 5: None}.items():
+            checkpoints.save(at, trained.state, value)
+        assert checkpoints.best() == (2, -3.0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4", "5"]
+    assert [line.message for line in caplog.records if line.levelname == "WARNING"] == []
+
+
 def test_a_step_that_is_there_is_left_alone(tmp_path, trained):
     wanted = leaves(trained.state)
     with Checkpoints(tmp_path) as checkpoints:
