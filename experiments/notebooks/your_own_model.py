@@ -26,7 +26,14 @@ import numpy as np
 import optax
 from flax import nnx
 
-import copg_jax
+from copg_jax import (
+    GroupBatch,
+    copg_loss,
+    create_state,
+    make_nll_loss,
+    make_policy_loss,
+    make_train_step,
+)
 
 # %config InlineBackend.figure_formats = ["png"]
 
@@ -55,7 +62,7 @@ PAIRS = [
 # %%
 words = sorted({word for prompt, replies in PAIRS for word in " ".join([prompt, *replies]).split()})
 ids = lambda text: [1 + words.index(word) for word in text.split()] + [0] * (8 - len(text.split()))
-batch = copg_jax.GroupBatch(
+batch = GroupBatch(
     prompt_tokens=np.array([ids(prompt) for prompt, _ in PAIRS]),  # [B, P]
     prompt_length=np.array([len(prompt.split()) for prompt, _ in PAIRS]),  # [B]
     completion_tokens=np.array([[ids(text) for text in replies] for _, replies in PAIRS]),
@@ -76,25 +83,24 @@ class Model(nnx.Module):
     def __init__(self, rngs, size=64):
         self.embed = nnx.Embed(len(words) + 1, size, rngs=rngs)
         self.attention = nnx.MultiHeadAttention(4, size, decode=False, rngs=rngs)
-        self.head = nnx.Linear(size, len(words) + 1, rngs=rngs)
 
     def __call__(self, tokens):
         x = self.embed(tokens)
-        return self.head(jax.nn.gelu(x + self.attention(x, mask=nnx.make_causal_mask(tokens))))
+        return self.embed.attend(x + self.attention(x, mask=nnx.make_causal_mask(tokens)))
 
 
 graph, params, rest = nnx.split(Model(nnx.Rngs(0)), nnx.Param, ...)
 
 
 def seq_logp(params, batch):
-    prompt = jnp.repeat(batch.prompt_tokens[:, None], batch.completion_tokens.shape[1], axis=1)
-    tokens = jnp.concatenate([prompt, batch.completion_tokens], -1)  # [B, K, P + C]
-    logp = jax.nn.log_softmax(
-        nnx.merge(graph, params, rest)(tokens)[..., prompt.shape[-1] - 1 : -1, :]
+    reply = batch.completion_tokens  # [B, K, C]
+    prompt = jnp.repeat(batch.prompt_tokens[:, None], reply.shape[1], axis=1)  # [B, K, P]
+    logits = nnx.merge(graph, params, rest)(jnp.concatenate([prompt, reply], -1))
+    logp = jax.nn.log_softmax(logits[..., prompt.shape[-1] - 1 : -1, :])
+    logp = jnp.take_along_axis(logp, reply[..., None], -1)[..., 0]  # [B, K, C]
+    return jnp.where(jnp.arange(logp.shape[2]) < batch.completion_length[..., None], logp, 0).sum(
+        -1
     )
-    logp = jnp.take_along_axis(logp, batch.completion_tokens[..., None], -1)[..., 0]  # [B, K, C]
-    keep = jnp.arange(logp.shape[-1]) < batch.completion_length[..., None]
-    return jnp.where(keep, logp, 0).sum(-1)  # [B, K], nats
 
 
 # %% [markdown]
@@ -107,22 +113,18 @@ def seq_logp(params, batch):
 # grey line. π_ref has Δ = 0.
 
 # %%
-optimizer = optax.adam(3e-3)
-sft = copg_jax.make_train_step(copg_jax.make_nll_loss(seq_logp), optimizer)
-step = copg_jax.make_train_step(copg_jax.make_policy_loss(seq_logp, copg_jax.copg_loss), optimizer)
-state = copg_jax.create_state(optimizer, params)
+adam = optax.adam(3e-3)
+sft, state = make_train_step(make_nll_loss(seq_logp), adam), create_state(adam, params)
 for _ in range(25):
-    state, metrics = sft(state, batch)
-print(f"π_ref: {metrics['loss']:.2f} nats a word")
+    state, _ = sft(state, batch)
 ref, batch = state.params, batch._replace(ref_logp=seq_logp(state.params, batch))
-plt.axline((0, 0), slope=1, color="0.7")
+step = make_train_step(make_policy_loss(seq_logp, copg_loss), adam)
+plt.axes(xlabel="β·Δ, learnt", ylabel="ΔR, from the scores").axline((0, 0), slope=1, color="0.7")
 for beta, num_steps, marker in [(0.5, 4, "x"), (0.5, 300, "o"), (2.0, 300, "+")]:
-    state = copg_jax.create_state(optimizer, ref)
+    state = create_state(adam, ref)
     for _ in range(num_steps):
         state, metrics = step(state, batch, beta=beta)
-    print(f"β = {beta}, {num_steps} steps: r² = {metrics['copg/reward_r2']:.3f}")
-    x, y = beta * np.diff(seq_logp(state.params, batch) - batch.ref_logp), np.diff(batch.reward)
-    plt.plot(x, y, marker, fillstyle="none", label=f"β = {beta}, {num_steps} steps")
-plt.gca().set(xlabel="β·Δ, learnt", ylabel="ΔR, from the scores", title="a mark is a pair")
-plt.legend(frameon=False)
-plt.show()
+    gap = np.diff(seq_logp(state.params, batch) - batch.ref_logp)  # Δ, nats
+    print(label := f"β = {beta}, {num_steps} steps: r² = {metrics['copg/reward_r2']:.3f}")
+    plt.plot(beta * gap, np.diff(batch.reward), marker, fillstyle="none", label=label)
+plt.legend(frameon=False).set_title("a mark is a pair")
