@@ -95,12 +95,10 @@ graph, params, rest = nnx.split(Model(nnx.Rngs(0)), nnx.Param, ...)
 def seq_logp(params, batch):
     reply = batch.completion_tokens  # [B, K, C]
     prompt = jnp.repeat(batch.prompt_tokens[:, None], reply.shape[1], axis=1)  # [B, K, P]
-    logits = nnx.merge(graph, params, rest)(jnp.concatenate([prompt, reply], -1))
-    logp = jax.nn.log_softmax(logits[..., prompt.shape[-1] - 1 : -1, :])
-    logp = jnp.take_along_axis(logp, reply[..., None], -1)[..., 0]  # [B, K, C]
-    return jnp.where(jnp.arange(logp.shape[2]) < batch.completion_length[..., None], logp, 0).sum(
-        -1
-    )
+    logp = jax.nn.log_softmax(nnx.merge(graph, params, rest)(jnp.concatenate([prompt, reply], -1)))
+    logp = jnp.take_along_axis(logp[:, :, prompt.shape[2] - 1 : -1], reply[..., None], -1)[..., 0]
+    keep = jnp.arange(reply.shape[2]) < batch.completion_length[..., None]
+    return jnp.where(keep, logp, 0).sum(-1)  # [B, K], nats
 
 
 # %% [markdown]
