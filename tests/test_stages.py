@@ -242,18 +242,17 @@ def test_data_scored_with_another_reference_or_tokenizer_trains_no_policy(workpl
     elsewhere = f"output_dir={tmp_path / 'run'}"
     text = workplace.refusal("policy", elsewhere, f"model.path={workplace.folder / 'base'}")
     names_all(text, ["scored.json", "reference_hash", "score again"])
-    for field in ("tokenizer_hash", "complete"):
-        copy = tmp_path / field
+    for field, value, words in (
+        ("tokenizer_hash", "f" * 16, ["tokenizer", "f" * 16]),
+        ("reference_dtype", "bfloat16", ["has float32", "read as KL", "model.dtype=bfloat16"]),
+        ("complete", False, ["interrupted"]),
+    ):
+        copy = epath.Path(tmp_path / field)
         shutil.copytree(workplace.folder / "score", copy)
-        change = {"tokenizer_hash": {"tokenizer_hash": "f" * 16}, "complete": {"complete": False}}
-        scored.write_side_car(
-            copy, dataclasses.replace(scored.read_side_car(copy), **change[field])
-        )
+        side_car = dataclasses.replace(scored.read_side_car(copy), **{field: value})
+        scored.write_side_car(copy, side_car)
         text = workplace.refusal("policy", elsewhere, f"data.path={copy}")
-        names_all(
-            text,
-            [str(copy)] + (["interrupted"] if field == "complete" else ["tokenizer", "f" * 16]),
-        )
+        names_all(text, [str(copy), *words])
 
 
 @pytest.mark.parametrize(("stage", "key"), [("policy", "evaluation.rewards"), ("score", "rewards")])

@@ -13,6 +13,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,7 @@ class GroupDataset:
         side_car = json.loads(_side_car(path).read_text())
         self.stats: dict[str, Any] = side_car["stats"]
         self.fingerprint = hashlib.sha256(str(side_car["key"]).encode()).hexdigest()
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        # Batches of a memory map hold pointers only; threads may share them, not the reader.
-        self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        self._batches = _record_batches(path)
 
     def __len__(self) -> int:
         return self.stats["kept"]
@@ -162,18 +161,18 @@ def prepare(
     # The counts go last, so that their presence means that the Arrow file belongs to them.
     _side_car(path).unlink(missing_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    tally = _Tally()
+    dropped: Counter[str] = Counter()
+    changed: Counter[str] = Counter()
     try:
         with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, _ARROW_SCHEMA) as writer:
-            pending: list[TokenGroup] = []
-            for group in _token_groups(rows, encoder, limits, vocab_size, tally):
-                pending.append(group)
-                if len(pending) == _ROWS_PER_RECORD_BATCH:
-                    writer.write_batch(_record_batch(pending))
-                    pending = []
-            if pending:
-                writer.write_batch(_record_batch(pending))
-        stats = tally.stats(rows)
+            groups = _token_groups(rows, encoder, limits, vocab_size, dropped, changed)
+            while some := list(islice(groups, _ROWS_PER_RECORD_BATCH)):
+                writer.write_batch(_record_batch(some))
+        if isinstance(rows, GroupReader):
+            dropped += rows.counts
+        stats = _stats(part, dropped, changed)
+        if isinstance(rows, GroupReader):
+            stats["rows"] = rows.rows_read
         if stats["kept"] == 0:
             raise InputError(
                 f"The data set is empty: nothing was kept.\n{format_stats(stats)}\nCheck "
@@ -219,44 +218,25 @@ def format_stats(stats: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-class _Tally:
-    """Counts kept while tokenising."""
-
-    def __init__(self) -> None:
-        self.kept = self.seen = self.with_rewards = 0
-        self.dropped: Counter[str] = Counter()
-        self.changed: Counter[str] = Counter()
-        self._sizes = {
-            name: [0, 0, 0] for name in ("prompt_tokens", "completion_tokens", "completions")
-        }
-
-    def add(self, group: TokenGroup) -> None:
-        self.kept += 1
-        self.with_rewards += group.rewards is not None
-        self._measure("prompt_tokens", len(group.prompt_tokens))
-        self._measure("completions", len(group.completions))
-        for ids in group.completion_tokens:
-            self._measure("completion_tokens", len(ids))
-
-    def stats(self, rows: Iterable[Any]) -> dict[str, Any]:
-        """The counts as a JSON-ready dict, with those of the reader where `rows` is one."""
-        dropped, rows_read = self.dropped, self.seen
-        if isinstance(rows, GroupReader):
-            dropped, rows_read = rows.counts + dropped, rows.rows_read
-        return {
-            "rows": rows_read,
-            "kept": self.kept,
-            "dropped": dict(dropped.most_common()),
-            "changed": {name: count for name, count in self.changed.most_common() if count},
-            "with_rewards": self.with_rewards,
-        } | {
-            name: {"mean": total / max(count, 1), "max": largest}
-            for name, (count, total, largest) in self._sizes.items()
-        }
-
-    def _measure(self, name: str, size: int) -> None:
-        count, total, largest = self._sizes[name]
-        self._sizes[name] = [count + 1, total + size, max(largest, size)]
+def _stats(path: Path, dropped: Counter[str], changed: Counter[str]) -> dict[str, Any]:
+    """What an Arrow file holds and what was left out of it, ready for JSON."""
+    batches = _record_batches(path)
+    kept = sum(map(len, batches))
+    stats: dict[str, Any] = {
+        "rows": kept + dropped.total(),
+        "kept": kept,
+        "dropped": dict(dropped.most_common()),
+        "changed": {name: count for name, count in changed.most_common() if count},
+        "with_rewards": kept - sum(batch["rewards"].null_count for batch in batches),
+    }
+    for name, lists in {
+        "prompt_tokens": [batch["prompt_tokens"] for batch in batches],
+        "completion_tokens": [batch["completion_tokens"].flatten() for batch in batches],
+        "completions": [batch["completions"] for batch in batches],
+    }.items():
+        sizes = np.concatenate([[], *(column.value_lengths() for column in lists)])
+        stats[name] = {"mean": sizes.sum() / max(len(sizes), 1), "max": int(sizes.max(initial=0))}
+    return stats
 
 
 def _token_groups(
@@ -264,23 +244,23 @@ def _token_groups(
     encoder: Encoder,
     limits: Limits,
     vocab_size: int,
-    tally: _Tally,
+    dropped: Counter[str],
+    changed: Counter[str],
 ) -> Iterator[TokenGroup]:
-    for group in rows:
-        tally.seen += 1
-        if tally.seen % _GROUPS_PER_REPORT == 0:
-            log.info("tokenising: %s groups read, %s kept", f"{tally.seen:,}", f"{tally.kept:,}")
+    for number, group in enumerate(rows, start=1):
+        if number % _GROUPS_PER_REPORT == 0:
+            log.info("tokenising: %s groups read", f"{number:,}")
         try:
             if isinstance(group, TextGroup):
-                tokens = tokenize_group(group, encoder, limits, tally.changed)
+                tokens = tokenize_group(group, encoder, limits, changed)
             else:
-                tokens = fit_group(group, limits, tally.changed)
+                tokens = fit_group(group, limits, changed)
         except InvalidRow as error:
             if limits.invalid_rows == "error":
                 raise
             tokens = error.reason
         if isinstance(tokens, str):
-            tally.dropped[tokens] += 1
+            dropped[tokens] += 1
             continue
         ids = np.concatenate([tokens.prompt_tokens, *tokens.completion_tokens])
         outside = ids[(ids < 0) | (ids >= vocab_size)]
@@ -290,8 +270,14 @@ def _token_groups(
                 f"{vocab_size} tokens, so tokenizer and model do not belong together. Use the "
                 "tokenizer of the model's own folder."
             )
-        tally.add(tokens)
         yield tokens
+
+
+def _record_batches(path: Path) -> list[pa.RecordBatch]:
+    """The batches of an Arrow file; they hold pointers into a memory map, not its contents."""
+    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    # Threads may share the batches, not the reader.
+    return [reader.get_batch(i) for i in range(reader.num_record_batches)]
 
 
 def _record_batch(groups: list[TokenGroup]) -> pa.RecordBatch:

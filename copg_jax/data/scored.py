@@ -61,16 +61,12 @@ SCHEMA = pa.schema(
 
 
 class ScoredGroup(NamedTuple):
-    """A group with its scores, one per completion; NaN and None mean that there is none.
-
-    `ref_logp` is in nats, summed over the completion; `rewards` has the numbers of each function
-    whose (weighted) sum `reward` is.
+    """A group with its rewards and ref_logps, and the numbers of each reward function, [K] by name,
+    whose (weighted) sum the rewards are; NaN means that there is none.
     """
 
     group: TokenGroup
-    reward: Sequence[float | None]
-    ref_logp: Sequence[float]
-    rewards: Mapping[str, Sequence[float | None]]
+    by_name: Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -102,7 +98,8 @@ def write_part(folder: epath.Path, index: int, groups: Sequence[ScoredGroup]) ->
     """Writes one part, at once or not at all, and returns its path.
 
     Raises:
-        InputError: an infinite reward, or a reference log-probability that is not finite.
+        InputError: other numbers of ids and scores than completions, an infinite reward, or a
+            reference log-probability that is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"part-{index:05d}.parquet"
@@ -142,15 +139,7 @@ def read_row(where: str, row: Row) -> TokenGroup:
             f"{where}: not a row of scored data of format {FORMAT}: {type(error).__name__}: "
             f"{error}. Score again."
         ) from error
-    ids = [group.prompt_tokens, *group.completion_tokens]
-    sizes = {len(ids) - 1, *(np.size(getattr(group, name)) for name in NUMBERS)}
-    if sizes != {len(group.completions)} or not all(map(len, ids)):
-        raise InputError(
-            f"{where}: wanted ids of the prompt, and ids, reward, ref_logp, has_eos and origin for "
-            f"each of its {len(group.completions)} completions; got other numbers. Score again."
-        )
-    if not np.isfinite(group.ref_logps).all():
-        raise InputError(f"{where}: ref_logp is {row['ref_logp']}: wanted numbers. Score again.")
+    _check(group)
     return group
 
 
@@ -257,19 +246,37 @@ def _score_command(folder: epath.Path, values: Mapping[str, Any]) -> str:
     return shlex.join(["python", "-m", "experiments.score", *arguments])
 
 
+def _check(group: TokenGroup) -> None:
+    """Raises InputError unless there are ids and finite numbers for each completion."""
+    count, ids = len(group.completions), [group.prompt_tokens, *group.completion_tokens]
+    numbers = {name: getattr(group, name) for name in NUMBERS}
+    sizes = {name: len(values) for name, values in numbers.items() if values is not None}
+    if {len(ids) - 1, *sizes.values()} != {count} or not all(map(len, ids)):
+        raise InputError(
+            f"{group.where}: wanted ids of the prompt and, for each of {count} completions, ids "
+            f"and numbers, got {list(map(len, ids))} ids and {sizes} numbers. Score again."
+        )
+    _check_finite(group.where, "reward", group.rewards, or_nan=True)
+    _check_finite(group.where, "reference log-probability", group.ref_logps, or_nan=False)
+
+
+def _check_finite(where: str, what: str, values: Any, *, or_nan: bool) -> None:
+    with np.errstate(over="ignore"):
+        values = np.asarray(values, np.float32)  # as it will be written
+    bad = np.isinf(values) if or_nan else ~np.isfinite(values)
+    for index in np.flatnonzero(bad):
+        raise InputError(
+            f"{where}: the {what} of completion {index} is {values[index]}: wanted a finite number"
+            f"{', or None or NaN to leave the completion out' if or_nan else ''}. Check what "
+            "computes it, and its dtype."
+        )
+
+
 def _row(scored: ScoredGroup) -> dict[str, Any]:
     group, count = scored.group, len(scored.group.completions)
-    for name in ("reward", "ref_logp"):
-        if len(getattr(scored, name)) != count:
-            raise InputError(
-                f"{group.where}: got {len(getattr(scored, name))} {name} for {count} completions."
-            )
-    for index, value in enumerate(scored.ref_logp):
-        if not math.isfinite(value):
-            raise InputError(
-                f"{group.where}: the reference log-probability of completion {index} is {value}. "
-                "Check the reference model and its dtype."
-            )
+    _check(group)
+    for name, values in scored.by_name.items():
+        _check_finite(group.where, f"reward '{name}'", values, or_nan=True)
     return {
         "id": group.id,
         "prompt": group.prompt,
@@ -278,23 +285,12 @@ def _row(scored: ScoredGroup) -> dict[str, Any]:
         "completion_token_ids": group.completion_tokens,
         "has_eos": [True] * count if group.has_eos is None else group.has_eos,
         "origin": [0] * count if group.origin is None else group.origin,
-        "rewards": [
-            (name, _finite_or_none(group, values, f"reward '{name}'"))
-            for name, values in scored.rewards.items()
-        ],
-        "reward": _finite_or_none(group, scored.reward, "reward"),
-        "ref_logp": scored.ref_logp,
+        "rewards": [(name, _or_null(values)) for name, values in scored.by_name.items()],
+        "reward": _or_null(group.rewards),
+        "ref_logp": group.ref_logps,
         "columns": json.dumps(group.columns, default=str),
     }
 
 
-def _finite_or_none(
-    group: TokenGroup, values: Sequence[float | None], name: str
-) -> list[float | None]:
-    for index, value in enumerate(values):
-        if value is not None and math.isinf(value):
-            raise InputError(
-                f"{group.where}: the {name} of completion {index} is {value}: wanted a finite "
-                "number, or None or NaN to leave the completion out."
-            )
-    return [None if value is None or math.isnan(value) else float(value) for value in values]
+def _or_null(values: Any) -> list[float | None]:
+    return [None if math.isnan(value) else float(value) for value in values]
