@@ -1,1 +1,1 @@
-"""Stages of the pipeline as scripts: `python -m experiments.<stage> CONFIG.yaml ... key=value ...`."""
+"""Stages of the pipeline as scripts: `python -m experiments.STAGE FILE.yaml ... key=value ...`."""

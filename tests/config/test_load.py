@@ -10,6 +10,7 @@ import pytest
 
 from copg_jax.config.load import config_differences, load_config, run_main, to_yaml
 from copg_jax.config.options import option, section
+from copg_jax.config.stages import STAGES, PolicyConfig, ScoreConfig, SFTConfig
 from copg_jax.errors import InputError
 
 
@@ -49,18 +50,25 @@ class Config:
 
 @pytest.fixture
 def yaml_file(tmp_path: Path):
-    def write(text: str) -> str:
-        path = tmp_path / "run.yaml"
+    def write(text: str, name: str = "run.yaml") -> str:
+        path = tmp_path / name
         path.write_text(text)
         return str(path)
 
     return write
 
 
-def error_of(*argv: str) -> str:
+def error_of(*argv: str, cls: type = Config) -> str:
     with pytest.raises(InputError) as caught:
-        load_config(Config, argv)
+        load_config(cls, argv)
     return str(caught.value)
+
+
+def printed(capsys: pytest.CaptureFixture, *argv: str, cls: type = Config) -> str:
+    with pytest.raises(SystemExit) as caught:
+        load_config(cls, [*argv, "--print-config"])
+    assert caught.value.code == 0
+    return capsys.readouterr().out
 
 
 def test_defaults_then_file_then_command_line_win_in_this_order(yaml_file):
@@ -69,6 +77,52 @@ def test_defaults_then_file_then_command_line_win_in_this_order(yaml_file):
     assert config.output_dir == "a"
     assert config.num_epochs == 4
     assert config.optim == Optim(learning_rate=1e-3, warmup_fraction=0.1)
+
+
+def test_later_files_win_sections_merge_and_lists_and_values_are_replaced(yaml_file):
+    first = yaml_file(
+        "output_dir: a\nnum_epochs: 3\noptim: {learning_rate: 1, warmup_fraction: 0.2}\n"
+        "betas: [1, 2, 3]\nextra: {a: {b: 1}, c: 2}\nrewards: [{function: f, weight: 2}]\n"
+        "judge: {function: g}\n",
+        "first.yaml",
+    )
+    second = yaml_file(
+        "output_dir: b\noptim: {learning_rate: 2}\nbetas: [4]\nextra: {a: {d: 3}}\n"
+        "rewards: [{function: h}]\njudge: null\n",
+        "second.yaml",
+    )
+    config = load_config(Config, [first, second, "extra.c=5"])
+    assert config == Config(
+        "b",
+        num_epochs=3,
+        optim=Optim(learning_rate=2, warmup_fraction=0.2),
+        betas=[4],
+        extra={"a": {"b": 1, "d": 3}, "c": 5},
+        rewards=[Reward("h")],
+    )
+    config = load_config(Config, [second, first, "judge={function: k, weight: 3}"])
+    assert (config.output_dir, config.optim.learning_rate) == ("a", 1)
+    assert (config.betas, config.rewards) == ([1, 2, 3], [Reward("f", 2)])
+    assert config.judge == Reward("k", 3)
+
+
+def test_mistakes_in_several_files_are_placed_in_their_own(yaml_file):
+    first = yaml_file("output_dir: a\nnum_epoch: 1\n", "first.yaml")
+    second = yaml_file("\noptim:\n  learning_rate: fast\n", "second.yaml")
+    assert error_of(first, second).splitlines() == [
+        f"{first}:2: unknown field 'num_epoch'; did you mean 'num_epochs'?",
+        f"{second}:3: optim.learning_rate: wanted float, got 'fast' (str); "
+        "set for example optim.learning_rate=1e-06",
+    ]
+    first = yaml_file("output_dir: a\noptim: {learning_rate: -1}\n", "first.yaml")
+    second = yaml_file("optim:\n  learning_rate: -2\n", "second.yaml")
+    assert error_of(first, second) == f"{second}:2: optim.learning_rate must be > 0, got -2.0"
+
+
+def test_a_file_after_an_override_is_refused(yaml_file):
+    path = yaml_file("output_dir: a\n")
+    text = error_of("num_epochs=1", path)
+    assert f"got '{path}'; config files come first" in text
 
 
 def test_configs_are_typed_frozen_dataclasses(yaml_file):
@@ -253,12 +307,158 @@ def test_help_lists_every_field_with_type_default_and_meaning(capsys):
 
 
 def test_the_printed_config_loads_back_to_the_same_config(capsys, yaml_file):
-    argv = ["output_dir='1e-6'", "rewards=[{function: f}]", "optim.learning_rate=3e-7"]
-    with pytest.raises(SystemExit) as caught:
-        load_config(Config, [*argv, "--print-config"])
-    assert caught.value.code == 0
-    printed = capsys.readouterr().out
-    assert load_config(Config, [yaml_file(printed)]) == load_config(Config, argv)
+    argv = [
+        "output_dir='1e-6'",
+        "rewards=[{function: f}]",
+        "optim.learning_rate=3e-7",
+        "extra={a: [], b: {}, c: null, d: '# no comment', e: '', f: 'x: y', g: [[1], {h: 2}]}",
+        "extra.lines='one\ntwo'",
+        f"extra.long='{'word ' * 40}'",
+        "extra.quoted='it is \"1\"'",
+    ]
+    text = printed(capsys, *argv)
+    assert load_config(Config, [yaml_file(text)]) == load_config(Config, argv)
+    # Each value has a place.
+    values = [line for line in text.splitlines() if not line.endswith((":", "-"))]
+    assert sum("  # " in line for line in values) >= len(Config.__dataclass_fields__)
+
+
+def test_the_printed_config_says_where_each_value_comes_from(capsys, yaml_file):
+    first = yaml_file(
+        "output_dir: a\nnum_epochs: 3\nbetas: [1,\n  2]\noptim:\n  learning_rate: 1\n"
+        "  warmup_fraction: 0.2\nrewards:\n- function: f\n  weight: 2\njudge: {function: g}\n",
+        "first.yaml",
+    )
+    second = yaml_file("# comment\nnum_epochs: 4\nrewards:\n- function: h\n", "second.yaml")
+    found = printed(capsys, first, second, "optim.learning_rate=3", "extra={a: {b: [1]}}")
+    assert [line.strip() for line in found.splitlines() if "#" in line] == [
+        f"output_dir: a  # {first}:1",
+        f"num_epochs: 4  # {second}:2",
+        "quiet: false  # default",
+        "decay: none  # default",
+        "max_rows: null  # default",
+        f"- 1.0  # {first}:3",
+        f"- 2.0  # {first}:4",
+        "- 1  # command line",
+        "learning_rate: 3.0  # command line",
+        f"warmup_fraction: 0.2  # {first}:7",
+        f"- function: h  # {second}:4",
+        "weight: 1.0  # default",
+        f"function: g  # {first}:11",
+        "weight: 1.0  # default",
+    ]
+
+
+def test_the_printed_config_follows_what_a_value_reads(capsys, yaml_file):
+    first = yaml_file(
+        "shared:\n  size: big\n  name: run-${shared.size}\n  rewards:\n  - function: f\n"
+        "  weights: {big: 2, small: 3}\noutput_dir: x/${shared.name}\n"
+        "rewards: ${shared.rewards}\nnum_epochs: ${shared.weights.${shared.size}}\n",
+        "first.yaml",
+    )
+    second = yaml_file("shared:\n  size: small\n", "second.yaml")
+    lines = dict(
+        line.strip().split("  # ")
+        for line in printed(capsys, first, second).splitlines()
+        if "#" in line
+    )
+    assert lines["output_dir: x/run-small"] == (
+        f"{first}:7, shared.name from {first}:3, shared.size from {second}:2"
+    )
+    assert lines["- function: f"] == f"{first}:8, shared.rewards[0].function from {first}:5"
+    assert lines["weight: 1.0"] == "default"
+    assert lines["num_epochs: 3"] == (
+        f"{first}:9, shared.size from {second}:2, shared.weights.small from {first}:6"
+    )
+
+
+def test_shared_values_are_read_by_fields_wherever_they_are_set(yaml_file):
+    base = yaml_file("output_dir: ${shared.folder}/x\nnum_epochs: ${shared.n}\n", "base.yaml")
+    values = yaml_file("shared:\n  folder: runs\n  n: 7\n", "values.yaml")
+    for files in ([base, values], [values, base]):
+        config = load_config(Config, [*files, "shared.n=8"])
+        assert (config.output_dir, config.num_epochs) == ("runs/x", 8)
+    assert load_config(Config, [base, "shared={folder: a, n: 1}"]).output_dir == "a/x"
+
+
+def test_a_shared_value_that_nothing_reads_is_a_typo(yaml_file):
+    base = yaml_file("shared:\n  folder: runs\noutput_dir: ${shared.folder}\n", "base.yaml")
+    assert error_of(base, "shared.foldr=x") == (
+        "command line: no field reads ${shared.foldr}; did you mean 'shared.folder'?"
+    )
+    other = yaml_file("shared:\n  folder: x\n  betas: {zzz: 1}\n", "other.yaml")
+    assert error_of(base, other).startswith(f"{other}:3: no field reads ${{shared.betas.zzz}}")
+    assert error_of(base, "shared=3").startswith("command line: unknown field 'shared'; wanted a")
+
+
+def test_a_shared_value_that_is_nowhere_set_is_named_with_its_reader(yaml_file):
+    path = yaml_file("output_dir: a\noptim:\n  learning_rate: ${shared.rate}\n")
+    text = error_of(path)
+    assert text.startswith(f"{path}:3: optim.learning_rate: Interpolation key 'shared.rate' not")
+    assert "set it in one of the files or on the command line" in text
+
+
+def test_a_value_that_is_read_is_checked_like_one_that_is_written(yaml_file):
+    path = yaml_file("output_dir: a\nnum_epochs: ${shared.n}\nrewards: ${shared.r}\n")
+    text = error_of(path, "shared.n=two", "shared.r=[{function: f, wieght: 1}]")
+    assert f"{path}:2: num_epochs: wanted int, got 'two' (str)" in text
+    assert f"{path}:3: unknown field 'rewards[0].wieght'; did you mean 'rewards[0].weight'?" in text
+    text = error_of(path, "shared.n=2", "shared.r=[{weight: 1}]")
+    assert "rewards[0].function: wanted a value, got nothing" in text
+
+
+def test_a_section_named_after_stages_holds_for_them_alone(yaml_file):
+    path = yaml_file(
+        "output_dir: a\nsft, policy:\n  model: {path: m}\n  data: {path: d}\n"
+        "policy:\n  seed: 3\nscore:\n  reference: {path: r}\n  data: {path: s}\n"
+    )
+    sft = load_config(SFTConfig, [path])
+    assert (sft.model.path, sft.data.path, sft.seed) == ("m", "d", 0)
+    policy = load_config(PolicyConfig, [path, "policy.data.path=e"])
+    assert (policy.model.path, policy.data.path, policy.seed) == ("m", "e", 3)
+    score = load_config(ScoreConfig, [path, "policy.data.path=e"])
+    assert (score.reference.path, score.data.path) == ("r", "s")
+
+
+def test_what_stands_lower_in_a_file_wins(yaml_file):
+    path = yaml_file("sft:\n  seed: 1\nsft, policy:\n  seed: 2\n", "a.yaml")
+    needed = ["output_dir=x", "model.path=x", "data.path=x"]
+    assert load_config(SFTConfig, [path, *needed]).seed == 2
+    last = yaml_file("seed: 3\n", "b.yaml")
+    assert load_config(SFTConfig, [path, last, *needed]).seed == 3
+
+
+@pytest.mark.parametrize("cls", [SFTConfig, ScoreConfig, Config])
+def test_a_section_is_checked_by_every_script(yaml_file, cls):
+    path = yaml_file(
+        "sft, reward:\n  optim:\n    learning_rat: 1\n  training: {batch_size: many}\n"
+    )
+    text = error_of(path, cls=cls)
+    assert (
+        f"{path}:3: unknown field 'optim.learning_rat'; did you mean 'optim.learning_rate'" in text
+    )
+    assert f"{path}:4: training.batch_size: wanted int, got 'many' (str)" in text
+    assert len(text.splitlines()) == 2  # one line a mistake, not one a stage
+
+
+@pytest.mark.parametrize(
+    ("name", "suggestion"),
+    [("polcy", "policy"), ("sft, rewrd", "sft, reward"), ("sharde", "shared")],
+)
+def test_a_misspelt_section_gets_a_did_you_mean(yaml_file, name, suggestion):
+    path = yaml_file(f"output_dir: a\n{name}:\n  seed: 1\n")
+    text = error_of(path, cls=SFTConfig)
+    assert text == f"{path}:2: unknown field '{name}'; did you mean '{suggestion}'?"
+
+
+def test_an_empty_section_of_a_stage_is_explained(yaml_file):
+    path = yaml_file("output_dir: a\nsft:\n")
+    assert f"{path}:2: unknown field 'sft'; wanted a mapping" in error_of(path, cls=SFTConfig)
+
+
+def test_no_field_has_the_name_of_a_section():
+    names = {name for cls in STAGES.values() for name in cls.__dataclass_fields__}
+    assert not names & {*STAGES, "shared"}
 
 
 def test_yaml_keeps_the_order_of_the_fields():

@@ -24,6 +24,7 @@ from experiments.planning.topology import open_topology
 from tests import toys
 from tests.models import tiny
 
+LLAMA2_7B = ["configs/tldr.yaml", "configs/sizes/llama2_7b.yaml"]
 FIELDS = [field.name for field in dataclasses.fields(Plan)]
 
 
@@ -146,7 +147,7 @@ def test_a_policy_that_evaluates_shares_its_chips_with_the_reference_and_the_rew
 
 def test_a_model_that_is_not_here_is_refused_with_one_that_is():
     with pytest.raises(InputError, match=r"meta-llama/Llama-2-7b-hf.*configs/models/llama2_7b"):
-        read_architecture(load_config(STAGES["sft"], ["configs/sft_tldr_llama2_7b.yaml"]).model)
+        read_architecture(load_config(STAGES["sft"], LLAMA2_7B).model)
 
 
 @pytest.mark.parametrize(("size", "layers"), [("7b", 32), ("70b", 80)])
@@ -161,16 +162,23 @@ def test_published_architectures_are_at_hand(size: str, layers: int):
 
 
 @pytest.mark.parametrize(
-    ("name", "stage"),
+    ("names", "stage"),
     [
-        ("configs/sft_tldr_llama2_7b.yaml", "sft"),
-        ("configs/smollm2_reward.yaml", "reward"),
-        ("configs/dpo_tldr_llama2_7b.yaml", "policy"),
-        ("configs/evaluate_tldr_llama2_7b.yaml", "evaluate"),
+        ([*LLAMA2_7B, "configs/losses/dpo.yaml", "output_dir=reward.x"], "policy"),
+        (["configs/losses/ipo.yaml", *LLAMA2_7B], "policy"),
+        ([*LLAMA2_7B, "my_sft.yaml"], "sft"),
+        (["configs/reward-small.yml", "seed=1"], "reward"),
+        (["evaluate.yaml"], "evaluate"),
     ],
 )
-def test_the_name_of_a_config_tells_its_stage(name: str, stage: str):
-    assert script.stage_of([name]) == stage
+def test_the_names_of_the_configs_tell_the_stage(names: list[str], stage: str):
+    assert script.stage_of(names) == stage
+
+
+@pytest.mark.parametrize("names", [LLAMA2_7B, [*LLAMA2_7B, "evaluate.yaml", "copg.yaml"], []])
+def test_names_that_tell_no_stage_or_two_are_refused(names: list[str]):
+    with pytest.raises(InputError, match="--stage: wanted one of sft"):
+        script.stage_of(names)
 
 
 def test_the_script_prints_a_json_line_and_a_column_a_topology(
@@ -183,7 +191,7 @@ def test_the_script_prints_a_json_line_and_a_column_a_topology(
 
     monkeypatch.setattr(script, "make_plan", planned)
     names = ["--topology", "cpu:2", "--topology", "gpu:2xh200"]
-    script.main(["configs/sft_tldr_llama2_7b.yaml", *names])
+    script.main([*LLAMA2_7B, "--stage", "sft", *names])
     first, second, *rest = capsys.readouterr().out.splitlines()
     assert [json.loads(line)["topology"] for line in (first, second)] == ["cpu:2", "gpu:2xh200"]
     toys.names_all("\n".join(rest), ["cpu:2", "gpu:2xh200", "3 x, 2.00 GB", "a remark"])
