@@ -7,17 +7,25 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from experiments.comparison import Policy, Trained, measure
+from experiments.studies.comparison import Policy, Trained, measure
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.typing import LineStyleType, MarkerType
 
 COLOURS = {"copg": "#0072B2", "dpo": "#D55E00", "ipo": "#009E73"}
 LABELS = {"sft": "SFT", "copg": "CoPG", "dpo": "DPO", "ipo": "IPO"}
 # One line style and marker for each β of a method, from the smallest on.
-STYLES = ((":", "v"), ("-", "o"), ("--", "^"), ("-.", "s"))
+STYLES: tuple[tuple[LineStyleType, MarkerType], ...] = (
+    (":", "v"),
+    ("-", "o"),
+    ("--", "^"),
+    ("-.", "s"),
+)
+
+LEVEL_STEP = 0.2  # reward units between two lines of equal objective
 
 
 def reward_and_frontier(policies: Sequence[Trained], sft: Policy, *, beta: float) -> Figure:
@@ -33,6 +41,10 @@ def reward_and_frontier(policies: Sequence[Trained], sft: Policy, *, beta: float
         for method in dict.fromkeys(p.method for p in policies)
     }
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.8), layout="constrained", sharey=True)
+    # Most of what is worth seeing happens below one nat; a collapsed policy is at several.
+    right.set_xscale("function", functions=(_root, _square))
+    ticks = [0, 0.1, 0.5, 1, 2, 4, 8, 16, 32]
+    right.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     for policy in policies:
         style = STYLES[betas[policy.method].index(policy.beta)]
         _draw_curve(left, policy, style)
@@ -46,7 +58,7 @@ def reward_and_frontier(policies: Sequence[Trained], sft: Policy, *, beta: float
         title=f"during training: {policies[0].points[0].num_prompts} held-out posts",
     )
     right.set(
-        xlabel="KL to the SFT model (nats)",
+        xlabel="KL to the SFT model (nats, on a square-root scale)",
         title=f"large: at the end, {len(sft.reward)} posts, ± standard error; small: on the way",
     )
     for axes in (left, right):
@@ -62,22 +74,20 @@ def save(figure: Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def _draw_curve(axes: Any, policy: Trained, style: tuple[str, str]) -> None:
+def _draw_curve(axes: Any, policy: Trained, style: tuple[LineStyleType, MarkerType]) -> None:
     steps = [point.step for point in policy.points]
     rewards = [point.reward for point in policy.points]
     line, marker = style
-    axes.plot(
-        steps, rewards, line, color=COLOURS[policy.method], marker=marker, markersize=4, alpha=0.9
-    )
+    look = {"linestyle": line, "marker": marker, "markersize": 4, "alpha": 0.9}
+    axes.plot(steps, rewards, color=COLOURS[policy.method], **look)
 
 
-def _draw_way(axes: Any, policy: Trained, style: tuple[str, str]) -> None:
+def _draw_way(axes: Any, policy: Trained, style: tuple[LineStyleType, MarkerType]) -> None:
     """Evaluations of a run, without the start that all share and the end, which is drawn large."""
     points = [point for point in policy.points if point.step > 0][:-1]
     kl, rewards = [point.kl for point in points], [point.reward for point in points]
-    axes.plot(
-        kl, rewards, "", color=COLOURS[policy.method], marker=style[1], markersize=3, alpha=0.4
-    )
+    look = {"linestyle": "", "marker": style[1], "markersize": 3, "alpha": 0.4}
+    axes.plot(kl, rewards, color=COLOURS[policy.method], **look)
 
 
 def _draw_frontier(axes: Any, policies: Sequence[Trained], sft: Policy, beta: float) -> None:
@@ -102,10 +112,19 @@ def _draw_frontier(axes: Any, policies: Sequence[Trained], sft: Policy, beta: fl
 
 def _draw_levels(axes: Any, beta: float) -> None:
     """Lines of equal E[R] − β·KL, which leave the limits of the axes as they are."""
-    limits, kl = (axes.get_xlim(), axes.get_ylim()), np.array([0.0, axes.get_xlim()[1]])
-    for level in np.arange(-20, 21) * 0.1:
+    limits, kl = (axes.get_xlim(), axes.get_ylim()), np.linspace(0, axes.get_xlim()[1], 300)
+    for level in LEVEL_STEP * np.arange(-100, 20):
         axes.plot(kl, level + beta * kl, color="#bbbbbb", linewidth=0.6, linestyle="--", zorder=0)
     axes.set(xlim=limits[0], ylim=limits[1])
+
+
+def _root(kl: np.ndarray) -> np.ndarray:
+    """√KL; an estimate may be below 0."""
+    return np.sign(kl) * np.sqrt(np.abs(kl))
+
+
+def _square(root: np.ndarray) -> np.ndarray:
+    return np.sign(root) * root**2
 
 
 def _legend(betas: Mapping[str, Sequence[float]], beta: float) -> list[Line2D]:
@@ -122,7 +141,11 @@ def _legend(betas: Mapping[str, Sequence[float]], beta: float) -> list[Line2D]:
         )
     ]
     level = Line2D(
-        [], [], color="#bbbbbb", linestyle="--", label=f"equal E[R] − {beta:g}·KL, 0.1 apart"
+        [],
+        [],
+        color="#bbbbbb",
+        linestyle="--",
+        label=f"equal E[R] − {beta:g}·KL, {LEVEL_STEP:g} apart",
     )
     return [*methods, *ranks, level]
 

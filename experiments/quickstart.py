@@ -37,7 +37,8 @@ from copg_jax.models.params import Architecture, init_params
 from copg_jax.rewards import RewardModel
 from copg_jax.rewards.functions import pairwise_accuracy
 from experiments import evaluate, score, train_policy, train_reward, train_sft
-from experiments.comparison import (
+from experiments.figures import LABELS, reward_and_frontier, save
+from experiments.studies.comparison import (
     TIE_STDERRS,
     Policy,
     Trained,
@@ -47,7 +48,6 @@ from experiments.comparison import (
     read_points,
     read_policy,
 )
-from experiments.figures import LABELS, reward_and_frontier, save
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = [str(CONFIGS / "tldr.yaml"), str(CONFIGS / "sizes" / "quickstart.yaml")]

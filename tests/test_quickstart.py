@@ -9,8 +9,8 @@ from rich.console import Console
 
 from copg_jax.config.stages import EvaluateConfig, QuickstartConfig, SFTConfig
 from copg_jax.errors import InputError
-from experiments.comparison import Policy, Trained
 from experiments.quickstart import Stages, differences_table, policies_table, summary_of
+from experiments.studies.comparison import Policy, Trained
 
 ONES = np.ones(4)
 UNEVEN = np.array([0.4, 0.6, 0.4, 0.6])

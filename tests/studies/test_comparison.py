@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from experiments.comparison import (
+from experiments.studies.comparison import (
     Estimate,
     Policy,
     Trained,
