@@ -12,6 +12,7 @@ Its environment needs torch and transformers. The settings are fair:
 import os
 import statistics
 import time
+from typing import Any
 
 import shared
 
@@ -26,8 +27,9 @@ def main() -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
     place = ("cuda", torch.bfloat16) if args.cuda else ("cpu", torch.float32)
-    no_end = {"bos_token_id": None, "eos_token_id": None}
-    model = LlamaForCausalLM(LlamaConfig(**args.arch, **no_end)).to(*place).eval()
+    args.arch |= {"bos_token_id": None, "eos_token_id": None}
+    model: Any = LlamaForCausalLM(LlamaConfig(**args.arch))
+    model.to(*place).eval()
     prompts = [row["prompt_ids"] for row in args.rows]
     longest = max(map(len, prompts))
     pads = [[0] * (longest - len(ids)) for ids in prompts]

@@ -96,7 +96,8 @@ def main() -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
     device = "cuda" if args.cuda else "cpu"
-    model = LlamaForCausalLM(LlamaConfig(**args.arch)).to(device)
+    model: Any = LlamaForCausalLM(LlamaConfig(**args.arch))
+    model.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-6, fused=True)
 
     def step(batch: Batch) -> float:
