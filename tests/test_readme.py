@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from copg_jax.bandit.train import BanditConfig
 from copg_jax.config.load import load_config
@@ -51,6 +52,8 @@ def of(module: str) -> list[Command]:
 STAGE_COMMANDS = [(command, module) for module in SCRIPTS for command in of(module)]
 FIELDS = {field.name for cls in SCRIPTS.values() for field in iter_fields(cls)}
 FIELDS |= {re.sub(r"\[i\]", "", name) for name in FIELDS}
+for file in [ROOT / "configs" / "tldr.yaml", *(ROOT / "configs").glob("*s/*.yaml")]:
+    FIELDS |= {f"shared.{name}" for name in yaml.safe_load(read(file)).get("shared", {})}
 
 
 @pytest.fixture
