@@ -147,15 +147,12 @@ def test_log_probabilities_scores_and_gradients_are_the_same_without_a_layout(
 
 def test_a_layout_that_leaves_out_a_token_gives_other_log_probabilities(arch, params, make_group):
     group = make_group([8, 5], [[6, 2], [3, 4]])
-    shape = tiny.shape_of(group, 2)
+    shape, seq_logp = tiny.shape_of(group, 2), jax.jit(make_seq_logp(arch))
     for prompt, own in ((1, 0), (0, 1)):
         lengths = group.prompt_length - prompt, group.completion_length - own
-        short = group._replace(layout=shape.layout(*lengths))
-        values = [
-            _values_and_grads(_seq_logp_total, arch)(params, g, 1.0)[0] for g in (group, short)
-        ]
-        (_, (_, whole)), (_, (_, cut)) = values
-        assert (np.abs(whole - cut) > 1e-2).all()
+        cut = seq_logp(params, group._replace(layout=shape.layout(*lengths)))
+        # Ten times what the test above lets pass, at least.
+        assert (np.abs(seq_logp(params, group) - cut) > 1e-3).all()
 
 
 @layouts_or_none
