@@ -24,6 +24,7 @@ EIGHT_DEVICES = (
     "models/test_kernels.py",
     "planning",
     "rewards",
+    "test_arrays.py",
     "test_collectives.py",
     "test_distributed.py",
     "test_evaluate.py",
@@ -83,6 +84,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     jax.config.update("jax_num_cpu_devices", number)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for marker in item.iter_markers("oracle"):
         (name,) = marker.args

@@ -1,10 +1,13 @@
 """What we export, torch runs with the same numbers; what torch exports, we run."""
 
+import importlib
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import numpy as np
 import pytest
+import transformers
 
 from copg_jax.hf import weights
 from copg_jax.models.decoder import Decoder
@@ -12,8 +15,13 @@ from copg_jax.models.forward import make_score
 from copg_jax.models.params import Architecture, init_params
 from tests.models import record_golden, tiny
 
-torch = pytest.importorskip("torch", reason="torch is the oracle of the export")
-import transformers  # noqa: E402
+pytestmark = pytest.mark.oracle("torch")
+
+
+@pytest.fixture
+def torch() -> ModuleType:
+    """The oracle."""
+    return importlib.import_module("torch")
 
 
 def _arch(**changes) -> Architecture:
@@ -29,7 +37,9 @@ def _our_rewards(arch, params, rows, lengths):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_torch_gives_the_logits_of_an_exported_language_model(tied: bool, tmp_path: Path) -> None:
+def test_torch_gives_the_logits_of_an_exported_language_model(
+    tied: bool, tmp_path: Path, torch: ModuleType
+) -> None:
     arch = _arch(tie_word_embeddings=tied)
     params = init_params(arch, jax.random.key(0))
     params = jax.tree.map(lambda x: x if x.ndim < 2 else 5 * x, params)
@@ -44,7 +54,9 @@ def test_torch_gives_the_logits_of_an_exported_language_model(tied: bool, tmp_pa
     np.testing.assert_allclose(ours, wanted, atol=1e-4)
 
 
-def test_torch_gives_the_rewards_of_an_exported_reward_model(tmp_path: Path) -> None:
+def test_torch_gives_the_rewards_of_an_exported_reward_model(
+    tmp_path: Path, torch: ModuleType
+) -> None:
     arch = _arch()
     params = init_params(arch, jax.random.key(0), head="score")
     tokens, lengths = record_golden.inputs()

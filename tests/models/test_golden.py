@@ -1,4 +1,4 @@
-"""The model equals the Hugging Face torch model, through recorded arrays and, if there, torch."""
+"""The model equals the Hugging Face torch model, through recorded arrays and torch itself."""
 
 from pathlib import Path
 
@@ -39,9 +39,9 @@ def test_rewards_equal_the_hugging_face_sequence_classifier(kind: str, tmp_path:
     np.testing.assert_allclose(ours[:, 0], golden, atol=1e-4)
 
 
+@pytest.mark.oracle("torch")
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_recorded_arrays_are_what_torch_gives_today(kind: str, tmp_path: Path) -> None:
-    pytest.importorskip("torch", reason="torch regenerates the golden arrays")
     golden = np.load(record_golden.FOLDER / f"{kind}.npz")
     for name, value in record_golden.record(kind, tmp_path).items():
         np.testing.assert_allclose(value, golden[name], atol=1e-5)

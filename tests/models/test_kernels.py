@@ -278,10 +278,9 @@ def no_new_cache_entries():
     jax.config.update(option, before)
 
 
+@pytest.mark.oracle("libtpu")
 @pytest.mark.parametrize(("size", "head_dim"), [(344, 64), (1100, 128)])
 def test_splash_compiles_for_a_slice_of_tpus(no_new_cache_entries, size, head_dim):
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("NOT CHECKED: splash attention under the TPU compiler; it needs the tpu extra")
     mesh = sharding.make_mesh(MeshConfig(1, 2, 2), list(open_topology("v5e:2x2").devices))
     arch = dataclasses.replace(BFLOAT16, head_dim=head_dim)
     attend = partial(
