@@ -37,6 +37,12 @@ from copg_jax.tracking import MetricsLogger
 log = logging.getLogger(__name__)
 
 
+def check_folder(folder: epath.Path) -> None:
+    """Raises InputError where a folder has parts of another format, so that none are added."""
+    if scored.is_scored(str(folder)):
+        scored.read_side_car(folder)
+
+
 def make_side_car(
     config: ScoreConfig, reference: PretrainedModel, rewards: WeightedRewards
 ) -> scored.SideCar:
@@ -73,11 +79,8 @@ def score_dataset(
         side_car: what makes the numbers; written as incomplete first and as complete at the end.
 
     Raises:
-        InputError: a reward function that misbehaves (finished parts stay), or parts of an older
-            format.
+        InputError: a reward function that misbehaves; finished parts stay.
     """
-    if scored.is_scored(str(folder)):
-        scored.read_side_car(folder)
     first_rows = range(0, len(dataset), part_size)
     parts = scored.finished_parts(folder)
     finished = distributed.from_main(np.isin(np.arange(len(first_rows)), parts))

@@ -90,22 +90,23 @@ def main(config: QuickstartConfig) -> None:
     runtime.check_run_folder(folder, config)
     runtime.write_run_header(folder, config, inputs={})
     stages = Stages(config)
+    stages.head("1/7 Inputs: generated posts and comparisons, and an untrained tiny Llama")
     make_inputs(config, folder)
-    stages.head("1/6 SFT: a tiny Llama learns to summarise posts and becomes the reference")
+    stages.head("2/7 SFT: a tiny Llama learns to summarise posts and becomes the reference")
     train_sft.main(stages.config(SFTConfig, "sft"))
-    stages.head("2/6 Reward model: learns from comparisons which summary is preferred")
+    stages.head("3/7 Reward model: learns from comparisons which summary is preferred")
     train_reward.main(stages.config(RewardModelConfig, "reward"))
-    stages.head("3/6 Score: rewards and reference log-probabilities of pairs, once for all")
+    stages.head("4/7 Score: rewards and reference log-probabilities of pairs, once for all")
     score.main(stages.config(ScoreConfig, "scored"))
     policies = dict(stages.policies(config.beta_factors))
     for i, policy in enumerate(policies.values(), 1):
-        stages.head(f"4/6 Policy {i} of {len(policies)}: {label(policy)}")
+        stages.head(f"5/7 Policy {i} of {len(policies)}: {label(policy)}")
         train_policy.main(policy)
     for i, name in enumerate(("sft", *policies), 1):
         about = label(policies[name]) if name in policies else LABELS[name]
-        stages.head(f"5/6 Evaluation {i} of {1 + len(policies)}: {about}")
+        stages.head(f"6/7 Evaluation {i} of {1 + len(policies)}: {about}")
         evaluate.main(stages.config(EvaluateConfig, "evaluate", f"shared.run={name}"))
-    stages.head("6/6 Tables and picture")
+    stages.head("7/7 Tables and picture")
     summarize(stages, folder, policies)
 
 

@@ -1,6 +1,5 @@
 """Scoring: ln π_ref is the policy's own, ids are kept, parts resume, absent rewards drop."""
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -195,16 +194,6 @@ def test_scoring_a_scored_folder_keeps_its_ids_ends_and_origins(
         ids = [ids.tolist() for ids in group.completion_tokens]
         assert row["completion_token_ids"] == ids and ids[1][-1] != tokenizer.eos_token_id
     assert next(wanted, None) is None and len(samples) > 10
-
-
-def test_parts_of_the_first_format_are_not_gone_on_with(whole, dataset, side_car, tmp_path):
-    folder = tmp_path / "old"
-    shutil.copytree(whole, folder)
-    before = dataclasses.asdict(side_car) | {"format": 1}
-    (folder / "scored.json").write_text(json.dumps(before))
-    with pytest.raises(InputError, match=r"old/scored.json: wanted .* format 2 .* got format 1"):
-        score(dataset, folder, side_car)
-    assert json.loads((folder / "scored.json").read_text()) == before
 
 
 def test_interrupted_and_resumed_scoring_is_uninterrupted_scoring(

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from copg_jax.data import scored
 from copg_jax.data.tokenizer import load_tokenizer
 from copg_jax.errors import InputError
 from copg_jax.hf import weights as hf_weights
+from copg_jax.hf.pretrained import open_model
 from copg_jax.models.params import abstract_params
 from copg_jax.train import run as training
 from tests.toys import names_all
@@ -34,11 +34,6 @@ def workplace(tmp_path_factory) -> Workplace:
     for stage in MAINS:
         place.run(stage)
     return place
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def names_in(rows: Sequence[dict[str, Any]]) -> set[str]:
@@ -56,7 +51,7 @@ def test_every_stage_writes_its_config_and_versions(workplace):
 
 
 def test_sft_logs_its_losses_and_leaves_a_language_model(workplace):
-    rows = metrics(workplace.folder / "sft")
+    rows = workplace.metrics("sft")
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
     assert [row["step"] for row in rows if "eval/loss" in row] == [0, 2, 3]
     assert {"optim/grad_norm", "perf/pairs_per_sec", "perf/tokens_per_sec"} <= names_in(rows)
@@ -73,7 +68,7 @@ def test_sft_logs_its_losses_and_leaves_a_language_model(workplace):
 def test_the_reward_stage_leaves_a_sequence_classifier(workplace):
     folder = workplace.folder / "reward"
     assert {"loss", "rewards/accuracies", "rewards/margins", "rewards/mean"} <= names_in(
-        metrics(folder)
+        workplace.metrics("reward")
     )
     raw = json.loads((folder / "model" / "config.json").read_text())
     assert raw["architectures"] == ["LlamaForSequenceClassification"]
@@ -94,7 +89,7 @@ def test_the_scored_folder_says_where_its_numbers_come_from(workplace):
 
 def test_the_policy_starts_at_its_reference_and_the_last_and_the_best_model_are_left(workplace):
     folder = workplace.folder / "policy"
-    rows = metrics(folder)
+    rows = workplace.metrics("policy")
     first = next(row for row in rows if row["step"] == 1)
     # The policy is π_ref: all log-ratios are 0, whatever path computed them.
     assert first["rewards/chosen"] == pytest.approx(0, abs=1e-5)
@@ -177,12 +172,12 @@ def test_a_completed_run_is_not_run_again(workplace, monkeypatch):
 def test_an_export_that_was_cut_short_is_made_up_for(workplace):
     folder = workplace.folder / "policy"
     wanted = [hf_weights.params_hash(folder / name) for name in ("best", "model")]
-    before = metrics(folder)
+    before = workplace.metrics("policy")
     shutil.rmtree(folder / "best")
     shutil.rmtree(folder / "model")
     workplace.run("policy")
     assert [hf_weights.params_hash(folder / name) for name in ("best", "model")] == wanted
-    assert metrics(folder) == before
+    assert workplace.metrics("policy") == before
 
 
 def test_the_export_needs_no_more_memory_than_training(workplace, tmp_path, monkeypatch):
@@ -205,7 +200,7 @@ def test_the_export_needs_no_more_memory_than_training(workplace, tmp_path, monk
         monkeypatch.setattr(owner, name, measured)
 
     measure(training.loop, "run")
-    measure(hf_weights, "save_pretrained")
+    measure(training, "save_pretrained")
     workplace.run("policy", f"output_dir={tmp_path / 'policy'}")
     (trained,), (best, last) = sizes.values()
     assert max(best, last) < trained  # one tree of each, against one with two of moments
@@ -218,6 +213,23 @@ def test_the_folder_of_another_run_is_refused_with_the_differences(workplace):
     assert "training" not in text
     refused = workplace.refusal("score", "part_size=5")
     assert "part_size: 16 -> 5" in refused
+
+
+def test_a_scored_folder_of_the_first_format_is_neither_trained_on_nor_gone_on_with(
+    workplace, tmp_path
+):
+    folder = tmp_path / "old"
+    shutil.copytree(workplace.folder / "score", folder)
+    side_car = json.loads((folder / "scored.json").read_text()) | {"format": 1}
+    (folder / "scored.json").write_text(json.dumps(side_car))
+    elsewhere = f"output_dir={tmp_path / 'run'}"
+    again = f"python -m experiments.score {folder}/config.yaml output_dir={folder}-format2"
+    for text in (
+        workplace.refusal("policy", elsewhere, f"data.path={folder}"),
+        workplace.refusal("score", f"output_dir={folder}"),
+    ):
+        names_all(text, [f"{folder}/scored.json", "format 2, got format 1", again])
+    assert json.loads((folder / "scored.json").read_text()) == side_car
 
 
 def test_a_run_whose_data_changed_under_the_same_path_is_refused(workplace, tmp_path):
@@ -266,7 +278,7 @@ def test_another_process_opens_the_tokens_of_process_0_if_both_read_the_same_dat
 ):
     arguments = [*workplace.arguments("score"), f"output_dir={tmp_path}"]
     settings = load_config(config.ScoreConfig, arguments)
-    model = inputs.open_model(settings.reference, sharding.make_mesh(settings.mesh))
+    model = open_model(settings.reference, sharding.make_mesh(settings.mesh))
 
     def opened() -> Any:
         return inputs.open_data(settings.data, model, epath.Path(tmp_path), "groups")

@@ -65,7 +65,7 @@ def group_batch(reward: Any, length: Any = None, ref_logp: Any = None, seed: int
 
 def in_bins(batch: GroupBatch, num_bins: int) -> GroupBatch:
     """The batch with a layout of so many bins, each with a little more capacity than the fullest
-    needs, and prompts in buckets as wide as the longest in each place.
+    needs, and prompts as wide as the longest with the same number in its bin.
     """
     widths = batch.prompt_length.reshape(num_bins, -1).max(0)
     own = batch.completion_length.reshape(num_bins, -1).sum(1).max()

@@ -155,14 +155,14 @@ def collate(
     Raises:
         InputError: a group is larger than the batch's shape.
     """
-    slots, batch_size = (len(groups), num_completions), len(groups)
+    batch_size, of_completions = len(groups), (len(groups), num_completions)
     batch = GroupBatch(
         prompt_tokens=np.zeros((batch_size, prompt_size), np.int32),
         prompt_length=np.ones(batch_size, np.int32),
-        completion_tokens=np.zeros((*slots, completion_size), np.int32),
-        completion_length=np.zeros(slots, np.int32),
-        reward=np.zeros(slots, np.float32),
-        ref_logp=np.zeros(slots, np.float32),
+        completion_tokens=np.zeros((*of_completions, completion_size), np.int32),
+        completion_length=np.zeros(of_completions, np.int32),
+        reward=np.zeros(of_completions, np.float32),
+        ref_logp=np.zeros(of_completions, np.float32),
     )
     for index, group in enumerate(groups):
         if group is None:
@@ -170,9 +170,9 @@ def collate(
         _check_size(group, (prompt_size, num_completions, completion_size))
         batch.prompt_tokens[index, : len(group.prompt_tokens)] = group.prompt_tokens
         batch.prompt_length[index] = len(group.prompt_tokens)
-        for slot, ids in enumerate(group.completion_tokens):
-            batch.completion_tokens[index, slot, : len(ids)] = ids
-            batch.completion_length[index, slot] = len(ids)
+        for k, ids in enumerate(group.completion_tokens):
+            batch.completion_tokens[index, k, : len(ids)] = ids
+            batch.completion_length[index, k] = len(ids)
         if group.rewards is not None:
             batch.reward[index, : len(group.rewards)] = group.rewards
         if group.ref_logps is not None:

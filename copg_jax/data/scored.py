@@ -192,8 +192,8 @@ def read_side_car(folder: epath.Path) -> SideCar:
     names = {item.name for item in fields(SideCar)}
     if values.get("format") != FORMAT or set(values) != names:
         raise InputError(
-            f"{path}: wanted scored data of format {FORMAT} with fields {sorted(names)}, got "
-            f"format {values.get('format')} with fields {sorted(values)}. Score again:\n"
+            f"{path}: wanted scored data of format {FORMAT}, got format {values.get('format')} "
+            f"(fields missing or unknown: {sorted(names ^ set(values))}). Score again:\n"
             f"    {_score_command(folder, values)}"
         )
     return SideCar(**values)
