@@ -75,7 +75,8 @@ def test_the_readme_has_at_most_1000_words():
 def test_the_program_of_the_readme_runs_in_an_empty_folder_and_ends_below_its_first_loss(tmp_path):
     (program,) = [text for text in blocks(README, "python") if "import" in text]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    environment.pop("XLA_FLAGS", None)  # one device, as a reader has
+    for name in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES"):  # one device, as a reader has
+        environment.pop(name, None)
 
     def run(text: str) -> tuple[float, float]:
         answer = subprocess.run(
