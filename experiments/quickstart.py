@@ -42,6 +42,7 @@ from experiments.studies.comparison import (
     TIE_STDERRS,
     Policy,
     Trained,
+    best_of_each,
     differences,
     estimate,
     measure,
@@ -171,16 +172,15 @@ def summarize(stages: Stages, folder: Path, configs: Mapping[str, PolicyConfig])
     console = Console(highlight=False)
     console.print(policies_table(trained, sft, beta))
     console.print(differences_table(trained, beta))
-    level = estimate(sft.reward)
     console.print(
-        f"Rewards are above the SFT model's on the same {len(sft.reward)} held-out posts, which is "
-        f"{level} on this machine: a Bradley-Terry\nreward is defined up to a constant, and its "
-        "level differs from processor to processor. ± is the standard error over posts of the\n"
-        f"paired difference; a tie is less than {TIE_STDERRS:g} of them. One seed; each method's "
-        "best β is chosen on these same posts.\n"
-        f"The reward model predicts {accuracy:.3f} of held-out choices.",
-        soft_wrap=True,
+        f"* the best of its method. Rewards are above the SFT model's mean on the same "
+        f"{len(sft.reward)} held-out posts (here {estimate(sft.reward)}): a Bradley-Terry reward "
+        "is defined up to a constant, and its level differs from processor to processor. ± is the "
+        "standard error of paired differences over posts; it does not cover another training "
+        f"seed. Less than {TIE_STDERRS:g} standard errors are called a tie; each method's best β "
+        "is chosen on these same posts."
     )
+    console.print(f"The reward model predicts {accuracy:.3f} of held-out choices.")
     picture, numbers = folder / "frontier.png", folder / "summary.json"
     save(reward_and_frontier(trained, sft, beta=beta), picture)
     summary = summary_of(trained, sft, beta) | {"reward_model": {"validation_accuracy": accuracy}}
@@ -231,43 +231,40 @@ def compared(beta: float) -> dict[str, Callable[[Policy], np.ndarray]]:
 
 
 def policies_table(trained: Sequence[Trained], sft: Policy, beta: float) -> Table:
-    """Every policy against the SFT model."""
-    title = "Quickstart: generations on held-out posts, rewards above the SFT model's"
+    """Every policy against the SFT model; the best β of each method has a star."""
+    title = "Generations on held-out posts; rewards above SFT, KL in nats"
     table = Table(title=title, title_justify="left")
     table.add_column("policy")
-    objective = f"E[R] − {beta:g}·KL"
-    for column in ("β", "reward", "KL (nats)", objective, "length", "EOS rate"):
-        table.add_column(column, justify="right")
-    rows = [("sft", "", sft), *((one.method, f"{one.beta:g}", one.policy) for one in trained)]
-    for method, of_method, policy in rows:
-        measured = measure(policy, sft, beta=beta)
-        table.add_row(
-            LABELS[method],
-            of_method,
-            "0" if policy is sft else str(measured["reward"]),
-            f"{round(measured['kl'].mean, 2) + 0.0:.2f}",  # no "-0.00" from rounding
-            "0" if policy is sft else str(measured["objective"]),
-            f"{policy.length.mean():.1f}",
-            f"{policy.eos_rate.mean():.2f}",
+    for column in ("β", "reward", "KL", f"E[R] − {beta:g}·KL", "length", "EOS rate"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_row(LABELS["sft"], "", "0 ", "0.00", "0 ", *ends(sft))
+    best = {what: best_of_each(trained, value) for what, value in compared(beta).items()}
+    for one in trained:
+        measured = measure(one.policy, sft, beta=beta)
+        reward, objective = (
+            f"{measured[what]}{'*' if best[what][one.method] is one else ' '}" for what in best
         )
+        kl = f"{round(measured['kl'].mean, 2) + 0.0:.2f}"  # no "-0.00" from rounding
+        table.add_row(LABELS[one.method], f"{one.beta:g}", reward, kl, objective, *ends(one.policy))
     return table
+
+
+def ends(policy: Policy) -> tuple[str, str]:
+    """Length and share of ended completions, as the table shows them."""
+    return f"{policy.length.mean():.1f}", f"{policy.eos_rate.mean():.2f}"
 
 
 def differences_table(trained: Sequence[Trained], beta: float) -> Table:
     """Methods against each other, each at its best β."""
     table = Table(title="Paired differences, each method at its best β", title_justify="left")
+    for column in ("of", "methods at β", "difference", "told apart"):
+        table.add_column(column, no_wrap=True)
     names = {"reward": "reward", "objective": f"E[R] − {beta:g}·KL"}
-    for column in ("of", "first", "second", "first − second", "told apart?"):
-        table.add_column(column)
     for what, value in compared(beta).items():
         for first, second, gap in differences(trained, value):
-            table.add_row(
-                names[what],
-                f"{LABELS[first.method]}, β = {first.beta:g}",
-                f"{LABELS[second.method]}, β = {second.beta:g}",
-                str(gap),
-                "tie" if gap.is_tie else f"by {abs(gap.mean) / gap.stderr:.1f} standard errors",
-            )
+            methods = (f"{LABELS[one.method]} {one.beta:g}" for one in (first, second))
+            apart = "tie" if gap.is_tie else f"by {abs(gap.mean) / gap.stderr:.1f} standard errors"
+            table.add_row(names[what], " − ".join(methods), str(gap), apart)
     return table
 
 

@@ -16,8 +16,7 @@ _BLIND = (dataclasses.__file__, "<string>")
 def recorded_reads(config: Any) -> Iterator[set[str]]:
     """Collects the dotted names of the fields of `config` that are read in this context.
 
-    Copies and comparisons of whole sections do not count, nor checks in `__post_init__`. A section
-    counts as read where a field of it is.
+    Copies and comparisons of whole sections do not count, nor checks in `__post_init__`.
     """
     names = dict(_sections(config, ""))
     found: set[str] = set()
@@ -30,26 +29,18 @@ def recorded_reads(config: Any) -> Iterator[set[str]]:
         return object.__getattribute__(self, attribute)
 
     classes = set(section_classes(type(config)))
+    for cls in classes:
+        cls.__getattribute__ = recording  # pyright: ignore
     try:
-        for cls in classes:
-            cls.__getattribute__ = recording  # pyright: ignore
         yield found
     finally:
         for cls in classes:
-            if "__getattribute__" in vars(cls):
-                del cls.__getattribute__
+            del cls.__getattribute__
 
 
 def dead_fields(cls: type, reads: set[str]) -> list[str]:
-    """Dotted names of the leaf fields of a config that are not among `reads`."""
-    sections = {read.rpartition(".")[0] for read in reads}
-    return [
-        field.name
-        for field in iter_fields(cls)
-        if field.name not in reads
-        # An optional section is read where its fields are.
-        and field.name not in sections
-    ]
+    """Dotted names of the fields of a config that are not among `reads`."""
+    return [field.name for field in iter_fields(cls) if field.name not in reads]
 
 
 def section_classes(cls: type) -> Iterator[type]:

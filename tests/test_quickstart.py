@@ -87,24 +87,25 @@ def test_the_summary_holds_what_the_table_shows():
 
 def shown(table) -> list[list[str]]:
     """Cells of a table as a console shows it, row by row."""
-    console = Console(width=140, record=True, file=io.StringIO())
+    console = Console(width=80, record=True, file=io.StringIO())
     console.print(table)
     lines = [line for line in console.export_text().splitlines() if line.startswith("│")]
     return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
 
 
-def test_the_table_shows_rewards_above_sft_with_paired_errors_and_the_objective_by_itself():
+def test_the_table_shows_paired_errors_the_objective_by_itself_and_the_best_beta_of_a_method():
     rows = shown(policies_table(TRAINED, SFT, 0.2))
     assert rows[0] == ["SFT", "", "0", "0.00", "0", "16.0", "1.00"]
-    assert rows[1] == ["CoPG", "0.3", "0.500 ± 0.000", "1.25", "0.250 ± 0.000", "15.0", "0.50"]
-    assert rows[3][:3] == ["DPO", "0.5", "0.500 ± 0.058"]
+    assert rows[1] == ["CoPG", "0.3", "0.500 ± 0.000*", "1.25", "0.250 ± 0.000*", "15.0", "0.50"]
+    assert rows[2][1:5] == ["3", "0.125 ± 0.000", "0.00", "0.125 ± 0.000"]
+    assert rows[3][:3] == ["DPO", "0.5", "0.500 ± 0.058*"]
     titles = [column.header for column in policies_table(TRAINED, SFT, 0.2).columns]
     assert "E[R] − 0.2·KL" in titles
 
 
 def test_methods_that_cannot_be_told_apart_are_called_a_tie():
     rows = shown(differences_table(TRAINED, 0.2))
-    assert rows[0][:3] == ["reward", "CoPG, β = 0.3", "DPO, β = 0.5"]
-    assert rows[0][4] == "tie"
-    assert rows[1][0] == "E[R] − 0.2·KL"
-    assert rows[1][4] == "by 2.6 standard errors"
+    assert rows == [
+        ["reward", "CoPG 0.3 − DPO 0.5", "0.000 ± 0.058", "tie"],
+        ["E[R] − 0.2·KL", "CoPG 0.3 − DPO 0.5", "0.150 ± 0.058", "by 2.6 standard errors"],
+    ]

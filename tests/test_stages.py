@@ -16,6 +16,8 @@ from etils import epath
 from copg_jax import distributed, inputs, sharding
 from copg_jax.config import stages as config
 from copg_jax.config.load import load_config
+from copg_jax.config.options import option
+from copg_jax.config.schema import iter_fields
 from copg_jax.data import scored
 from copg_jax.data.tokenizer import load_tokenizer
 from copg_jax.errors import InputError
@@ -23,6 +25,7 @@ from copg_jax.hf import weights as hf_weights
 from copg_jax.hf.pretrained import open_model
 from copg_jax.models.params import abstract_params
 from copg_jax.train import run as training
+from tests.reads import dead_fields, section_classes
 from tests.toys import names_all
 from tests.workplace import MAINS, Workplace
 
@@ -48,6 +51,28 @@ def test_every_stage_writes_its_config_and_versions(workplace):
         assert again == load_config(cls, workplace.arguments(stage))
         versions = json.loads((folder / "versions.json").read_text())
         assert {"jax", "flax", "python", "device_count"} <= versions.keys()
+
+
+@pytest.mark.parametrize("stage", MAINS)
+def test_no_config_field_is_dead(workplace, stage):
+    assert dead_fields(MAINS[stage][1], workplace.reads[stage]) == []
+
+
+@pytest.mark.parametrize("stage", MAINS)
+def test_a_dead_field_is_found_in_every_section(workplace, stage, monkeypatch):
+    cls = MAINS[stage][1]
+    before = {field.name for field in iter_fields(cls)}
+    for section in set(section_classes(cls)):
+        # A name that is read, in other sections.
+        names = ("path", "weight", "beta")
+        name = next(name for name in names if name not in section.__dataclass_fields__)
+        extra = dataclasses.make_dataclass("_", [(name, float, option(0.0, "nobody reads it"))])
+        with monkeypatch.context() as added:
+            added.setitem(section.__dataclass_fields__, name, dataclasses.fields(extra)[0])
+            added.setitem(section.__annotations__, name, float)
+            new = {field.name for field in iter_fields(cls)} - before
+            assert new
+            assert set(dead_fields(cls, workplace.reads[stage])) == new
 
 
 def test_sft_logs_its_losses_and_leaves_a_language_model(workplace):

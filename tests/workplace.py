@@ -16,6 +16,7 @@ from copg_jax.errors import InputError
 from copg_jax.hf import weights as hf_weights
 from copg_jax.models.params import init_params
 from experiments import evaluate, score, train_policy, train_reward, train_sft
+from tests.reads import recorded_reads
 from tests.toys import LLAMA
 
 MAINS: dict[str, tuple[Any, type]] = {
@@ -36,6 +37,16 @@ MODEL = ["dtype=float32"]
 GENERATION = ["num_prompts=5", "max_new_tokens=6", "batch_size=8", "num_texts=1"]
 
 
+def held_out(fraction: float, *sections: str) -> list[str]:
+    """Settings by which some posts are trained on, and the others are validated on."""
+    part = {"data": "train", "validation": "validation", "evaluation.data": "validation"}
+    return [
+        f"{section}.{setting}"
+        for section in sections
+        for setting in (f"holdout_fraction={fraction}", f"part={part[section]}")
+    ]
+
+
 def tiny_model(folder: Path, tokenizer: Any, vocab_size: int) -> None:
     """Writes a random Llama with a tokenizer."""
     model = replace(LLAMA, vocab_size=vocab_size, intermediate_size=16, tie_word_embeddings=True)
@@ -44,10 +55,15 @@ def tiny_model(folder: Path, tokenizer: Any, vocab_size: int) -> None:
 
 
 class Workplace:
-    """Data, a base model, and the arguments of every stage on them."""
+    """Data, a base model, and the arguments of every stage on them.
+
+    Attributes:
+      reads: stage to the fields of its config that its first run read.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.reads: dict[str, set[str]] = {}
         write_generated(folder / "data", num_posts=40, num_comparisons=48, seed=0, vocab_size=400)
         tokenizer = load_tokenizer(folder / "data" / "tokenizer")
         tiny_model(folder / "base", tokenizer, len(tokenizer))
@@ -62,6 +78,7 @@ class Workplace:
         rewards = f"rewards=[{{function: {reward}}}]"
         evaluation = [
             f"evaluation.data.path={self.posts}",
+            *held_out(0.2, "evaluation.data"),
             f"evaluation.{rewards}",
             *(f"evaluation.generation.{setting}" for setting in GENERATION),
         ]
@@ -71,12 +88,20 @@ class Workplace:
                 f"data.path={self.posts}",
                 f"validation.path={self.posts}",
                 "validation.max_rows=11",
+                *held_out(0.2, "data", "validation"),
                 *TRAINING,
             ],
-            "reward": [f"model.path={sft}", f"data.path={self.comparisons}", *TRAINING],
+            "reward": [
+                f"model.path={sft}",
+                f"data.path={self.comparisons}",
+                f"validation.path={self.comparisons}",
+                *held_out(0.2, "data", "validation"),
+                *TRAINING,
+            ],
             "score": [
                 f"reference.path={sft}",
                 f"data.path={self.comparisons}",
+                *held_out(0.2, "data"),
                 rewards,
                 "part_size=16",
                 "batch_size=8",
@@ -84,6 +109,8 @@ class Workplace:
             "policy": [
                 f"model.path={sft}",
                 f"data.path={folder / 'score'}",
+                f"validation.path={folder / 'score'}",
+                *held_out(0.4, "data", "validation"),  # of those that were scored
                 "optim.learning_rate=1e-2",
                 *TRAINING,
                 *evaluation,
@@ -103,7 +130,11 @@ class Workplace:
     def run(self, stage: str, *more: str) -> Any:
         """Runs a stage through its config and main."""
         main, cls = MAINS[stage]
-        return main(load_config(cls, [*self.arguments(stage), *more]))
+        config = load_config(cls, [*self.arguments(stage), *more])
+        with recorded_reads(config) as reads:
+            result = main(config)
+        self.reads.setdefault(stage, reads)
+        return result
 
     def refusal(self, stage: str, *more: str) -> str:
         """The text of the InputError that a stage gives."""
