@@ -29,6 +29,7 @@ class MetricsLogger:
     Args:
       output_dir: Folder of metrics.jsonl and of TensorBoard's files.
       total_steps: Number of steps of the whole run, for the progress bar and the time left.
+      unit: What a step is, in the console's lines: "step", or what an evaluation counts.
       log_every: Steps between console lines; "eval/" metrics and the last step always show.
       tensorboard: Also write TensorBoard event files (the `tensorboard` extra).
       quiet: No console output.
@@ -44,12 +45,13 @@ class MetricsLogger:
         output_dir: epath.PathLike,
         *,
         total_steps: int,
+        unit: str = "step",
         log_every: int = 10,
         tensorboard: bool = False,
         quiet: bool = False,
         resume_step: int | None = None,
     ) -> None:
-        self._total_steps = total_steps
+        self._total_steps, self._unit = total_steps, unit
         self._log_every = log_every
         self._enabled = is_main_process()
         self._file = None
@@ -68,7 +70,7 @@ class MetricsLogger:
     def __enter__(self) -> Self:
         if self._enabled and self._console is not None and self._console.is_terminal:
             columns = (
-                TextColumn("step"),
+                TextColumn(self._unit),
                 MofNCompleteColumn(),
                 BarColumn(bar_width=None),
                 TextColumn("{task.fields[pace]}"),
@@ -135,7 +137,7 @@ class MetricsLogger:
         if due and step > self._last_step:
             now = time.monotonic()
             seconds = (now - self._last_time) / (step - self._last_step)
-            pace = f"{seconds:.3g} s/step"
+            pace = f"{seconds:.3g} s/{self._unit}"
             if self._progress is None:  # the bar shows the time left itself
                 pace += f"  ETA {_duration(seconds * (self._total_steps - step))}"
             self._last_step, self._last_time = step, now
@@ -144,7 +146,7 @@ class MetricsLogger:
             if pace:
                 self._progress.update(self._task, pace=pace)
         if due:
-            parts = [f"step {step}/{self._total_steps}"]
+            parts = [f"{self._unit} {step}/{self._total_steps}"]
             parts += [f"{name} {value:.4g}" for name, value in numbers.items()]
             parts += [pace] if pace and self._progress is None else []
             console.print("  ".join(parts), markup=False)

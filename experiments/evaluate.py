@@ -9,6 +9,7 @@ while it grows and in the order of the prompts at the end.
 """
 
 import json
+import logging
 import math
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -25,6 +26,8 @@ from copg_jax.files import GrowingFile, write_text
 from copg_jax.hf.pretrained import open_model
 from copg_jax.inputs import open_evaluation
 from copg_jax.tracking import MetricsLogger
+
+log = logging.getLogger("copg_jax.evaluate")  # a script's own name is __main__
 
 
 def main(config: EvaluateConfig) -> dict[str, float]:
@@ -53,8 +56,15 @@ def main(config: EvaluateConfig) -> dict[str, float]:
     total = sizes.num_prompts * sizes.num_samples
     params = model.load_frozen() if len(finished) < sizes.num_prompts else None
     logger = MetricsLogger(
-        folder, total_steps=sizes.num_prompts, log_every=1, resume_step=len(finished) or None
+        folder,
+        total_steps=sizes.num_prompts,
+        unit="prompt",
+        log_every=1,
+        resume_step=len(finished) or None,
     )
+    if params is not None:
+        num_left = sizes.num_prompts - len(finished)
+        log.info("generating for %d prompts; the first batch waits for compilation", num_left)
     # Every process generates and knows the averages; process 0 writes.
     is_main = distributed.is_main_process()
     with GrowingFile(path, map(_line, found)) if is_main else nullcontext() as file, logger:
@@ -74,6 +84,7 @@ def main(config: EvaluateConfig) -> dict[str, float]:
         if is_main:
             write_text(path, "".join(map(_line, found)))
             write_text(averages, json.dumps(_jsonable(metrics), indent=2) + "\n")
+    log.info("wrote %s", averages)
     return metrics
 
 

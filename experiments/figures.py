@@ -1,77 +1,154 @@
-"""Pictures and tables from what runs wrote."""
+"""Pictures of what runs wrote."""
 
-import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-from rich.console import Console
-from rich.table import Table
+import numpy as np
+
+from experiments.studies.comparison import Policy, Trained, measure
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.typing import LineStyleType, MarkerType
 
-COLOURS = {"sft": "#666666", "copg": "#0072B2", "dpo": "#D55E00", "ipo": "#009E73"}
+COLOURS = {"copg": "#0072B2", "dpo": "#D55E00", "ipo": "#009E73"}
 LABELS = {"sft": "SFT", "copg": "CoPG", "dpo": "DPO", "ipo": "IPO"}
+# One line style and marker for each β of a method, from the smallest on.
+STYLES: tuple[tuple[LineStyleType, MarkerType], ...] = (
+    (":", "v"),
+    ("-", "o"),
+    ("--", "^"),
+    ("-.", "s"),
+)
+
+LEVEL_STEP = 0.2  # reward units between two lines of equal objective
 
 
-def read_metrics(folder: Path, name: str) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl that have the metric `name`."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row for row in map(json.loads, lines) if row.get(name) is not None]
+def reward_and_frontier(policies: Sequence[Trained], sft: Policy, *, beta: float) -> Figure:
+    """Reward over training steps beside reward against KL, all above the SFT model's reward.
+
+    Args:
+        policies: of several methods, at most four β a method.
+        sft: what all started from, on the prompts of their last evaluations.
+        beta: β of the objective, whose level lines are drawn.
+    """
+    betas = {
+        method: sorted({p.beta for p in policies if p.method == method})
+        for method in dict.fromkeys(p.method for p in policies)
+    }
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.8), layout="constrained", sharey=True)
+    # Most of what is worth seeing happens below one nat; a collapsed policy is at several.
+    right.set_xscale("function", functions=(_root, _square))
+    ticks = [0, 0.1, 0.5, 1, 2, 4, 8, 16, 32]
+    right.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    for policy in policies:
+        style = STYLES[betas[policy.method].index(policy.beta)]
+        _draw_curve(left, policy, style)
+        _draw_way(right, policy, style)
+    for method in betas:
+        _draw_frontier(right, [p for p in policies if p.method == method], sft, beta)
+    _draw_levels(right, beta)
+    left.set(
+        xlabel="training step",
+        ylabel="reward above SFT (reward units)",
+        title=f"during training: {policies[0].points[0].num_prompts} held-out posts",
+    )
+    right.set(
+        xlabel="KL to the SFT model (nats, on a square-root scale)",
+        title=f"large: at the end, {len(sft.reward)} posts, ± standard error; small: on the way",
+    )
+    for axes in (left, right):
+        axes.title.set_fontsize(10)
+        axes.grid(alpha=0.25)
+    figure.legend(handles=_legend(betas, beta), loc="outside lower center", ncols=3, frameon=False)
+    return figure
 
 
-def reward_curves(folders: dict[str, Path], path: Path, *, title: str) -> None:
-    """Generation reward against the training step, with standard errors (paper Figs. 2-4 and 6)."""
-    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-    for name, folder in folders.items():
-        rows = read_metrics(folder, "eval/reward_mean")
-        steps = [row["step"] for row in rows]
-        mean = [row["eval/reward_mean"] for row in rows]
-        error = [row["eval/reward_stderr"] or 0.0 for row in rows]
-        low = [m - e for m, e in zip(mean, error, strict=True)]
-        high = [m + e for m, e in zip(mean, error, strict=True)]
-        axes.plot(steps, mean, color=COLOURS[name], label=LABELS[name], marker="o", markersize=3)
-        axes.fill_between(steps, low, high, color=COLOURS[name], alpha=0.2, linewidth=0)
-    axes.set(xlabel="training step", ylabel="reward of generations (± standard error)", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+def save(figure: Figure, path: Path) -> None:
+    """Writes a picture and forgets it."""
+    figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def summarize_quickstart(
-    folder: Path, accuracy: dict[str, float], results: dict[str, dict[str, float]]
-) -> None:
-    """Writes summary.json and reward_curves.png and prints the table."""
-    keys = ("reward_mean", "reward_stderr", "kl", "objective", "length", "eos_rate", "num_prompts")
-    names = {"length": "length_mean"}
-    policies = {
-        policy: {names.get(key, key): metrics[f"eval/{key}"] for key in keys}
-        for policy, metrics in results.items()
-    }
-    summary = {"reward_model": accuracy, "policies": policies}
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    curves = {name: folder / name for name in policies if name != "sft"}
-    reward_curves(curves, folder / "reward_curves.png", title="Quickstart: reward of generations")
+def _draw_curve(axes: Any, policy: Trained, style: tuple[LineStyleType, MarkerType]) -> None:
+    steps = [point.step for point in policy.points]
+    rewards = [point.reward for point in policy.points]
+    line, marker = style
+    look = {"linestyle": line, "marker": marker, "markersize": 4, "alpha": 0.9}
+    axes.plot(steps, rewards, color=COLOURS[policy.method], **look)
 
-    table = Table(title="Quickstart: generations on held-out posts", title_justify="left")
-    for column in ("policy", "reward", "KL (nats)", "objective", "length", "EOS rate"):
-        table.add_column(column, justify="left" if column == "policy" else "right")
-    for policy, row in policies.items():
-        table.add_row(
-            LABELS[policy],
-            f"{row['reward_mean']:.3f} ± {row['reward_stderr']:.3f}",
-            f"{round(row['kl'], 2) + 0.0:.2f}",  # no "-0.00" from rounding
-            f"{row['objective']:.3f}",
-            f"{row['length_mean']:.1f}",
-            f"{row['eos_rate']:.2f}",
+
+def _draw_way(axes: Any, policy: Trained, style: tuple[LineStyleType, MarkerType]) -> None:
+    """Evaluations of a run, without the start that all share and the end, which is drawn large."""
+    points = [point for point in policy.points if point.step > 0][:-1]
+    kl, rewards = [point.kl for point in points], [point.reward for point in points]
+    look = {"linestyle": "", "marker": style[1], "markersize": 3, "alpha": 0.4}
+    axes.plot(kl, rewards, color=COLOURS[policy.method], **look)
+
+
+def _draw_frontier(axes: Any, policies: Sequence[Trained], sft: Policy, beta: float) -> None:
+    """The last evaluations of one method, in the order of β, from the SFT model (β = ∞) on."""
+    ordered = sorted(policies, key=lambda policy: policy.beta)
+    colour = COLOURS[ordered[0].method]
+    measured = [measure(trained.policy, sft, beta=beta) for trained in ordered]
+    kl, reward = ([*(row[name].mean for row in measured), 0.0] for name in ("kl", "reward"))
+    axes.plot(kl, reward, color=colour, linewidth=1.2)
+    for (_, marker), row in zip(STYLES, measured, strict=False):
+        axes.errorbar(
+            row["kl"].mean,
+            row["reward"].mean,
+            xerr=row["kl"].stderr,
+            yerr=row["reward"].stderr,
+            color=colour,
+            marker=marker,
+            markersize=8,
+            capsize=2,
         )
-    console = Console()
-    console.print(table)
-    console.print(
-        f"reward model accuracy: {accuracy['train_accuracy']:.3f} on its training comparisons, "
-        f"{accuracy['validation_accuracy']:.3f} on held-out posts",
-        soft_wrap=True,
+
+
+def _draw_levels(axes: Any, beta: float) -> None:
+    """Lines of equal E[R] − β·KL, which leave the limits of the axes as they are."""
+    limits, kl = (axes.get_xlim(), axes.get_ylim()), np.linspace(0, axes.get_xlim()[1], 300)
+    for level in LEVEL_STEP * np.arange(-100, 20):
+        axes.plot(kl, level + beta * kl, color="#bbbbbb", linewidth=0.6, linestyle="--", zorder=0)
+    axes.set(xlim=limits[0], ylim=limits[1])
+
+
+def _root(kl: np.ndarray) -> np.ndarray:
+    """√KL; an estimate may be below 0."""
+    return np.sign(kl) * np.sqrt(np.abs(kl))
+
+
+def _square(root: np.ndarray) -> np.ndarray:
+    return np.sign(root) * root**2
+
+
+def _legend(betas: Mapping[str, Sequence[float]], beta: float) -> list[Line2D]:
+    methods = [
+        Line2D([], [], color=COLOURS[method], label=f"{LABELS[method]}, β = {_listed(values)}")
+        for method, values in betas.items()
+    ]
+    most = max(map(len, betas.values()))
+    names = {1: ["β"], 2: ["small β", "large β"], 3: ["small β", "middle β", "large β"]}
+    ranks = [
+        Line2D([], [], color="#444444", linestyle=line, marker=marker, label=name)
+        for (line, marker), name in zip(
+            STYLES, names.get(most, [f"β number {i + 1}" for i in range(most)]), strict=False
+        )
+    ]
+    level = Line2D(
+        [],
+        [],
+        color="#bbbbbb",
+        linestyle="--",
+        label=f"equal E[R] − {beta:g}·KL, {LEVEL_STEP:g} apart",
     )
-    console.print(f"wrote {folder / 'summary.json'} and {folder / 'reward_curves.png'}")
+    return [*methods, *ranks, level]
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)

@@ -2,17 +2,22 @@
 
     python -m experiments.quickstart configs/quickstart.yaml
 
-SFT → reward model → score → CoPG, DPO and IPO on the same scored pairs → evaluation, through the
-same stages, file formats and configs as the 7B runs, with configs/sizes/quickstart.yaml. Prints a
-table and writes summary.json and reward_curves.png. Finished stages are not run again.
+SFT → reward model → score → CoPG, DPO and IPO at several β each, on the same scored pairs →
+evaluation of all on the same posts, through the same stages, file formats and configs as the 7B
+runs, with configs/sizes/quickstart.yaml. Prints tables and writes summary.json and frontier.png:
+reward over steps beside reward against KL. Finished stages are not run again.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
 
 from copg_jax import runtime
 from copg_jax.config.load import load_config, run_main
@@ -31,12 +36,51 @@ from copg_jax.hf import weights as hf_weights
 from copg_jax.models.params import Architecture, init_params
 from copg_jax.rewards import RewardModel
 from copg_jax.rewards.functions import pairwise_accuracy
-from experiments import evaluate, figures, score, train_policy, train_reward, train_sft
+from experiments import evaluate, score, train_policy, train_reward, train_sft
+from experiments.figures import LABELS, reward_and_frontier, save
+from experiments.studies.comparison import (
+    TIE_STDERRS,
+    Policy,
+    Trained,
+    differences,
+    estimate,
+    measure,
+    read_points,
+    read_policy,
+)
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = [str(CONFIGS / "tldr.yaml"), str(CONFIGS / "sizes" / "quickstart.yaml")]
 METHODS = ("copg", "dpo", "ipo")
-PARTS = ("train", "validation")
+
+
+class Stages:
+    """Configs of the stages: those of the files, for this folder, with the user's overrides."""
+
+    def __init__(self, config: QuickstartConfig) -> None:
+        self._folder, self._overrides = f"shared.folder={config.output_dir}", config.overrides
+        self._console = Console(highlight=False, soft_wrap=True)
+
+    def head(self, text: str) -> None:
+        """Says which stage begins."""
+        self._console.print(f"\n[bold]{text}[/bold]")
+
+    def config(self, cls: type, name: str, *arguments: str, loss: str = "") -> Any:
+        """Config of the stage whose overrides are called `name`; a policy needs its loss."""
+        files = [*FILES, str(CONFIGS / "losses" / f"{loss}.yaml")] if loss else FILES
+        # One process, even where a cluster would be detected.
+        overrides = ("distributed=off", *self._overrides.get(name, []))
+        return load_config(cls, [*files, self._folder, *arguments, *overrides])
+
+    def policies(self, factors: Sequence[float]) -> Iterator[tuple[str, PolicyConfig]]:
+        """Folder names and configs of the policies: each method at its β times each factor."""
+        for method in METHODS:
+            beta = self.config(PolicyConfig, method, loss=method).loss.beta
+            for factor in sorted(factors):
+                scaled = f"{beta * factor:.3g}"  # 0.3, not 0.30000000000000004
+                name = f"{method}_beta_{scaled}"
+                config = self.config(PolicyConfig, method, f"shared.run={name}", loss=method)
+                yield name, replace(config, loss=replace(config.loss, beta=float(scaled)))
 
 
 def main(config: QuickstartConfig) -> None:
@@ -45,42 +89,37 @@ def main(config: QuickstartConfig) -> None:
     runtime.setup()
     runtime.check_run_folder(folder, config)
     runtime.write_run_header(folder, config, inputs={})
+    stages = Stages(config)
+    stages.head("1/7 Inputs: generated posts and comparisons, and an untrained tiny Llama")
     make_inputs(config, folder)
-
-    here = f"shared.folder={folder}"
-
-    def run(
-        stage: Callable[[Any], Any], cls: type, name: str, *arguments: str, loss: str = ""
-    ) -> Any:
-        files = [*FILES, str(CONFIGS / "losses" / f"{loss}.yaml")] if loss else FILES
-        # One process, even where a cluster would be detected.
-        arguments = (here, *arguments, "distributed=off", *config.overrides.get(name, []))
-        return stage(load_config(cls, [*files, *arguments]))
-
-    run(train_sft.main, SFTConfig, "sft")
-    run(train_reward.main, RewardModelConfig, "reward")
-    run(score.main, ScoreConfig, "scored")
-    for name in METHODS:
-        run(train_policy.main, PolicyConfig, name, loss=name)
-    results = {
-        name: run(evaluate.main, EvaluateConfig, "evaluate", f"shared.run={name}")
-        for name in ("sft", *METHODS)
-    }
-    accuracy = reward_accuracy(folder)
-    figures.summarize_quickstart(folder, accuracy, results)
+    stages.head("2/7 SFT: a tiny Llama learns to summarise posts and becomes the reference")
+    train_sft.main(stages.config(SFTConfig, "sft"))
+    stages.head("3/7 Reward model: learns from comparisons which summary is preferred")
+    train_reward.main(stages.config(RewardModelConfig, "reward"))
+    stages.head("4/7 Score: rewards and reference log-probabilities of pairs, once for all")
+    score.main(stages.config(ScoreConfig, "scored"))
+    policies = dict(stages.policies(config.beta_factors))
+    for i, policy in enumerate(policies.values(), 1):
+        stages.head(f"5/7 Policy {i} of {len(policies)}: {label(policy)}")
+        train_policy.main(policy)
+    for i, name in enumerate(("sft", *policies), 1):
+        about = label(policies[name]) if name in policies else LABELS[name]
+        stages.head(f"6/7 Evaluation {i} of {1 + len(policies)}: {about}")
+        evaluate.main(stages.config(EvaluateConfig, "evaluate", f"shared.run={name}"))
+    stages.head("7/7 Tables and picture")
+    summarize(stages, folder, policies)
 
 
-def reward_accuracy(folder: Path) -> dict[str, float]:
-    """Share of human choices that the reward model predicts, on the posts it was trained on and on
-    held-out ones.
-    """
-    config = load_config(RewardModelConfig, [*FILES, f"shared.folder={folder}"])
+def reward_accuracy(stages: Stages, folder: Path) -> float:
+    """Share of held-out choices that the exported reward model predicts."""
+    held_out = stages.config(RewardModelConfig, "reward").validation
     model = RewardModel(path=str(folder / "reward" / "model"), batch_size=64)
-    parts = {part: replace(config.data, part=part) for part in PARTS}
-    return {
-        f"{part}_accuracy": pairwise_accuracy(model, GroupReader(section))
-        for part, section in parts.items()
-    }
+    return pairwise_accuracy(model, GroupReader(held_out))
+
+
+def label(config: PolicyConfig) -> str:
+    """Name of a policy for people."""
+    return f"{LABELS[config.loss.name]}, β = {config.loss.beta:g}"
 
 
 def make_inputs(config: QuickstartConfig, folder: Path) -> None:
@@ -107,6 +146,129 @@ def make_inputs(config: QuickstartConfig, folder: Path) -> None:
     )
     params = init_params(model, jax.random.key(config.seed))
     hf_weights.save_pretrained(folder / "base", model, params, head="lm", tokenizer=tokenizer)
+
+
+def summarize(stages: Stages, folder: Path, configs: Mapping[str, PolicyConfig]) -> None:
+    """Writes summary.json and frontier.png and prints the tables.
+
+    Args:
+        stages: gives what was evaluated how.
+        folder: of the quickstart.
+        configs: of the policies, by the name of their folder.
+    """
+    beta = stages.config(EvaluateConfig, "evaluate", "shared.run=sft").beta
+    accuracy = reward_accuracy(stages, folder)
+    sft = read_policy(folder / "evaluate_sft")
+    trained = [
+        Trained(
+            config.loss.name,
+            config.loss.beta,
+            read_points(folder / name),
+            read_policy(folder / f"evaluate_{name}"),
+        )
+        for name, config in configs.items()
+    ]
+    console = Console(highlight=False)
+    console.print(policies_table(trained, sft, beta))
+    console.print(differences_table(trained, beta))
+    level = estimate(sft.reward)
+    console.print(
+        f"Rewards are above the SFT model's on the same {len(sft.reward)} held-out posts, which is "
+        f"{level} on this machine: a Bradley-Terry\nreward is defined up to a constant, and its "
+        "level differs from processor to processor. ± is the standard error over posts of the\n"
+        f"paired difference; a tie is less than {TIE_STDERRS:g} of them. One seed; each method's "
+        "best β is chosen on these same posts.\n"
+        f"The reward model predicts {accuracy:.3f} of held-out choices.",
+        soft_wrap=True,
+    )
+    picture, numbers = folder / "frontier.png", folder / "summary.json"
+    save(reward_and_frontier(trained, sft, beta=beta), picture)
+    summary = summary_of(trained, sft, beta) | {"reward_model": {"validation_accuracy": accuracy}}
+    numbers.write_text(json.dumps(summary, indent=2) + "\n")
+    console.print(f"wrote {numbers} and {picture}", soft_wrap=True)
+
+
+def summary_of(trained: Sequence[Trained], sft: Policy, beta: float) -> dict[str, Any]:
+    """What the tables show, for summary.json."""
+    policies = [
+        {"method": one.method, "beta": one.beta, **numbers_of(one.policy, sft, beta)}
+        for one in trained
+    ]
+    gaps = [
+        {
+            "of": what,
+            "first": {"method": gap.first.method, "beta": gap.first.beta},
+            "second": {"method": gap.second.method, "beta": gap.second.beta},
+            "difference": gap.gap._asdict() | {"is_tie": gap.gap.is_tie},
+        }
+        for what, value in compared(beta).items()
+        for gap in differences(trained, value)
+    ]
+    return {
+        "num_prompts": len(sft.reward),
+        "objective_beta": beta,
+        "sft_reward": estimate(sft.reward)._asdict(),
+        "policies": [{"method": "sft", "beta": None, **numbers_of(sft, sft, beta)}, *policies],
+        "differences_at_best_beta": gaps,
+    }
+
+
+def numbers_of(policy: Policy, sft: Policy, beta: float) -> dict[str, Any]:
+    """One row of the table: means with standard errors, rewards above those of the SFT model."""
+    measured = measure(policy, sft, beta=beta)
+    return {name: value._asdict() for name, value in measured.items()} | {
+        "length": float(policy.length.mean()),
+        "eos_rate": float(policy.eos_rate.mean()),
+    }
+
+
+def compared(beta: float) -> dict[str, Callable[[Policy], np.ndarray]]:
+    """By what methods are compared: functions of a policy → [N], one number a prompt."""
+    return {
+        "reward": lambda policy: policy.reward,
+        "objective": lambda policy: policy.regularized(beta),
+    }
+
+
+def policies_table(trained: Sequence[Trained], sft: Policy, beta: float) -> Table:
+    """Every policy against the SFT model."""
+    title = "Quickstart: generations on held-out posts, rewards above the SFT model's"
+    table = Table(title=title, title_justify="left")
+    table.add_column("policy")
+    objective = f"E[R] − {beta:g}·KL"
+    for column in ("β", "reward", "KL (nats)", objective, "length", "EOS rate"):
+        table.add_column(column, justify="right")
+    rows = [("sft", "", sft), *((one.method, f"{one.beta:g}", one.policy) for one in trained)]
+    for method, of_method, policy in rows:
+        measured = measure(policy, sft, beta=beta)
+        table.add_row(
+            LABELS[method],
+            of_method,
+            "0" if policy is sft else str(measured["reward"]),
+            f"{round(measured['kl'].mean, 2) + 0.0:.2f}",  # no "-0.00" from rounding
+            "0" if policy is sft else str(measured["objective"]),
+            f"{policy.length.mean():.1f}",
+            f"{policy.eos_rate.mean():.2f}",
+        )
+    return table
+
+
+def differences_table(trained: Sequence[Trained], beta: float) -> Table:
+    """Methods against each other, each at its best β."""
+    table = Table(title="Paired differences, each method at its best β", title_justify="left")
+    names = {"reward": "reward", "objective": f"E[R] − {beta:g}·KL"}
+    for column in ("of", "first", "second", "first − second", "told apart?"):
+        table.add_column(column)
+    for what, value in compared(beta).items():
+        for first, second, gap in differences(trained, value):
+            table.add_row(
+                names[what],
+                f"{LABELS[first.method]}, β = {first.beta:g}",
+                f"{LABELS[second.method]}, β = {second.beta:g}",
+                str(gap),
+                "tie" if gap.is_tie else f"by {abs(gap.mean) / gap.stderr:.1f} standard errors",
+            )
+    return table
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from copg_jax import tracking
 from copg_jax.errors import InputError
 from copg_jax.tracking import MetricsLogger
 
@@ -72,6 +73,14 @@ def test_without_a_terminal_a_plain_line_comes_every_few_steps(tmp_path, capsys)
     assert output[-1] == "step 7/7  eval/reward_mean 2"
 
 
+def test_what_is_counted_is_named(tmp_path, capsys):
+    with MetricsLogger(tmp_path, total_steps=320, unit="prompt", log_every=1) as logger:
+        logger.log(80, {"eval/kl": 0.5})
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("prompt 80/320  eval/kl 0.5  ")
+    assert "s/prompt  ETA " in line
+
+
 def test_evaluation_and_texts_show_at_any_step(tmp_path, capsys):
     with MetricsLogger(tmp_path, total_steps=100, log_every=50) as logger:
         logger.log(1, {"eval/kl": 0.5}, text={"sample": "[b]words"})
@@ -96,7 +105,7 @@ def test_quiet_prints_nothing(tmp_path, capsys):
 
 
 def test_only_process_0_logs(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(metrics, "is_main_process", lambda: False)
+    monkeypatch.setattr(tracking, "is_main_process", lambda: False)
     with MetricsLogger(tmp_path, total_steps=1, log_every=1) as logger:
         logger.log(1, {"loss": 1.0})
     assert list(tmp_path.iterdir()) == []
@@ -104,7 +113,6 @@ def test_only_process_0_logs(tmp_path, monkeypatch, capsys):
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):
-    pytest.importorskip("tensorboardX", reason="the tensorboard extra is not installed")
     with MetricsLogger(tmp_path, total_steps=1, tensorboard=True, quiet=True) as logger:
         logger.log(1, {"loss": 1.0}, text={"sample": "words"})
     (events,) = (tmp_path / "tensorboard").iterdir()

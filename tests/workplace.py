@@ -1,5 +1,6 @@
 """A folder with everything that the stages need, on a tiny model, and their arguments there."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -140,3 +141,8 @@ class Workplace:
         with pytest.raises(InputError) as caught:
             self.run(stage, *more)
         return str(caught.value)
+
+    def metrics(self, name: str) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl of the run in the folder of this name."""
+        text = (self.folder / name / "metrics.jsonl").read_text()
+        return [json.loads(line) for line in text.splitlines()]

@@ -176,9 +176,19 @@ class QuickstartConfig:
     vocab_size: int = option(700, "size of the tokenizer that is trained on them")
     hidden_size: int = option(128, "width of the tiny Llama")
     num_layers: int = option(3, "its depth")
+    beta_factors: list[float] = option(
+        [0.1, 1.0, 5.0], "each method is trained at its β times each of these"
+    )
     overrides: dict[str, list[str]] = option(
         {}, "stage (sft, reward, scored, copg, dpo, ipo, evaluate) -> list of key=value"
     )
+
+    def __post_init__(self):
+        factors = {factor for factor in self.beta_factors if factor > 0}
+        if len(factors) != len(self.beta_factors) or not 1 <= len(factors) <= 4:
+            raise InputError(
+                f"beta_factors: wanted one to four different numbers > 0, got {self.beta_factors}"
+            )
 
 
 STAGES: dict[str, type] = {

@@ -41,7 +41,9 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
         self._best_metric = best_metric
         keep: list[Any] = [policies.LatestN(2)]
-        value_of = None if best_metric is None else (lambda metrics: metrics[best_metric])
+        value_of = None
+        if best_metric is not None:
+            value_of = lambda metrics: metrics.get(best_metric, -math.inf)
         if value_of is not None:
             keep.append(
                 policies.BestN(get_metric_fn=value_of, n=1, keep_checkpoints_without_metrics=False)
@@ -110,7 +112,7 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.StandardSave(state._asdict()),
-            metrics={self._best_metric: value} if ranked else None,
+            metrics={self._best_metric: value} if ranked else {},  # None: Orbax would warn
             custom_metadata={"is_evaluated": is_evaluated},
         )
 

@@ -252,6 +252,7 @@ def _evaluation(
         )
 
     def evaluate(params: Any, at: int) -> tuple[dict[str, float], dict[str, str]]:
+        log.info("evaluating at step %d", at)
         metrics = held_out_loss(params) if held_out_loss is not None else {}
         generated, texts = generation(params, at) if generation is not None else ({}, {})
         return metrics | generated, texts

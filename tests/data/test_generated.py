@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from copg_jax.config.sections import DataConfig
 from copg_jax.data.dataset import prepare
 from copg_jax.data.formats.tldr import Post, format_prompt
 from copg_jax.data.generated import (
@@ -16,7 +17,7 @@ from copg_jax.data.generated import (
     make_summary,
     write_generated,
 )
-from copg_jax.data.reader import DataConfig, GroupReader
+from copg_jax.data.reader import GroupReader
 from copg_jax.data.tokenizer import Encoder, load_tokenizer, tokenizer_hash
 from copg_jax.errors import InputError
 

@@ -9,7 +9,7 @@ import pytest
 from copg_jax.errors import InputError
 from copg_jax.train import state as train_state
 from copg_jax.train.checkpoint import Checkpoints
-from tests.toys import Toy, assert_trees_equal, group_batch, leaves, mesh
+from tests.toys import Toy, assert_trees_equal, group_batch, leaves, mesh, names_all
 
 METRIC = "eval/reward_mean"
 
@@ -77,6 +77,17 @@ def test_the_newest_two_and_the_best_by_the_metric_are_kept(tmp_path, trained):
         assert checkpoints.latest_step == 5
 
 
+def test_a_step_without_a_value_is_saved_without_a_warning_and_never_the_best(
+    tmp_path, trained, caplog
+):
+    with Checkpoints(tmp_path, best_metric=METRIC) as checkpoints:
+        for at, value in {1: None, 2: -3.0, 3: None, 4: float("nan"), 5: None}.items():
+            checkpoints.save(at, trained.state, value)
+        assert checkpoints.best() == (2, -3.0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4", "5"]
+    assert [line.message for line in caplog.records if line.levelname == "WARNING"] == []
+
+
 def test_a_step_that_is_there_is_left_alone(tmp_path, trained):
     wanted = leaves(trained.state)
     with Checkpoints(tmp_path) as checkpoints:
@@ -101,6 +112,25 @@ def test_a_checkpoint_of_another_model_or_optimiser_is_refused(tmp_path, trained
     ):
         checkpoints.restore(1, abstract, layout)
     assert str(tmp_path / "1") in str(caught.value)
+
+
+def test_the_arrays_of_another_layout_of_the_optimiser_are_named(tmp_path, trained):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, trained.state)
+    # The same Adam, with its moments one level deeper: the layout of an earlier version, say.
+    optimizer = optax.chain(optax.chain(optax.scale_by_adam()), optax.scale(-0.1))
+    other = Toy(trained.mesh, optimizer=optimizer)
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(InputError) as caught:
+        checkpoints.restore(1, other.abstract, other.layout)
+    names_all(
+        str(caught.value),
+        [
+            "opt_state.0.0.mu.w: wanted (8,), got nothing",
+            "opt_state.0.mu.w: wanted nothing, got (8,)",
+            "another output_dir",
+        ],
+    )
+    assert "params.w" not in str(caught.value)
 
 
 def test_a_state_that_halted_may_try_again_when_restored(tmp_path, trained):

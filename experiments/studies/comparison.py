@@ -1,0 +1,165 @@
+"""Policies that were evaluated on the same prompts, beside each other.
+
+1. Numbers of a policy are taken prompt by prompt from its generations, so that two policies are
+   compared by paired differences: what makes a prompt easy or hard for both cancels.
+2. Rewards are given above those of a baseline on the same prompts: a Bradley-Terry reward is
+   defined up to a constant only.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+TIE_STDERRS = 2.0
+"""Differences of fewer standard errors than this are called ties."""
+
+
+class Estimate(NamedTuple):
+    """A mean over prompts with its standard error."""
+
+    mean: float
+    stderr: float
+
+    def __str__(self) -> str:
+        return f"{round(self.mean, 3) + 0.0:.3f} ± {self.stderr:.3f}"  # no "-0.000"
+
+    @property
+    def is_tie(self) -> bool:
+        """Whether, as a difference, it is too small to be told from 0."""
+        return abs(self.mean) < TIE_STDERRS * self.stderr
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What was measured on one policy, one number a prompt, [N] each, in the order of the prompts.
+
+    Attributes:
+        reward: reward units; NaN where no completion of the prompt has one.
+        log_ratio: ln π − ln π_ref of what the policy wrote, nats; its mean estimates the KL.
+        length: tokens.
+        eos_rate: share of completions that ended.
+    """
+
+    reward: np.ndarray
+    log_ratio: np.ndarray
+    length: np.ndarray
+    eos_rate: np.ndarray
+
+    def regularized(self, beta: float) -> np.ndarray:
+        """R − β (ln π − ln π_ref), [N], whose mean is the objective E[R] − β·KL."""
+        return self.reward - beta * self.log_ratio
+
+
+def read_policy(folder: Path) -> Policy:
+    """Reads the generations.jsonl of an evaluation; samples of one prompt are averaged."""
+    lines = (folder / "generations.jsonl").read_text(encoding="utf-8").split("\n")
+    by_prompt: dict[int, list[dict[str, Any]]] = {}
+    for row in map(json.loads, filter(None, lines)):
+        by_prompt.setdefault(row["index"], []).append(row)
+    prompts = [by_prompt[index] for index in sorted(by_prompt)]
+    return Policy(
+        reward=np.array([_mean(row["reward"] for row in rows) for rows in prompts]),
+        log_ratio=np.array([_mean(r["logp"] - r["ref_logp"] for r in rows) for rows in prompts]),
+        length=np.array([_mean(row["length"] for row in rows) for rows in prompts]),
+        eos_rate=np.array([_mean(row["has_eos"] for row in rows) for rows in prompts]),
+    )
+
+
+def _mean(values: Any) -> float:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else math.nan
+
+
+def estimate(values: np.ndarray) -> Estimate:
+    """Mean and standard error over prompts; those without a number are left out."""
+    known = values[np.isfinite(values)]
+    if len(known) < 2:
+        return Estimate(float(known.mean()) if len(known) else math.nan, math.nan)
+    return Estimate(float(known.mean()), float(known.std(ddof=1) / np.sqrt(len(known))))
+
+
+def measure(policy: Policy, baseline: Policy, *, beta: float) -> dict[str, Estimate]:
+    """A policy against a baseline that had the same prompts: `reward` and `objective`, which are
+    paired differences to the baseline's, and `kl` to the reference.
+
+    Args:
+        policy: [N].
+        baseline: [N]; its rewards are the zero of the policy's.
+        beta: β of the objective, the same for all that shall be compared.
+    """
+    return {
+        "reward": estimate(policy.reward - baseline.reward),
+        "kl": estimate(policy.log_ratio),
+        "objective": estimate(policy.regularized(beta) - baseline.regularized(beta)),
+    }
+
+
+class Point(NamedTuple):
+    """One evaluation on the way of a training run."""
+
+    step: int
+    kl: float  # nats
+    reward: float  # above that of step 0, the policy that the run started from
+    num_prompts: int
+
+
+def read_points(folder: Path) -> list[Point]:
+    """Evaluations of a training run, from its metrics.jsonl, all on the same prompts."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if row.get("eval/reward_mean") is not None]
+    (zero,) = (row["eval/reward_mean"] for row in rows if row["step"] == 0)
+    return [
+        Point(
+            step=row["step"],
+            kl=row["eval/kl"],
+            reward=row["eval/reward_mean"] - zero,
+            num_prompts=int(row["eval/num_prompts"]),
+        )
+        for row in rows
+    ]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A method trained at one β: evaluations on the way, and the last one prompt by prompt."""
+
+    method: str
+    beta: float
+    points: list[Point]
+    policy: Policy
+
+
+class Difference(NamedTuple):
+    """Two methods, each at the β that is best for it, prompt by prompt."""
+
+    first: Trained
+    second: Trained
+    gap: Estimate  # of the first above the second
+
+
+def best_of_each(
+    trained: Iterable[Trained], value: Callable[[Policy], np.ndarray]
+) -> dict[str, Trained]:
+    """Of each method the β with the highest mean of `value` (policy → [N])."""
+    best: dict[str, Trained] = {}
+    for one in trained:
+        rival = best.get(one.method)
+        if rival is None or np.nanmean(value(one.policy)) > np.nanmean(value(rival.policy)):
+            best[one.method] = one
+    return best
+
+
+def differences(
+    trained: Iterable[Trained], value: Callable[[Policy], np.ndarray]
+) -> list[Difference]:
+    """Paired differences of `value` (policy → [N]) between all methods, each at its best β."""
+    return [
+        Difference(a, b, estimate(value(a.policy) - value(b.policy)))
+        for a, b in itertools.combinations(best_of_each(trained, value).values(), 2)
+    ]
