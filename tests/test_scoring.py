@@ -19,7 +19,6 @@ from copg_jax.config.sections import DataConfig, RewardSpec
 from copg_jax.data import scored
 from copg_jax.data.dataset import GroupDataset, prepare
 from copg_jax.data.formats import tldr
-from copg_jax.data.generated import write_generated
 from copg_jax.data.groups import TokenGroup
 from copg_jax.data.reader import GroupReader
 from copg_jax.data.tokenizer import Encoder, load_tokenizer, tokenizer_hash
@@ -29,6 +28,7 @@ from copg_jax.models.decoder import Decoder
 from copg_jax.models.forward import make_seq_logp
 from copg_jax.models.params import init_params
 from copg_jax.rewards.functions import WeightedRewards
+from experiments.generated import write_generated
 from tests.bucket import make_bucket
 from tests.models import tiny
 from tests.runs import assert_same_scores

@@ -10,12 +10,12 @@ import pytest
 
 from copg_jax.config import stages as config
 from copg_jax.config.load import load_config
-from copg_jax.data.generated import write_generated
 from copg_jax.data.tokenizer import load_tokenizer
 from copg_jax.errors import InputError
 from copg_jax.hf import weights as hf_weights
 from copg_jax.models.params import init_params
 from experiments import evaluate, score, train_policy, train_reward, train_sft
+from experiments.generated import write_generated
 from tests.reads import recorded_reads
 from tests.toys import LLAMA
 

@@ -9,5 +9,4 @@
 5. `reader` gives the groups of a data set that are wanted; `dataset` keeps their ids in a
    memory-mapped Arrow file.
 6. `stream` orders, batches and shards them, resumable at any step.
-7. `generated` writes made-up posts and comparisons for the quickstart.
 """

@@ -12,7 +12,6 @@ import pytest
 from copg_jax import rewards
 from copg_jax.config.sections import RewardSpec
 from copg_jax.data.formats.columns import TextGroup
-from copg_jax.data.generated import write_generated
 from copg_jax.data.groups import TokenGroup, collate
 from copg_jax.data.tokenizer import Encoder, load_tokenizer
 from copg_jax.errors import InputError
@@ -27,6 +26,7 @@ from copg_jax.rewards.functions import (
     pairwise_accuracy,
     score_texts,
 )
+from experiments.generated import write_generated
 from tests.toys import LLAMA, names_all
 
 NOT_CALLABLE = 3
