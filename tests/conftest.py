@@ -41,6 +41,18 @@ EIGHT_DEVICES = (
     "train",
 )
 
+# Files that take longest, so that none of them is left over for one worker at the end.
+LONGEST = (
+    "test_distributed.py",
+    "test_meshes.py",
+    "models/test_forward.py",
+    "train/test_step.py",
+    "test_stages.py",
+    "benchmark/test_floor.py",
+    "bandit/test_notebook.py",
+    "benchmark/test_train.py",
+)
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Shared by the workers and by scripts that tests start, and kept from run to run for speed.
 os.environ.setdefault(
@@ -74,6 +86,14 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if wanted is None or not collection_path.match("test_*.py"):
         return None
     return asks_for_eight(collection_path) != (wanted == 8) or None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def turn(item: pytest.Item) -> int:
+        name = item.path.relative_to(ROOT).as_posix()
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=turn)  # stable
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
