@@ -40,7 +40,6 @@ def environment(port: int, index: int, devices: int = 4) -> dict[str, str]:
         **os.environ,
         **dict(zip(NAMES, values, strict=True)),
         "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # two that go on compile nothing again
     }
 
 
