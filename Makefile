@@ -38,7 +38,8 @@ setup: $(STAMP)  ## make .venv with the pinned versions
 demo: $(STAMP)  ## run the whole pipeline on generated posts and a tiny model, on CPU
 	$(VENV)/bin/python -m experiments.quickstart configs/quickstart.yaml $(ARGS)
 
-PYTEST := -m pytest -n 2 --dist loadfile
+# Files go out in the order that tests/conftest.py gives them.
+PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP)  ## run the test suite, of one device and then of eight
 ifneq ($(filter tests/%,$(ARGS)),)

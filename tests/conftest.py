@@ -41,11 +41,25 @@ EIGHT_DEVICES = (
     "train",
 )
 
+# Files that take longest, so that none of them is left over for one worker at the end.
+LONGEST = (
+    "test_distributed.py",
+    "test_meshes.py",
+    "models/test_forward.py",
+    "train/test_step.py",
+    "test_stages.py",
+    "benchmark/test_floor.py",
+    "bandit/test_notebook.py",
+    "benchmark/test_train.py",
+)
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Shared by the workers and by scripts that tests start, and kept from run to run for speed.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "copg_jax_test_xla")
 )
+# Small programs too, which the two workers and those scripts share.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Tests never reach a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -74,6 +88,14 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if wanted is None or not collection_path.match("test_*.py"):
         return None
     return asks_for_eight(collection_path) != (wanted == 8) or None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def turn(item: pytest.Item) -> int:
+        name = item.path.relative_to(ROOT).as_posix()
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=turn)  # stable
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import copg_jax
-from tests.conftest import EIGHT_DEVICES
+from tests.conftest import EIGHT_DEVICES, LONGEST
 
 TESTS = Path(__file__).parent
 PACKAGE = Path(copg_jax.__file__).parent
@@ -61,5 +61,5 @@ def test_a_test_skips_for_an_oracle_or_for_what_no_package_brings():
     assert found == set(MAY_SKIP)
 
 
-def test_what_asks_for_eight_devices_exists():
-    assert [name for name in EIGHT_DEVICES if not (TESTS / name).exists()] == []
+def test_the_files_that_the_session_treats_in_another_way_exist():
+    assert [name for name in (*EIGHT_DEVICES, *LONGEST) if not (TESTS / name).exists()] == []
