@@ -49,7 +49,7 @@ LONGEST = (
     "train/test_step.py",
     "test_stages.py",
     "benchmark/test_floor.py",
-    "bandit/test_notebook.py",
+    "test_notebooks.py",
     "benchmark/test_train.py",
 )
 
@@ -98,15 +98,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=turn)  # stable
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Sets the number of devices. JAX refuses where the import of a test file has started it."""
-    eight = any(asks_for_eight(item.path) for item in session.items)
-    number = session.config.getoption("devices") or (8 if eight else 1)
+def pytest_configure(config: pytest.Config) -> None:
+    """Sets the number of devices, before a test file is imported, which may start JAX."""
+    named = [Path(argument.split("::")[0]).absolute() for argument in config.args]
+    eight = any(
+        path.is_relative_to(ROOT / name) or (ROOT / name).is_relative_to(path)
+        for path in named
+        for name in EIGHT_DEVICES
+    )
+    number = config.getoption("devices") or (8 if eight else 1)
     os.environ["JAX_NUM_CPU_DEVICES"] = str(number)
     jax.config.update("jax_num_cpu_devices", number)
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for marker in item.iter_markers("oracle"):
         (name,) = marker.args

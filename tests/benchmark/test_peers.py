@@ -77,11 +77,13 @@ def test_a_row_that_is_no_pair_is_refused_by_scripts_that_train(commands, rows, 
         assert done.returncode == 2 and "wanted two completions in every row" in done.stderr
 
 
+@pytest.mark.oracle("torch")
 def test_the_torch_loop_has_our_loss_on_the_same_ids_and_weights(
     rows, groups, tmp_path, monkeypatch
 ):
-    torch = pytest.importorskip("torch", reason="torch is the oracle of the torch loop")
-    transformers = pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     monkeypatch.syspath_prepend(str(compare.FOLDER))
     import torch_loop
 
