@@ -266,8 +266,8 @@ def test_a_number_from_before_a_reboot_ends_no_other_process(pod):
     assert other.returncode == 0
 
 
-def test_the_commands_of_the_readme_do_what_it_says(pod):
-    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+def test_the_commands_of_the_docs_do_what_they_say(pod):
+    text = (ROOT / "docs" / "tpu.md").read_text(encoding="utf-8").replace("\\\n", " ")
     commands = [
         shlex.split(line)[1:] for line in text.splitlines() if line.startswith("./launch_tpu.sh ")
     ]

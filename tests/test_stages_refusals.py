@@ -74,8 +74,8 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(workplace, elsewher
 
 def test_fewer_prompts_than_asked_for_are_refused(workplace, elsewhere):
     text = workplace.refusal("evaluate", elsewhere, "evaluation.generation.num_prompts=1000")
-    names_all(text, ["evaluation.data", "wanted 1000", "got 40", str(workplace.posts)])
-    assert "num_prompts=40" in text
+    names_all(text, ["evaluation.data", "wanted 1000", "got 9", str(workplace.posts)])
+    assert "num_prompts=9" in text
 
 
 def test_data_without_choices_trains_no_reward_model(workplace, elsewhere):

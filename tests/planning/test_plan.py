@@ -207,8 +207,8 @@ def test_without_a_topology_or_a_stage_the_script_says_what_it_wants(capsys):
         script.main(["--topology", "cpu:1", "some.yaml"])
 
 
-def test_plan_commands_of_the_readme_are_accepted(monkeypatch: pytest.MonkeyPatch):
-    lines = Path("README.md").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+def test_plan_commands_of_the_docs_are_accepted(monkeypatch: pytest.MonkeyPatch):
+    lines = Path("docs/plan.md").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
     commands = [shlex.split(line)[3:] for line in lines if "-m experiments.plan " in line]
     seen = []
     monkeypatch.setattr(script, "open_topology", lambda name: name)
