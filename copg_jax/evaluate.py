@@ -173,7 +173,7 @@ class GenerationEvaluator:
         host = shape.collate(
             [None if i < 0 else replace(self._prompts[i], **nothing) for i in rows]
         )
-        # The model wants at least one token, but the sampler shall leave empty places empty.
+        # The model wants at least one token, but the sampler shall leave empty rows empty.
         length = np.where(rows < 0, 0, host.prompt_length)
         alone = shape.prompt_layout(host.prompt_length)
         batch, length, alone = distributed.place_whole((host, length, alone), self._placement)
@@ -181,7 +181,7 @@ class GenerationEvaluator:
         samples = self._generator.sample(params, batch.prompt_tokens, length, alone, keys)
         if self._generator.ref_token_logp is None:
             return samples, None
-        # Not waiting for the samples, which alone would tell the host which slots they leave empty.
+        # Not waiting for the samples, which alone would tell the host how long they are.
         tokens, length = jax.device_put((samples.tokens, samples.length), self._placement)
         batch = batch._replace(completion_tokens=tokens, completion_length=length)
         return samples, self._generator.ref_token_logp(batch)

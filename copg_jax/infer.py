@@ -59,23 +59,23 @@ class GroupForward:
         What occurs several times is computed once: groups with the same prompt are merged, equal
         completions of it too.
         """
-        merged, places = _merge(rows)
+        merged, found = _merge(rows)
         values = self._run(merged)
-        return [np.array([values[i][k] for i, k in of_row], np.float32) for of_row in places]
+        return [np.array([values[i][k] for i, k in of_row], np.float32) for of_row in found]
 
     def _run(self, rows: Sequence[TokenGroup]) -> list[np.ndarray]:
         progress, done = Progress(self._name, len(rows)), 0
         results: list[np.ndarray] = [np.empty(0, np.float32)] * len(rows)
-        for places, values in one_late(self._launched(rows)):
-            present = places >= 0
-            for i, row_values in zip(places[present], jax.device_get(values)[present], strict=True):
+        for batch, values in one_late(self._launched(rows)):
+            present = batch >= 0
+            for i, row_values in zip(batch[present], jax.device_get(values)[present], strict=True):
                 results[i] = row_values
             done += int(present.sum())
             progress.update(done)
         return results
 
     def _launched(self, rows: Sequence[TokenGroup]) -> Iterator[tuple[np.ndarray, Array]]:
-        """Starts batch after batch; yields the groups in its places [B] and its values [B, K]."""
+        """Starts batch after batch; yields the indices of its groups [B] and its values [B, K]."""
         lengths = [(len(row.prompt_tokens), sum(map(len, row.completion_tokens))) for row in rows]
         batches = pack_by_length(
             np.array(lengths).reshape(-1, 2),
@@ -84,11 +84,11 @@ class GroupForward:
         )
         total = sum(len(packed.rows) for packed in batches)
         for packed in batches:
-            for places in packed.rows:
-                groups = [None if i < 0 else rows[i] for i in places]
+            for batch in packed.rows:
+                groups = [None if i < 0 else rows[i] for i in batch]
                 shape = self._shapes.fit(packed.shape, groups, num_batches=total)
                 placed = distributed.place_whole(shape.collate(groups), self._placement)
-                yield places, self._function(self._params, placed)
+                yield batch, self._function(self._params, placed)
 
 
 def one_late(items: Iterable[Item]) -> Iterator[Item]:
@@ -108,7 +108,8 @@ def one_late(items: Iterable[Item]) -> Iterator[Item]:
 def _merge(
     rows: Sequence[TokenGroup],
 ) -> tuple[list[TokenGroup], list[list[tuple[int, int]]]]:
-    """Groups of distinct completions of distinct prompts; (group, slot) of each row's completions.
+    """Groups of distinct completions of distinct prompts, and where the completions of each row are
+    in them: (group, completion).
 
     Groups are closed at `_MOST_COMPLETIONS`, so that few shapes are compiled.
     """
@@ -117,7 +118,7 @@ def _merge(
     open_group: dict[bytes, int] = {}
     found: dict[tuple[bytes, bytes], tuple[int, int]] = {}
 
-    def place(row: TokenGroup, prompt: bytes, tokens: np.ndarray) -> tuple[int, int]:
+    def find(row: TokenGroup, prompt: bytes, tokens: np.ndarray) -> tuple[int, int]:
         key = prompt, tokens.tobytes()
         if key not in found:
             group = open_group.get(prompt)
@@ -129,12 +130,12 @@ def _merge(
             completions[group].append(tokens)
         return found[key]
 
-    places = []
+    of_rows = []
     for row in rows:
         prompt = row.prompt_tokens.tobytes()
-        places.append([place(row, prompt, tokens) for tokens in row.completion_tokens])
+        of_rows.append([find(row, prompt, tokens) for tokens in row.completion_tokens])
     merged = [
         replace(row, completion_tokens=tuple(tokens), rewards=None, ref_logps=None)
         for row, tokens in zip(prompts, completions, strict=True)
     ]
-    return merged, places
+    return merged, of_rows

@@ -100,21 +100,15 @@ def require_rewards(dataset: GroupDataset, *, at_least: int) -> None:
 
 
 def require_scored(section: DataConfig, model: PretrainedModel, dataset: GroupDataset) -> None:
-    """Raises InputError unless the data was scored, to its end, with this reference model and
-    tokenizer.
-    """
-    require_rewards(dataset, at_least=2)
-    if not dataset.has_ref_logps:
+    """Raises InputError unless the data was scored with this reference model, in this dtype."""
+    if not scored.is_scored(section.path):
         raise InputError(
-            f"data.path {section.path}: has rewards but no ref_logps, the log-probabilities "
-            "under the reference. Fix: run experiments.score on it and point data.path at the "
-            "folder that writes."
+            f"data.path {section.path}: wanted a folder that experiments.score wrote; other data "
+            "has no ref_logp, the log-probabilities under the reference. Fix: run "
+            "experiments.score on it and point data.path at the folder that writes."
         )
-    scored.verify(
-        epath.Path(section.path),
-        tokenizer_hash=tokenizer_hash(model.tokenizer),
-        reference_hash=model.hash,
-    )
+    scored.verify(section.path, reference_hash=model.hash, reference_dtype=model.arch.dtype)
+    require_rewards(dataset, at_least=2)
 
 
 def require_comparable(policy: PretrainedModel, reference: PretrainedModel) -> None:

@@ -178,14 +178,19 @@ def find_objective(config: LossConfig) -> Callable[..., Array]:
         objective = getattr(losses, f"{config.name}_loss")
     else:
         objective = find(config.name, "loss.name", "my_module.my_loss")
+    numbers = find_coefficients(config)
     try:
-        inspect.signature(objective).bind(None, None, mask=None, **find_coefficients(config))
+        signature = inspect.signature(objective)
+    except ValueError as error:  # some functions of C
+        raise InputError(f"loss.name {config.name!r}: wanted a Python function; {error}") from error
+    try:
+        signature.bind(None, None, mask=None, **numbers)
     except TypeError as error:
-        takes = [name for name in inspect.signature(objective).parameters if name != "mask"][2:]
+        takes = [name for name in signature.parameters if name != "mask"][2:]
         raise InputError(
             f"loss.arguments: {config.name} cannot be called as f(log_ratio, reward, mask=, "
-            f"{', '.join(f'{name}=' for name in find_coefficients(config))}): {error}. Beside "
-            f"log_ratio, reward and mask it takes {', '.join(takes) or 'nothing'}."
+            f"{', '.join(f'{name}=' for name in numbers)}): {error}. Beside log_ratio, reward and "
+            f"mask it takes {', '.join(takes) or 'nothing'}."
         ) from error
     return objective
 

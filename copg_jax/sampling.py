@@ -45,7 +45,9 @@ The layout is that of the prompts alone, see `Shape.prompt_layout`. Where a prom
 there is none: such a place is computed, but generates nothing."""
 
 
-def _choose(logits: Array, keys: Array, index: Array, temperature: float) -> tuple[Array, Array]:
+def _next_tokens(
+    logits: Array, keys: Array, index: Array, temperature: float
+) -> tuple[Array, Array]:
     """Draws one token per row and its log-probability; a row's draw depends on its key and position
     alone.
 
@@ -191,7 +193,7 @@ def make_sampler(
 
         def append(samples: Samples, hidden: Array, index: Array) -> Samples:
             logits = jnp.einsum("bkd,dv->bkv", hidden, matrix, preferred_element_type=jnp.float32)
-            tokens, logp = _choose(logits, keys, index, temperature)
+            tokens, logp = _next_tokens(logits, keys, index, temperature)
             return _append(samples, tokens, logp, index, eos_id)
 
         cache, last = decoding.prefill(

@@ -12,11 +12,11 @@ Every process calls the reward functions (a model that is spread over all device
 and process 0 writes what it was told.
 """
 
-import dataclasses
 import logging
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from copg_jax import distributed
 from copg_jax.config.stages import ScoreConfig
 from copg_jax.data import scored
 from copg_jax.data.dataset import GroupDataset
+from copg_jax.data.formats import tldr
 from copg_jax.data.groups import TokenGroup
 from copg_jax.data.tokenizer import tokenizer_hash
 from copg_jax.hf.pretrained import PretrainedModel
@@ -36,13 +37,22 @@ from copg_jax.tracking import MetricsLogger
 log = logging.getLogger(__name__)
 
 
+def check_folder(folder: epath.Path) -> None:
+    """Raises InputError where a folder has parts of another format, so that none are added."""
+    if scored.is_scored(str(folder)):
+        scored.read_side_car(folder)
+
+
 def make_side_car(
     config: ScoreConfig, reference: PretrainedModel, rewards: WeightedRewards
 ) -> scored.SideCar:
     """What a scored folder is made of, before its first part is written."""
     return scored.SideCar(
         tokenizer_hash=tokenizer_hash(reference.tokenizer),
+        text_format=tldr.NAME,
+        text_format_hash=tldr.format_hash(),
         reference_hash=reference.hash,
+        reference_dtype=reference.arch.dtype,
         rewards=rewards.provenance,
         limits=config.data.limits._asdict(),
         complete=False,
@@ -96,7 +106,7 @@ def score_dataset(
 def _finish(dataset: GroupDataset, folder: epath.Path, side_car: scored.SideCar) -> None:
     """Makes the folder usable: the side-car with the counts of all parts."""
     counts = dataset.stats | scored.count_rewards(folder)
-    scored.write_side_car(folder, dataclasses.replace(side_car, complete=True, counts=counts))
+    scored.write_side_car(folder, replace(side_car, complete=True, counts=counts))
     log.info(
         "%s: %d completions scored, %d of them without a reward (they will be left out)",
         folder,
@@ -114,12 +124,12 @@ def _score_part(
 ) -> dict[str, float]:
     """Scores and writes one part; returns its metrics."""
     begin = time.perf_counter()
-    totals, sources = _reward_groups(rewards, rows)
+    totals, parts = _reward_groups(rewards, rows)
     reward_sec = time.perf_counter() - begin
     ref_logps = reference(rows)
     groups = [
-        scored.ScoredGroup(row, total.tolist(), ref_logp.tolist(), source)
-        for row, total, ref_logp, source in zip(rows, totals, ref_logps, sources, strict=True)
+        scored.ScoredGroup(replace(row, rewards=total, ref_logps=ref_logp), of_row)
+        for row, total, ref_logp, of_row in zip(rows, totals, ref_logps, parts, strict=True)
     ]
     if distributed.is_main_process():
         scored.write_part(folder, part, groups)
@@ -138,7 +148,7 @@ def _score_part(
 
 def _reward_groups(
     rewards: WeightedRewards, rows: Sequence[TokenGroup]
-) -> tuple[list[np.ndarray], list[dict[str, list[float]]]]:
+) -> tuple[list[np.ndarray], list[dict[str, np.ndarray]]]:
     """Total reward and its parts of each group; NaN where a reward is absent."""
     sizes = [len(row.completions) for row in rows]
 
@@ -152,7 +162,6 @@ def _reward_groups(
         {name: repeat([row.columns.get(name) for row in rows]) for name in names},
     )
     cuts = np.cumsum(sizes)[:-1]
-    split_parts = {name: np.split(values, cuts) for name, values in parts.items()}
-    return np.split(total, cuts), [
-        {name: values[i].tolist() for name, values in split_parts.items()} for i in range(len(rows))
-    ]
+    split = {name: np.split(values, cuts) for name, values in parts.items()}
+    of_row = [{name: values[i] for name, values in split.items()} for i in range(len(rows))]
+    return np.split(total, cuts), of_row

@@ -29,7 +29,6 @@ from copg_jax.config.stages import (
     ScoreConfig,
     SFTConfig,
 )
-from copg_jax.data.generated import write_generated
 from copg_jax.data.reader import GroupReader
 from copg_jax.data.tokenizer import load_tokenizer
 from copg_jax.hf import weights as hf_weights
@@ -38,6 +37,7 @@ from copg_jax.rewards import RewardModel
 from copg_jax.rewards.functions import pairwise_accuracy
 from experiments import evaluate, score, train_policy, train_reward, train_sft
 from experiments.figures import LABELS, reward_and_frontier, save
+from experiments.generated import write_generated
 from experiments.studies.comparison import (
     TIE_STDERRS,
     Policy,

@@ -23,6 +23,7 @@ def main(config: ScoreConfig) -> None:
     folder = epath.Path(config.output_dir)
     runtime.setup(config.distributed)
     runtime.check_run_folder(folder, config, may_differ=MAY_DIFFER)
+    scoring.check_folder(folder)
     mesh = sharding.make_mesh(config.mesh)
     model = open_model(config.reference, mesh)
     dataset = open_data(config.data, model, folder, "groups")

@@ -13,9 +13,9 @@ import jax
 import pytest
 
 from copg_jax import distributed
-from copg_jax.data.generated import write_generated
 from copg_jax.data.tokenizer import load_tokenizer
 from copg_jax.errors import InputError
+from experiments.generated import write_generated
 from tests import worker
 from tests.runs import assert_same_evaluation, assert_same_scores, assert_same_training
 from tests.toys import names_all

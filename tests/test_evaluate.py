@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,11 +12,13 @@ from etils import epath
 
 import experiments.evaluate
 from copg_jax import evaluate
+from copg_jax.config.sections import GenerationConfig, RewardSpec
 from copg_jax.data.groups import TokenGroup
 from copg_jax.errors import InputError
-from copg_jax.evaluate import Generation, GenerationConfig, GenerationEvaluator, summarize
+from copg_jax.evaluate import Generation, GenerationEvaluator, Generator, summarize
+from copg_jax.models.forward import make_token_logp
 from copg_jax.models.params import init_params
-from copg_jax.rewards import RewardSpec, WeightedRewards
+from copg_jax.rewards.functions import WeightedRewards
 from copg_jax.sampling import Samples, make_sampler
 from tests.toys import LLAMA, mesh
 
@@ -61,12 +64,9 @@ def test_nothing_known_gives_nan_and_no_warning():
     )
 
 
-class Decoder:
+def decode(ids: Any) -> str:
     """Stands in for a tokenizer: ids as words."""
-
-    def decode(self, ids: Any, **options: bool) -> str:
-        assert options == {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        return " ".join(f"w{i}" for i in ids)
+    return " ".join(f"w{i}" for i in ids)
 
 
 def count_words(
@@ -116,7 +116,6 @@ def sampler_on(on: jax.sharding.Mesh) -> Any:
         max_new_tokens=GENERATION.max_new_tokens,
         num_samples=GENERATION.num_samples,
         mesh=on,
-        param_shardings=None,
     )
 
 
@@ -129,16 +128,15 @@ def evaluator(
     **options: Any,
 ) -> GenerationEvaluator:
     """Evaluator of the five prompts in two batches of four."""
+    ref_token_logp = None
+    if ref_params is not None:
+        ref_token_logp = partial(jax.jit(make_token_logp(LLAMA)), ref_params)
     return GenerationEvaluator(
-        LLAMA,
-        sampler=sampler,
-        prompts=prompts,
-        tokenizer=Decoder(),
-        rewards=REWARDS,
-        generation=GenerationConfig(**{**vars(GENERATION), **options}),
+        GenerationConfig(**{**vars(GENERATION), **options}),
+        prompts,
+        Generator(sampler, decode, on or mesh(), ref_token_logp),
+        REWARDS,
         beta=0.5,
-        mesh=on or mesh(),
-        ref_params=ref_params,
     )
 
 
@@ -201,7 +199,9 @@ def test_short_prompts_do_not_pay_for_long_ones_and_later_evaluations_have_the_s
     seen = []
 
     def sampler(*args: Any) -> Samples:
-        seen.append([[np.shape(bucket) for bucket in args[1]], *map(np.shape, args[2:])])
+        _, prompt_tokens, length, layout, keys = args
+        shapes = map(np.shape, (prompt_tokens, length, keys))
+        seen.append((layout.prompt_sizes, layout.token_slots.shape[1], *shapes))
         tokens = np.full((2, 1, 6), EOS)
         return Samples(tokens, np.ones((2, 1), int), np.zeros((2, 1, 6)), np.ones((2, 1), bool))
 
@@ -209,14 +209,11 @@ def test_short_prompts_do_not_pay_for_long_ones_and_later_evaluations_have_the_s
     on = evaluator(sampler, prompts=prompts, batch_size=2, num_samples=1)
     found = generate(on, None, 0)
     assert sorted(g.id for g in found) == [prompt.id for prompt in prompts]
-    assert [tokens for tokens, *_ in seen] == [
-        [(1, 192), (1, 128)],
-        [(2, 96)],
-        [(2, 64)],
-        [(2, 64)],
-    ]
+    # In each place of a batch a width of its own; the batch is as wide as the widest.
+    assert [widths for widths, *_ in seen] == [(192, 128), (96, 96), (64, 64), (64, 64)]
+    assert [shape for _, _, shape, *_ in seen] == [(2, 192), (2, 96), (2, 64), (2, 64)]
     # A place without a prompt counts as one token.
-    assert [room for _, _, (_, room), _ in seen] == [130 + 90, 70 + 66, 5 + 1, 5 + 1]
+    assert [capacity for _, capacity, *_ in seen] == [130 + 90, 70 + 66, 5 + 1, 5 + 1]
     generate(on, None, 1)
     assert seen[4:] == seen[:4]
 
@@ -241,7 +238,7 @@ def test_the_kl_of_a_model_to_itself_is_zero_on_prompts_in_several_buckets(param
     widths = []
 
     def noted(*args: Any) -> Samples:
-        widths.append([bucket.shape[1] for bucket in args[1]])
+        widths.append(sorted(set(args[3].prompt_sizes), reverse=True))
         return draw(*args)
 
     draw = sampler_on(on)

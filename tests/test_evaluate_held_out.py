@@ -36,8 +36,8 @@ def test_held_out_averages_do_not_depend_on_the_batch_size():
     )
     every = np.concatenate([row.rewards for row in rows])
     toy = Toy()
+    loss_step = step.make_loss_step(toy_loss, mesh=toy.mesh)
     for batch_size in (1, 3, 7, 16):
-        loss_step = step.make_loss_step(toy_loss, mesh=toy.mesh, param_shardings=toy.layout.params)
         held_out = evaluate.make_loss_evaluator(
             loss_step, rows, batch_size=batch_size, mesh=toy.mesh
         )

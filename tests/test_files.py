@@ -90,7 +90,7 @@ def test_an_export_is_read_back_bit_for_bit_and_replaces_the_one_before(root):
             max_shard_bytes=8192,
         )
         folder = hf_weights.resolve(str(root / "model"))
-        read = hf_weights.load_params(folder, hf_weights.read_config(folder), head="lm")
+        read = hf_weights.load_params(folder, hf_weights.read_architecture(folder), head="lm")
         jax.tree.map(np.testing.assert_array_equal, read, scaled)
     names = {path.name for path in root.iterdir()}
     assert names == {"model"}

@@ -23,8 +23,8 @@ LLAMA2_7B = Architecture(
 )
 
 
-def of_one_group(config: Architecture, prompt: int, *completions: int, **options: Any) -> float:
-    return flops.useful_flops(config, np.array([prompt]), np.array([completions]), **options)
+def of_one_group(arch: Architecture, prompt: int, *completions: int, **options: Any) -> float:
+    return flops.useful_flops(arch, np.array([prompt]), np.array([completions]), **options)
 
 
 def test_llama2_7b_on_a_mean_tldr_pair_costs_16_2_tflop():
@@ -34,7 +34,7 @@ def test_llama2_7b_on_a_mean_tldr_pair_costs_16_2_tflop():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_count_is_that_of_xla_for_a_plain_model_on_one_sequence(training: bool):
-    config = Architecture(
+    arch = Architecture(
         vocab_size=1024,
         hidden_size=256,
         intermediate_size=688,
@@ -46,30 +46,30 @@ def test_the_count_is_that_of_xla_for_a_plain_model_on_one_sequence(training: bo
     prompt, completion = 24, 8
 
     def loss(params, tokens):
-        hidden = tiny.plain_hidden(config, params, tokens)[:, prompt - 1 : -1]
+        hidden = tiny.plain_hidden(arch, params, tokens)[:, prompt - 1 : -1]
         logits = hidden @ params["lm_head"]
         chosen = jnp.take_along_axis(logits, tokens[:, prompt:, None], axis=-1)[..., 0]
         return (jax.nn.logsumexp(logits, axis=-1) - chosen).sum()
 
     tokens = jax.ShapeDtypeStruct((1, prompt + completion), jnp.int32)
     function = jax.value_and_grad(loss) if training else loss
-    costs = jax.jit(function).lower(abstract_params(config), tokens).cost_analysis()
-    counted = of_one_group(config, prompt, completion, training=training)
+    costs = jax.jit(function).lower(abstract_params(arch), tokens).cost_analysis()
+    counted = of_one_group(arch, prompt, completion, training=training)
     # XLA adds elementwise work and the masked half of attention, both small at these sizes.
     assert costs["flops"] == pytest.approx(counted, rel=0.05)
 
 
 def test_attention_counts_the_pairs_that_see_each_other_and_no_more():
-    config, prompt, completions = toys.LLAMA, 5, (3, 0, 2)
+    arch, prompt, completions = toys.LLAMA, 5, (3, 0, 2)
     rows = [(query, key) for query in range(prompt) for key in range(prompt)]
     visible = sum(key <= query for query, key in rows)
     for size in completions:
         rows = [(query, key) for query in range(size) for key in range(-prompt, size)]
         visible += sum(key <= query for query, key in rows)
-    linear = 2 * flops.block_parameters(config) * (prompt + sum(completions))
-    counted = of_one_group(config, prompt, *completions, training=False, head="score")
-    width = config.num_attention_heads * config.head_dim
-    assert counted == linear + 4 * width * config.num_hidden_layers * visible
+    linear = 2 * flops.block_parameters(arch) * (prompt + sum(completions))
+    counted = of_one_group(arch, prompt, *completions, training=False, head="score")
+    width = arch.num_attention_heads * arch.head_dim
+    assert counted == linear + 4 * width * arch.num_hidden_layers * visible
 
 
 def test_groups_add_padding_costs_nothing_and_only_a_language_model_has_logits():

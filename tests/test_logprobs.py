@@ -34,18 +34,18 @@ def numpy_logp(hidden, matrix, tokens):
 @functools.partial(jax.jit, static_argnames="chunk")
 def value_and_gradients(hidden, matrix, tokens, weight, *, chunk=None):
     def total(hidden, matrix):
-        logp = logprobs.token_logp(hidden, matrix, tokens, chunk=chunk)
+        logp = logprobs.hidden_to_logp(hidden, matrix, tokens, chunk=chunk)
         return (weight * logp).sum(), logp
 
     gradients, logp = jax.grad(total, (0, 1), has_aux=True)(hidden, matrix)
     return logp, *gradients
 
 
-# --- token_logp ---
+# --- hidden_to_logp ---
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 3, 7, 100], ids=lambda chunk: f"chunk={chunk}")
-def test_token_logp_and_its_gradients_equal_numpy_in_float64(inputs, chunk):
+def test_hidden_to_logp_and_its_gradients_equal_numpy_in_float64(inputs, chunk):
     """With chunks of one, of no divisor of C, of all of C and of more than C."""
     hidden, matrix, tokens = inputs
     weight = np.random.default_rng(1).normal(size=tokens.shape).astype(np.float32)
@@ -60,11 +60,11 @@ def test_token_logp_and_its_gradients_equal_numpy_in_float64(inputs, chunk):
     np.testing.assert_allclose(d_matrix, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_token_logp_equals_recorded_numbers():
+def test_hidden_to_logp_equals_recorded_numbers():
     # Logits (ln 1, ln 2, ln 5): probabilities 1/8, 2/8, 5/8.
     hidden = jnp.ones((1, 1, 3, 1))
     matrix = jnp.log(jnp.array([[1.0, 2.0, 5.0]]))
-    got = logprobs.token_logp(hidden, matrix, jnp.array([[[0, 1, 2]]]))
+    got = logprobs.hidden_to_logp(hidden, matrix, jnp.array([[[0, 1, 2]]]))
     np.testing.assert_allclose(got[0, 0], np.log([0.125, 0.25, 0.625]), rtol=1e-6)
 
 
@@ -73,7 +73,7 @@ def test_probabilities_of_all_tokens_sum_to_one_even_at_large_logits(inputs):
     every = jnp.broadcast_to(jnp.arange(V), (B, K, V))
     for scale in (1.0, 1e3):
         states = jnp.broadcast_to(scale * hidden[:, :, :1], (B, K, V, D))
-        logp = jax.jit(logprobs.token_logp)(states, matrix, every)
+        logp = jax.jit(logprobs.hidden_to_logp)(states, matrix, every)
         assert np.isfinite(logp).all()
         np.testing.assert_allclose(np.exp(logp).sum(-1), 1.0, rtol=1e-5)
 
@@ -92,7 +92,7 @@ def test_token_ids_outside_the_vocabulary_give_nan_there_and_only_there(inputs, 
     hidden, matrix, tokens = inputs
     wrong = tokens.copy()
     wrong[1, 2, 4] = token
-    got = np.asarray(logprobs.token_logp(hidden, matrix, jnp.asarray(wrong), chunk=chunk))
+    got = np.asarray(logprobs.hidden_to_logp(hidden, matrix, jnp.asarray(wrong), chunk=chunk))
     assert np.isnan(got[1, 2, 4])
     assert np.isnan(got).sum() == 1
 
@@ -108,7 +108,7 @@ def test_bfloat16_hidden_states_give_float32_numbers_accumulated_in_float32():
     size = 257
     hidden = jnp.ones((1, 1, 2, size), jnp.bfloat16)
     matrix = jnp.ones((size, 2)).at[0, 1].set(0.0)
-    got = logprobs.token_logp(hidden, matrix, jnp.array([[[0, 1]]]))
+    got = logprobs.hidden_to_logp(hidden, matrix, jnp.array([[[0, 1]]]))
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got[0, 0], [-np.log1p(np.exp(-1)), -np.log1p(np.exp(1))], rtol=1e-4)
     rounded = jax.nn.log_softmax(hidden[0, 0, 0] @ matrix.astype(jnp.bfloat16))
@@ -141,7 +141,7 @@ def test_chunks_bound_the_memory_of_the_logits(differentiated):
 
     def temporary_bytes(chunk):
         def total(hidden, matrix):
-            return logprobs.token_logp(hidden, matrix, tokens, chunk=chunk).sum()
+            return logprobs.hidden_to_logp(hidden, matrix, tokens, chunk=chunk).sum()
 
         fn = jax.grad(total, (0, 1)) if differentiated else total
         return jax.jit(fn).lower(hidden, matrix).compile().memory_analysis().temp_size_in_bytes
@@ -153,20 +153,22 @@ def test_chunks_bound_the_memory_of_the_logits(differentiated):
 
 def test_logits_exist_at_completion_positions_only(inputs):
     hidden, matrix, tokens = inputs
-    jaxpr = str(jax.make_jaxpr(lambda h: logprobs.token_logp(h, matrix, tokens, chunk=3))(hidden))
+    jaxpr = str(
+        jax.make_jaxpr(lambda h: logprobs.hidden_to_logp(h, matrix, tokens, chunk=3))(hidden)
+    )
     assert f"f32[{B},{K},3,{V}]" in jaxpr
     assert f"f32[{B},{K},{C},{V}]" not in jaxpr
 
 
-def test_token_logp_refuses_shapes_that_do_not_belong_together(inputs):
+def test_hidden_to_logp_refuses_shapes_that_do_not_belong_together(inputs):
     hidden, matrix, tokens = inputs
     with pytest.raises(AssertionError, match="shape"):
-        logprobs.token_logp(hidden, matrix, tokens[:, :, :-1])
+        logprobs.hidden_to_logp(hidden, matrix, tokens[:, :, :-1])
     with pytest.raises(AssertionError, match="rank"):
-        logprobs.token_logp(hidden, matrix[0], tokens)
+        logprobs.hidden_to_logp(hidden, matrix[0], tokens)
 
 
-# --- seq_logp and length_mask ---
+# --- sum_logp and length_mask ---
 
 
 def of_lengths(inputs, garbage=0.0):
@@ -177,8 +179,8 @@ def of_lengths(inputs, garbage=0.0):
     return np.where(present[..., None], hidden, garbage).astype(np.float32), matrix, tokens, lengths
 
 
-def group_seq_logp(hidden, matrix, tokens, lengths):
-    return logprobs.seq_logp(logprobs.token_logp(hidden, matrix, tokens), lengths)
+def group_logp(hidden, matrix, tokens, lengths):
+    return logprobs.sum_logp(logprobs.hidden_to_logp(hidden, matrix, tokens), lengths)
 
 
 def test_ln_pi_of_a_completion_sums_its_tokens_whatever_lies_beyond(inputs):
@@ -191,30 +193,30 @@ def test_ln_pi_of_a_completion_sums_its_tokens_whatever_lies_beyond(inputs):
         for b in range(B)
     ]
     for garbage in (0.0, 1e3):
-        got = group_seq_logp(*map(jnp.asarray, of_lengths(inputs, garbage)))
+        got = group_logp(*map(jnp.asarray, of_lengths(inputs, garbage)))
         np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
-def test_seq_logp_is_the_sum_of_the_first_length_tokens_not_the_mean():
+def test_sum_logp_is_the_sum_of_the_first_length_tokens_not_the_mean():
     token_logp = jnp.array([[-1.0, -2.0, -4.0], [-8.0, -16.0, -32.0]])
-    got = [logprobs.seq_logp(token_logp, jnp.full(2, n)) for n in range(4)]
+    got = [logprobs.sum_logp(token_logp, jnp.full(2, n)) for n in range(4)]
     np.testing.assert_array_equal(got, [[0, 0], [-1, -8], [-3, -24], [-7, -56]])
 
 
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 1e30])
-def test_seq_logp_and_its_gradient_ignore_what_lies_beyond_the_length(garbage):
+def test_sum_logp_and_its_gradient_ignore_what_lies_beyond_the_length(garbage):
     length = jnp.array([[2, 0], [3, 1]])
     present = np.arange(3) < np.asarray(length)[..., None]
     token_logp = jnp.where(present, -1.5, garbage)
-    np.testing.assert_array_equal(logprobs.seq_logp(token_logp, length), -1.5 * length)
-    slope = jax.grad(lambda t: logprobs.seq_logp(t, length).sum())(token_logp)
+    np.testing.assert_array_equal(logprobs.sum_logp(token_logp, length), -1.5 * length)
+    slope = jax.grad(lambda t: logprobs.sum_logp(t, length).sum())(token_logp)
     np.testing.assert_array_equal(slope, present.astype(np.float32))
 
 
 def test_any_padding_token_leaves_the_gradient_of_a_completion_alone(inputs):
     """Even one outside the vocabulary, whose own log-probability is NaN."""
     hidden, matrix, tokens, lengths = of_lengths(inputs)
-    slope = jax.jit(jax.grad(lambda m, tokens: group_seq_logp(hidden, m, tokens, lengths).sum()))
+    slope = jax.jit(jax.grad(lambda m, tokens: group_logp(hidden, m, tokens, lengths).sum()))
     padding = np.arange(C) >= lengths[..., None]
     expected = slope(matrix, tokens)
     for token in (1, V, V + 5):
@@ -228,6 +230,6 @@ def test_length_mask_is_true_before_the_length():
     assert got.dtype == bool
 
 
-def test_seq_logp_refuses_lengths_of_another_shape():
+def test_sum_logp_refuses_lengths_of_another_shape():
     with pytest.raises(AssertionError, match="shape"):
-        logprobs.seq_logp(jnp.zeros((2, 3, 4)), jnp.ones((2, 4), int))
+        logprobs.sum_logp(jnp.zeros((2, 3, 4)), jnp.ones((2, 4), int))

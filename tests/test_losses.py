@@ -133,6 +133,34 @@ def test_preferences_mark_strictly_ordered_pairs_only():
     np.testing.assert_array_equal(marked, [[0, 1, 0], [0, 0, 0], [0, 0, 0]])
 
 
+@pytest.mark.parametrize("name", ["copg", "rloo", "pg"])
+def test_a_policy_loss_is_minus_its_objective(name, float64):
+    x, r = map(jnp.asarray, random_groups(3))
+    mask = jnp.asarray(np.random.default_rng(1).random((6, 3)) > 0.3)
+    numbers = {"beta": BETA, "mask": mask} | ({"baseline": 0.3} if name == "pg" else {})
+    loss, objective = (getattr(losses, f"{name}_{kind}") for kind in ("loss", "objective"))
+    np.testing.assert_array_equal(loss(x, r, **numbers), -objective(x, r, **numbers))
+    assert np.abs(loss(x, r, **numbers)).max() > 0.1
+
+
+def test_groups_with_a_pair_and_with_a_preference_are_those_of_present_completions():
+    reward = jnp.array([[2.0, 1.0, 2.0], [1.0, 1.0, 9.0], [3.0, 0.0, 9.0], [np.nan, 1.0, 2.0]])
+    mask = jnp.array(
+        [[True, True, True], [True, True, False], [True, False, False], [False, True, True]]
+    )
+    np.testing.assert_array_equal(losses.has_pair(reward, mask), [True, True, False, True])
+    np.testing.assert_array_equal(losses.has_preference(reward, mask), [True, False, False, True])
+    np.testing.assert_array_equal(losses.has_pair(reward[:, :1]), [False] * 4)
+    np.testing.assert_array_equal(losses.has_preference(reward[:2]), [True, True])
+
+
+def test_a_loss_carries_which_groups_count_in_its_average():
+    by_order = {"dpo_loss", "ipo_loss", "bradley_terry_loss"}
+    for name in ("copg_loss", "rloo_loss", "pg_loss", *by_order):
+        wanted = losses.has_preference if name in by_order else losses.has_pair
+        assert getattr(losses, name).counts is wanted
+
+
 def test_values_equal_recorded_numbers():
     # By hand, λ = (1, 0, −2), R = (3, 1, 2), β = ½.
     # Pairs (Δ, ΔR): 12: (1, 2), 13: (3, 1), 23: (2, −1).  Eq. (5) = ΔR·Δ − Δ²/4:

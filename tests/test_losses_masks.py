@@ -1,4 +1,4 @@
-"""Absent completions: a masked group is the smaller group, whatever lies in the absent slots."""
+"""Absent completions: a masked group is the smaller group, whatever the absent ones hold."""
 
 import functools
 import itertools
@@ -67,7 +67,7 @@ def test_a_masked_group_equals_the_smaller_group(name):
 
 @pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_numbers_in_absent_slots_change_neither_value_nor_gradient(name, jit):
+def test_numbers_of_absent_completions_change_neither_value_nor_gradient(name, jit):
     """Eagerly too: under jit XLA turns `value * mask` into a selection, which hides 0·NaN."""
     x, r = map(jnp.asarray, groups())
     run = value_and_grad(name, jit=jit)

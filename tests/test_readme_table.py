@@ -1,4 +1,4 @@
-"""The README's table of the theory names functions and tests that exist."""
+"""The table of the theory in docs/theory.md names functions and tests that exist."""
 
 import ast
 import re
@@ -10,9 +10,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def table_rows() -> list[tuple[str, str, str]]:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    body = re.search(r"<!-- theory-table -->(.*?)<!-- /theory-table -->", readme, re.DOTALL)
-    assert body, "README.md lacks the markers of the theory table"
+    page = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
+    body = re.search(r"<!-- theory-table -->(.*?)<!-- /theory-table -->", page, re.DOTALL)
+    assert body, "docs/theory.md lacks the markers of the theory table"
     rows = [
         [cell.strip() for cell in line.strip().strip("|").split("|")]
         for line in body.group(1).splitlines()
@@ -43,9 +43,10 @@ def test_every_row_names_an_equation_a_function_and_a_test():
 def test_every_function_and_test_of_the_table_exists(column):
     for row in table_rows():
         for reference in re.findall(r"`([^`]+)`", row[column]):
-            if column == 1:  # module.name, relative to copg_jax
+            if column == 1:  # module.name, relative to copg_jax, or experiments.module.name
                 module, name = reference.rsplit(".", 1)
-                path = ROOT / "copg_jax" / (module.replace(".", "/") + ".py")
+                package = ROOT if module.startswith("experiments.") else ROOT / "copg_jax"
+                path = package / (module.replace(".", "/") + ".py")
             else:  # file::test
                 file, name = reference.split("::")
                 path = ROOT / "tests" / file

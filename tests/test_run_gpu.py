@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_readme import STAGES
+from copg_jax.config.stages import QuickstartConfig
+from tests.workplace import MAINS
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "run_gpu.sh"
 RUN = [
@@ -17,6 +18,9 @@ RUN = [
 ]
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"}
 SAME = {"SLURM_CPUS_ON_NODE": "34"} | JOB
+
+STAGES = {main.__module__: cls for main, cls in MAINS.values()}
+STAGES["experiments.quickstart"] = QuickstartConfig
 
 FAKE = """#!/bin/bash
 printf '%s\\n' "${0##*/}" "$@"
@@ -72,7 +76,7 @@ def test_a_slurm_job_starts_one_process_a_gpu_and_insists_on_distributed(run):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_srun_starts_the_experiments_that_know_what_distributed_is(run, name):
-    done, _ = run(f"experiments.{name}", **SAME)
+    done, _ = run(name, **SAME)
     known = hasattr(STAGES[name], "distributed")
     assert done.stdout.startswith("srun\n" if known else "python\n")
     assert done.stdout.endswith("\ndistributed=on\n") == known

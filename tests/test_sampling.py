@@ -1,7 +1,6 @@
 """The sampler: log-probabilities of training, greedy, EOS, early stop, independent draws."""
 
 import dataclasses
-import itertools
 import math
 from typing import Any
 
@@ -10,41 +9,40 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from copg_jax import sampling, sharding
-from copg_jax.data.groups import GroupBatch, with_slots
+from copg_jax import sampling
+from copg_jax.data.groups import GroupBatch
 from copg_jax.models import decoding
-from copg_jax.models.decoder import output_matrix
-from copg_jax.models.layout import deal, prompt_slots
-from copg_jax.models.params import abstract_params, init_params, logical_axes
+from copg_jax.models.decoder import Decoder
+from copg_jax.models.forward import make_token_logp
+from copg_jax.models.layout import Capacity, Shape, pack
+from copg_jax.models.params import init_params
 from copg_jax.sampling import Samples, make_sampler, row_keys
 from tests.models import tiny
 from tests.toys import LLAMA, mesh
 
 EOS, B, K, P, C = 3, 8, 40, 7, 6
-CONFIG = dataclasses.replace(LLAMA, vocab_size=8)
+ARCH = dataclasses.replace(LLAMA, vocab_size=8)
 LENGTH = np.array([1, 7, 3, 1, 5, 2, 6, 4], np.int32)  # right-padded with garbage
-PROMPTS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (B, P)).astype(np.int32)
+PROMPTS = np.random.default_rng(0).integers(0, ARCH.vocab_size, (B, P)).astype(np.int32)
 trips: list[int] = []
 
 
 @pytest.fixture(scope="module")
 def params() -> Any:
     """Weights large enough that tokens matter, still far from one-hot predictions."""
-    drawn = init_params(CONFIG, jax.random.key(1))
+    drawn = init_params(ARCH, jax.random.key(1))
     return jax.tree.map(lambda x: x if x.ndim == 1 else 4 * x, drawn)
 
 
 def sampler_on(on: jax.sharding.Mesh, num_samples: int, temperature: float) -> sampling.Sampler:
     """A sampler of the tiny model on a mesh."""
-    layout = sharding.shardings(on, logical_axes(CONFIG), abstract_params(CONFIG))
     return make_sampler(
-        CONFIG,
+        ARCH,
         eos_id=EOS,
         max_new_tokens=C,
         num_samples=num_samples,
         temperature=temperature,
         mesh=on,
-        param_shardings=layout,
     )
 
 
@@ -62,8 +60,7 @@ def sample() -> sampling.Sampler:
     def call(params: Any, prompts: Any, length: Any, keys: Any) -> Samples:
         with pytest.MonkeyPatch.context() as patch:  # seen by the trace, at the first call
             patch.setattr(decoding, "decode_step", counted)
-            slots = prompt_slots(length, [P] * B, 1, B * P)
-            samples = jax.device_get(sampler(params, (prompts,), length, slots, keys))
+            samples = jax.device_get(sampler(params, prompts, length, None, keys))
         jax.effects_barrier()
         return samples
 
@@ -79,12 +76,11 @@ def samples(sample, params) -> Samples:
 def group_of(samples: Samples) -> GroupBatch:
     """The samples as a batch to train on."""
     blank = np.zeros(samples.length.shape, np.float32)
-    batch = GroupBatch((PROMPTS,), LENGTH, samples.tokens, samples.length, blank, blank, None, None)
-    return with_slots(batch)
+    return GroupBatch(PROMPTS, LENGTH, samples.tokens, samples.length, blank, blank)
 
 
 def test_sampler_log_probabilities_are_those_of_training(samples, params):
-    wanted = jax.jit(lambda p, b: policy.token_logp(CONFIG, p, b))(params, group_of(samples))
+    wanted = jax.jit(make_token_logp(ARCH))(params, group_of(samples))
     live = np.arange(C)[None, None, :] < samples.length[..., None]
     np.testing.assert_allclose(samples.token_logp[live], np.asarray(wanted)[live], atol=1e-5)
     assert (samples.token_logp[~live] == 0).all()
@@ -107,9 +103,9 @@ def test_draws_at_temperature_one_have_the_model_s_distribution(sample, params):
     drawn = [sample(params, prompts, length, row_keys(0, at, B)) for at in range(5)]
     first = np.concatenate([s.tokens[..., 0].ravel() for s in drawn])
     logp = np.concatenate([s.token_logp[..., 0].ravel() for s in drawn])
-    count = np.bincount(first, minlength=CONFIG.vocab_size)
-    hidden = tiny.plain_hidden(CONFIG, params, jnp.asarray(PROMPTS[1:2]))[0, LENGTH[1] - 1]
-    expected = np.asarray(jax.nn.softmax(hidden @ output_matrix(CONFIG, params))) * len(first)
+    count = np.bincount(first, minlength=ARCH.vocab_size)
+    hidden = tiny.plain_hidden(ARCH, params, jnp.asarray(PROMPTS[1:2]))[0, LENGTH[1] - 1]
+    expected = np.asarray(jax.nn.softmax(hidden @ Decoder(ARCH).output_matrix(params))) * len(first)
     assert expected.max() < 0.7 * len(first)
     chi_square = ((count - expected) ** 2 / expected).sum()
     assert chi_square < 24.3  # 7 degrees of freedom, 1 in 1,000
@@ -180,16 +176,16 @@ def test_places_without_a_prompt_generate_nothing_and_are_not_waited_for(sample,
 
 
 def test_greedy_is_the_most_likely_token_of_the_whole_text_recomputed(params):
-    slots, keys = prompt_slots(LENGTH, [P] * B, 1, None), row_keys(0, 0, B)
-    greedy = jax.device_get(sampler_on(mesh(), 1, 0.0)(params, (PROMPTS,), LENGTH, slots, keys))
-    matrix = output_matrix(CONFIG, params)
+    keys = row_keys(0, 0, B)
+    greedy = jax.device_get(sampler_on(mesh(), 1, 0.0)(params, PROMPTS, LENGTH, None, keys))
+    matrix = Decoder(ARCH).output_matrix(params)
     texts = np.zeros((B, P + C), np.int32)
     for b in range(B):
         texts[b, : LENGTH[b]] = PROMPTS[b, : LENGTH[b]]
     live = np.ones(B, bool)
     length = np.zeros(B, int)
     for at in range(C):
-        hidden = tiny.plain_hidden(CONFIG, params, jnp.asarray(texts))
+        hidden = tiny.plain_hidden(ARCH, params, jnp.asarray(texts))
         logp = np.asarray(jax.nn.log_softmax(hidden @ matrix))[np.arange(B), LENGTH + at - 1]
         token = logp.argmax(-1)
         np.testing.assert_array_equal(greedy.tokens[live, 0, at], token[live])
@@ -201,8 +197,9 @@ def test_greedy_is_the_most_likely_token_of_the_whole_text_recomputed(params):
 
 
 def test_eight_devices_draw_what_one_device_draws(samples, params):
-    slots, keys = prompt_slots(LENGTH, [P] * (B // 4), 4, 11), row_keys(0, 0, B)
-    on_eight = sampler_on(mesh(1, 4, 2), K, 1.0)(params, (PROMPTS,), LENGTH, slots, keys)
+    shape = Shape(4, (P,) * (B // 4), P, K, C, Capacity(11, 0))
+    layout, keys = shape.prompt_layout(LENGTH), row_keys(0, 0, B)
+    on_eight = sampler_on(mesh(1, 4, 2), K, 1.0)(params, PROMPTS, LENGTH, layout, keys)
     np.testing.assert_array_equal(on_eight.tokens, samples.tokens)
     np.testing.assert_array_equal(on_eight.length, samples.length)
     np.testing.assert_allclose(on_eight.token_logp, samples.token_logp, atol=1e-5)
@@ -210,18 +207,16 @@ def test_eight_devices_draw_what_one_device_draws(samples, params):
 
 @pytest.mark.parametrize("on", [(1, 1, 1), (1, 4, 1)], ids=str)
 def test_buckets_draw_what_one_bucket_draws(samples, params, on):
-    num_blocks = math.prod(on)
-    lengths = np.stack([LENGTH, np.zeros(B, int)], axis=1)
-    rows = deal(lengths, batch_size=B, num_blocks=num_blocks)[0]
+    num_bins = math.prod(on)
+    num_tokens = np.stack([LENGTH, np.zeros(B, int)], axis=1)
+    packed = pack(num_tokens, batch_size=B, num_bins=num_bins, sizes=(P, K, C))
+    (rows,) = packed.rows
     # As narrow as the longest prompt of each place, which no run would cut so fine.
-    sizes = LENGTH[rows].reshape(num_blocks, -1).max(0)
-    places = PROMPTS[rows].reshape(num_blocks, -1, P)
-    same = [list(run) for _, run in itertools.groupby(range(len(sizes)), lambda i: sizes[i])]
-    tokens = tuple(places[:, run, : sizes[run[0]]].reshape(-1, sizes[run[0]]) for run in same)
-    assert len(tokens) > 1
-    slots = prompt_slots(LENGTH[rows], sizes, num_blocks, 29)
-    keys = row_keys(0, 0, B)[rows]
-    found = sampler_on(mesh(*on), K, 1.0)(params, tokens, LENGTH[rows], slots, keys)
+    widths = tuple(LENGTH[rows].reshape(num_bins, -1).max(0).tolist())
+    assert len(set(widths)) > 1
+    shape = packed.shape._replace(prompt_sizes=widths, capacity=Capacity(29, 0))
+    layout, keys = shape.prompt_layout(LENGTH[rows]), row_keys(0, 0, B)[rows]
+    found = sampler_on(mesh(*on), K, 1.0)(params, PROMPTS[rows], LENGTH[rows], layout, keys)
     np.testing.assert_array_equal(found.tokens, samples.tokens[rows])
     np.testing.assert_array_equal(found.length, samples.length[rows])
     np.testing.assert_allclose(found.token_logp, samples.token_logp[rows], atol=1e-5)

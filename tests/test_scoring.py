@@ -1,31 +1,38 @@
-"""Scoring: ln π_ref is the policy's own, parts resume, absent rewards drop completions."""
+"""Scoring: ln π_ref is the policy's own, ids are kept, parts resume, absent rewards drop."""
 
-import dataclasses
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from etils import epath
 
-from copg_jax import scoring
+from copg_jax import inputs, scoring
+from copg_jax.config.sections import DataConfig, RewardSpec
 from copg_jax.data import scored
 from copg_jax.data.dataset import GroupDataset, prepare
-from copg_jax.data.generated import write_generated
+from copg_jax.data.formats import tldr
 from copg_jax.data.groups import TokenGroup
-from copg_jax.data.reader import DataConfig, GroupReader
-from copg_jax.data.tokenizer import load_tokenizer
+from copg_jax.data.reader import GroupReader
+from copg_jax.data.tokenizer import Encoder, load_tokenizer, tokenizer_hash
 from copg_jax.errors import InputError
 from copg_jax.infer import GroupForward
-from copg_jax.models.decoder import output_matrix
+from copg_jax.models.decoder import Decoder
+from copg_jax.models.forward import make_seq_logp
 from copg_jax.models.params import init_params
-from copg_jax.rewards import RewardSpec, WeightedRewards
+from copg_jax.rewards.functions import WeightedRewards
+from experiments.generated import write_generated
 from tests.bucket import make_bucket
 from tests.models import tiny
-from tests.toys import LLAMA, mesh
+from tests.runs import assert_same_scores
+from tests.toys import LLAMA, mesh, names_all
 
 calls: list[int] = []
 failing_call: list[int] = []
@@ -42,7 +49,6 @@ def by_length(prompts: list[str], completions: list[str], **columns: Any) -> lis
 REWARDS = WeightedRewards(
     [RewardSpec(f"{__name__}.by_length"), RewardSpec("copg_jax.rewards.length", weight=0.5)]
 )
-SIDE_CAR = scored.SideCar("tokenizer", "reference", [], {}, complete=False)
 
 
 @pytest.fixture(autouse=True)
@@ -84,35 +90,54 @@ class Forward:
         ]
 
 
-def score(dataset: GroupDataset, folder: Path | epath.Path, part_size: int = 10) -> None:
+def score(
+    dataset: GroupDataset,
+    folder: Path | epath.Path,
+    side_car: scored.SideCar,
+    part_size: int = 10,
+) -> None:
     """Scores the comparisons in three parts."""
     scoring.score_dataset(
         dataset,
         folder=epath.Path(folder),
         part_size=part_size,
         rewards=REWARDS,
-        seq_logp=Forward(),  # pyright: ignore
-        side_car=SIDE_CAR,
+        reference=Forward(),  # pyright: ignore
+        side_car=side_car,
     )
 
 
 def contents(folder: Path) -> Any:
     """Rows and metrics without what depends on the clock."""
-    reader = GroupReader(DataConfig(path=str(folder)))
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    rows = [dataclasses.replace(group, where="") for group in reader]
-    return rows, [
+    parts = [pq.read_table(path).to_pylist() for path in sorted(folder.glob("part-*.parquet"))]
+    return parts, [
         {k: v for k, v in row.items() if k != "time" and not k.startswith("perf/")}
         for row in metrics
     ]
 
 
 @pytest.fixture(scope="module")
-def whole(dataset, tmp_path_factory) -> Path:
+def side_car(tokenizer) -> scored.SideCar:
+    """Of data that this tokenizer encoded."""
+    hashes = {"tokenizer_hash": tokenizer_hash(tokenizer), "text_format_hash": tldr.format_hash()}
+    return scored.SideCar(
+        text_format="tldr",
+        reference_hash="reference",
+        reference_dtype="float32",
+        rewards=[],
+        limits={},
+        complete=False,
+        **hashes,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(dataset, side_car, tmp_path_factory) -> Path:
     """A folder scored without interruption."""
     calls.clear()
     folder = tmp_path_factory.mktemp("whole")
-    score(dataset, folder)
+    score(dataset, folder, side_car)
     return folder
 
 
@@ -131,8 +156,10 @@ def test_a_scored_folder_reads_back_as_the_same_tokens_and_drops_what_has_no_rew
             np.testing.assert_array_equal(got, ids)
         total = [len(text) - 0.5 * len(text.split()) for text in origin.completions]
         np.testing.assert_allclose(row.rewards, total)
-        np.testing.assert_allclose(row.ref_logps, Forward()([origin])[0], rtol=1e-6)
-    assert back.has_rewards and back.has_ref_logps
+        np.testing.assert_array_equal(row.ref_logps, Forward()([origin])[0])
+        assert row.has_eos.all() and not row.origin.any()
+        assert all(ids[-1] == tokenizer.eos_token_id for ids in row.completion_tokens)
+    assert back.has_rewards
     assert back.stats["changed"]["completion without a reward"] > 0
 
 
@@ -144,23 +171,50 @@ def test_metrics_count_the_dropped_rewards(whole, dataset):
     assert {"reward/mean", "reward/std", "ref_logp/mean"} <= metrics[0].keys()
 
 
-def test_interrupted_and_resumed_scoring_is_uninterrupted_scoring(whole, dataset, tmp_path):
+def test_scoring_a_scored_folder_keeps_its_ids_ends_and_origins(
+    whole, tokenizer, side_car, tmp_path, monkeypatch
+):
+    # The same folder, had a sampler made it: some completions did not end, some are of another µ.
+    folder = tmp_path / "samples"
+    shutil.copytree(whole, folder)
+    for path in sorted(folder.glob("part-*.parquet")):
+        rows = pq.read_table(path).to_pylist()
+        for row in rows:
+            row["has_eos"], row["origin"] = [True, False], [1, 2]
+            row["completion_token_ids"][1].pop()
+        pq.write_table(pa.Table.from_pylist(rows, scored.SCHEMA), path)
+    monkeypatch.setattr(Encoder, "encode_completion", None)
+    samples = tokenized(tokenizer, str(folder), tmp_path / "samples.arrow")
+    score(samples, tmp_path / "again", side_car)
+    (parts, _), wanted = contents(tmp_path / "again"), iter(samples)
+    for row in (row for part in parts for row in part):
+        group = next(wanted)
+        assert (row["has_eos"], row["origin"]) == ([True, False], [1, 2])
+        assert row["prompt_token_ids"] == group.prompt_tokens.tolist()
+        ids = [ids.tolist() for ids in group.completion_tokens]
+        assert row["completion_token_ids"] == ids and ids[1][-1] != tokenizer.eos_token_id
+    assert next(wanted, None) is None and len(samples) > 10
+
+
+def test_interrupted_and_resumed_scoring_is_uninterrupted_scoring(
+    whole, dataset, side_car, tmp_path
+):
     failing_call.append(2)
     with pytest.raises(InputError, match="down"):
-        score(dataset, tmp_path)
+        score(dataset, tmp_path, side_car)
     assert scored.finished_parts(tmp_path) == [0]
     with pytest.raises(InputError, match="interrupted after 1 parts"):
-        scored.verify(tmp_path, tokenizer_hash="tokenizer", reference_hash="reference")
+        scored.verify(tmp_path, reference_hash="reference")
     failing_call.clear()
     calls.clear()
-    score(dataset, tmp_path)
+    score(dataset, tmp_path, side_car)
     assert calls == [20, 8]  # the finished part is not scored again
     assert contents(tmp_path) == contents(whole)
-    scored.verify(tmp_path, tokenizer_hash="tokenizer", reference_hash="reference")
+    scored.verify(tmp_path, reference_hash="reference", reference_dtype="float32")
 
 
 def test_in_a_bucket_the_metrics_of_finished_parts_are_there_while_the_next_is_scored(
-    dataset, monkeypatch
+    dataset, side_car, monkeypatch
 ):
     make_bucket(monkeypatch)
     folder, found = epath.Path("gs://b/scored"), []
@@ -172,15 +226,67 @@ def test_in_a_bucket_the_metrics_of_finished_parts_are_there_while_the_next_is_s
         return score_part(*arguments)
 
     monkeypatch.setattr(scoring, "_score_part", watched)
-    score(dataset, folder)
+    score(dataset, folder, side_car)
     assert found == [0, 1, 2]
 
 
-def test_scoring_again_does_nothing(dataset, tmp_path):
-    score(dataset, tmp_path)
+@pytest.mark.parametrize("column", [name for name in scored.SCHEMA.names if name != "logp_mu"])
+def test_another_value_in_any_column_is_another_scored_folder(whole, tmp_path, column):
+    folder = tmp_path / "other"
+    shutil.copytree(whole, folder)
+    assert_same_scores(folder, whole)
+    path = folder / "part-00001.parquet"
+    rows = pq.read_table(path).to_pylist()
+    rows[3][column] = changed(rows[3][column])
+    pq.write_table(pa.Table.from_pylist(rows, scored.SCHEMA), path)
+    with pytest.raises(AssertionError):
+        assert_same_scores(folder, whole)
+
+
+def changed(value: Any) -> Any:
+    """The value, its last part another."""
+    if isinstance(value, list | tuple):
+        return type(value)([*value[:-1], changed(value[-1])])
+    if isinstance(value, bool):
+        return not value
+    return value + "x" if isinstance(value, str) else (value or 0) + 1
+
+
+def test_a_policy_takes_ln_ref_of_its_own_reference_in_its_own_dtype_only(
+    whole, dataset, tokenizer, tmp_path
+):
+    def require(path: str, dtype: str = "float32", reference: str = "reference") -> None:
+        model: Any = SimpleNamespace(hash=reference, arch=SimpleNamespace(dtype=dtype))
+        inputs.require_scored(DataConfig(path=path), model, back)
+
+    back = tokenized(tokenizer, str(whole), tmp_path / "back.arrow")
+    require(str(whole))
+    with pytest.raises(InputError) as caught:
+        require(str(whole), dtype="bfloat16")
+    names_all(
+        str(caught.value),
+        [
+            f"{whole}/scored.json",
+            "reference_dtype",
+            "float32, but this run has bfloat16",
+            "KL",
+            "model.dtype=float32",
+            "reference.dtype=bfloat16",
+        ],
+    )
+    with pytest.raises(InputError, match=r"'reference_hash': .* reference, but this run has other"):
+        require(str(whole), reference="other")
+    source = str(Path(tokenizer.name_or_path).parent / "comparisons.jsonl")
+    with pytest.raises(InputError) as caught:
+        require(source)
+    names_all(str(caught.value), [source, "no ref_logp", "run experiments.score"])
+
+
+def test_scoring_again_does_nothing(dataset, side_car, tmp_path):
+    score(dataset, tmp_path, side_car)
     before = contents(tmp_path)
     calls.clear()
-    score(dataset, tmp_path)
+    score(dataset, tmp_path, side_car)
     assert not calls
     assert contents(tmp_path) == before
 
@@ -208,9 +314,8 @@ def test_ref_logps_are_those_of_the_plain_model_in_the_order_of_the_groups(rng):
     params = jax.tree.map(lambda x: x if x.ndim == 1 else 10 * x, params)
     rows = random_groups(rng)
     forward = GroupForward(
-        lambda p, batch: policy.seq_logp(LLAMA, p, batch),
+        make_seq_logp(LLAMA),
         params,
-        param_shardings=None,
         mesh=mesh(1, 4, 1),
         batch_size=3,  # rounded up to 4
         name="test",
@@ -221,7 +326,7 @@ def test_ref_logps_are_those_of_the_plain_model_in_the_order_of_the_groups(rng):
     for i, (prompt, ids) in enumerate(texts):
         padded[i, : len(prompt) + len(ids)] = np.concatenate([prompt, ids])
     hidden = tiny.plain_hidden(LLAMA, params, jnp.asarray(padded))
-    logp = np.asarray(jax.nn.log_softmax(hidden @ output_matrix(LLAMA, params)))
+    logp = np.asarray(jax.nn.log_softmax(hidden @ Decoder(LLAMA).output_matrix(params)))
     wanted = [
         sum(logp[i, len(prompt) - 1 + t, token] for t, token in enumerate(ids))
         for i, (prompt, ids) in enumerate(texts)
@@ -235,7 +340,6 @@ def test_forward_of_a_single_group_and_of_none():
     forward = GroupForward(
         lambda p, batch: p * batch.completion_length,
         jnp.float32(2.0),
-        param_shardings=None,
         mesh=mesh(),
         batch_size=2,
         name="test",

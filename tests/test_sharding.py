@@ -9,11 +9,12 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from copg_jax import distributed, sharding
+from copg_jax.config.sections import MeshConfig, OptimConfig
 from copg_jax.errors import InputError
 from copg_jax.models.params import abstract_params, logical_axes
-from copg_jax.sharding import MeshConfig, make_mesh
+from copg_jax.sharding import ONE_DEVICE, Partitioner, make_mesh
 from copg_jax.train import state as train_state
-from copg_jax.train.optim import OptimConfig, make_optimizer
+from copg_jax.train.optim import make_optimizer
 from tests.toys import LLAMA, group_batch, mesh, names_all
 
 
@@ -59,7 +60,7 @@ def test_every_axis_that_the_mesh_does_not_divide_is_listed_with_sizes_that_do()
 
 
 def test_each_device_holds_its_share_of_parameters_and_of_both_moments():
-    on, optimizer = mesh(1, 4, 2), make_optimizer(OptimConfig(clip_norm=1.0, weight_decay=0.1), 10)
+    on, optimizer = mesh(1, 4, 2), make_optimizer(OptimConfig(clip_norm=1.0, weight_decay=0.1))
     shapes = abstract_params(LLAMA)
     layout = train_state.state_shardings(on, optimizer, shapes, logical_axes(LLAMA))
     # [L, D, H, Hd]: D over fsdp, H over tensor.
@@ -122,3 +123,27 @@ def test_a_tensor_axis_that_cuts_across_hosts_is_refused():
     with pytest.raises(InputError) as caught:
         sharding.batch_share(hosts([0] * 4 + [1] * 4 + [2] * 4, (1, 2, 6)))
     names_all(str(caught.value), ["mesh: tensor=6", "equal shares", "the 4 devices of a host"])
+
+
+def test_a_partitioner_of_no_mesh_changes_nothing():
+    x = jax.numpy.ones((4, 3))
+    assert ONE_DEVICE.constrain_batch(x) is ONE_DEVICE.constrain_residual(x) is x
+    assert ONE_DEVICE.gather_weight(x, ("embed", "vocab")) is x
+    assert ONE_DEVICE.on_shards(abs, in_axes=[("batch",)], out_axes=("batch",)) is abs
+
+
+def test_a_partitioner_cuts_activations_and_gathers_weights_unless_they_stay_in_place():
+    on = mesh(1, 4, 2)
+    x, weight = np.ones((8, 16)), np.ones((16, 4))
+    train, decode = Partitioner(on), Partitioner(on, weights_in_place=True)
+    place = sharding.shardings(on, ("embed", "vocab"), weight)
+    weight = jax.device_put(weight, place)
+
+    def shard(function, x, *arguments):
+        return jax.jit(lambda x: function(x, *arguments))(x).sharding.shard_shape(x.shape)
+
+    assert shard(train.constrain_batch, x) == shard(train.constrain_residual, x) == (2, 16)
+    assert shard(train.constrain_batch, x, "heads") == (2, 8)
+    assert shard(decode.constrain_residual, x) == (8, 4)
+    assert shard(train.gather_weight, weight, ("embed", "vocab")) == (16, 2)
+    assert decode.gather_weight(weight, ("embed", "vocab")) is weight

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ from copg_jax.data import scored
 from copg_jax.data.tokenizer import load_tokenizer
 from copg_jax.errors import InputError
 from copg_jax.hf import weights as hf_weights
+from copg_jax.hf.pretrained import open_model
 from copg_jax.models.params import abstract_params
 from copg_jax.train import run as training
 from tests.reads import dead_fields, section_classes
@@ -37,11 +37,6 @@ def workplace(tmp_path_factory) -> Workplace:
     for stage in MAINS:
         place.run(stage)
     return place
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def names_in(rows: Sequence[dict[str, Any]]) -> set[str]:
@@ -81,7 +76,7 @@ def test_a_dead_field_is_found_in_every_section(workplace, stage, monkeypatch):
 
 
 def test_sft_logs_its_losses_and_leaves_a_language_model(workplace):
-    rows = metrics(workplace.folder / "sft")
+    rows = workplace.metrics("sft")
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
     assert [row["step"] for row in rows if "eval/loss" in row] == [0, 2, 3]
     assert {"optim/grad_norm", "perf/pairs_per_sec", "perf/tokens_per_sec"} <= names_in(rows)
@@ -98,7 +93,7 @@ def test_sft_logs_its_losses_and_leaves_a_language_model(workplace):
 def test_the_reward_stage_leaves_a_sequence_classifier(workplace):
     folder = workplace.folder / "reward"
     assert {"loss", "rewards/accuracies", "rewards/margins", "rewards/mean"} <= names_in(
-        metrics(folder)
+        workplace.metrics("reward")
     )
     raw = json.loads((folder / "model" / "config.json").read_text())
     assert raw["architectures"] == ["LlamaForSequenceClassification"]
@@ -119,7 +114,7 @@ def test_the_scored_folder_says_where_its_numbers_come_from(workplace):
 
 def test_the_policy_starts_at_its_reference_and_the_last_and_the_best_model_are_left(workplace):
     folder = workplace.folder / "policy"
-    rows = metrics(folder)
+    rows = workplace.metrics("policy")
     first = next(row for row in rows if row["step"] == 1)
     # The policy is π_ref: all log-ratios are 0, whatever path computed them.
     assert first["rewards/chosen"] == pytest.approx(0, abs=1e-5)
@@ -202,12 +197,12 @@ def test_a_completed_run_is_not_run_again(workplace, monkeypatch):
 def test_an_export_that_was_cut_short_is_made_up_for(workplace):
     folder = workplace.folder / "policy"
     wanted = [hf_weights.params_hash(folder / name) for name in ("best", "model")]
-    before = metrics(folder)
+    before = workplace.metrics("policy")
     shutil.rmtree(folder / "best")
     shutil.rmtree(folder / "model")
     workplace.run("policy")
     assert [hf_weights.params_hash(folder / name) for name in ("best", "model")] == wanted
-    assert metrics(folder) == before
+    assert workplace.metrics("policy") == before
 
 
 def test_the_export_needs_no_more_memory_than_training(workplace, tmp_path, monkeypatch):
@@ -230,7 +225,7 @@ def test_the_export_needs_no_more_memory_than_training(workplace, tmp_path, monk
         monkeypatch.setattr(owner, name, measured)
 
     measure(training.loop, "run")
-    measure(hf_weights, "save_pretrained")
+    measure(training, "save_pretrained")
     workplace.run("policy", f"output_dir={tmp_path / 'policy'}")
     (trained,), (best, last) = sizes.values()
     assert max(best, last) < trained  # one tree of each, against one with two of moments
@@ -243,6 +238,23 @@ def test_the_folder_of_another_run_is_refused_with_the_differences(workplace):
     assert "training" not in text
     refused = workplace.refusal("score", "part_size=5")
     assert "part_size: 16 -> 5" in refused
+
+
+def test_a_scored_folder_of_the_first_format_is_neither_trained_on_nor_gone_on_with(
+    workplace, tmp_path
+):
+    folder = tmp_path / "old"
+    shutil.copytree(workplace.folder / "score", folder)
+    side_car = json.loads((folder / "scored.json").read_text()) | {"format": 1}
+    (folder / "scored.json").write_text(json.dumps(side_car))
+    elsewhere = f"output_dir={tmp_path / 'run'}"
+    again = f"python -m experiments.score {folder}/config.yaml output_dir={folder}-format2"
+    for text in (
+        workplace.refusal("policy", elsewhere, f"data.path={folder}"),
+        workplace.refusal("score", f"output_dir={folder}"),
+    ):
+        names_all(text, [f"{folder}/scored.json", "format 2, got format 1", again])
+    assert json.loads((folder / "scored.json").read_text()) == side_car
 
 
 def test_a_run_whose_data_changed_under_the_same_path_is_refused(workplace, tmp_path):
@@ -267,18 +279,17 @@ def test_data_scored_with_another_reference_or_tokenizer_trains_no_policy(workpl
     elsewhere = f"output_dir={tmp_path / 'run'}"
     text = workplace.refusal("policy", elsewhere, f"model.path={workplace.folder / 'base'}")
     names_all(text, ["scored.json", "reference_hash", "score again"])
-    for field in ("tokenizer_hash", "complete"):
-        copy = tmp_path / field
+    for field, value, words in (
+        ("tokenizer_hash", "f" * 16, ["tokenizer", "f" * 16]),
+        ("reference_dtype", "bfloat16", ["has float32", "read as KL", "model.dtype=bfloat16"]),
+        ("complete", False, ["interrupted"]),
+    ):
+        copy = epath.Path(tmp_path / field)
         shutil.copytree(workplace.folder / "score", copy)
-        change = {"tokenizer_hash": {"tokenizer_hash": "f" * 16}, "complete": {"complete": False}}
-        scored.write_side_car(
-            copy, dataclasses.replace(scored.read_side_car(copy), **change[field])
-        )
+        side_car = dataclasses.replace(scored.read_side_car(copy), **{field: value})
+        scored.write_side_car(copy, side_car)
         text = workplace.refusal("policy", elsewhere, f"data.path={copy}")
-        names_all(
-            text,
-            [str(copy)] + (["interrupted"] if field == "complete" else ["tokenizer", "f" * 16]),
-        )
+        names_all(text, [str(copy), *words])
 
 
 @pytest.mark.parametrize(("stage", "key"), [("policy", "evaluation.rewards"), ("score", "rewards")])
@@ -292,7 +303,7 @@ def test_another_process_opens_the_tokens_of_process_0_if_both_read_the_same_dat
 ):
     arguments = [*workplace.arguments("score"), f"output_dir={tmp_path}"]
     settings = load_config(config.ScoreConfig, arguments)
-    model = inputs.open_model(settings.reference, sharding.make_mesh(settings.mesh))
+    model = open_model(settings.reference, sharding.make_mesh(settings.mesh))
 
     def opened() -> Any:
         return inputs.open_data(settings.data, model, epath.Path(tmp_path), "groups")

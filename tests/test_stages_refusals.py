@@ -37,7 +37,13 @@ def test_unknown_and_mistyped_keys_are_named_with_the_one_that_was_meant(workpla
         ("policy", "loss.beta=0", ["loss.beta must be > 0", "got 0"]),
         ("evaluate", "beta=-1", ["beta must be > 0", "got -1"]),
         ("policy", "loss.name=ppo", ["loss.name must be one of copg, dpo", "'ppo'"]),
-        ("policy", "loss.baseline=1", ["loss.baseline", "name=pg", "1.0 with copg"]),
+        ("policy", "loss.baseline=1", ["loss.baseline", "loss"]),
+        (
+            "policy",
+            "loss.arguments={baseline: 1}",
+            ["loss.arguments", "copg", "'baseline'", "it takes beta."],
+        ),
+        ("policy", "loss.name=tests.no_such.loss", ["loss.name", "'tests.no_such.loss'"]),
         ("sft", "model.dtype=float16", ["model.dtype must be one of", "'float16'"]),
         ("sft", "training.remat=some", ["training.remat must be one of", "'some'"]),
         ("sft", "logits_chunk=0", ["logits_chunk must be >= 1", "got 0"]),
@@ -79,7 +85,7 @@ def test_data_without_choices_trains_no_reward_model(workplace, elsewhere):
 
 def test_data_that_was_not_scored_trains_no_policy(workplace, elsewhere):
     text = workplace.refusal("policy", elsewhere, f"data.path={workplace.comparisons}")
-    names_all(text, [str(workplace.comparisons), "no ref_logps", "experiments.score"])
+    names_all(text, [str(workplace.comparisons), "no ref_logp", "experiments.score"])
 
 
 def test_a_refused_run_leaves_no_config_behind(workplace, elsewhere, tmp_path):

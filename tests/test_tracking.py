@@ -113,7 +113,6 @@ def test_only_process_0_logs(tmp_path, monkeypatch, capsys):
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):
-    pytest.importorskip("tensorboardX", reason="the tensorboard extra is not installed")
     with MetricsLogger(tmp_path, total_steps=1, tensorboard=True, quiet=True) as logger:
         logger.log(1, {"loss": 1.0}, text={"sample": "words"})
     (events,) = (tmp_path / "tensorboard").iterdir()

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from copg_jax import distributed, sharding
 from copg_jax.config.sections import MeshConfig
@@ -37,6 +38,8 @@ AXES = {"w": ("embed",)}
 def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
     """The first data x fsdp x tensor virtual devices as a mesh."""
     sizes = MeshConfig(data, fsdp, tensor)
+    if jax.device_count() < data * fsdp * tensor:
+        pytest.fail("one device here: name this test's file in EIGHT_DEVICES of tests/conftest.py")
     return sharding.make_mesh(sizes, jax.devices()[: data * fsdp * tensor])
 
 
@@ -62,7 +65,7 @@ def group_batch(reward: Any, length: Any = None, ref_logp: Any = None, seed: int
 
 def in_bins(batch: GroupBatch, num_bins: int) -> GroupBatch:
     """The batch with a layout of so many bins, each with a little more capacity than the fullest
-    needs, and prompts in buckets as wide as the longest in each place.
+    needs, and prompts as wide as the longest with the same number in its bin.
     """
     widths = batch.prompt_length.reshape(num_bins, -1).max(0)
     own = batch.completion_length.reshape(num_bins, -1).sum(1).max()

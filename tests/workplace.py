@@ -1,5 +1,6 @@
 """A folder with everything that the stages need, on a tiny model, and their arguments there."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,12 @@ import pytest
 
 from copg_jax.config import stages as config
 from copg_jax.config.load import load_config
-from copg_jax.data.generated import write_generated
 from copg_jax.data.tokenizer import load_tokenizer
 from copg_jax.errors import InputError
 from copg_jax.hf import weights as hf_weights
 from copg_jax.models.params import init_params
 from experiments import evaluate, score, train_policy, train_reward, train_sft
+from experiments.generated import write_generated
 from tests.reads import recorded_reads
 from tests.toys import LLAMA
 
@@ -140,3 +141,8 @@ class Workplace:
         with pytest.raises(InputError) as caught:
             self.run(stage, *more)
         return str(caught.value)
+
+    def metrics(self, name: str) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl of the run in the folder of this name."""
+        text = (self.folder / name / "metrics.jsonl").read_text()
+        return [json.loads(line) for line in text.splitlines()]

@@ -1,9 +1,12 @@
-"""Data: rows in any public TL;DR schema become batches of groups, with NumPy only.
+"""Data: rows in any public TL;DR schema become batches of groups, with NumPy and Arrow only.
 
 1. `rows` reads local files or the hub, one row at a time.
-2. `tldr` turns a row of any schema into a `TextGroup` (one prompt, K completions).
-3. `tokenizer` and `groups` turn text into tokens, kept in a memory-mapped Arrow file.
-4. `stream` orders, batches and shards the groups, resumable at any step.
-5. `scored` is the file format of completions with rewards and reference log-probabilities.
-6. `generated` writes made-up posts and comparisons for the quickstart.
+2. `formats` turns a row into a `TextGroup`, one prompt with K completions: `columns` knows the
+   fields of each schema, `tldr` the conventions of the text.
+3. `tokenizer` and `groups` turn text into a `TokenGroup`, and groups into a padded batch.
+4. `scored` is the file format of completions with rewards and ln π_ref: token ids, as they were
+   scored, which become groups without a tokenizer.
+5. `reader` gives the groups of a data set that are wanted; `dataset` keeps their ids in a
+   memory-mapped Arrow file.
+6. `stream` orders, batches and shards them, resumable at any step.
 """

@@ -1,6 +1,7 @@
 """Data sets of token groups: a memory-mapped Arrow file made once and read by index.
 
-1. `prepare` streams groups of text through the tokenizer into the file; host memory stays flat.
+1. `prepare` streams groups through the tokenizer into the file, those of scored data as the ids
+   that they are; host memory stays flat.
 2. Counts of what was kept, cut and left out lie beside it in a JSON side-car, with a key by which
    the file is reused while inputs, tokenizer and limits stay the same.
 3. `GroupDataset` reads group i from the memory map.
@@ -11,7 +12,8 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,14 @@ from transformers import PreTrainedTokenizerBase
 
 from copg_jax.config.sections import Limits
 from copg_jax.data.formats.columns import InvalidRow, TextGroup
-from copg_jax.data.groups import TokenGroup, tokenize_group
+from copg_jax.data.groups import NUMBERS, TokenGroup, fit_group, tokenize_group
 from copg_jax.data.reader import GroupReader
-from copg_jax.data.tokenizer import Encoder
+from copg_jax.data.tokenizer import Encoder, tokenizer_hash
 from copg_jax.errors import InputError
 
-_FORMAT = 1
+log = logging.getLogger(__name__)
+
+_FORMAT = 2
 _ROWS_PER_RECORD_BATCH = 256
 _GROUPS_PER_REPORT = 10_000
 _ARROW_SCHEMA = pa.schema(
@@ -39,6 +43,8 @@ _ARROW_SCHEMA = pa.schema(
         "completion_tokens": pa.list_(pa.list_(pa.int32())),
         "rewards": pa.list_(pa.float32()),
         "ref_logps": pa.list_(pa.float32()),
+        "has_eos": pa.list_(pa.bool_()),
+        "origin": pa.list_(pa.int8()),
         "columns": pa.string(),
     }
 )
@@ -56,9 +62,7 @@ class GroupDataset:
         side_car = json.loads(_side_car(path).read_text())
         self.stats: dict[str, Any] = side_car["stats"]
         self.fingerprint = hashlib.sha256(str(side_car["key"]).encode()).hexdigest()
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        # Batches of a memory map hold pointers only; threads may share them, not the reader.
-        self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        self._batches = _record_batches(path)
 
     def __len__(self) -> int:
         return self.stats["kept"]
@@ -80,9 +84,12 @@ class GroupDataset:
             completion_tokens=tuple(
                 ids.values.to_numpy() for ids in row["completion_tokens"].values
             ),
-            rewards=row["rewards"].values.to_numpy() if row["rewards"].is_valid else None,
-            ref_logps=row["ref_logps"].values.to_numpy() if row["ref_logps"].is_valid else None,
             columns=json.loads(row["columns"].as_py()),
+            **{
+                name: row[name].values.to_numpy(zero_copy_only=False)
+                for name in NUMBERS
+                if row[name].is_valid
+            },
         )
 
     def num_tokens(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -109,11 +116,6 @@ class GroupDataset:
         """Whether every group has a reward for each completion."""
         return self.stats["with_rewards"] == len(self)
 
-    @property
-    def has_ref_logps(self) -> bool:
-        """Whether every group has a reference log-probability for each completion."""
-        return self.stats["with_ref_logps"] == len(self)
-
     def shape(self, multiple: int = 8) -> tuple[int, int, int]:
         """Returns the smallest (P, K, C) of every group, P and C rounded up to `multiple`."""
         prompt, completion = (
@@ -127,13 +129,12 @@ class GroupDataset:
 
 
 def prepare(
-    rows: Iterable[TextGroup],
+    rows: Iterable[TextGroup | TokenGroup],
     tokenizer: PreTrainedTokenizerBase,
     *,
     path: Path,
     limits: Limits,
     vocab_size: int,
-    on_progress: Callable[[int, int], None] | None = None,
 ) -> GroupDataset:
     """Tokenises groups into an Arrow file, or opens it where it is still valid.
 
@@ -145,10 +146,10 @@ def prepare(
         path: the Arrow file; a JSON side-car with the counts lies beside it.
         limits: most tokens of a prompt and of a completion; what to do with bad rows.
         vocab_size: number of token ids that the model knows.
-        on_progress: called with (groups seen, groups kept) every 10,000 groups; None logs them.
 
     Raises:
-        InputError: bad row, no row left, or token id that the model does not know.
+        InputError: bad row, no row left, token id that the model does not know, or scored data of
+            another tokenizer.
     """
     encoder = Encoder(tokenizer)
     key = None
@@ -160,20 +161,18 @@ def prepare(
     # The counts go last, so that their presence means that the Arrow file belongs to them.
     _side_car(path).unlink(missing_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    tally = _Tally()
+    dropped: Counter[str] = Counter()
+    changed: Counter[str] = Counter()
     try:
         with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, _ARROW_SCHEMA) as writer:
-            pending: list[TokenGroup] = []
-            for group in _tokenize(
-                rows, encoder, limits, vocab_size, tally, on_progress or _log_progress
-            ):
-                pending.append(group)
-                if len(pending) == _ROWS_PER_RECORD_BATCH:
-                    writer.write_batch(_record_batch(pending))
-                    pending = []
-            if pending:
-                writer.write_batch(_record_batch(pending))
-        stats = tally.stats(rows)
+            groups = _token_groups(rows, encoder, limits, vocab_size, dropped, changed)
+            while some := list(islice(groups, _ROWS_PER_RECORD_BATCH)):
+                writer.write_batch(_record_batch(some))
+        if isinstance(rows, GroupReader):
+            dropped += rows.counts
+        stats = _stats(part, dropped, changed)
+        if isinstance(rows, GroupReader):
+            stats["rows"] = rows.rows_read
         if stats["kept"] == 0:
             raise InputError(
                 f"The data set is empty: nothing was kept.\n{format_stats(stats)}\nCheck "
@@ -190,9 +189,14 @@ def prepare(
 def data_key(
     rows: GroupReader, tokenizer: PreTrainedTokenizerBase, limits: Limits, vocab_size: int
 ) -> str:
-    """Everything that decides what `prepare` makes of these; the arguments are `prepare`'s."""
-    inputs = [_FORMAT, rows.fingerprint(), Encoder(tokenizer).hash, *limits, vocab_size]
-    return json.dumps(inputs)
+    """Everything that decides what `prepare` makes of these; the arguments are `prepare`'s.
+
+    Raises:
+        InputError: data that cannot be read, or that was scored with another tokenizer.
+    """
+    own = tokenizer_hash(tokenizer)
+    rows.check_ids(own)
+    return json.dumps([_FORMAT, rows.fingerprint(), own, *limits, vocab_size])
 
 
 def is_prepared(path: Path, key: str) -> bool:
@@ -214,78 +218,66 @@ def format_stats(stats: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-class _Tally:
-    """Counts kept while tokenising."""
-
-    def __init__(self) -> None:
-        self.kept = self.seen = self.with_rewards = self.with_ref_logps = 0
-        self.dropped: Counter[str] = Counter()
-        self.changed: Counter[str] = Counter()
-        self._sizes = {
-            name: [0, 0, 0] for name in ("prompt_tokens", "completion_tokens", "completions")
-        }
-
-    def add(self, group: TokenGroup) -> None:
-        self.kept += 1
-        self.with_rewards += group.rewards is not None
-        self.with_ref_logps += group.ref_logps is not None
-        self._measure("prompt_tokens", len(group.prompt_tokens))
-        self._measure("completions", len(group.completions))
-        for ids in group.completion_tokens:
-            self._measure("completion_tokens", len(ids))
-
-    def stats(self, rows: Iterable[TextGroup]) -> dict[str, Any]:
-        """The counts as a JSON-ready dict, with those of the reader where `rows` is one."""
-        dropped, rows_read = self.dropped, self.seen
-        if isinstance(rows, GroupReader):
-            dropped, rows_read = rows.counts + dropped, rows.rows_read
-        return {
-            "rows": rows_read,
-            "kept": self.kept,
-            "dropped": dict(dropped.most_common()),
-            "changed": {name: count for name, count in self.changed.most_common() if count},
-            "with_rewards": self.with_rewards,
-            "with_ref_logps": self.with_ref_logps,
-        } | {
-            name: {"mean": total / max(count, 1), "max": largest}
-            for name, (count, total, largest) in self._sizes.items()
-        }
-
-    def _measure(self, name: str, size: int) -> None:
-        count, total, largest = self._sizes[name]
-        self._sizes[name] = [count + 1, total + size, max(largest, size)]
+def _stats(path: Path, dropped: Counter[str], changed: Counter[str]) -> dict[str, Any]:
+    """What an Arrow file holds and what was left out of it, ready for JSON."""
+    batches = _record_batches(path)
+    kept = sum(map(len, batches))
+    stats: dict[str, Any] = {
+        "rows": kept + dropped.total(),
+        "kept": kept,
+        "dropped": dict(dropped.most_common()),
+        "changed": {name: count for name, count in changed.most_common() if count},
+        "with_rewards": kept - sum(batch["rewards"].null_count for batch in batches),
+    }
+    for name, lists in {
+        "prompt_tokens": [batch["prompt_tokens"] for batch in batches],
+        "completion_tokens": [batch["completion_tokens"].flatten() for batch in batches],
+        "completions": [batch["completions"] for batch in batches],
+    }.items():
+        sizes = np.concatenate([[], *(column.value_lengths() for column in lists)])
+        stats[name] = {"mean": sizes.sum() / max(len(sizes), 1), "max": int(sizes.max(initial=0))}
+    return stats
 
 
-def _tokenize(
-    rows: Iterable[TextGroup],
+def _token_groups(
+    rows: Iterable[TextGroup | TokenGroup],
     encoder: Encoder,
     limits: Limits,
     vocab_size: int,
-    tally: _Tally,
-    on_progress: Callable[[int, int], None],
+    dropped: Counter[str],
+    changed: Counter[str],
 ) -> Iterator[TokenGroup]:
-    for group in rows:
-        tally.seen += 1
-        if tally.seen % _GROUPS_PER_REPORT == 0:
-            on_progress(tally.seen, tally.kept)
+    for number, group in enumerate(rows, start=1):
+        if number % _GROUPS_PER_REPORT == 0:
+            log.info("tokenising: %s groups read", f"{number:,}")
         try:
-            tokens = tokenize_group(group, encoder, limits, tally.changed)
+            if isinstance(group, TextGroup):
+                tokens = tokenize_group(group, encoder, limits, changed)
+            else:
+                tokens = fit_group(group, limits, changed)
         except InvalidRow as error:
             if limits.invalid_rows == "error":
                 raise
             tokens = error.reason
         if isinstance(tokens, str):
-            tally.dropped[tokens] += 1
+            dropped[tokens] += 1
             continue
-        largest = max(int(ids.max()) for ids in (tokens.prompt_tokens, *tokens.completion_tokens))
-        if largest >= vocab_size:
+        ids = np.concatenate([tokens.prompt_tokens, *tokens.completion_tokens])
+        outside = ids[(ids < 0) | (ids >= vocab_size)]
+        if len(outside):
             raise InputError(
-                f"{group.where}: token id {largest} is outside the model's vocabulary of "
+                f"{group.where}: token id {outside[0]} is outside the model's vocabulary of "
                 f"{vocab_size} tokens, so tokenizer and model do not belong together. Use the "
                 "tokenizer of the model's own folder."
             )
-        tally.add(tokens)
         yield tokens
+
+
+def _record_batches(path: Path) -> list[pa.RecordBatch]:
+    """The batches of an Arrow file; they hold pointers into a memory map, not its contents."""
+    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    # Threads may share the batches, not the reader.
+    return [reader.get_batch(i) for i in range(reader.num_record_batches)]
 
 
 def _record_batch(groups: list[TokenGroup]) -> pa.RecordBatch:
@@ -295,9 +287,3 @@ def _record_batch(groups: list[TokenGroup]) -> pa.RecordBatch:
 
 def _side_car(path: Path) -> Path:
     return path.with_suffix(".json")
-
-
-def _log_progress(seen: int, kept: int) -> None:
-    logging.getLogger(__name__).info(
-        "tokenising: %s groups read, %s kept", f"{seen:,}", f"{kept:,}"
-    )

@@ -1,12 +1,13 @@
 """Groups of tokens: from text to token ids, and from those to batches.
 
-1. `tokenize_group` encodes a group of text, cuts a long post, leaves out what is over the limits.
-2. `collate` pads groups into one `GroupBatch`, the only thing that any stage trains on.
+1. `tokenize_group` encodes a group of text and cuts a long post.
+2. `fit_group` leaves out completions over the limits; groups that come as ids begin here.
+3. `collate` pads groups into one `GroupBatch`, the only thing that any stage trains on.
 """
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,7 +40,12 @@ class GroupBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenGroup:
-    """One prompt with K completions as token ids [p] and [c_k]; texts are what the ids encode."""
+    """One prompt with K completions as token ids [p] and [c_k], with their texts.
+
+    `rewards` and `ref_logps` (nats, summed) are float32 [K], None where the data has none; a reward
+    of NaN marks a completion to leave out. `has_eos`, bool [K]: the completion really ended, in an
+    end token; None: each one does. `origin`, int8 [K]: which µ it is from; None: all are from 0.
+    """
 
     id: str
     where: str
@@ -49,7 +55,13 @@ class TokenGroup:
     completion_tokens: tuple[np.ndarray, ...]
     rewards: np.ndarray | None = None
     ref_logps: np.ndarray | None = None
+    has_eos: np.ndarray | None = None
+    origin: np.ndarray | None = None
     columns: dict[str, Any] = field(default_factory=dict)
+
+
+NUMBERS = ("rewards", "ref_logps", "has_eos", "origin")
+"""Fields of a `TokenGroup` with one number a completion, or None."""
 
 
 def tokenize_group(
@@ -67,10 +79,8 @@ def tokenize_group(
         InvalidRow: the prompt cannot be cut to the limit, or a completion contains EOS.
     """
     prompt, prompt_ids = _fit_prompt(group, encoder, limits.max_prompt_tokens)
-    kept: list[int] = []
-    tokens: list[np.ndarray] = []
-    for index, completion in enumerate(group.completions):
-        ids = encoder.encode_completion(completion)
+    completions = [encoder.encode_completion(text) for text in group.completions]
+    for index, ids in enumerate(completions):
         if encoder.eos_id in ids[:-1]:
             raise InvalidRow(
                 group.where,
@@ -78,28 +88,53 @@ def tokenize_group(
                 f"completion {index} contains the end-of-sequence token {encoder.eos_token!r} as "
                 "text. It is appended by id: remove it from the text.",
             )
-        if group.rewards is not None and group.rewards[index] is None:
-            counts["completion without a reward"] += 1
-        elif group.ref_logps is not None and group.ref_logps[index] is None:
-            counts["completion without a reference log-probability"] += 1
-        elif len(ids) > limits.max_completion_tokens:
-            counts[f"completion over {limits.max_completion_tokens} tokens"] += 1
-        else:
-            kept.append(index)
-            tokens.append(np.asarray(ids, np.int32))
-    if len(kept) < min(2, len(group.completions)):
-        return TOO_FEW
-    counts["prompt cut"] += prompt != group.prompt
-    return TokenGroup(
+    whole = TokenGroup(
         id=group.id,
         where=group.where,
         prompt=prompt,
         prompt_tokens=np.asarray(prompt_ids, np.int32),
-        completions=tuple(group.completions[index] for index in kept),
-        completion_tokens=tuple(tokens),
-        rewards=_pick(group.rewards, kept),
-        ref_logps=_pick(group.ref_logps, kept),
+        completions=group.completions,
+        completion_tokens=tuple(np.asarray(ids, np.int32) for ids in completions),
+        rewards=None if group.rewards is None else np.array(group.rewards, np.float32),
         columns=group.columns,
+    )
+    fitted = fit_group(whole, limits, counts)
+    counts["prompt cut"] += prompt != group.prompt and fitted != TOO_FEW
+    return fitted
+
+
+def fit_group(group: TokenGroup, limits: Limits, counts: Counter[str]) -> TokenGroup | str:
+    """Leaves out completions over the limit or without a reward; never changes a token.
+
+    Returns the reason where too few are left; the arguments are those of `tokenize_group`.
+
+    Raises:
+        InvalidRow: the prompt is over the limit.
+    """
+    length = len(group.prompt_tokens)
+    if length > limits.max_prompt_tokens:
+        raise InvalidRow(
+            group.where,
+            f"prompt over {limits.max_prompt_tokens} tokens",
+            f"the prompt has {length} tokens, over the limit of {limits.max_prompt_tokens}, and "
+            "cannot be cut any more: it was scored as it is. Raise data.max_prompt_tokens, or "
+            "score again with this limit.",
+        )
+    count = len(group.completions)
+    absent = np.zeros(count, bool) if group.rewards is None else np.isnan(group.rewards)
+    sizes = np.array([len(ids) for ids in group.completion_tokens], int)
+    long = (sizes > limits.max_completion_tokens) & ~absent
+    counts["completion without a reward"] += int(absent.sum())
+    counts[f"completion over {limits.max_completion_tokens} tokens"] += int(long.sum())
+    kept = np.flatnonzero(~absent & ~long)
+    if len(kept) < min(2, count):
+        return TOO_FEW
+    numbers = {name: getattr(group, name) for name in NUMBERS}
+    return replace(
+        group,
+        completions=tuple(group.completions[index] for index in kept),
+        completion_tokens=tuple(group.completion_tokens[index] for index in kept),
+        **{name: None if values is None else values[kept] for name, values in numbers.items()},
     )
 
 
@@ -120,14 +155,14 @@ def collate(
     Raises:
         InputError: a group is larger than the batch's shape.
     """
-    slots, batch_size = (len(groups), num_completions), len(groups)
+    batch_size, of_completions = len(groups), (len(groups), num_completions)
     batch = GroupBatch(
         prompt_tokens=np.zeros((batch_size, prompt_size), np.int32),
         prompt_length=np.ones(batch_size, np.int32),
-        completion_tokens=np.zeros((*slots, completion_size), np.int32),
-        completion_length=np.zeros(slots, np.int32),
-        reward=np.zeros(slots, np.float32),
-        ref_logp=np.zeros(slots, np.float32),
+        completion_tokens=np.zeros((*of_completions, completion_size), np.int32),
+        completion_length=np.zeros(of_completions, np.int32),
+        reward=np.zeros(of_completions, np.float32),
+        ref_logp=np.zeros(of_completions, np.float32),
     )
     for index, group in enumerate(groups):
         if group is None:
@@ -135,9 +170,9 @@ def collate(
         _check_size(group, (prompt_size, num_completions, completion_size))
         batch.prompt_tokens[index, : len(group.prompt_tokens)] = group.prompt_tokens
         batch.prompt_length[index] = len(group.prompt_tokens)
-        for slot, ids in enumerate(group.completion_tokens):
-            batch.completion_tokens[index, slot, : len(ids)] = ids
-            batch.completion_length[index, slot] = len(ids)
+        for k, ids in enumerate(group.completion_tokens):
+            batch.completion_tokens[index, k, : len(ids)] = ids
+            batch.completion_length[index, k] = len(ids)
         if group.rewards is not None:
             batch.reward[index, : len(group.rewards)] = group.rewards
         if group.ref_logps is not None:
@@ -177,15 +212,4 @@ def _fit_prompt(group: TextGroup, encoder: Encoder, max_tokens: int) -> tuple[st
             f"the prompt has {len(ids)} tokens, over the limit of {max_tokens}, {how}. Raise "
             "data.max_prompt_tokens.",
         )
-    if group.ref_logps is not None:
-        raise InvalidRow(
-            group.where,
-            "prompt over the limit after scoring",
-            f"the prompt has {len(ids)} tokens, over the limit of {max_tokens}, but ref_logps are "
-            "of the whole prompt. Set data.max_prompt_tokens as it was when scoring.",
-        )
     return prompt, encoder.encode_prompt(prompt)
-
-
-def _pick(values: Sequence[float | None] | None, kept: Sequence[int]) -> np.ndarray | None:
-    return None if values is None else np.asarray([values[index] for index in kept], np.float32)

@@ -26,7 +26,7 @@ class Batches(Protocol):
 
     @property
     def rows(self) -> np.ndarray:
-        """Index of the group in each place, -1 = none; int [b, B]."""
+        """Index of each group of each batch, -1 = none; int [b, B]."""
         ...
 
     def collate(self, groups: Sequence[TokenGroup | None]) -> GroupBatch:

@@ -17,7 +17,7 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from copg_jax.errors import InputError
-from copg_jax.hf.names import assemble, check_fit, hf_slots
+from copg_jax.hf.names import assemble, check_fit, hf_tensors
 from copg_jax.hf.weights import save_pretrained
 from copg_jax.models.params import Architecture, Params
 
@@ -48,11 +48,11 @@ def load(path: str | Path) -> tuple[Architecture, Params]:
     """
     reader = _open(path)
     tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
-    arch = _read_architecture(_Metadata(reader, path), tied)
+    arch = _architecture(_Metadata(reader, path), tied)
     source = _GgufTensors(reader, arch)
-    slots = hf_slots(arch, head="lm")
-    check_fit(source, slots, str(path))
-    return arch, assemble(source, slots)
+    tensors = hf_tensors(arch, head="lm")
+    check_fit(source, tensors, str(path))
+    return arch, assemble(source, tensors)
 
 
 def write_tokenizer(path: str | Path, folder: str | Path) -> None:
@@ -146,7 +146,7 @@ def _open(path: str | Path) -> Any:
         raise InputError(f"{path}: wanted a GGUF file, got {error}") from error
 
 
-def _read_architecture(metadata: _Metadata, tied: bool) -> Architecture:
+def _architecture(metadata: _Metadata, tied: bool) -> Architecture:
     hint = "only plain Llama models are supported"
     metadata.require("general.architecture", ["llama"], None, hint)
     metadata.require("llama.expert_count", [0], 0, hint)
@@ -212,7 +212,7 @@ def _make_tokenizer(metadata: _Metadata) -> transformers.PreTrainedTokenizerFast
         "bos_token": bos,
         "eos_token": eos,
         "unk_token": special("unknown"),
-        # Padding that equals EOS would hide the EOS from a reward model: see hf_weights.
+        # Padding that equals EOS would hide the EOS from a reward model: see `weights._pad_id`.
         "pad_token": None if pad == eos else pad,
         "chat_template": metadata.get("tokenizer.chat_template"),
     }

@@ -1,6 +1,6 @@
 """Where each Hugging Face tensor lives in our parameter tree, and its shape on either side.
 
-1. `hf_slots` names every tensor of a Hugging Face Llama and points at its leaf (and layer).
+1. `hf_tensors` names every tensor of a Hugging Face Llama and points at its leaf (and layer).
 2. `to_hf` turns one leaf of one layer into the Hugging Face matrix [out, in].
 3. `check_fit` compares a checkpoint with the table and reports every difference at once.
 4. `assemble` builds the tree from any `TensorSource`, reading only the slices a sharding needs.
@@ -45,7 +45,7 @@ _TOP_NAMES = {
 _LISTED = 12  # differences of one kind that an error message spells out
 
 
-class HfSlot(NamedTuple):
+class HfTensor(NamedTuple):
     """One Hugging Face tensor: our leaf, its stack and index there (None = not stacked), and the
     ParamSpec of the leaf without the stack's axis.
     """
@@ -74,48 +74,56 @@ class TensorSource(Protocol):
     def read(self, name: str, index: Sequence[slice]) -> np.ndarray: ...
 
 
-def hf_slots(arch: Architecture, *, head: str) -> dict[str, HfSlot]:
-    """Every tensor name of a Hugging Face Llama with its place in our tree, in file order."""
+def hf_tensors(arch: Architecture, *, head: str) -> dict[str, HfTensor]:
+    """Every tensor name of a Hugging Face Llama and where it lies in our tree, in file order."""
     specs = param_specs(arch, head=head)
-    slots = {_TOP_NAMES["embed_tokens"]: HfSlot("embed_tokens", None, None, specs["embed_tokens"])}
-    places = [(stack, i) for stack, size in layer_stacks(arch).items() for i in range(size)]
-    for number, (stack, layer) in enumerate(places):
+    tensors = {
+        _TOP_NAMES["embed_tokens"]: HfTensor("embed_tokens", None, None, specs["embed_tokens"])
+    }
+    layers = [(stack, i) for stack, size in layer_stacks(arch).items() for i in range(size)]
+    for number, (stack, layer) in enumerate(layers):
         for leaf, spec in layer_specs(arch).items():
             name = f"model.layers.{number}.{_LAYER_NAMES[leaf]}.weight"
-            slots[name] = HfSlot(leaf, stack, layer, spec)
+            tensors[name] = HfTensor(leaf, stack, layer, spec)
     for leaf in ("norm", "lm_head", "score"):
         if leaf in specs:
-            slots[_TOP_NAMES[leaf]] = HfSlot(leaf, None, None, specs[leaf])
-    return slots
+            tensors[_TOP_NAMES[leaf]] = HfTensor(leaf, None, None, specs[leaf])
+    return tensors
 
 
-def to_hf(slot: HfSlot, value: np.ndarray) -> np.ndarray:
+def to_hf(tensor: HfTensor, value: np.ndarray) -> np.ndarray:
     """Our leaf (of one layer) as the Hugging Face tensor, C-contiguous."""
-    if len(slot.hf_shape) == 2 and slot.leaf not in ("embed_tokens", "score"):
-        value = value.reshape(slot.hf_shape[::-1]).T
-    return np.ascontiguousarray(value.reshape(slot.hf_shape))
+    if len(tensor.hf_shape) == 2 and tensor.leaf not in ("embed_tokens", "score"):
+        value = value.reshape(tensor.hf_shape[::-1]).T
+    return np.ascontiguousarray(value.reshape(tensor.hf_shape))
 
 
 def check_fit(
-    source: TensorSource, slots: Mapping[str, HfSlot], where: str, *, optional: Sequence[str] = ()
+    source: TensorSource,
+    tensors: Mapping[str, HfTensor],
+    where: str,
+    *,
+    optional: Sequence[str] = (),
 ) -> None:
     """Compare a checkpoint with the table; one InputError lists every difference.
 
     Args:
         source: the checkpoint.
-        slots: the tensors wanted.
+        tensors: those wanted.
         where: file or folder to name in the error.
         optional: tensor names that may be present without being wanted.
     """
     found = source.shapes()
     ignored = {*optional, *(name for name in found if name.endswith("rotary_emb.inv_freq"))}
     problems = {
-        "missing": [f"{name} {slot.hf_shape}" for name, slot in slots.items() if name not in found],
-        "surplus": [f"{name} {found[name]}" for name in found if name not in {*slots, *ignored}],
+        "missing": [
+            f"{name} {tensor.hf_shape}" for name, tensor in tensors.items() if name not in found
+        ],
+        "surplus": [f"{name} {found[name]}" for name in found if name not in {*tensors, *ignored}],
         "misshapen": [
-            f"{name}: wanted {slot.hf_shape}, got {found[name]}"
-            for name, slot in slots.items()
-            if name in found and tuple(found[name]) != slot.hf_shape
+            f"{name}: wanted {tensor.hf_shape}, got {found[name]}"
+            for name, tensor in tensors.items()
+            if name in found and tuple(found[name]) != tensor.hf_shape
         ],
     }
     lines = []
@@ -133,34 +141,34 @@ def check_fit(
 
 
 def assemble(
-    source: TensorSource, slots: Mapping[str, HfSlot], shardings: Params | None = None
+    source: TensorSource, tensors: Mapping[str, HfTensor], shardings: Params | None = None
 ) -> Params:
     """Read the tensors into float32 leaves, each shard straight to its device; the host holds one
     tensor at a time, and of it what its devices need.
 
     Args:
         source: checkpoint that passed `check_fit`.
-        slots: the tensors wanted; together they decide which leaves the tree has.
+        tensors: those wanted; together they decide which leaves the tree has.
         shardings: tree of NamedSharding like the result, or None for the default device.
     """
     names: dict[tuple[str | None, str], list[str]] = {}
-    for name, slot in slots.items():
-        names.setdefault((slot.stack, slot.leaf), []).append(name)
+    for name, tensor in tensors.items():
+        names.setdefault((tensor.stack, tensor.leaf), []).append(name)
     params: Params = {}
     for (stack, leaf), of_leaf in names.items():
         tree = params if stack is None else params.setdefault(stack, {})
         sharding = shardings and (shardings if stack is None else shardings[stack])[leaf]
-        tree[leaf] = _assemble_leaf(source, [(n, slots[n]) for n in of_leaf], sharding)
+        tree[leaf] = _assemble_leaf(source, [(n, tensors[n]) for n in of_leaf], sharding)
     return params
 
 
 def _assemble_leaf(
-    source: TensorSource, slots: list[tuple[str, HfSlot]], sharding: Any
+    source: TensorSource, tensors: list[tuple[str, HfTensor]], sharding: Any
 ) -> jax.Array:
-    if slots[0][1].stack is None:
-        return _place_tensor(source, *slots[0], sharding)
+    if tensors[0][1].stack is None:
+        return _place_tensor(source, *tensors[0], sharding)
     of_layer = sharding and NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    layers = [_place_tensor(source, name, slot, of_layer) for name, slot in slots]
+    layers = [_place_tensor(source, name, tensor, of_layer) for name, tensor in tensors]
     return jax.jit(_stack, out_shardings=sharding)(*layers)
 
 
@@ -168,35 +176,37 @@ def _stack(*layers: jax.Array) -> jax.Array:
     return jnp.stack(layers)
 
 
-def _place_tensor(source: TensorSource, name: str, slot: HfSlot, sharding: Any) -> jax.Array:
+def _place_tensor(source: TensorSource, name: str, tensor: HfTensor, sharding: Any) -> jax.Array:
     parts: dict[str, np.ndarray] = {}
 
     def read(index: Any) -> np.ndarray:
         if str(index) not in parts:  # devices that hold the same part share one read
-            parts[str(index)] = _read_part(source, name, slot, index).astype(np.float32, copy=False)
+            parts[str(index)] = _read_part(source, name, tensor, index).astype(
+                np.float32, copy=False
+            )
         return parts[str(index)]
 
     if sharding is None:
-        placed = jax.device_put(read(tuple(slice(None) for _ in slot.spec.shape)))
+        placed = jax.device_put(read(tuple(slice(None) for _ in tensor.spec.shape)))
     else:
-        placed = jax.make_array_from_callback(slot.spec.shape, sharding, read)
+        placed = jax.make_array_from_callback(tensor.spec.shape, sharding, read)
     return placed.block_until_ready()  # until then the host keeps the parts
 
 
 def _read_part(
-    source: TensorSource, name: str, slot: HfSlot, index: tuple[slice, ...]
+    source: TensorSource, name: str, tensor: HfTensor, index: tuple[slice, ...]
 ) -> np.ndarray:
     """The part `index` of one layer's leaf; of a [heads, head_dim] axis whole heads are read."""
-    if slot.leaf == "score":
+    if tensor.leaf == "score":
         return source.read(name, (slice(None), *index))[0]
-    if slot.leaf == "embed_tokens" or len(slot.spec.shape) == 1:
+    if tensor.leaf == "embed_tokens" or len(tensor.spec.shape) == 1:
         return source.read(name, index)
-    inputs, outputs = _in_out(slot.spec)
+    inputs, outputs = _in_out(tensor.spec)
     cuts = index[: len(inputs)], index[len(inputs) :]
     (rows, row_shape), (columns, column_shape) = _merged(outputs, cuts[1]), _merged(inputs, cuts[0])
-    block = source.read(name, (rows, columns)).T.reshape(*column_shape, *row_shape)
+    part = source.read(name, (rows, columns)).T.reshape(*column_shape, *row_shape)
     within = [slice(None), *cuts[0][1:], slice(None), *cuts[1][1:]]
-    return block[tuple(within)]
+    return part[tuple(within)]
 
 
 def _in_out(spec: ParamSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:

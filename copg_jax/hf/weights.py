@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 from copg_jax import distributed
 from copg_jax.errors import InputError
 from copg_jax.files import is_remote, local_copy
-from copg_jax.hf.names import HfSlot, assemble, check_fit, hf_slots, to_hf
+from copg_jax.hf.names import HfTensor, assemble, check_fit, hf_tensors, to_hf
 from copg_jax.hf.tensor_files import (
     INDEX_NAME,
     SINGLE_NAME,
@@ -144,19 +144,19 @@ def load_params(
         InputError: no safetensors, or missing, surplus and misshapen tensors, listed together.
     """
     source = SafetensorsFolder(Path(folder))
-    slots = hf_slots(arch, head=head)
+    tensors = hf_tensors(arch, head=head)
     optional = []
     score = None
     if head == "score" and init_missing_score is not None and "score.weight" not in source.shapes():
-        spec = slots.pop("score.weight").spec
+        spec = tensors.pop("score.weight").spec
         score = spec.init(init_missing_score, spec.shape, np.float32)
         if shardings is not None:
             score = jax.device_put(score, shardings["score"])
         optional.append("lm_head.weight")
     if arch.tie_word_embeddings:
         optional.append("lm_head.weight")  # some writers store the tied copy
-    check_fit(source, slots, str(folder), optional=optional)
-    params = assemble(source, slots, shardings)
+    check_fit(source, tensors, str(folder), optional=optional)
+    params = assemble(source, tensors, shardings)
     return params if score is None else {**params, "score": score}
 
 
@@ -194,7 +194,7 @@ def save_pretrained(
                 padded.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
             _save_small(padded, temporary)
     try:
-        _write_weights(temporary, hf_slots(arch, head=head), params, max_shard_bytes)
+        _write_weights(temporary, hf_tensors(arch, head=head), params, max_shard_bytes)
         with distributed.main_first(folder / "config.json"):
             if distributed.is_main_process():
                 folder.rmtree(missing_ok=True)
@@ -262,12 +262,12 @@ def _pad_id(tokenizer: transformers.PreTrainedTokenizerBase) -> Any:
 
 
 def _write_weights(
-    folder: epath.Path, slots: Mapping[str, HfSlot], params: Params, max_shard_bytes: int
+    folder: epath.Path, tensors: Mapping[str, HfTensor], params: Params, max_shard_bytes: int
 ) -> None:
     shards: list[list[str]] = [[]]
     size = total = 0
-    for name, slot in slots.items():
-        num_bytes = 4 * int(np.prod(slot.hf_shape))
+    for name, tensor in tensors.items():
+        num_bytes = 4 * int(np.prod(tensor.hf_shape))
         if shards[-1] and size + num_bytes > max_shard_bytes:
             shards.append([])
             size = 0
@@ -278,20 +278,22 @@ def _write_weights(
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         if len(shards) == 1:
             file = SINGLE_NAME
-        _write_file(folder / file, {name: slots[name] for name in names}, params)
+        _write_file(folder / file, {name: tensors[name] for name in names}, params)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1 and distributed.is_main_process():
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_file(path: epath.Path, slots: Mapping[str, HfSlot], params: Params) -> None:
-    def tensor(name: str) -> np.ndarray:
-        return to_hf(slots[name], _fetch(params, slots[name]))
+def _write_file(path: epath.Path, tensors: Mapping[str, HfTensor], params: Params) -> None:
+    def value(name: str) -> np.ndarray:
+        return to_hf(tensors[name], _fetch(params, tensors[name]))
 
     # Other processes take part in the gathering, and throw away what they get.
     with path.open("wb") if distributed.is_main_process() else open(os.devnull, "wb") as stream:
-        write_safetensors(stream, {name: slot.hf_shape for name, slot in slots.items()}, tensor)
+        write_safetensors(
+            stream, {name: tensor.hf_shape for name, tensor in tensors.items()}, value
+        )
 
 
 @jax.jit
@@ -300,12 +302,12 @@ def _take_layer(leaf: jax.Array, layer: int) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
 
 
-def _fetch(params: Params, slot: HfSlot) -> np.ndarray:
+def _fetch(params: Params, tensor: HfTensor) -> np.ndarray:
     """A leaf, or one layer of it, whole and in float32 on every host."""
-    if slot.stack is None:
-        value = params[slot.leaf]
+    if tensor.stack is None:
+        value = params[tensor.leaf]
     else:
-        value = _take_layer(params[slot.stack][slot.leaf], slot.layer)
+        value = _take_layer(params[tensor.stack][tensor.leaf], tensor.layer)
     return np.asarray(multihost_utils.process_allgather(value, tiled=True), np.float32)
 
 

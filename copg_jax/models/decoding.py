@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from copg_jax.models.attention import completion_attention
 from copg_jax.models.decoder import Decoder, rotary_angles
-from copg_jax.models.forward import attend_prompts
+from copg_jax.models.forward import attend_completions, attend_prompts
 from copg_jax.models.layout import GroupPacking, Layout, Slots, by_bucket, from_buckets, take_rows
 from copg_jax.models.params import Params
 
@@ -105,19 +105,9 @@ def prefill(
         k, v = group.unpack(k), group.unpack(v)
         # A completion without tokens yet: its query sees the whole prompt and nothing of its own.
         rows = q.reshape(len(prompt_length), 1, 1, *q.shape[2:])
-        mixed = [
-            completion_attention(rows, k, v, length, k[:, None, :0], v[:, None, :0], none)
-            for rows, k, v, length in zip(
-                group.by_bucket(rows),
-                k.prompts,
-                v.prompts,
-                group.by_bucket(prompt_length),
-                strict=True,
-            )
-        ]
-        return group.from_buckets(mixed).reshape(q.shape), _of_prompts(k, v)
+        mixed = attend_completions(group, rows, k, v, jnp.zeros(rows.shape[:3], jnp.int32))
+        return mixed.reshape(q.shape), _of_prompts(k, v)
 
-    none = jnp.zeros((1, 1, 1), jnp.int32)
     rotation = rotary_angles(decoder.arch, group.positions())
     x = decoder.embed(params, group.pack(group.slots(prompt_tokens, blank)))
     x, layers = decoder.scan_layers(params["layers"], x, rotation, attend)
@@ -125,8 +115,8 @@ def prefill(
     x, final = decoder.last_layer(params["last_layer"], x, rotation, attend_last, read=read)
 
     hidden = decoder.final_norm(params, x).reshape(len(prompt_length), -1)
-    room = partial(_with_room, num_samples=num_samples, max_new_tokens=max_new_tokens)
-    layers, final = (tuple(room(*of_bucket) for of_bucket in part) for part in (layers, final))
+    begin = partial(_begin, num_samples=num_samples, max_new_tokens=max_new_tokens)
+    layers, final = (tuple(begin(*of_bucket) for of_bucket in part) for part in (layers, final))
     return Cache(prompt_length.reshape(group.num_bins, -1), layers, final), hidden
 
 
@@ -138,7 +128,7 @@ def _of_prompts(k: Slots, v: Slots) -> list[tuple[jax.Array, jax.Array]]:
     ]
 
 
-def _with_room(
+def _begin(
     prompt_k: jax.Array, prompt_v: jax.Array, *, num_samples: int, max_new_tokens: int
 ) -> KeyValues:
     """Keys and values of prompts, and zeros in place of those of their completions."""

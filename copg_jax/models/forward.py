@@ -44,11 +44,12 @@ def make_token_logp(
     decoder = Decoder(arch, partitioner)
 
     def token_logp(params: Params, batch: GroupBatch) -> jax.Array:
-        packing, shape = GroupPacking.of(batch).completions, batch.completion_tokens.shape
-        hidden = predictive_hidden(decoder, params, batch)
-        tokens = packing.pack(batch.completion_tokens.reshape(len(packing.slot), -1))
+        group = GroupPacking.of(batch)
+        hidden = predictive_hidden(decoder, params, batch, group)
+        ids = batch.completion_tokens
+        tokens = group.completions.pack(ids.reshape(group.num_bins, -1))
         logp = hidden_to_logp(hidden, decoder.output_matrix(params), tokens, chunk=chunk)
-        return packing.unpack(logp).reshape(shape)
+        return group.completions.unpack(logp).reshape(ids.shape)
 
     return token_logp
 
@@ -86,14 +87,16 @@ def make_score(arch: Architecture, partitioner: Partitioner = ONE_DEVICE) -> Bat
     decoder = Decoder(arch, partitioner)
 
     def score(params: Params, batch: GroupBatch) -> jax.Array:
-        state = final_hidden(decoder, params, batch).astype(jnp.float32)
+        state = final_hidden(decoder, params, batch, GroupPacking.of(batch)).astype(jnp.float32)
         value = jnp.einsum("bkd,d->bk", state, params["score"].astype(jnp.float32))
         return jnp.where(batch.completion_length > 0, value, 0.0)
 
     return score
 
 
-def predictive_hidden(decoder: Decoder, params: Params, batch: GroupBatch) -> jax.Array:
+def predictive_hidden(
+    decoder: Decoder, params: Params, batch: GroupBatch, group: GroupPacking
+) -> jax.Array:
     """Hidden states, after the final norm, from which completion tokens are predicted.
 
     The first token of every completion is predicted by the last token of its prompt, the others by
@@ -102,12 +105,12 @@ def predictive_hidden(decoder: Decoder, params: Params, batch: GroupBatch) -> ja
     Args:
         decoder: static.
         params: tree of `init_params`.
-        batch: B groups; tokens, lengths and layout are read.
+        batch: B groups; tokens and lengths are read.
+        group: how they lie.
 
     Returns:
         Compute dtype; [R, M, D], one state for each computed completion slot.
     """
-    group = GroupPacking.of(batch)
     size = batch.completion_tokens.shape[2]
     num_slots, packing = group.num_completion_slots, group.completions
     last_prompt = group.last_prompt_token()
@@ -125,18 +128,20 @@ def predictive_hidden(decoder: Decoder, params: Params, batch: GroupBatch) -> ja
     return _run_groups(decoder, params, batch, group, packing.pack(before), attend)
 
 
-def final_hidden(decoder: Decoder, params: Params, batch: GroupBatch) -> jax.Array:
+def final_hidden(
+    decoder: Decoder, params: Params, batch: GroupBatch, group: GroupPacking
+) -> jax.Array:
     """Hidden state, after the final norm, of the last token of every completion.
 
     Args:
         decoder: static.
         params: tree of `init_params`.
-        batch: B groups; tokens, lengths and layout are read.
+        batch: B groups; tokens and lengths are read.
+        group: how they lie.
 
     Returns:
         Compute dtype; [B, K, D]. Absent completions have a state that means nothing.
     """
-    group = GroupPacking.of(batch)
     tokens = group.tokens.token[:, -group.num_completion_slots :]
     last = jnp.maximum(batch.completion_length - 1, 0)[:, :, None]
     index = jnp.take_along_axis(tokens.reshape(batch.completion_tokens.shape), last, axis=2)

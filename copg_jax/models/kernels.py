@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from copg_jax.config.sections import ATTENTION_CHOICES
 from copg_jax.errors import InputError
+from copg_jax.models.layout import round_up
 from copg_jax.models.ops import MIXED
 from copg_jax.models.params import Architecture
 from copg_jax.sharding import Partitioner
@@ -86,7 +87,7 @@ def _splash(
     del prompt_length  # causality alone hides padding
     size = q.shape[1]
     num_blocks = -(-size // _LARGEST_BLOCK)
-    block = _round_up(-(-size // num_blocks), _LANES)
+    block = round_up(-(-size // num_blocks), _LANES)
     padded = num_blocks * block
     # One kernel for all three gradients computes the scores once less, but it sums in memory what
     # each block of keys adds to the gradient of q.
@@ -119,7 +120,7 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, prompt_length: jax.Array) -
     size = q.shape[1]
     # Whole tiles of keys and explicit lengths: without them cuDNN's backward pass gives NaN on
     # Hopper where all scores of a row are very negative (NVIDIA/cudnn-frontend 160, 628, 1072).
-    padded = _round_up(size, _LANES)
+    padded = round_up(size, _LANES)
     valid = (jnp.arange(padded)[None, :] < prompt_length[:, None])[..., None, None]
 
     def clean(x: jax.Array) -> jax.Array:
@@ -171,7 +172,3 @@ _KERNELS = {"splash": _Kernel(_splash, _missing_splash), "cudnn": _Kernel(_cudnn
 def _pad(x: jax.Array, size: int) -> jax.Array:
     """[B, P, ...] → [B, size, ...]."""
     return jnp.pad(x, [(0, 0), (0, size - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])
-
-
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple

@@ -77,6 +77,11 @@ class Layout:
     completion_slots: Any  # int32 [R, M], completion slots alone, counted from 0; the same
     prompt_sizes: tuple[int, ...]  # by place in a bin, [B / R]
 
+    @property
+    def num_computed(self) -> int:
+        """Tokens that linear layers compute: the capacity of all bins, filled or not."""
+        return self.token_slots.size
+
 
 class Shape(NamedTuple):
     """The shape of some batches, which fits all their bins."""
@@ -447,8 +452,8 @@ class GroupPacking(NamedTuple):
 
     @classmethod
     def of_prompts(cls, tokens: jax.Array, length: jax.Array, layout: Layout | None) -> Self:
-        """That of groups without a completion: ids [B, P], length [B]."""
-        return cls._of(layout, tokens, length, (len(length), 0, 0))
+        """That of groups with a completion of no tokens: ids [B, P], length [B]."""
+        return cls._of(layout, tokens, length, (len(length), 1, 0))
 
     @classmethod
     def _of(cls, layout: Layout | None, prompts, length, completion_shape) -> Self:
@@ -529,7 +534,7 @@ class GroupPacking(NamedTuple):
         """Of an array by slot, [R, S, ...]."""
         prompts = ((self.num_bins * count, width) for count, width in self.buckets)
         shapes = (*prompts, self.completion_shape)
-        parts = _split(slots, [math.prod(shape) // self.num_bins for shape in shapes])
+        parts = _pieces(slots, [math.prod(shape) // self.num_bins for shape in shapes])
         *prompts, completions = (
             part.reshape(*shape, *slots.shape[2:])
             for part, shape in zip(parts, shapes, strict=True)
@@ -545,8 +550,10 @@ def by_bucket(x: jax.Array, num_bins: int, counts: Sequence[int]) -> list[jax.Ar
         num_bins: R.
         counts: places of each bucket in a bin, n_j.
     """
-    bins = x.reshape(num_bins, -1, *x.shape[1:])
-    return [part.reshape(-1, *x.shape[1:]) for part in _split(bins, counts)]
+    # Sizes are spelled out, since completions without tokens leave nothing to infer them from.
+    bins = x.reshape(num_bins, sum(counts), *x.shape[1:])
+    parts = zip(_pieces(bins, counts), counts, strict=True)
+    return [part.reshape(num_bins * count, *x.shape[1:]) for part, count in parts]
 
 
 def from_buckets(parts: Sequence[jax.Array], num_bins: int) -> jax.Array:
@@ -556,6 +563,6 @@ def from_buckets(parts: Sequence[jax.Array], num_bins: int) -> jax.Array:
     return jnp.concatenate(bins, axis=1).reshape(-1, *rest)
 
 
-def _split(x: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
+def _pieces(x: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
     """Pieces of these sizes along the second axis."""
     return jnp.split(x, list(itertools.accumulate(sizes))[:-1], axis=1)

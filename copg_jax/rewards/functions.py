@@ -18,6 +18,7 @@ import numpy as np
 
 from copg_jax.config.sections import RewardSpec
 from copg_jax.data.formats.columns import TextGroup
+from copg_jax.data.groups import TokenGroup
 from copg_jax.dotted import find
 from copg_jax.errors import InputError
 
@@ -153,7 +154,7 @@ def _fingerprint(function: RewardFn) -> str:
     return hashlib.sha256(inspect.getsource(module or type(function)).encode()).hexdigest()
 
 
-def pairwise_accuracy(function: RewardFn, labelled: Iterable[TextGroup]) -> float:
+def pairwise_accuracy(function: RewardFn, labelled: Iterable[TextGroup | TokenGroup]) -> float:
     """Share of strictly ordered pairs of a labelled data set that a reward function orders the same
     way.
 
@@ -172,7 +173,7 @@ def pairwise_accuracy(function: RewardFn, labelled: Iterable[TextGroup]) -> floa
     scores = iter(score_texts(function, prompts, completions, columns, name="reward"))
     right = total = 0
     for group in texts:
-        labels = group.rewards or ()
+        labels = () if group.rewards is None else group.rewards
         pairs = list(zip(labels, [next(scores) for _ in labels], strict=True))
         for label, score in pairs:
             for other_label, other_score in pairs:

@@ -71,9 +71,9 @@ class RewardModel:
         runs = self._group(prompts, completions)
         scores = self._forward([group for group, _ in runs])
         rewards: list[float | None] = [None] * len(completions)
-        for (_, slots), values in zip(runs, scores, strict=True):
-            for slot, value in zip(slots, values.tolist(), strict=True):
-                rewards[slot] = value
+        for (_, indices), values in zip(runs, scores, strict=True):
+            for index, value in zip(indices, values.tolist(), strict=True):
+                rewards[index] = value
         return rewards
 
     def _group(

@@ -180,6 +180,7 @@ def run(
     with GracefulExit() as exit_request:
         if begin_with_hooks:
             _call(hooks, steps.start - 1, state)
+        metrics.start_clock()
         return _take_steps(step_fn, state, batches, steps, mesh, metrics, hooks, exit_request)
 
 

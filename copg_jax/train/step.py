@@ -77,10 +77,8 @@ def make_train_step(
         metrics |= {f"optim/{name}": value for name, value in given.items()}
         return new, metrics | {"finite": finite, "per_group": output.per_group}
 
-    placed: dict[str, Any] = {}
-    if mesh is not None:
-        placed = {"out_shardings": (state_shardings, sharding.replicated(mesh))}
-    return jax.jit(train_step, donate_argnums=0, **placed)
+    placed = None if mesh is None else (state_shardings, sharding.replicated(mesh))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=placed)
 
 
 def make_loss_step(loss_fn: LossFn, *, mesh: jax.sharding.Mesh | None = None) -> Any:

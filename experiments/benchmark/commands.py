@@ -20,7 +20,7 @@ from copg_jax.config.sections import ATTENTION_CHOICES, DTYPES, REMATS, MeshConf
 from copg_jax.errors import InputError
 from copg_jax.models import kernels
 from copg_jax.models.params import Architecture
-from experiments.benchmark import generate, peers, train
+from experiments.benchmark import compare, generate, train
 from experiments.benchmark.workload import MODELS, read_workload, write_workload
 
 
@@ -69,9 +69,9 @@ def make_parser(module: str, description: str | None) -> argparse.ArgumentParser
 
     add = command("peers", compare_with_peers)
     _add_shared(add)
-    add("--scripts", type=Path, required=True, help="folder of " + ", ".join(_files()))
     add("--env", action="append", default=[], metavar="NAME=PYTHON", help="torch= and tunix=")
-    add("--peers", nargs="+", choices=peers.PEERS, default=list(peers.PEERS), help="whom to run")
+    names = list(compare.PEERS)
+    add("--peers", nargs="+", choices=names, default=names, help="whom to run")
     add("--rounds", type=int, default=3, help="turns")
     _add_steps(add)
     add("--prompts", type=int, default=32, help="prompts of the generation")
@@ -81,10 +81,6 @@ def make_parser(module: str, description: str | None) -> argparse.ArgumentParser
     add("--timeout", type=float, default=1800, help="seconds of one process")
     subparsers.choices["peers"].set_defaults(own=(sys.executable, "-m", module))
     return parser
-
-
-def _files() -> list[str]:
-    return [script.file for script in peers.PEERS.values()]
 
 
 def _add_shared(add: Any) -> None:
@@ -182,9 +178,9 @@ def _setting(
 
 
 def compare_with_peers(args: argparse.Namespace) -> dict[str, Any]:
-    """run the scripts of other libraries and ours by turns"""
+    """run scripts of other libraries (experiments/benchmark/peers) and ours by turns"""
     logging.basicConfig(format="%(message)s", force=True)
-    logging.getLogger("copg_jax").setLevel(logging.INFO)
+    logging.getLogger("experiments").setLevel(logging.INFO)
     read_workload(args.workload, vocab_size=MODELS[args.shape].vocab_size)
     envs = dict(text.split("=", 1) for text in args.env if "=" in text)
     if len(envs) < len(args.env):
@@ -200,8 +196,11 @@ def compare_with_peers(args: argparse.Namespace) -> dict[str, Any]:
         used = Path(folder) / "workload.jsonl"
         most = max(args.batch * (args.steps + args.warmup), args.prompts)
         used.write_text("".join(rows[:most]), encoding="utf-8")
-        settings = peers.Settings(
+        config = Path(folder) / "config.json"
+        compare.write_config(MODELS[args.shape], config)
+        settings = compare.Settings(
             workload=used,
+            config=config,
             shape=args.shape,
             batch=args.batch,
             steps=args.steps,
@@ -211,11 +210,10 @@ def compare_with_peers(args: argparse.Namespace) -> dict[str, Any]:
             remat=args.remat,
             cuda=args.cuda,
         )
-        contestants = peers.find(
-            args.peers, folder=args.scripts, envs=envs, own=args.own, settings=settings
-        )
-        found = peers.compare(contestants, rounds=args.rounds, timeout_sec=args.timeout)
-    summary = peers.summarize(contestants, found)
-    peers.show(summary, f"{args.shape}, median of {args.rounds} rounds (least–most)")
-    setting = {key: value for key, value in settings._asdict().items() if key != "workload"}
+        contestants = compare.find(args.peers, envs=envs, own=args.own, settings=settings)
+        found = compare.run(contestants, rounds=args.rounds, timeout_sec=args.timeout)
+    summary = compare.summarize(contestants, found)
+    compare.show(summary, f"{args.shape}, median of {args.rounds} rounds (least–most)")
+    files = ("workload", "config")
+    setting = {key: value for key, value in settings._asdict().items() if key not in files}
     return setting | {"rounds": args.rounds, "contestants": summary}

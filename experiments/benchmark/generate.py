@@ -58,8 +58,7 @@ def measure(
         InputError: too few prompts or tokens, or a batch that cannot be cut over the mesh.
     """
     _check(workload, batch_size, num_new, num_samples, mesh)
-    layout = sharding.shardings(mesh, logical_axes(arch), abstract_params(arch))
-    params = _random_params(arch, layout)
+    params = _random_params(arch, mesh)
     prompts = [workload[index] for index in range(batch_size)]
     inputs = _inputs(prompts, mesh)
 
@@ -106,11 +105,12 @@ def _check(
         )
 
 
-def _random_params(arch: Architecture, layout: Any) -> Any:
+def _random_params(arch: Architecture, mesh: jax.sharding.Mesh) -> Any:
     """Random weights in the compute dtype, as a model that only generates is loaded."""
     key = jax.random.key(0)
     make = lambda: cast_matrices(arch, init_params(arch, key))
-    return jax.jit(make, out_shardings=layout)()
+    shardings = sharding.shardings(mesh, logical_axes(arch), abstract_params(arch))
+    return jax.jit(make, out_shardings=shardings)()
 
 
 def _inputs(prompts: Sequence[TokenGroup], mesh: jax.sharding.Mesh) -> tuple[Any, ...]:

@@ -1,6 +1,6 @@
 """Times the optimiser step of policy training, the one that a run takes.
 
-1. State, loss, optimiser and step are built as `training` builds them; the weights are random.
+1. State, loss, optimiser and step are built as `train.run` builds them; the weights are random.
 2. Batches come from the training stream, which shuffles, packs and prefetches them.
 3. After a warm-up each step is timed alone, from the transfer of its batch to its metrics; then as
    many in a row, with metrics read one step late, as the training loop does.
@@ -79,10 +79,10 @@ def measure(
     batches = make_batches(workload, batch_size, num_bins, num_warmup + 2 * num_steps)
     traces: list[int] = []
     optimizer = _counted(make_optimizer(), traces)
-    step_fn, layout = make_step(
+    step_fn, shardings = make_step(
         arch, optimizer, mesh=mesh, num_microbatches=num_microbatches, logits_chunk=logits_chunk
     )
-    runner = _Runner(step_fn, _create_state(arch, optimizer, layout), mesh)
+    runner = _Runner(step_fn, _create_state(arch, optimizer, shardings), mesh)
     cost = compile_cost(step_fn, runner.state, runner.place(batches[0]), **ARGUMENTS)
     first, second = num_warmup, num_warmup + num_steps
     for batch in batches[:first]:
@@ -111,7 +111,7 @@ def _rates(
 ) -> dict[str, float | None]:
     """What steps of `step_sec` do a second, and which share of it is useful."""
     tokens = np.mean([b.prompt_length.sum() + b.completion_length.sum() for b in batches])
-    slots = np.mean([b.layout.token_slots.size for b in batches])
+    computed = np.mean([b.layout.num_computed for b in batches])
     flops = np.mean([useful_flops(arch, b.prompt_length, b.completion_length) for b in batches])
     peak = peak_tflops or PEAK_TFLOPS.get(mesh.devices.flat[0].device_kind)
     return {
@@ -119,7 +119,7 @@ def _rates(
         "step_s": step_sec,
         "useful_tokens_per_s": float(tokens) / step_sec,
         "mfu": peak and float(flops) / step_sec / (peak * 1e12 * mesh.size),
-        "utilisation": float(tokens / slots),
+        "utilisation": float(tokens / computed),
         "useful_flops": float(flops),
     }
 
@@ -168,16 +168,16 @@ def make_step(
         num_microbatches: pieces of a batch.
         logits_chunk: see `logprobs.hidden_to_logp`.
     """
-    layout = state_shardings(mesh, optimizer, abstract_params(arch), logical_axes(arch))
+    shardings = state_shardings(mesh, optimizer, abstract_params(arch), logical_axes(arch))
     seq_logp = make_seq_logp(arch, Partitioner(mesh), chunk=logits_chunk)
     step_fn = make_train_step(
         make_policy_loss(seq_logp, copg_loss),
         optimizer,
         mesh=mesh,
-        state_shardings=layout,
+        state_shardings=shardings,
         num_microbatches=num_microbatches,
     )
-    return step_fn, layout
+    return step_fn, shardings
 
 
 class _Runner:
@@ -214,21 +214,21 @@ class _Runner:
 
 
 def _create_state(
-    arch: Architecture, optimizer: optax.GradientTransformation, layout: TrainState
+    arch: Architecture, optimizer: optax.GradientTransformation, shardings: TrainState
 ) -> TrainState:
     """Random weights, made where they lie."""
     key = jax.random.key(0)
-    params = jax.jit(lambda: init_params(arch, key), out_shardings=layout.params)()
-    return create_state(optimizer, params, layout)
+    params = jax.jit(lambda: init_params(arch, key), out_shardings=shardings.params)()
+    return create_state(optimizer, params, shardings)
 
 
 def _counted(
-    optimizer: optax.GradientTransformation, traces: list[int]
-) -> optax.GradientTransformation:
+    optimizer: optax.GradientTransformationExtraArgs, traces: list[int]
+) -> optax.GradientTransformationExtraArgs:
     """The same optimiser; `traces` grows each time that a step with it is traced."""
 
-    def update(*args: Any) -> Any:
+    def update(*args: Any, **extra: Any) -> Any:
         traces.append(len(traces))
-        return optimizer.update(*args)
+        return optimizer.update(*args, **extra)
 
     return optimizer._replace(update=update)

@@ -104,6 +104,7 @@ def _compile(traced: Any, topology: Topology) -> tuple[Any, float]:
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
+        # Only the words of the error say how much it wanted.
         wanted = re.search(r"Ran out of memory.*?(?:\(|Used )([\d.]+)G", str(error), re.DOTALL)
         if wanted is None:
             raise

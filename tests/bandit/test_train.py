@@ -13,6 +13,7 @@ import pytest
 from copg_jax.bandit import exact, train
 from copg_jax.bandit.train import BanditConfig
 from copg_jax.errors import InputError
+from experiments import bandit
 
 
 def test_sampled_pairs_follow_mu1_mu2_and_bradley_terry(paper_bandit):
@@ -85,12 +86,11 @@ def test_settings_out_of_range_are_refused(change, word):
 
 
 def test_the_script_writes_figure_table_and_summary(tmp_path):
-    script = pytest.importorskip("experiments.bandit", reason="needs matplotlib")
     config = BanditConfig(
         num_pairs=200, batch_size=50, num_epochs=3, num_seeds=2, long_num_epochs=5,
         long_num_seeds=1, output_dir=str(tmp_path / "run"),
     )  # fmt: skip
-    script.main(config)
+    bandit.main(config)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     names = {"copg", "rloo", "pg_none", "pg_value", "ipo", "dpo"}
     assert {"pi_star", "J_star", "regret_uniform", "steps"} <= set(summary)

@@ -10,8 +10,8 @@ from copg_jax import sampling
 from copg_jax.errors import InputError
 from copg_jax.flops import CHIPS
 from copg_jax.models.params import abstract_params
-from experiments import benchmark
 from experiments.benchmark import generate
+from experiments.benchmark.__main__ import main
 from experiments.benchmark.workload import Workload
 from tests.toys import LLAMA, mesh
 
@@ -22,7 +22,7 @@ def test_a_run_prints_one_line_of_numbers_that_fit_together(
     chip = CHIPS["NVIDIA H200"]._replace(hbm_gb_per_sec=1.0)
     monkeypatch.setitem(CHIPS, jax.devices()[0].device_kind, chip)
     where = ("--workload", str(write(rows)), "--shape", "tiny", "--mesh", "data=2,fsdp=2,tensor=2")
-    benchmark.main(["generate", *where, "--batch", "8", "--new", "5", "--samples", "2"])
+    main(["generate", *where, "--batch", "8", "--new", "5", "--samples", "2"])
     (line,) = capsys.readouterr().out.splitlines()
     found = json.loads(line)
     assert found["tokens_per_s"] * found["seconds"] == pytest.approx(8 * 2 * 5)
@@ -41,8 +41,8 @@ def test_a_run_prints_one_line_of_numbers_that_fit_together(
 def test_it_is_the_sampler_of_evaluation_greedy_and_to_the_last_token(groups, monkeypatch):
     made = []
 
-    def recorded(config, **options):
-        sample = make_sampler(config, **options)
+    def recorded(arch, **options):
+        sample = make_sampler(arch, **options)
         return lambda *args: made.append((options, args, sample(*args))) or made[-1][2]
 
     make_sampler = sampling.make_sampler
@@ -55,9 +55,9 @@ def test_it_is_the_sampler_of_evaluation_greedy_and_to_the_last_token(groups, mo
     assert options["temperature"] == 0
     assert {o["max_new_tokens"] for o, _, _ in made} == {1, 6}
     np.testing.assert_array_equal(samples.length, np.full((4, 1), 6))
-    assert sum(map(len, tokens)) == 4
-    rows = [row for bucket in tokens for row in np.asarray(bucket)]  # one block: in order
-    got = [row[:size].tolist() for row, size in zip(rows, length, strict=True)]
+    assert len(tokens) == 4
+    rows = zip(np.asarray(tokens), np.asarray(length), strict=True)
+    got = [row[:size].tolist() for row, size in rows]
     assert sorted(got) == sorted(group.prompt_tokens.tolist() for group in groups[:4])
 
 

@@ -1,185 +1,116 @@
-"""Peers: everyone runs by turns, ratios are of one round, and what is missing is said before."""
+"""The peers' scripts: called as they want to be, and the torch loop has our loss."""
 
 import json
+import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
-from copg_jax.errors import InputError
-from experiments.benchmark import peers
-from experiments.benchmark.commands import make_parser
-from tests.toys import names_all
-
-SCRIPT = """
-import json, sys
-from pathlib import Path
-
-here, calls = Path(__file__), Path(__file__).with_name("calls")
-with calls.open("a") as file:
-    file.write(json.dumps([here.name, *sys.argv[1:]]) + "\\n")
-number = sum(json.loads(line)[0] == here.name for line in calls.read_text().splitlines())
-print("noise")
-print(json.dumps({"pairs_per_s": RATE * number, "tokens_per_s": 100 * RATE}))
-"""
+from copg_jax import losses
+from copg_jax.hf import weights
+from copg_jax.models.forward import make_seq_logp
+from copg_jax.models.params import Architecture, init_params
+from copg_jax.objective import make_policy_loss
+from experiments.benchmark import compare, train
+from experiments.benchmark.workload import Workload
+from tests.toys import LLAMA, names_all
 
 
-def fake(folder: Path, name: str, rate: float, text: str = SCRIPT) -> Path:
-    """A script that says `rate` in its first call, twice that in its second and so on."""
-    path = folder / name
-    path.write_text(text.replace("RATE", str(rate)))
-    return path
+def test_every_script_of_the_folder_is_a_peer():
+    found = {path.name for path in compare.FOLDER.glob("*.py")}
+    assert found == {peer.file for peer in compare.PEERS.values()} | {"shared.py"}
 
 
 @pytest.fixture
-def scripts(tmp_path, monkeypatch) -> Path:
-    """A folder of all peers' scripts, which know the toy Llama, and ours."""
-    for name, peer in peers.PEERS.items():
-        known = peer._replace(shapes=("tiny",))
-        monkeypatch.setitem(peers.PEERS, name, known)
-    folder = tmp_path / "scripts"
-    folder.mkdir()
-    for rate, peer in enumerate(peers.PEERS.values(), start=1):
-        fake(folder, peer.file, rate)
-    fake(folder, "ours.py", 6)
-    return folder
-
-
-def run(scripts: Path, workload: Path, *arguments: str) -> dict[str, Any]:
-    """The command, with a script in place of our benchmark."""
-    shared = ["--workload", str(workload), "--scripts", str(scripts), "--shape", "tiny"]
-    args = make_parser("experiments.benchmark", None).parse_args(["peers", *shared, *arguments])
-    args.own = (sys.executable, str(scripts / "ours.py"))
-    return args.run(args)
-
-
-def calls(scripts: Path) -> list[list[str]]:
-    return [json.loads(line) for line in (scripts / "calls").read_text().splitlines()]
-
-
-ENVS = ("--env", f"torch={sys.executable}", "--env", f"tunix={sys.executable}")
-
-
-def test_contestants_take_turns_and_a_ratio_is_ours_over_theirs_of_the_same_round(
-    scripts, toy_model, rows, write, capsys
-):
-    result = run(scripts, write(rows), *ENVS, "--peers", "torch", "trl", "--rounds", "2")
-    order = [name for name, *_ in calls(scripts)]
-    assert order == ["ours.py", "peer_torch.py", "peer_trl.py"] * 2
-    trl = result["contestants"]["trl"]
-    assert trl["pairs_per_s"] == {"median": 3.0, "least": 2.0, "most": 4.0}
-    # 6 / 2 and 12 / 4; the ratio of other rounds would be 1.5 or 6.
-    assert trl["ratio"] == {"median": 3.0, "least": 3.0, "most": 3.0}
-    assert result["contestants"]["ours"] == {
-        "pairs_per_s": {"median": 9.0, "least": 6.0, "most": 12.0}
-    }
-    names_all(capsys.readouterr().out, ["2 rounds", "torch", "trl", "3 (2–4)", "3× (3–3)"])
-
-
-def test_each_task_has_our_run_and_everyone_gets_the_same_rows(
-    scripts, toy_model, rows, write, tmp_path
-):
-    sizes = ("--batch", "2", "--steps", "3", "--warmup", "1", "--prompts", "4", "--new", "5")
-    workload = write(rows)
-    run(scripts, workload, *ENVS, "--rounds", "1", *sizes, "--remat", "dots")
-    found = {tuple(call[:2]) if call[0] == "ours.py" else call[0]: call for call in calls(scripts)}
-    assert len(found) == 6
-    (path,) = {call[call.index("--workload") + 1] for call in found.values()}
-    assert path != str(workload)
-    training = ["--shape", "tiny", "--batch", "2", "--steps", "3", "--warmup", "1"]
-    generation = ["--shape", "tiny", "--batch", "4", "--new", "5"]
-    for name, wanted in {
-        ("ours.py", "train"): [*training, "--remat", "dots"],
-        ("ours.py", "generate"): generation,
-        "peer_torch.py": training,
-        "peer_trl.py": training,
-        "peer_tunix.py": training[:-2],
-        "peer_hf_generate.py": generation,
-    }.items():
-        assert found[name][-len(wanted) :] == wanted
-
-
-def test_rows_that_nobody_reaches_are_left_out(scripts, toy_model, rows, write):
-    count = "print(json.dumps({'pairs_per_s': len(open(sys.argv[2]).readlines())}))"
-    for name in ("ours.py", "peer_torch.py"):
-        path = "[sys.argv.index('--workload') + 1]"
-        fake(scripts, name, 1, "import json, sys\n" + count.replace("[2]", path))
-    sizes = ("--batch", "2", "--steps", "3", "--warmup", "1", "--prompts", "1")
-    result = run(scripts, write(rows), *ENVS, "--peers", "torch", "--rounds", "1", *sizes)[
-        "contestants"
-    ]
-    assert result["ours"]["pairs_per_s"]["median"] == result["torch"]["pairs_per_s"]["median"] == 8
-
-
-def test_on_a_gpu_everyone_computes_in_bfloat16(scripts, toy_model, rows, write):
-    run(scripts, write(rows), *ENVS, "--rounds", "1", "--cuda", "--peers", "torch", "hf_generate")
-    found = calls(scripts)
-    assert [call[0] for call in found if call[-2:] == ["--dtype", "bfloat16"]] == [
-        "ours.py",
-        "ours.py",
-        "peer_hf_generate.py",
-    ]
-    assert ["--device", "cuda", "--bf16", "1"] in [call[-4:] for call in found]
-
-
-def test_a_peer_that_fails_is_logged_and_leaves_the_others_their_numbers(
-    scripts, toy_model, rows, write, capsys
-):
-    fake(scripts, "peer_trl.py", 1, "raise SystemExit('no memory left')")
-    fake(scripts, "peer_tunix.py", 1, "print('no JSON')")
-    arguments = ("--peers", "torch", "trl", "tunix", "--rounds", "1")
-    result = run(scripts, write(rows), *ENVS, *arguments)["contestants"]
-    assert result["torch"]["ratio"]["median"] == 6.0
-    assert result["trl"] == result["tunix"] == {"pairs_per_s": None, "ratio": None}
-    shown = capsys.readouterr()
-    names_all(shown.err, ["trl failed", "no memory left", "tunix failed", "JSONDecodeError"])
-    assert "failed" in shown.out
-
-
-def test_a_command_that_does_not_start_leaves_the_others_their_numbers(tmp_path):
-    script = fake(tmp_path, "peer.py", 1)  # not executable
-    commands = {"torch": (str(script),), "ours": (sys.executable, str(script))}
-    named = [peers.Contestant(name, "train", command) for name, command in commands.items()]
-    assert peers.compare(named, rounds=1, timeout_sec=60) == [{"torch": None, "ours": 1.0}]
-
-
-def test_a_peer_that_hangs_is_ended(scripts, toy_model, rows, write, capsys):
-    fake(scripts, "peer_torch.py", 1, "import time; time.sleep(60)")
-    arguments = ("--peers", "torch", "--rounds", "1", "--timeout", "2")
-    result = run(scripts, write(rows), *ENVS, *arguments)["contestants"]
-    assert result["torch"]["pairs_per_s"] is None
-    assert "TimeoutExpired" in capsys.readouterr().err
-
-
-def test_missing_scripts_and_environments_are_listed_before_anything_runs(
-    scripts, toy_model, rows, write
-):
-    (scripts / "peer_trl.py").unlink()
-    with pytest.raises(InputError) as caught:
-        run(scripts, write(rows), "--env", f"torch={scripts / 'ours.py'}")  # not executable
-    names_all(
-        str(caught.value),
-        ["wanted peer_trl.py", "ours.py: wanted a Python", "--env tunix=PYTHON", "--peers"],
+def commands(rows, write, tmp_path) -> dict[str, tuple[str, ...]]:
+    """The commands of all peers, in a Python that has no package at all."""
+    config = tmp_path / "config.json"
+    compare.write_config(LLAMA, config)
+    settings = compare.Settings(
+        workload=write(rows),
+        config=config,
+        shape="tiny",
+        batch=2,
+        steps=3,
+        warmup=1,
+        prompts=4,
+        new=5,
+        remat="full",
+        cuda=False,
     )
-    assert not (scripts / "calls").exists()
+    envs = {"torch": sys.executable, "tunix": sys.executable}
+    found = compare.find(list(compare.PEERS), envs=envs, own=("ours",), settings=settings)
+    alone = ("-I", "-S")  # sees neither this environment nor the folder of the script
+    start = "import runpy, sys; sys.path.insert(0, sys.argv[1]); del sys.argv[1]; "
+    start += "sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
+    return {
+        one.name: (sys.executable, *alone, "-c", start, str(compare.FOLDER), *one.command[1:])
+        for one in found
+        if one.name in compare.PEERS
+    }
 
 
 @pytest.mark.parametrize(
-    ("arguments", "wanted"),
+    ("name", "packages"),
     [
-        (("--env", "torch"), "NAME=PYTHON"),
-        (("--shape", "7b"), "--shape: wanted tiny for torch, got 7b"),
-        (("--rounds", "0"), "--rounds must be >= 1, got 0"),
-        (("--batch", "0"), "--batch must be >= 1"),
-        (("--steps", "0"), "--steps must be >= 1"),
-        (("--warmup", "0"), "--warmup must be >= 1"),
-        (("--prompts", "0"), "--prompts must be >= 1"),
-        (("--new", "1"), "--new must be >= 2, got 1"),
+        ("torch", "torch transformers"),
+        ("trl", "torch trl accelerate"),
+        ("tunix", "google-tunix"),
+        ("hf_generate", "torch transformers"),
     ],
-    ids=str,
 )
-def test_bad_arguments_are_refused(scripts, toy_model, rows, write, arguments, wanted):
-    with pytest.raises(InputError, match=wanted):
-        run(scripts, write(rows), *ENVS, *arguments)
-    assert not (scripts / "calls").exists()
+def test_without_its_packages_a_script_takes_its_arguments_and_says_what_to_install(
+    commands, name, packages
+):
+    done = subprocess.run(commands[name], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    names_all(done.stderr, [f"error: {compare.PEERS[name].file} wants", f"install {packages}\n"])
+
+
+def test_a_row_that_is_no_pair_is_refused_by_scripts_that_train(commands, rows, write):
+    rows[1]["completion_ids"].append([1])
+    write(rows)
+    for name in ("torch", "trl", "tunix"):
+        done = subprocess.run(commands[name], capture_output=True, text=True)
+        assert done.returncode == 2 and "wanted two completions in every row" in done.stderr
+
+
+@pytest.mark.oracle("torch")
+def test_the_torch_loop_has_our_loss_on_the_same_ids_and_weights(
+    rows, groups, tmp_path, monkeypatch
+):
+    import torch
+    import transformers
+
+    monkeypatch.syspath_prepend(str(compare.FOLDER))
+    import torch_loop
+
+    arch = Architecture(**vars(LLAMA) | {"rope_theta": 500.0, "rms_norm_eps": 1e-2})
+    params = jax.tree.map(lambda leaf: 3 * leaf, init_params(arch, jax.random.key(0)))
+    weights.save_pretrained(tmp_path / "hf", arch, params, head="lm", tokenizer=tokenizer())
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf")
+    # From the sizes that peers are told.
+    compare.write_config(arch, tmp_path / "config.json")
+    sizes = json.loads((tmp_path / "config.json").read_text())
+    told = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    told.load_state_dict(model.state_dict())
+
+    (batch,) = train.make_batches(Workload(groups), len(groups), 1, 1)
+    loss_fn = make_policy_loss(make_seq_logp(arch), losses.copg_loss)
+    ours = jax.jit(loss_fn)(params, batch, beta=train.ARGUMENTS["beta"])
+    with torch.no_grad():
+        theirs = torch_loop.copg_loss(told, torch_loop.collate(rows))
+        pieces = [torch_loop.copg_loss(told, b) for b in torch_loop.make_batches(rows, 5)]
+    np.testing.assert_allclose(theirs, ours.total / ours.weight, rtol=1e-4)
+    np.testing.assert_allclose(np.mean(pieces), theirs, rtol=1e-5)
+
+
+def tokenizer():
+    """Gives ids of BOS, EOS and padding."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")

@@ -9,16 +9,16 @@ import pytest
 
 from copg_jax.errors import InputError
 from copg_jax.flops import useful_flops
-from copg_jax.train import step
-from experiments import benchmark
+from copg_jax.objective import LossOutput
 from experiments.benchmark import train
+from experiments.benchmark.__main__ import main
 from experiments.benchmark.workload import Workload
 from tests.toys import LLAMA, mesh
 
 
 def run(capsys, *arguments: str) -> dict[str, Any]:
     """The JSON line of a command."""
-    benchmark.main(arguments)
+    main(arguments)
     (line,) = capsys.readouterr().out.splitlines()
     return json.loads(line)
 
@@ -39,7 +39,7 @@ def test_a_run_prints_one_line_of_numbers_that_fit_together(
     assert found["useful_flops"] == pytest.approx(flops)
     assert found["mfu"] * found["step_s"] == pytest.approx(flops / (0.001e12 * 8))
     assert found["compiled_flops"] > flops and found["temp_bytes"] > 0 and found["compile_s"] > 0
-    assert found["utilisation"] == pytest.approx(tokens / timed[0].token_slots.size)
+    assert found["utilisation"] == pytest.approx(tokens / timed[0].layout.num_computed)
     assert (found["shape"], found["batch"], found["dtype"]) == ("tiny", 8, "float32")
     assert (found["warmup"], found["microbatches"], found["logits_chunk"]) == (1, 1, None)
     assert found["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
@@ -55,17 +55,17 @@ def test_it_is_the_step_of_training_on_the_batches_of_its_stream(groups, monkeyp
         class Recorder:
             trace = staticmethod(step_fn.trace)
 
-            def __call__(self, state: Any, batch: Any) -> Any:
+            def __call__(self, state: Any, batch: Any, **arguments: Any) -> Any:
                 before = np.asarray(jax.tree.leaves(state.params)[0])
-                new, metrics = step_fn(state, batch)
+                new, metrics = step_fn(state, batch, **arguments)
                 assert np.abs(np.asarray(jax.tree.leaves(new.params)[0]) - before).max() > 0
                 seen.append((int(new.step), np.asarray(batch.reward), metrics))
                 return new, metrics
 
         return Recorder()
 
-    make_train_step = step.make_train_step
-    monkeypatch.setattr(step, "make_train_step", recorded)
+    make_train_step = train.make_train_step
+    monkeypatch.setattr(train, "make_train_step", recorded)
     # Shapes and mesh of the test above: compiled once for both.
     train.measure(
         LLAMA, Workload(groups), batch_size=8, num_steps=2, num_warmup=1, mesh=mesh(2, 2, 2)
@@ -75,7 +75,7 @@ def test_it_is_the_step_of_training_on_the_batches_of_its_stream(groups, monkeyp
         seen, train.make_batches(Workload(groups), 8, 4, 5), strict=True
     ):
         np.testing.assert_array_equal(reward, batch.reward)
-    assert {"loss", "copg/residual", "optim/grad_norm"} <= seen[0][2].keys()
+    assert {"loss", "copg/residual", "optim/grad_norm", "optim/learning_rate"} <= seen[0][2].keys()
 
 
 def test_batches_are_packed_and_have_every_group_equally_often(groups):
@@ -83,20 +83,20 @@ def test_batches_are_packed_and_have_every_group_equally_often(groups):
     rewards = np.concatenate([batch.reward for batch in batches])
     wanted = np.repeat([group.rewards for group in groups], 2, axis=0)
     np.testing.assert_array_equal(np.sort(rewards, axis=0), np.sort(wanted, axis=0))
-    slots = (
-        5 * max(x.shape[1] for x in batches[0].prompt_tokens) + batches[0].completion_tokens.size
-    )
-    assert batches[0].token_slots.size < 0.8 * slots
+    padded = batches[0].prompt_tokens.size + batches[0].completion_tokens.size
+    assert batches[0].layout.num_computed < 0.8 * padded
 
 
 def test_a_step_that_is_not_finite_is_no_measurement(groups, monkeypatch):
     losing = lambda *args, **kwargs: (
-        lambda params, batch: (
+        lambda params, batch, **_: LossOutput(
             jax.numpy.nan * params["norm"].sum(),
-            step.LossOutput(jax.numpy.float32(1), batch.reward[:, 0], {}),
+            jax.numpy.float32(1),
+            batch.reward[:, 0],
+            {},
         )
     )
-    monkeypatch.setattr(step, "make_policy_loss", losing)
+    monkeypatch.setattr(train, "make_policy_loss", losing)
     with pytest.raises(RuntimeError, match="not finite"):
         train.measure(LLAMA, Workload(groups), batch_size=4, num_steps=1, num_warmup=1, mesh=mesh())
 
@@ -118,7 +118,7 @@ def test_numbers_that_cannot_be_run_are_refused(groups, options, wanted):
 
 def test_bad_input_ends_with_its_text_and_status_two(capsys, tmp_path):
     with pytest.raises(SystemExit) as caught:
-        benchmark.main(["train", "--workload", str(tmp_path / "none")])
+        main(["train", "--workload", str(tmp_path / "none")])
     assert caught.value.code == 2
     assert "error: --workload" in capsys.readouterr().err
 
@@ -127,7 +127,7 @@ def test_bad_input_ends_with_its_text_and_status_two(capsys, tmp_path):
 def test_without_the_accelerator_that_is_asked_for_nothing_is_timed(capsys, monkeypatch, command):
     monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
     with pytest.raises(SystemExit) as ended:
-        benchmark.main([command, "--workload", "w"])
+        main([command, "--workload", "w"])
     assert ended.value.code == 2
     assert "JAX_PLATFORMS=cuda,cpu: wanted cuda, got cpu" in capsys.readouterr().err
 
@@ -135,7 +135,7 @@ def test_without_the_accelerator_that_is_asked_for_nothing_is_timed(capsys, monk
 def test_a_mesh_is_sizes_by_axis(capsys):
     for text in ("data", "data=x", "rows=2"):
         with pytest.raises(SystemExit):
-            benchmark.main(["train", "--workload", "w", "--mesh", text])
+            main(["train", "--workload", "w", "--mesh", text])
         assert "wanted sizes of axes such as data=1,fsdp=4,tensor=2" in capsys.readouterr().err
 
 

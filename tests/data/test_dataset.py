@@ -8,11 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from copg_jax.config.sections import DataConfig, Limits
 from copg_jax.data.dataset import format_stats, prepare
 from copg_jax.data.formats.columns import TextGroup
 from copg_jax.data.formats.tldr import Post, format_prompt
 from copg_jax.data.groups import tokenize_group
-from copg_jax.data.reader import DataConfig, GroupReader, Limits
+from copg_jax.data.reader import GroupReader
 from copg_jax.data.tokenizer import Encoder
 from copg_jax.errors import InputError
 
@@ -24,14 +25,14 @@ def text_groups(count):
     for i in range(count):
         prompt = format_prompt(Post("x", f"t{i}", "my bike broke at the park\n" * (1 + i % 3)))
         columns = {"topic": i, "nested": {"a": [None]}}
-        yield TextGroup(f"g{i}", f"f:{i}", prompt, (" a", f" b{i}"), (1.0, -0.5), None, columns)
+        yield TextGroup(f"g{i}", f"f:{i}", prompt, (" a", f" b{i}"), (1.0, -0.5), columns)
 
 
 def test_groups_come_back_as_they_were_made(plain, tmp_path):
     dataset = prepare(
         text_groups(600), plain, path=tmp_path / "a.arrow", limits=Limits(), vocab_size=VOCAB
     )
-    assert len(dataset) == 600 and dataset.has_rewards and not dataset.has_ref_logps
+    assert len(dataset) == 600 and dataset.has_rewards and dataset[0].ref_logps is None
     encoder = Encoder(plain)
     for index, group in enumerate(text_groups(600)):
         if index % 83 and index not in (255, 256, 599):
@@ -102,17 +103,15 @@ def test_counts_of_what_was_kept_cut_and_dropped_read_as_a_table(plain, write_li
     config = DataConfig(
         path=write_lines(*rows), invalid_rows="drop", max_prompt_tokens=70, max_completion_tokens=20
     )
-    seen = []
     dataset = prepare(
         GroupReader(config),
         plain,
         path=tmp_path / "a.arrow",
         limits=config.limits,
         vocab_size=VOCAB,
-        on_progress=lambda *counts: seen.append(counts),
     )
     stats = dataset.stats
-    assert (stats["rows"], stats["kept"]) == (4, 1) and seen == []
+    assert (stats["rows"], stats["kept"]) == (4, 1)
     assert stats["dropped"] == {
         "identical completions": 1,
         "too few completions left": 1,

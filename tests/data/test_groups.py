@@ -5,13 +5,13 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from copg_jax.config.sections import Limits
 from copg_jax.data.formats.columns import InvalidRow, TextGroup
 from copg_jax.data.formats.tldr import Post, format_prompt
 from copg_jax.data.groups import TOO_FEW, TokenGroup, collate, tokenize_group
-from copg_jax.data.reader import Limits
 from copg_jax.data.tokenizer import Encoder
 from copg_jax.errors import InputError
-from copg_jax.models.layout import Capacity
+from copg_jax.models.layout import Capacity, Layout, Shape
 
 
 def text_group(completions=(" a", " b"), **changes):
@@ -87,25 +87,22 @@ def test_collate_pads_on_the_right_and_fills_up_with_absent_groups(with_bos):
         ),
         tokenize_group(text_group((" a b",)), encoder, Limits(), Counter()),
     ]
-    batch = collate(
-        groups, batch_size=3, prompt_sizes=(16,) * 3, num_completions=3, completion_size=8
-    )
-    (prompt_tokens,), *rest = batch
-    assert [np.asarray(x).shape for x in (prompt_tokens, *rest)] == [
+    batch = collate([*groups, None], prompt_size=16, num_completions=3, completion_size=8)
+    *fields, layout = batch
+    assert [np.asarray(x).shape for x in fields] == [
         (3, 16),
         (3,),
         (3, 3, 8),
         (3, 3),
         (3, 3),
         (3, 3),
-        (1, 3 * (16 + 3 * 8)),
-        (1, 3 * 3 * 8),
     ]
-    assert [x.dtype for x in rest] == [np.int32] * 3 + [np.float32] * 2 + [np.int32] * 2
-    assert prompt_tokens.dtype == np.int32
+    assert layout is None
+    assert [x.dtype for x in fields] == [np.int32] * 4 + [np.float32] * 2
     for row, group in enumerate(groups):
         length = batch.prompt_length[row]
-        assert prompt_tokens[row, :length].tolist() == group.prompt_tokens.tolist()
+        assert batch.prompt_tokens[row, :length].tolist() == group.prompt_tokens.tolist()
+        assert not batch.prompt_tokens[row, length:].any()
         for slot, ids in enumerate(group.completion_tokens):
             assert batch.completion_tokens[row, slot, : len(ids)].tolist() == ids.tolist()
             assert batch.completion_length[row, slot] == len(ids)
@@ -114,26 +111,42 @@ def test_collate_pads_on_the_right_and_fills_up_with_absent_groups(with_bos):
     assert batch.completion_length[1].tolist()[1:] == [0, 0]
     assert batch.reward[0].tolist() == [1.0, -1.0, 0.0] and batch.ref_logp[0, 1] == -4.0
     with pytest.raises(InputError, match=r"f.jsonl:4: .* over the batch's \(16, 1, 8\)"):
-        collate(groups, batch_size=3, prompt_sizes=(16,) * 3, num_completions=1, completion_size=8)
+        collate([*groups, None], prompt_size=16, num_completions=1, completion_size=8)
 
 
-def test_prompts_lie_in_buckets_by_their_place_in_a_block():
-    lengths = [5, 3, 2, 6, 1, 2]  # two blocks of three places
+def test_a_shape_collates_the_same_batch_with_the_layout_of_its_bins():
+    lengths = [5, 3, 2, 6, 1, 2]  # two bins of three places
     groups = [
         TokenGroup("i", f"f:{n}", "", np.full(n, n, np.int32), ("",), (np.array([7, 7, 1]),))
         for n in lengths
     ]
-    shape = {"batch_size": 6, "num_completions": 1, "completion_size": 4, "num_blocks": 2}
-    batch = collate(groups, prompt_sizes=(6, 3, 3), capacity=Capacity(20, 10), **shape)
-    long, short = batch.prompt_tokens
-    assert long.tolist() == [[5] * 5 + [0], [6] * 6]
-    assert short.tolist() == [[3, 3, 3], [2, 2, 0], [1, 0, 0], [2, 2, 0]]
+    shape = Shape(
+        num_bins=2,
+        prompt_sizes=(6, 3, 3),
+        prompt_size=6,
+        num_completions=1,
+        completion_size=4,
+        capacity=Capacity(20, 10),
+    )
+    batch = shape.collate(groups)
+    assert shape.batch_size == 6
+    plain = collate(groups, prompt_size=6, num_completions=1, completion_size=4)
+    for got, wanted in zip(batch[:6], plain[:6], strict=True):
+        np.testing.assert_array_equal(got, wanted)
     assert batch.prompt_length.tolist() == lengths
-    # Slots of a block: 6 + 3 + 3 of prompts, then 3 times 4 of completions.
+    assert isinstance(batch.layout, Layout) and batch.layout.prompt_sizes == (6, 3, 3)
+    # Slots of a bin: 6 + 3 + 3 of prompts, then 3 times 4 of completions.
     own = [12, 13, 14, 16, 17, 18, 20, 21, 22]
-    assert batch.token_slots.tolist() == [
+    assert batch.layout.token_slots.tolist() == [
         [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, *own, 24],
         [0, 1, 2, 3, 4, 5, 6, 9, 10, *own, 24, 24],
     ]
-    with pytest.raises(InputError, match=r"f:3: .* are \(3, 1, 3\), over the batch's \(2, 1, 4\)"):
-        collate(groups, prompt_sizes=(6, 2, 2), **shape)
+    completions = [0, 1, 2, 4, 5, 6, 8, 9, 10, 12]
+    assert batch.layout.completion_slots.tolist() == [completions] * 2
+    # A host's share of the bins has their layout alone.
+    share = shape.collate(groups[3:])
+    assert share.layout.token_slots.tolist() == batch.layout.token_slots[1:].tolist()
+    with pytest.raises(InputError, match=r"f:6: .* are \(6, 1, 3\), over the batch's \(5, 1, 4\)"):
+        shape._replace(prompt_size=5).collate(groups)
+    with pytest.raises(InputError, match="bin has 19 tokens but a capacity of 18"):
+        shape._replace(capacity=Capacity(18, 10)).collate(groups)

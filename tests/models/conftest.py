@@ -6,14 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from copg_jax.data.groups import GroupBatch, with_slots
-from copg_jax.models.layout import Capacity
+from copg_jax.data.groups import GroupBatch
 from copg_jax.models.params import Architecture, Params, init_params
 from tests.models import tiny
 
 
 @pytest.fixture(scope="session")
-def config() -> Architecture:
+def arch() -> Architecture:
     """Grouped-query attention, untied."""
     return Architecture(
         vocab_size=tiny.VOCAB,
@@ -27,9 +26,9 @@ def config() -> Architecture:
 
 
 @pytest.fixture(scope="session")
-def params(config: Architecture) -> Params:
+def params(arch: Architecture) -> Params:
     """Weights large enough for attention to matter, embeddings of size 1 for good conditioning."""
-    drawn = init_params(config, jax.random.key(1))
+    drawn = init_params(arch, jax.random.key(1))
     stacks = {
         stack: {name: leaf if leaf.ndim == 2 else 10 * leaf for name, leaf in drawn[stack].items()}
         for stack in ("layers", "last_layer")
@@ -39,30 +38,19 @@ def params(config: Architecture) -> Params:
 
 @pytest.fixture
 def make_group(rng: np.random.Generator) -> Callable[..., GroupBatch]:
-    """Random ids everywhere, padding included, so that padding is garbage by itself.
-
-    `room` packs the tokens, in `blocks`; without it every slot is computed.
-    """
+    """Random ids everywhere, padding included, so that padding is garbage by itself; no layout."""
 
     def make(
-        prompt_length: list[int],
-        completion_length: list[list[int]],
-        p=8,
-        c=6,
-        blocks: int = 1,
-        room: Capacity | None = None,
+        prompt_length: list[int], completion_length: list[list[int]], p: int = 8, c: int = 6
     ) -> GroupBatch:
         b, k = np.shape(completion_length)
-        batch = GroupBatch(
-            prompt_tokens=(rng.integers(0, tiny.VOCAB, (b, p)),),
+        return GroupBatch(
+            prompt_tokens=rng.integers(0, tiny.VOCAB, (b, p)),
             prompt_length=np.array(prompt_length),
             completion_tokens=rng.integers(0, tiny.VOCAB, (b, k, c)),
             completion_length=np.array(completion_length),
             reward=np.zeros((b, k), np.float32),
             ref_logp=np.zeros((b, k), np.float32),
-            token_slots=None,
-            completion_slots=None,
         )
-        return with_slots(batch, num_blocks=blocks, capacity=room)
 
     return make

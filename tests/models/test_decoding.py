@@ -11,43 +11,49 @@ import numpy as np
 import pytest
 
 from copg_jax.models import decoding
-from copg_jax.models.layout import prompt_slots
+from copg_jax.models.decoder import Decoder
 from copg_jax.models.params import init_params
 from tests.models import tiny
-from tests.toys import in_buckets
 
 
-def _prefill(config, params, group, num_samples, room=None, num_blocks=1):
+def _prefill(arch, params, group, num_samples, layout=None):
     prefill = functools.partial(decoding.prefill, num_samples=num_samples, max_new_tokens=6)
-    tokens, length = group[:2]
-    sizes = [x.shape[1] for x in tokens for _ in range(len(x) // num_blocks)]
-    slots = prompt_slots(length, sizes, num_blocks, room)
-    return jax.jit(prefill, static_argnums=0)(config, params, tokens, length, slots)
+    arguments = params, group.prompt_tokens, group.prompt_length, layout
+    return jax.jit(prefill, static_argnums=0)(Decoder(arch), *arguments)
 
 
 @pytest.mark.parametrize("num_samples", [1, 3])
-@pytest.mark.parametrize("buckets", [False, True])
-@pytest.mark.parametrize(("room", "num_blocks"), [(None, 1), (14, 1), (17, 1), (8, 3)])
+@pytest.mark.parametrize(
+    ("num_bins", "spare", "buckets"),
+    [
+        (None, None, None),  # no layout
+        *((bins, spare, buckets) for bins, spare in ((1, 0), (1, 3), (3, 2)) for buckets in (0, 1)),
+    ],
+)
 def test_prefill_and_decode_steps_give_the_states_of_training(
-    config, params, make_group, num_samples, room, num_blocks, buckets
+    arch, params, make_group, num_samples, num_bins, spare, buckets
 ):
     group = make_group([8, 1, 5], [[6] * num_samples] * 3)
-    hidden = tiny.predictive(config, params, group)
-    if buckets:
-        group = in_buckets(group, num_blocks)
-    cache, last_prompt = _prefill(config, params, group, num_samples, room, num_blocks)
+    hidden = tiny.predictive(arch, params, group)
+    layout = None
+    if num_bins is not None:
+        shape = tiny.shape_of(group, num_bins, (spare, 0), buckets=buckets)
+        layout = shape.prompt_layout(group.prompt_length)
+        most = group.prompt_length.reshape(num_bins, -1).sum(1).max()
+        assert layout.token_slots.shape == (num_bins, most + spare)
+    cache, last_prompt = _prefill(arch, params, group, num_samples, layout)
     np.testing.assert_allclose(last_prompt, hidden[:, 0, 0], atol=1e-5)
-    step = jax.jit(functools.partial(decoding.decode_step, config))
+    step = jax.jit(functools.partial(decoding.decode_step, Decoder(arch)))
     for index in range(5):
         state, cache = step(params, cache, group.completion_tokens[:, :, index], jnp.int32(index))
         np.testing.assert_allclose(state, hidden[:, :, index + 1], atol=1e-5)
 
 
-def test_a_step_writes_its_own_column_only(config, params, make_group):
+def test_a_step_writes_its_own_column_only(arch, params, make_group):
     group = make_group([4, 2], [[6, 6]] * 2)
-    cache, _ = _prefill(config, params, group, 2)
+    cache, _ = _prefill(arch, params, group, 2)
     _, after = jax.jit(decoding.decode_step, static_argnums=0)(
-        config, params, cache, group.completion_tokens[:, :, 0], 2
+        Decoder(arch), params, cache, group.completion_tokens[:, :, 0], 2
     )
     for (old,), (new,) in zip((cache.layers, cache.last_layer), after[1:], strict=True):
         for name, axis in (("own_k", -1), ("own_v", -2)):
@@ -59,11 +65,13 @@ def test_a_step_writes_its_own_column_only(config, params, make_group):
 
 
 @pytest.mark.parametrize("num_samples", [1, 3])
-def test_a_step_transposes_no_prompt(config, params, make_group, num_samples):
+def test_a_step_transposes_no_prompt(arch, params, make_group, num_samples):
     group = make_group([50] * 3, [[6] * num_samples] * 3, p=50)
-    cache, _ = _prefill(config, params, group, num_samples)
+    cache, _ = _prefill(arch, params, group, num_samples)
     step = jax.jit(decoding.decode_step, static_argnums=0, donate_argnums=2)
-    program = step.lower(config, params, cache, group.completion_tokens[:, :, 0], 2).compile()
+    program = step.lower(
+        Decoder(arch), params, cache, group.completion_tokens[:, :, 0], 2
+    ).compile()
     layer = cache.last_layer[0].prompt_k.size
     for line in program.as_text().splitlines():
         name, _, result = line.partition(" = ")
@@ -72,17 +80,18 @@ def test_a_step_transposes_no_prompt(config, params, make_group, num_samples):
             assert math.prod(map(int, sizes[1].split(","))) < layer, line
 
 
-def test_a_loop_of_steps_works_in_the_donated_cache(config, params, make_group):
-    config = dataclasses.replace(config, num_hidden_layers=8)
-    params = init_params(config, jax.random.key(0))
+def test_a_loop_of_steps_works_in_the_donated_cache(arch, params, make_group):
+    arch = dataclasses.replace(arch, num_hidden_layers=8)
+    params = init_params(arch, jax.random.key(0))
+    decoder = Decoder(arch)
     group = make_group([64] * 4, [[6, 6]] * 4, p=64)
-    cache, _ = _prefill(config, params, group, 2)
+    cache, _ = _prefill(arch, params, group, 2)
 
     def generate(cache):
         def body(state):
             index, cache = state
             tokens = jnp.ones((4, 2), jnp.int32)
-            return index + 1, decoding.decode_step(config, params, cache, tokens, index)[1]
+            return index + 1, decoding.decode_step(decoder, params, cache, tokens, index)[1]
 
         return jax.lax.while_loop(lambda state: state[0] < 6, body, (jnp.int32(0), cache))[1]
 

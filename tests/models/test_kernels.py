@@ -15,16 +15,14 @@ import numpy as np
 import pytest
 
 from copg_jax import flops, sharding
+from copg_jax.config.sections import ATTENTIONS, MeshConfig
 from copg_jax.errors import InputError
 from copg_jax.models import attention, kernels
 from copg_jax.models.attention import prompt_attention
-from copg_jax.models.params import (
-    ATTENTIONS,
-    REMAT_POLICIES,
-    abstract_params,
-    init_params,
-    logical_axes,
-)
+from copg_jax.models.decoder import REMAT_POLICIES
+from copg_jax.models.forward import make_seq_logp
+from copg_jax.models.params import abstract_params, init_params, logical_axes
+from copg_jax.sharding import Partitioner
 from experiments.planning.topology import open_topology
 from tests import toys
 from tests.models import dense
@@ -96,7 +94,7 @@ def test_what_stands_in_padding_changes_nothing_and_leaves_only_finite_numbers(a
     assert np.isfinite(np.asarray(mixed, np.float32)).all()
     other = attend(*(jnp.where(valid, x, 99.0).astype(x.dtype) for x in (q, k, v)))
     np.testing.assert_array_equal(jnp.where(valid, mixed, 0), jnp.where(valid, other, 0))
-    # A loss that reads rows of padding, as the slots of unpacked batches are read by later layers.
+    # A loss that reads rows of padding, as later layers read those of batches without a layout.
     grads = jax.grad(lambda *x: attend(*x).astype(jnp.float32).sum(), argnums=(0, 1, 2))(q, k, v)
     assert all(np.isfinite(np.asarray(grad, np.float32)).all() for grad in grads)
 
@@ -105,9 +103,11 @@ def test_what_stands_in_padding_changes_nothing_and_leaves_only_finite_numbers(a
 def test_a_fused_kernel_on_any_mesh_computes_the_same(anywhere, sizes):
     q, k, v, length = dense.random_prompts(256, (4, 2), 8, "float32", [256, 1, 200, 77])
     cotangent = jax.random.normal(jax.random.key(9), q.shape)
-    attend = partial(prompt_attention, prompt_length=length, backend="splash")
-    with sharding.batch_parallel(toys.mesh(*sizes)):
-        actual = dense.loss_and_grads(attend, q, k, v, length, cotangent)
+    partitioner = Partitioner(toys.mesh(*sizes))
+    attend = partial(
+        prompt_attention, prompt_length=length, backend="splash", partitioner=partitioner
+    )
+    actual = dense.loss_and_grads(attend, q, k, v, length, cotangent)
     desired = dense.loss_and_grads(dense.prompt_attention, q, k, v, length, cotangent)
     for name, got, wanted in zip(("mixed", "q", "k", "v"), actual, desired, strict=True):
         assert dense.error(got, wanted) < 1e-5, name
@@ -115,15 +115,14 @@ def test_a_fused_kernel_on_any_mesh_computes_the_same(anywhere, sizes):
 
 def _gradient(mesh, **change):
     """Of the log-probabilities of a batch."""
-    config = dataclasses.replace(toys.LLAMA, **change)
-    batch = toys.in_blocks(toys.group_batch(np.ones((8, 2))), sharding.num_batch_shards(mesh))
-    params = init_params(config, jax.random.key(0))
-    layout = sharding.shardings(mesh, logical_axes(config), params)
+    arch = dataclasses.replace(toys.LLAMA, **change)
+    batch = toys.in_bins(toys.group_batch(np.ones((8, 2))), sharding.num_batch_shards(mesh))
+    params = init_params(arch, jax.random.key(0))
+    shardings = sharding.shardings(mesh, logical_axes(arch), params)
+    seq_logp = make_seq_logp(arch, Partitioner(mesh))
     run = jax.jit(
-        sharding.batch_parallel(mesh)(
-            jax.grad(lambda params, batch: policy.seq_logp(config, params, batch).sum())
-        ),
-        in_shardings=(layout, sharding.batch_sharding(mesh)),
+        jax.grad(lambda params, batch: seq_logp(params, batch).sum()),
+        in_shardings=(shardings, sharding.batch_sharding(mesh)),
     )
     return toys.leaves(run(params, batch))
 
@@ -173,10 +172,10 @@ BFLOAT16 = dataclasses.replace(toys.LLAMA, dtype="bfloat16", head_dim=64)
     ],
 )
 def test_auto_takes_the_kernel_of_the_devices_where_it_fits(mesh, change, best):
-    config = dataclasses.replace(BFLOAT16, **change)
-    assert kernels.choose("auto", config, mesh) == dataclasses.replace(config, attention=best)
-    assert kernels.choose("xla", config, mesh).attention == "xla"
-    assert kernels.choose(best, config, mesh).attention == best
+    arch = dataclasses.replace(BFLOAT16, **change)
+    assert kernels.choose("auto", arch, mesh) == dataclasses.replace(arch, attention=best)
+    assert kernels.choose("xla", arch, mesh).attention == "xla"
+    assert kernels.choose(best, arch, mesh).attention == best
 
 
 @pytest.mark.parametrize(
@@ -226,10 +225,10 @@ def test_all_policies_but_full_store_what_attention_mixed(
 
 def test_each_policy_multiplies_more_than_the_one_before_but_dots_which_stores_every_product():
     def count(remat):
-        config = dataclasses.replace(toys.LLAMA, num_hidden_layers=4, remat=remat)
-        batch = toys.in_blocks(toys.group_batch(np.ones((2, 2))), 1)
-        loss = lambda params: policy.seq_logp(config, params, batch).sum()
-        return flops.matmul_flops(jax.jit(jax.grad(loss)).trace(abstract_params(config)).jaxpr)
+        arch = dataclasses.replace(toys.LLAMA, num_hidden_layers=4, remat=remat)
+        batch = toys.in_bins(toys.group_batch(np.ones((2, 2))), 1)
+        loss = lambda params: make_seq_logp(arch)(params, batch).sum()
+        return flops.matmul_flops(jax.jit(jax.grad(loss)).trace(abstract_params(arch)).jaxpr)
 
     none, dots, mlp, full = map(count, REMAT_POLICIES)
     assert none == dots < mlp < full
@@ -237,9 +236,9 @@ def test_each_policy_multiplies_more_than_the_one_before_but_dots_which_stores_e
 
 def test_cudnn_is_called_for_the_shards_of_a_mesh(cudnn_traces):
     q, k, v, length = dense.random_prompts(300, (4, 2), 64, "bfloat16", [300, 7, 20, 90])
-    with sharding.batch_parallel(toys.mesh(1, 2, 2)):
-        loss = lambda *x: prompt_attention(*x, backend="cudnn").astype(jnp.float32).sum()
-        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, v, length)
+    attend = partial(prompt_attention, backend="cudnn", partitioner=Partitioner(toys.mesh(1, 2, 2)))
+    loss = lambda *x: attend(*x).astype(jnp.float32).sum()
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, v, length)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     calls = [line for line in text.splitlines() if "__cudnn$fmhaSoftmax" in line]
     assert len(calls) == 2
@@ -262,10 +261,9 @@ def test_cudnn_agrees_with_the_definition_on_an_nvidia_gpu():
 
 def test_products_of_a_kernel_are_counted_over_all_its_blocks_and_devices():
     q, k, v, length = dense.random_prompts(600, (4, 2), 8, "bfloat16", [600] * 4)
-    attend = lambda *x: prompt_attention(*x, length, backend="splash")
-    alone = flops.matmul_flops(jax.jit(attend).trace(q, k, v).jaxpr)
-    with sharding.batch_parallel(toys.mesh(1, 2, 2)):
-        cut = flops.matmul_flops(jax.jit(lambda *x: attend(*x)).trace(q, k, v).jaxpr)
+    attend = partial(prompt_attention, prompt_length=length, backend="splash")
+    on_four = partial(attend, partitioner=Partitioner(toys.mesh(1, 2, 2)))
+    alone, cut = (flops.matmul_flops(jax.jit(f).trace(q, k, v).jaxpr) for f in (attend, on_four))
     # Two blocks of 384 both ways; scores and mixing are a product each.
     assert alone == cut == 2 * 2 * 4 * 4 * (2 * 384) ** 2 * 8
 
@@ -280,13 +278,16 @@ def no_new_cache_entries():
     jax.config.update(option, before)
 
 
+@pytest.mark.oracle("libtpu")
 @pytest.mark.parametrize(("size", "head_dim"), [(344, 64), (1100, 128)])
 def test_splash_compiles_for_a_slice_of_tpus(no_new_cache_entries, size, head_dim):
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("NOT CHECKED: splash attention under the TPU compiler; it needs the tpu extra")
-    mesh = sharding.make_mesh(sharding.MeshConfig(1, 2, 2), list(open_topology("v5e:2x2").devices))
-    config = dataclasses.replace(BFLOAT16, head_dim=head_dim)
-    backend = kernels.choose("auto", config, mesh).attention
+    mesh = sharding.make_mesh(MeshConfig(1, 2, 2), list(open_topology("v5e:2x2").devices))
+    arch = dataclasses.replace(BFLOAT16, head_dim=head_dim)
+    attend = partial(
+        prompt_attention,
+        backend=kernels.choose("auto", arch, mesh).attention,
+        partitioner=Partitioner(mesh),
+    )
     rows = sharding.batch_sharding(mesh)
     shapes = [((4, size, heads, head_dim), jnp.bfloat16) for heads in (4, 2, 2)]
     arguments = [
@@ -295,10 +296,8 @@ def test_splash_compiles_for_a_slice_of_tpus(no_new_cache_entries, size, head_di
     ]
 
     def total(*x: jax.Array) -> jax.Array:
-        return prompt_attention(*x, backend=backend).astype(jnp.float32).sum()
+        return attend(*x).astype(jnp.float32).sum()
 
-    with sharding.batch_parallel(mesh):
-        lowered = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(*arguments)
-    text = lowered.compile().as_text()
+    text = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(*arguments).compile().as_text()
     toys.names_all(text, ["splash_mha_fwd", "splash_mha_dkv"])
     assert ("splash_mha_dq" in text) == (size > 512)

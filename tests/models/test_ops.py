@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from copg_jax.models import ops
+
 EPS = 1e-5
 
 
@@ -18,7 +20,7 @@ def _plain_norm(x, scale):
 
 
 def _norm(x, scale):
-    return primitives.rms_norm(x, scale, EPS)
+    return ops.rms_norm(x, scale, EPS)
 
 
 def _gradients(function, gradient, *inputs):
@@ -74,9 +76,9 @@ def test_the_norm_is_computed_in_float32_and_its_scale_has_a_float32_gradient():
 def test_gradients_of_a_product_are_those_of_its_definition(leading):
     x, matrix, gradient = _normal(0, *leading, 4), _normal(1, 4, 6), _normal(2, *leading, 6)
     plain = lambda x, matrix: jnp.tensordot(x, matrix, 1)
-    np.testing.assert_allclose(primitives.linear(x, matrix), plain(x, matrix), atol=1e-5)
+    np.testing.assert_allclose(ops.linear(x, matrix), plain(x, matrix), atol=1e-5)
     wanted = _gradients(plain, gradient, x, matrix)
-    for got, value in zip(_gradients(primitives.linear, gradient, x, matrix), wanted, strict=True):
+    for got, value in zip(_gradients(ops.linear, gradient, x, matrix), wanted, strict=True):
         np.testing.assert_allclose(got, value, atol=1e-5)
 
 
@@ -87,5 +89,5 @@ def test_the_weight_gradient_of_a_product_transposes_nothing():
         gradient = lambda x, matrix, gradient: jax.vjp(function, x, matrix)[1](gradient)[1]
         return "transpose[" in str(jax.make_jaxpr(gradient)(*inputs))
 
-    assert not transposed(primitives.linear)
+    assert not transposed(ops.linear)
     assert transposed(lambda x, matrix: jnp.einsum("btd,df->btf", x, matrix))

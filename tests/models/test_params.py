@@ -12,13 +12,13 @@ from copg_jax.models.params import Architecture, abstract_params, init_params, l
 
 @pytest.mark.parametrize("head", ["lm", "score"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_one_table_describes_shapes_axes_and_initialisation(config, head, tied):
-    config = dataclasses.replace(config, tie_word_embeddings=tied)
-    drawn = init_params(config, jax.random.key(0), head=head)
+def test_one_table_describes_shapes_axes_and_initialisation(arch, head, tied):
+    arch = dataclasses.replace(arch, tie_word_embeddings=tied)
+    drawn = init_params(arch, jax.random.key(0), head=head)
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), drawn)
-    abstract = abstract_params(config, head=head)
+    abstract = abstract_params(arch, head=head)
     assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), abstract)
-    axes = logical_axes(config, head=head)
+    axes = logical_axes(arch, head=head)
     ranks = jax.tree.map(len, axes, is_leaf=lambda x: isinstance(x, tuple))
     assert ranks == jax.tree.map(lambda x: x.ndim, drawn)
     assert ("lm_head" in drawn) == (head == "lm" and not tied)
@@ -26,8 +26,8 @@ def test_one_table_describes_shapes_axes_and_initialisation(config, head, tied):
 
 
 def test_score_head_is_drawn_with_the_published_scale():
-    config = Architecture(8, 4000, 2, 2, 1, 1, 2)
-    score = init_params(config, jax.random.key(0), head="score")["score"]
+    arch = Architecture(8, 4000, 2, 2, 1, 1, 2)
+    score = init_params(arch, jax.random.key(0), head="score")["score"]
     np.testing.assert_allclose(np.std(score), 4001**-0.5, rtol=0.05)
 
 
@@ -42,6 +42,6 @@ def test_score_head_is_drawn_with_the_published_scale():
         ({"remat": "some"}, "remat"),
     ],
 )
-def test_impossible_sizes_are_refused_by_name(config, change, field):
+def test_impossible_sizes_are_refused_by_name(arch, change, field):
     with pytest.raises(InputError, match=field):
-        dataclasses.replace(config, **change)
+        dataclasses.replace(arch, **change)

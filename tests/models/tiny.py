@@ -16,9 +16,10 @@ import transformers
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from copg_jax.data.groups import GroupBatch, with_slots
+from copg_jax.data.groups import GroupBatch
+from copg_jax.models.decoder import Decoder
 from copg_jax.models.forward import predictive_hidden
-from copg_jax.models.layout import Packing
+from copg_jax.models.layout import Capacity, GroupPacking, Shape
 from copg_jax.models.params import Architecture, Params
 
 VOCAB = 61
@@ -130,61 +131,77 @@ def group_of(tokens: np.ndarray, cut: int, length: np.ndarray | None = None) -> 
     """Rows of ids [B, T] as groups of one completion, which begins at `cut`."""
     b, size = tokens.shape
     length = np.full(b, size) if length is None else length
-    batch = GroupBatch(
-        prompt_tokens=(tokens[:, :cut],),
+    return GroupBatch(
+        prompt_tokens=tokens[:, :cut],
         prompt_length=np.full(b, cut),
         completion_tokens=tokens[:, None, cut:],
         completion_length=(length - cut)[:, None],
         reward=np.zeros((b, 1), np.float32),
         ref_logp=np.zeros((b, 1), np.float32),
-        token_slots=None,
-        completion_slots=None,
     )
-    return with_slots(batch)
+
+
+def shape_of(
+    group: GroupBatch, num_bins: int, spare: tuple[int, int] = (0, 0), *, buckets: bool = False
+) -> Shape:
+    """The shape that the groups need in so many bins, in their order.
+
+    Args:
+        group: its lengths are read.
+        num_bins: R, divides B.
+        spare: capacity beyond what the fullest bin needs: all tokens, and those of completions.
+        buckets: each place is as narrow as the longest prompt in it, which no run would cut so
+            fine; else all are as wide as the batch.
+    """
+    in_place = group.prompt_length.reshape(num_bins, -1)
+    own = group.completion_length.reshape(num_bins, -1).sum(1)
+    both = in_place.sum(1) + own
+    size = group.prompt_tokens.shape[1]
+    widths = in_place.max(0).tolist() if buckets else [size] * in_place.shape[1]
+    capacity = Capacity(int(both.max()) + spare[0], int(own.max()) + spare[1])
+    return Shape(num_bins, tuple(widths), size, *group.completion_tokens.shape[1:], capacity)
+
+
+def laid_out(
+    group: GroupBatch, num_bins: int, spare: tuple[int, int] = (0, 0), *, buckets: bool = False
+) -> GroupBatch:
+    """The batch with the layout of `shape_of`."""
+    shape = shape_of(group, num_bins, spare, buckets=buckets)
+    return group._replace(layout=shape.layout(group.prompt_length, group.completion_length))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def predictive(config: Architecture, params: Params, group: GroupBatch) -> jax.Array:
-    """The states that predict each completion token, in slots: [B, K, C, D]; 0 if not computed."""
-    num_blocks, shape = len(group.completion_slots), group.completion_tokens.shape
-    packing = Packing.of(group.completion_slots, group.completion_tokens.size // num_blocks)
-    hidden = predictive_hidden(config, params, group)
-    return layout.unpack(hidden).reshape(*shape, -1)
-
-
-def padded_prompts(group: GroupBatch) -> np.ndarray:
-    """Prompts in the order of the groups, as wide as the widest bucket, padded with 0; [B, P]."""
-    num_blocks, size = len(group.token_slots), max(x.shape[1] for x in group.prompt_tokens)
-    wide = [np.pad(x, [(0, 0), (0, size - x.shape[1])]) for x in group.prompt_tokens]
-    places = [x.reshape(num_blocks, -1, size) for x in wide]
-    return np.concatenate(places, axis=1).reshape(-1, size)
+def predictive(arch: Architecture, params: Params, group: GroupBatch) -> jax.Array:
+    """The states that predict each completion token, padded: [B, K, C, D]; 0 if not computed."""
+    packing = GroupPacking.of(group)
+    hidden = predictive_hidden(Decoder(arch), params, group, packing)
+    return packing.completions.unpack(hidden).reshape(*group.completion_tokens.shape, -1)
 
 
 def sequences(group: Any) -> jax.Array:
     """Each completion after its prompt, without a gap: ids [B * K, P + C], right-padded with 0."""
     b, k, c = group.completion_tokens.shape
-    prompts = padded_prompts(group)
-    rows = np.zeros((b, k, prompts.shape[1] + c), np.int32)
+    rows = np.zeros((b, k, group.prompt_tokens.shape[1] + c), np.int32)
     for i, j in np.ndindex(b, k):
         length = group.prompt_length[i]
-        rows[i, j, :length] = prompts[i, :length]
+        rows[i, j, :length] = group.prompt_tokens[i, :length]
         rows[i, j, length : length + c] = group.completion_tokens[i, j]
     return jnp.asarray(rows.reshape(b * k, -1))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def plain_hidden(config: Architecture, params: Params, tokens: jax.Array) -> jax.Array:
+def plain_hidden(arch: Architecture, params: Params, tokens: jax.Array) -> jax.Array:
     """The model on rows of ids [N, T] -> [N, T, D]: no groups, no scan, kv heads repeated."""
-    return jax.vmap(lambda row: _plain_row(config, params, row))(tokens)
+    return jax.vmap(lambda row: _plain_row(arch, params, row))(tokens)
 
 
-def _plain_row(config: Architecture, params: Params, tokens: jax.Array) -> jax.Array:
+def _plain_row(arch: Architecture, params: Params, tokens: jax.Array) -> jax.Array:
 
     def norm(x, scale):
-        return x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + config.rms_norm_eps) * scale[None]
+        return x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + arch.rms_norm_eps) * scale[None]
 
-    half = config.head_dim // 2
-    frequency = 1 / config.rope_theta ** (jnp.arange(half) / half)
+    half = arch.head_dim // 2
+    frequency = 1 / arch.rope_theta ** (jnp.arange(half) / half)
     angle = jnp.outer(jnp.arange(len(tokens)), frequency)[:, None, :]
 
     def rotary(x):
@@ -192,15 +209,15 @@ def _plain_row(config: Architecture, params: Params, tokens: jax.Array) -> jax.A
         return jnp.concatenate([pairs.real, pairs.imag], -1)
 
     x = params["embed_tokens"][tokens]
-    repeats = config.num_attention_heads // config.num_key_value_heads
-    for i in range(config.num_hidden_layers):
+    repeats = arch.num_attention_heads // arch.num_key_value_heads
+    for i in range(arch.num_hidden_layers):
         stacks = params["layers"], params["last_layer"]
         w = {name: jnp.concatenate([s[name] for s in stacks])[i] for name in stacks[0]}
         y = norm(x, w["input_layernorm"])
         q = rotary(jnp.tensordot(y, w["q_proj"], 1))
         k = jnp.repeat(rotary(jnp.tensordot(y, w["k_proj"], 1)), repeats, axis=1)
         v = jnp.repeat(jnp.tensordot(y, w["v_proj"], 1), repeats, axis=1)
-        scores = jnp.einsum("qhe,khe->hqk", q, k) / config.head_dim**0.5
+        scores = jnp.einsum("qhe,khe->hqk", q, k) / arch.head_dim**0.5
         future = jnp.triu(jnp.ones(scores.shape[1:], bool), 1)[None]
         weights = jax.nn.softmax(jnp.where(future, -jnp.inf, scores), -1)
         x = x + jnp.tensordot(jnp.einsum("hqk,khe->qhe", weights, v), w["o_proj"], 2)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import pytest
 
 from copg_jax import sharding
@@ -19,7 +18,7 @@ from copg_jax.models.params import abstract_params
 from experiments import plan as script
 from experiments.planning import plan as planning
 from experiments.planning.plan import Plan, make_plan
-from experiments.planning.program import STAGES, Program, make_program, read_architecture
+from experiments.planning.program import STAGES, Program, make_program, open_architecture
 from experiments.planning.topology import open_topology
 from tests import toys
 from tests.models import tiny
@@ -48,8 +47,8 @@ def config_of(stage: str, architecture: Path, *arguments: str) -> Any:
 def test_the_step_of_every_stage_is_traced_with_its_shardings(stage: str, architecture: Path):
     config = config_of(stage, architecture)
     mesh = sharding.make_mesh(sharding.MeshConfig())
-    program = make_program(config, read_architecture(config.model), mesh)
-    jaxpr = program.function.trace(*program.arguments).jaxpr
+    program = make_program(config, open_architecture(config.model), mesh)
+    jaxpr = program.function.trace(*program.arguments, **program.keywords).jaxpr
     flops = matmul_flops(jaxpr, loop_trips=program.loop_trips)
     assert 0.5 < flops / program.useful_flops < 5
     assert program.trains == (stage != "evaluate")
@@ -61,15 +60,14 @@ def test_a_batch_is_as_long_as_the_config_allows_and_filled_like_tldr(architectu
     limits = ["data.max_prompt_tokens=512", "data.max_completion_tokens=64"]
     config = config_of("policy", architecture, "training.batch_size=128", *limits)
     mesh = sharding.make_mesh(sharding.MeshConfig())
-    program = make_program(config, read_architecture(config.model), mesh)
+    program = make_program(config, open_architecture(config.model), mesh)
     batch = program.arguments[1]
-    widths = [x.shape[1] for x in batch.prompt_tokens]
-    assert widths[0] == 512 and widths == sorted(widths, reverse=True)
-    assert sum(len(x) for x in batch.prompt_tokens) == 128
+    widths = list(batch.layout.prompt_sizes)
+    assert widths[0] == 512 and widths == sorted(widths, reverse=True) and widths[-1] < 512
+    assert batch.prompt_tokens.shape == (128, 512)
     assert batch.completion_tokens.shape == (128, 2, 64)
     assert program.num_tokens == pytest.approx(128 * (343 + 2 * 34), rel=0.01)
-    computed = np.prod(batch.token_slots.shape)
-    assert program.num_tokens <= computed < 1.05 * program.num_tokens
+    assert program.num_tokens <= batch.layout.num_computed < 1.05 * program.num_tokens
 
 
 def test_sampling_is_planned_for_the_longest_prompts_of_an_evaluation(architecture: Path):
@@ -77,9 +75,11 @@ def test_sampling_is_planned_for_the_longest_prompts_of_an_evaluation(architectu
     limits = [f"evaluation.generation.{size}" for size in sizes]
     config = config_of("evaluate", architecture, "evaluation.data.max_prompt_tokens=1024", *limits)
     mesh = sharding.make_mesh(sharding.MeshConfig())
-    program = make_program(config, read_architecture(config.model), mesh)
-    _, tokens, length, *_ = program.arguments
-    assert tokens[0].shape[1] == 1024 and sum(len(x) for x in tokens) == length.shape[0] == 16
+    program = make_program(config, open_architecture(config.model), mesh)
+    _, tokens, length, layout, _ = program.arguments
+    assert tokens.shape == (16, 1024) and length.shape == (16,)
+    prompts = program.num_tokens - 16 * 8
+    assert prompts <= layout.num_computed < tokens.size
     # The top quarter of TL;DR's lengths has 410 tokens and more.
     assert program.num_tokens > 16 * (410 + 8)
 
@@ -130,11 +130,11 @@ def test_a_policy_that_evaluates_shares_its_chips_with_the_reference_and_the_rew
     reward = "{function: copg_jax.rewards.RewardModel, arguments: {path: x, dtype: bfloat16}}"
     evaluation = ["evaluation.data.path=x", f"evaluation.rewards=[{reward}]"]
     config = config_of("policy", architecture, "model.dtype=float32", *evaluation)
-    model, mesh = read_architecture(config.model), sharding.make_mesh(sharding.MeshConfig(data=2))
-    sizes = [leaf.size for leaf in jax.tree.leaves(abstract_params(model))]
+    arch, mesh = open_architecture(config.model), sharding.make_mesh(sharding.MeshConfig(data=2))
+    sizes = [leaf.size for leaf in jax.tree.leaves(abstract_params(arch))]
     # The reward model is cut over all devices, the reference as the policy is.
-    assert make_program(config, model, mesh).frozen_bytes == (2 / 8 + 4 / 4) * sum(sizes)
-    assert make_program(replace(config, evaluation=None), model, mesh).frozen_bytes == 0
+    assert make_program(config, arch, mesh).frozen_bytes == (2 / 8 + 4 / 4) * sum(sizes)
+    assert make_program(replace(config, evaluation=None), arch, mesh).frozen_bytes == 0
 
     def large(*arguments: Any) -> Program:
         return make_program(*arguments)._replace(frozen_bytes=200 * 2**30)
@@ -147,14 +147,14 @@ def test_a_policy_that_evaluates_shares_its_chips_with_the_reference_and_the_rew
 
 def test_a_model_that_is_not_here_is_refused_with_one_that_is():
     with pytest.raises(InputError, match=r"meta-llama/Llama-2-7b-hf.*configs/models/llama2_7b"):
-        read_architecture(load_config(STAGES["sft"], LLAMA2_7B).model)
+        open_architecture(load_config(STAGES["sft"], LLAMA2_7B).model)
 
 
 @pytest.mark.parametrize(("size", "layers"), [("7b", 32), ("70b", 80)])
 def test_published_architectures_are_at_hand(size: str, layers: int):
     path = f"configs/models/llama2_{size}"
     assert (
-        read_architecture(
+        open_architecture(
             load_config(STAGES["sft"], ["output_dir=x", "data.path=x", f"model.path={path}"]).model
         ).num_hidden_layers
         == layers

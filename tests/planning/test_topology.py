@@ -9,9 +9,7 @@ from copg_jax.errors import InputError
 from experiments.planning.topology import open_topology
 from tests import toys
 
-needs_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler (libtpu) is not installed"
-)
+needs_compiler = pytest.mark.oracle("libtpu")
 
 
 def test_gpus_are_as_many_virtual_devices_with_the_numbers_of_the_gpu():

@@ -10,15 +10,23 @@ import numpy as np
 import pytest
 
 from copg_jax import rewards
+from copg_jax.config.sections import RewardSpec
 from copg_jax.data.formats.columns import TextGroup
-from copg_jax.data.generated import write_generated
-from copg_jax.data.groups import collate
+from copg_jax.data.groups import TokenGroup, collate
 from copg_jax.data.tokenizer import Encoder, load_tokenizer
 from copg_jax.errors import InputError
 from copg_jax.hf import weights as hf_weights
-from copg_jax.models.forward import reward as model_reward
+from copg_jax.models.forward import make_score
 from copg_jax.models.params import init_params
-from copg_jax.rewards import RewardModel, RewardSpec, WeightedRewards, load_reward, score_texts
+from copg_jax.rewards import RewardModel
+from copg_jax.rewards.functions import (
+    RewardFn,
+    WeightedRewards,
+    load_reward,
+    pairwise_accuracy,
+    score_texts,
+)
+from experiments.generated import write_generated
 from tests.toys import LLAMA, names_all
 
 NOT_CALLABLE = 3
@@ -29,7 +37,7 @@ def some(prompts: list[str], completions: list[str], **columns: Any) -> list[flo
     return [float(len(text)) if text else None for text in completions]
 
 
-def make_scaled(factor: float) -> rewards.RewardFn:
+def make_scaled(factor: float) -> RewardFn:
     """Factory of a reward function."""
     return lambda prompts, completions, **_: [factor * len(text) for text in completions]
 
@@ -48,11 +56,17 @@ def test_a_path_that_leads_nowhere_is_named_with_the_form_of_one_that_does(path,
     names_all(str(caught.value), [repr(path), reason, "copg_jax.rewards.rouge_l", "PYTHONPATH"])
 
 
-@pytest.mark.parametrize("name", [f"{__name__}.NOT_CALLABLE", "copg_jax.rewards.RewardModel"])
-def test_what_is_not_a_function_is_refused(name):
-    with pytest.raises(InputError, match="not a function; a class needs `arguments`") as caught:
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        (f"{__name__}.NOT_CALLABLE", "is not a function, got int"),
+        ("copg_jax.rewards.RewardModel", "is not a function; a class needs `arguments`"),
+    ],
+)
+def test_what_is_not_a_function_is_refused(name, reason):
+    with pytest.raises(InputError) as caught:
         load_reward(RewardSpec(name))
-    assert name in str(caught.value)
+    names_all(str(caught.value), [name, reason])
 
 
 def test_arguments_go_to_a_factory_and_wrong_ones_are_named():
@@ -140,8 +154,8 @@ def test_pairwise_accuracy_counts_strictly_ordered_pairs_and_ties_as_wrong():
         group("aaa,bb,c", (3.0, 2.0, None)),  # one pair with labels: right
         group("a,b", None),
     ]
-    assert rewards.pairwise_accuracy(some, labelled) == pytest.approx(2 / 4)
-    assert math.isnan(rewards.pairwise_accuracy(some, [group("a,b", (1.0, 1.0))]))
+    assert pairwise_accuracy(some, labelled) == pytest.approx(2 / 4)
+    assert math.isnan(pairwise_accuracy(some, [group("a,b", (1.0, 1.0))]))
 
 
 @pytest.fixture(scope="module")
@@ -150,10 +164,10 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("reward")
     write_generated(folder / "data", num_posts=20, num_comparisons=2, seed=0, vocab_size=300)
     tokenizer = load_tokenizer(folder / "data" / "tokenizer")
-    config = replace(LLAMA, vocab_size=len(tokenizer))
-    params = init_params(config, jax.random.key(0), head="score")
+    arch = replace(LLAMA, vocab_size=len(tokenizer))
+    params = init_params(arch, jax.random.key(0), head="score")
     params = jax.tree.map(lambda x: x if x.ndim == 1 else 10 * x, params)
-    hf_weights.save_pretrained(folder / "m", config, params, head="score", tokenizer=tokenizer)
+    hf_weights.save_pretrained(folder / "m", arch, params, head="score", tokenizer=tokenizer)
     return folder / "m"
 
 
@@ -191,10 +205,10 @@ def test_the_reward_model_uses_all_devices_where_their_number_does_not_divide_it
 
 
 def test_the_reward_model_gives_the_number_that_its_training_saw(folder, together):
-    config = hf_weights.read_config(folder)
-    params = hf_weights.load_params(folder, config, head="score")
+    arch = hf_weights.read_architecture(folder)
+    params = hf_weights.load_params(folder, arch, head="score")
     encoder = Encoder(load_tokenizer(folder))
-    group = rewards.TokenGroup(
+    group = TokenGroup(
         "i",
         "w",
         PROMPTS[0],
@@ -204,10 +218,8 @@ def test_the_reward_model_gives_the_number_that_its_training_saw(folder, togethe
             np.asarray(encoder.encode_completion(t), np.int32) for t in (TEXTS[0], " " + TEXTS[1])
         ),
     )
-    batch = collate(
-        [group], batch_size=2, prompt_sizes=(40, 40), num_completions=3, completion_size=40
-    )
-    scores = jax.jit(lambda p, b: model_reward(config, p, b))(params, batch)
+    batch = collate([group, None], prompt_size=40, num_completions=3, completion_size=40)
+    scores = jax.jit(make_score(arch))(params, batch)
     np.testing.assert_allclose(scores[0, :2], together[:2], atol=1e-5)
 
 

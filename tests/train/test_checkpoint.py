@@ -9,7 +9,7 @@ import pytest
 from copg_jax.errors import InputError
 from copg_jax.train import state as train_state
 from copg_jax.train.checkpoint import Checkpoints
-from tests.toys import Toy, assert_trees_equal, group_batch, leaves, mesh
+from tests.toys import Toy, assert_trees_equal, group_batch, leaves, mesh, names_all
 
 METRIC = "eval/reward_mean"
 
@@ -112,6 +112,25 @@ def test_a_checkpoint_of_another_model_or_optimiser_is_refused(tmp_path, trained
     ):
         checkpoints.restore(1, abstract, layout)
     assert str(tmp_path / "1") in str(caught.value)
+
+
+def test_the_arrays_of_another_layout_of_the_optimiser_are_named(tmp_path, trained):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, trained.state)
+    # The same Adam, with its moments one level deeper: the layout of an earlier version, say.
+    optimizer = optax.chain(optax.chain(optax.scale_by_adam()), optax.scale(-0.1))
+    other = Toy(trained.mesh, optimizer=optimizer)
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(InputError) as caught:
+        checkpoints.restore(1, other.abstract, other.layout)
+    names_all(
+        str(caught.value),
+        [
+            "opt_state.0.0.mu.w: wanted (8,), got nothing",
+            "opt_state.0.mu.w: wanted nothing, got (8,)",
+            "another output_dir",
+        ],
+    )
+    assert "params.w" not in str(caught.value)
 
 
 def test_a_state_that_halted_may_try_again_when_restored(tmp_path, trained):

@@ -4,24 +4,26 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from copg_jax.config.sections import TrainingConfig
 from copg_jax.errors import InputError
 from copg_jax.tracking import MetricsLogger
 from copg_jax.train import loop
+from copg_jax.train import metrics as train_metrics
 from copg_jax.train.checkpoint import Checkpoints
-from copg_jax.train.metrics import NonFiniteLoss
+from copg_jax.train.metrics import LateMetrics, NonFiniteLoss
 from copg_jax.train.state import TrainState
 from tests.toys import Toy, assert_trees_equal, leaves, mesh, names_all, toy_batches
 
 METRIC = "eval/reward_mean"
 STEPS = 7
-StepFn = Callable[[TrainState, Any], Any]
 
 
 def reward_of(params: Any, step: int) -> tuple[dict[str, float], dict[str, str]]:
@@ -36,30 +38,30 @@ def train(
     sizes: tuple[int, int, int] = (1, 1, 1),
     evaluate: loop.Evaluate | None = reward_of,
     spoil: Callable[[Iterator[Any]], Iterator[Any]] = iter,
-    watch: Callable[[StepFn], StepFn] = lambda step_fn: step_fn,
+    watch: Callable[[loop.StepFn], loop.StepFn] = lambda step_fn: step_fn,
+    more_hooks: Sequence[loop.Hook] = (),
     **options: Any,
 ) -> TrainState:
     """Starts or resumes a run of the toy problem, as the stages do."""
     toy = Toy(mesh(*sizes))
-    settings = {"eval_every": 2, "save_every": 3} | options
+    config = TrainingConfig(**{"eval_every": 2, "save_every": 3} | options)
     with Checkpoints(folder / "checkpoints", best_metric=METRIC) as checkpoints:
         start = checkpoints.latest_step or 0
         state = checkpoints.restore(start, toy.abstract, toy.layout) if start else toy.state
         with MetricsLogger(
             folder, total_steps=STEPS, quiet=True, resume_step=start or None
         ) as logger:
+            evaluation = evaluate and loop.EvaluationHook(config, STEPS, evaluate, logger, METRIC)
+            saving = loop.CheckpointHook(config, STEPS, checkpoints, logger, evaluation)
             return loop.run(
-                step_fn=watch(toy.step),
-                state=state,
-                start_step=start,
-                num_steps=STEPS,
-                batches=spoil(toy_batches(STEPS, start)),
+                watch(lambda step, state, batch: toy.step(state, batch)),
+                state,
+                spoil(toy_batches(STEPS, start)),
+                range(start + 1, STEPS + 1),
                 mesh=toy.mesh,
-                logger=logger,
-                checkpoints=checkpoints,
-                evaluate=evaluate,
-                best_metric=METRIC if evaluate else None,
-                **settings,
+                metrics=LateMetrics(logger, checkpoints.folder, toy.mesh, None),
+                hooks=[*([evaluation] if evaluation else []), saving, *more_hooks],
+                begin_with_hooks=start == 0 or not checkpoints.is_evaluated(start),
             )
 
 
@@ -248,11 +250,10 @@ class Watched:
 def test_a_step_is_read_after_the_next_batch_was_fetched_and_the_next_step_started(tmp_path):
     events: list[str] = []
 
-    def watch(step_fn: StepFn) -> StepFn:
-        def watched_step(state: TrainState, batch: Any) -> Any:
-            step = sum(event.startswith("start") for event in events) + 1
+    def watch(step_fn: loop.StepFn) -> loop.StepFn:
+        def watched_step(step: int, state: TrainState, batch: Any) -> Any:
             events.append(f"start {step}")
-            state, metrics = step_fn(state, batch)
+            state, metrics = step_fn(step, state, batch)
             loss = Watched(metrics["loss"], lambda: events.append(f"read {step}"))
             return state, metrics | {"loss": loss}
 
@@ -298,6 +299,56 @@ def test_an_evaluation_without_a_reward_is_never_the_best(tmp_path):
         assert checkpoints.best() == (4, 1.0)
 
 
+class Noted:
+    """A hook of a user's own, at every third step, that notes its calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int]] = []
+
+    def is_due(self, step: int) -> bool:
+        return step % 3 == 0
+
+    def __call__(self, step: int, state: TrainState) -> None:
+        assert int(state.step) == step
+        self.calls.append(("reach", step))
+
+    def leave(self, step: int, state: TrainState) -> None:
+        assert int(state.step) == step
+        self.calls.append(("leave", step))
+
+
+def test_hooks_are_called_where_any_is_due_and_told_where_a_run_stops_before_its_time(tmp_path):
+    whole, cut = Noted(), Noted()
+    train(tmp_path / "whole", more_hooks=[whole])
+    # Its own steps are 0, 3 and 6; evaluations are at 2, 4 and 6, and the last step is 7.
+    assert whole.calls == [("reach", step) for step in (0, 2, 3, 4, 6, 7)]
+    with pytest.raises(SystemExit):
+        train(tmp_path / "cut", more_hooks=[cut], spoil=signal_at(3))
+    assert cut.calls == [("reach", 0), ("reach", 2), ("leave", 3)]
+
+
+def test_the_rates_of_steps_leave_out_the_evaluations_between_them(tmp_path, monkeypatch):
+    seconds = [0.0]
+    clock = SimpleNamespace(perf_counter=lambda: seconds[0])
+    monkeypatch.setattr(train_metrics, "time", clock)
+
+    def slow(params: Any, step: int) -> Any:
+        seconds[0] += 100.0
+        return reward_of(params, step)
+
+    def watch(step_fn: loop.StepFn) -> loop.StepFn:
+        def timed(step: int, state: TrainState, batch: Any) -> Any:
+            seconds[0] += 2.0
+            return step_fn(step, state, batch)
+
+        return timed
+
+    train(tmp_path, evaluate=slow, watch=watch, eval_every=1)
+    raw = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rates = [row["perf/pairs_per_sec"] for row in raw if "loss" in row]
+    assert rates == [8 / 2.0] * STEPS
+
+
 def test_a_batch_that_microbatches_and_mesh_do_not_divide_is_refused_with_one_that_they_do():
     loop.check_batch(32, 2, mesh(2, 2, 2))
     with pytest.raises(InputError) as caught:
@@ -319,4 +370,4 @@ def test_a_batch_that_microbatches_and_mesh_do_not_divide_is_refused_with_one_th
 )
 def test_a_value_out_of_range_is_named(field, value):
     with pytest.raises(InputError, match=field):
-        loop.TrainingConfig(**{field: value})
+        TrainingConfig(**{field: value})

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from copg_jax.train import metrics as step_metrics
+from copg_jax.train import metrics
 from tests.toys import group_batch, mesh
 
 
@@ -11,7 +11,7 @@ def test_the_rates_of_a_step_count_pairs_tokens_and_useful_operations(monkeypatc
     tokens = int(batch.prompt_length.sum()) + 16
     work = {"perf/pairs_per_sec": 3, "perf/tokens_per_sec": tokens}
     flops = lambda batch: 1e12 * len(batch.prompt_length)
-    assert step_metrics.work_of(batch, mesh(1, 4), flops) == work  # the peak of a CPU is not known
-    monkeypatch.setitem(step_metrics.PEAK_TFLOPS, "cpu", 10.0)
-    assert step_metrics.work_of(batch, mesh(1, 4), flops) == work | {"perf/mfu": 0.1}
-    assert step_metrics.work_of(batch, mesh(1, 4)) == work
+    assert metrics.work_of(batch, mesh(1, 4), flops) == work  # the peak of a CPU is not known
+    monkeypatch.setitem(metrics.PEAK_TFLOPS, "cpu", 10.0)
+    assert metrics.work_of(batch, mesh(1, 4), flops) == work | {"perf/mfu": 0.1}
+    assert metrics.work_of(batch, mesh(1, 4)) == work

@@ -1,53 +1,104 @@
-"""The optimiser against an independent Adam in NumPy, and its schedule."""
+"""The optimiser against an independent Adam in NumPy, and its learning rate against optax."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from copg_jax.config.sections import OptimConfig
 from copg_jax.errors import InputError
-from copg_jax.train.optim import OptimConfig, make_optimizer, make_schedule
+from copg_jax.train.optim import learning_rate, make_optimizer
+
+
+def rates(config: OptimConfig, num_steps: int) -> np.ndarray:
+    """Learning rate of every step."""
+    return np.array([learning_rate(config, num_steps, step) for step in range(num_steps)])
+
+
+def of_optax(config: OptimConfig, num_steps: int) -> optax.Schedule:
+    """The same, joined from the schedules of optax."""
+    warmup, peak = round(config.warmup_fraction * num_steps), config.learning_rate
+    if config.decay == "cosine":
+        after = optax.cosine_decay_schedule(peak, max(num_steps - warmup, 1))
+    else:
+        after = optax.constant_schedule(peak)
+    if not warmup:
+        return after
+    ramp = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+    return optax.join_schedules([ramp, after], [warmup])
+
+
+@pytest.mark.parametrize("decay", ["constant", "cosine"])
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.33, 1.0])
+@pytest.mark.parametrize("num_steps", [1, 3, 10, 97])
+def test_the_learning_rate_is_that_of_optax_to_float32(decay, fraction, num_steps):
+    config = OptimConfig(3e-4, fraction, decay)
+    schedule = jax.jit(jax.vmap(of_optax(config, num_steps)))
+    wanted = np.asarray(schedule(jnp.arange(num_steps)))
+    np.testing.assert_allclose(rates(config, num_steps), wanted, rtol=2e-6, atol=3e-11)
+    assert isinstance(learning_rate(config, num_steps, 0), float)
 
 
 def test_the_first_step_moves_and_the_warmup_ends_at_the_peak():
-    schedule = make_schedule(OptimConfig(learning_rate=2.0, warmup_fraction=0.1), 100)
-    rates = np.array([schedule(step) for step in range(100)])
-    np.testing.assert_allclose(rates[:10], 2.0 * np.arange(1, 11) / 10, rtol=1e-6)
-    np.testing.assert_allclose(rates[10:], 2.0, rtol=1e-6)
+    found = rates(OptimConfig(learning_rate=2.0, warmup_fraction=0.1), 100)
+    np.testing.assert_allclose(found[:10], 2.0 * np.arange(1, 11) / 10, rtol=1e-6)
+    np.testing.assert_allclose(found[10:], 2.0, rtol=1e-6)
 
 
 def test_cosine_falls_from_the_peak_to_zero_at_the_last_step():
     config = OptimConfig(learning_rate=2.0, warmup_fraction=0.2, decay="cosine")
-    schedule = make_schedule(config, 50)
-    assert float(schedule(9)) == pytest.approx(2.0)
-    assert float(schedule(30)) == pytest.approx(1.0)  # half way through the decay
-    assert float(schedule(50)) == pytest.approx(0.0, abs=1e-6)
-    assert float(schedule(49)) > 0
+    assert learning_rate(config, 50, 9) == pytest.approx(2.0)
+    assert learning_rate(config, 50, 30) == pytest.approx(1.0)  # half way through the decay
+    assert learning_rate(config, 50, 50) == pytest.approx(0.0, abs=1e-6)
+    assert learning_rate(config, 50, 49) > 0
 
 
 @pytest.mark.parametrize("decay", ["constant", "cosine"])
 def test_without_warmup_the_first_step_has_the_peak(decay):
-    schedule = make_schedule(OptimConfig(learning_rate=3.0, warmup_fraction=0.0, decay=decay), 5)
-    assert float(schedule(0)) == pytest.approx(3.0)
+    config = OptimConfig(learning_rate=3.0, warmup_fraction=0.0, decay=decay)
+    assert learning_rate(config, 5, 0) == pytest.approx(3.0)
 
 
 def test_a_warmup_of_one_step_and_a_run_that_is_all_warmup_are_finite():
     for fraction, num_steps in ((0.1, 10), (1.0, 4), (1.0, 1)):
-        schedule = make_schedule(OptimConfig(1.0, fraction, "cosine"), num_steps)
-        rates = [float(schedule(step)) for step in range(num_steps)]
-        assert all(0 < rate <= 1 for rate in rates), rates
+        found = rates(OptimConfig(1.0, fraction, "cosine"), num_steps)
+        assert ((found > 0) & (found <= 1)).all(), found
 
 
 def run(config: OptimConfig, gradients: np.ndarray, start: np.ndarray) -> np.ndarray:
     """Parameters after each update."""
-    optimizer = make_optimizer(config, len(gradients))
+    optimizer = make_optimizer(config)
     params = jnp.asarray(start)
     state, trace = optimizer.init(params), []
-    for gradient in gradients:
-        updates, state = optimizer.update(jnp.asarray(gradient), state, params)
+    for at, gradient in enumerate(gradients):
+        rate = learning_rate(config, len(gradients), at)
+        updates, state = optimizer.update(jnp.asarray(gradient), state, params, learning_rate=rate)
         params = optax.apply_updates(params, updates)
         trace.append(np.asarray(params))
     return np.stack(trace)
+
+
+@pytest.mark.parametrize("extra", [{}, {"weight_decay": 0.3}, {"clip_norm": 0.5}], ids=str)
+def test_updates_are_those_of_optax_s_adam_with_its_schedule(rng, extra):
+    config = OptimConfig(0.1, 0.3, "cosine", **extra)
+    parts = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
+    theirs = optax.chain(*parts, optax.adamw(of_optax(config, 8), weight_decay=config.weight_decay))
+    gradients = rng.normal(size=(8, 5)).astype(np.float32)
+    start = rng.normal(size=5).astype(np.float32)
+    params = jnp.asarray(start)
+    state, wanted = theirs.init(params), []
+    for gradient in gradients:
+        updates, state = theirs.update(jnp.asarray(gradient), state, params)
+        params = optax.apply_updates(params, updates)
+        wanted.append(np.asarray(params))
+    np.testing.assert_allclose(run(config, gradients, start), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_an_update_without_a_learning_rate_is_an_error():
+    optimizer, params = make_optimizer(OptimConfig()), jnp.ones(2)
+    with pytest.raises(KeyError, match="learning_rate"):
+        optimizer.update(params, optimizer.init(params), params)
 
 
 def numpy_adam(config: OptimConfig, gradients: np.ndarray, start: np.ndarray) -> np.ndarray:

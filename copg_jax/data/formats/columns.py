@@ -6,11 +6,10 @@
 3. What cannot be used raises `InvalidRow`; news articles come back as a reason to leave them out.
 """
 
-import json
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from copg_jax.data.formats.tldr import (
     Post,
@@ -29,7 +28,7 @@ NEWS = "CNN/DM article, not a TL;DR post"
 class TextGroup:
     """One prompt with K completions as text; `where` is the `file:line` it came from.
 
-    `rewards` and `ref_logps` have one entry per completion; None marks a completion to leave out.
+    `rewards` has one entry per completion; None marks a completion to leave out.
     """
 
     id: str
@@ -37,7 +36,6 @@ class TextGroup:
     prompt: str
     completions: tuple[str, ...]
     rewards: tuple[float | None, ...] | None = None
-    ref_logps: tuple[float | None, ...] | None = None
     columns: dict[str, Any] = field(default_factory=dict)
 
 
@@ -173,14 +171,8 @@ def _group_row(where: str, row: Row) -> TextGroup | str:
             "empty completion",
             "field 'completions' is an empty list: wanted at least one text.",
         )
-    rewards = _numbers(where, row, "rewards", len(texts))
-    ref_logps = _numbers(where, row, "ref_logps", len(texts))
-    used = ("prompt", "completions", "rewards", "ref_logps")
-    if "prompt_token_count" in row:  # the scored format keeps the original columns as JSON
-        used += ("prompt_token_count", "completion_token_counts", "sources", "columns")
-        row = json.loads(row["columns"]) | row
-    group = _prompt_row(where, row, texts, rewards, used=used)
-    return group if isinstance(group, str) else TextGroup(**{**vars(group), "ref_logps": ref_logps})
+    rewards = _rewards(where, row, len(texts))
+    return _prompt_row(where, row, texts, rewards, used=("prompt", "completions", "rewards"))
 
 
 def _prompt_row(
@@ -214,7 +206,7 @@ def _prompt_row(
 SCHEMAS = (
     Schema("OpenAI comparisons", ("info", "summaries", "choice"), _comparison_row),
     Schema("OpenAI TL;DR posts", ("subreddit", "title", "post", "summary"), _post_row),
-    Schema("k-way groups (rewards, ref_logps optional)", ("prompt", "completions"), _group_row),
+    Schema("k-way groups (rewards optional)", ("prompt", "completions"), _group_row),
     Schema("preference pairs", ("prompt", "chosen", "rejected"), _pair_row),
     Schema("prompt and completion", ("prompt", "completion"), _completion_row("completion")),
     Schema("prompt and label (CarperAI)", ("prompt", "label"), _completion_row("label")),
@@ -241,29 +233,27 @@ def _typed(where: str, row: Row, name: str, kind: type, parent: str = "") -> Any
     return row[name]
 
 
-def _numbers(
-    where: str, row: Row, name: Literal["rewards", "ref_logps"], count: int
-) -> tuple[float | None, ...] | None:
+def _rewards(where: str, row: Row, count: int) -> tuple[float | None, ...] | None:
     """Reads one finite number or None per completion."""
-    if row.get(name) is None:
+    if row.get("rewards") is None:
         return None
-    values = _typed(where, row, name, list)
+    values = _typed(where, row, "rewards", list)
     if len(values) != count:
         raise InvalidRow(
             where,
-            f"{name} count",
-            f"field '{name}' has {len(values)} entries for {count} completions: wanted one each.",
+            "rewards count",
+            f"field 'rewards' has {len(values)} entries for {count} completions: wanted one each.",
         )
     for index, value in enumerate(values):
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise _type_error(where, f"{name}[{index}]", "a number or null", value)
+            raise _type_error(where, f"rewards[{index}]", "a number or null", value)
         if not math.isfinite(value):
             raise InvalidRow(
                 where,
-                f"non-finite {name}",
-                f"field '{name}[{index}]' is {value}: wanted a finite number or null.",
+                "non-finite rewards",
+                f"field 'rewards[{index}]' is {value}: wanted a finite number or null.",
             )
     return tuple(values)
 

@@ -3,7 +3,8 @@
 1. `format_prompt` writes `SUBREDDIT: r/... TITLE: ... POST: ... TL;DR:`, with no trailing blank.
 2. `parse_prompt` finds the post in a prompt that another tool wrote, so that it can be cut too.
 3. `truncate_prompt` cuts the post, never the frame around it, until the prompt is short enough.
-4. `post_fraction` places a post in [0, 1) by a hash: a split in which no post is on both sides.
+4. `format_hash` tells data that was made by other conventions.
+5. `post_fraction` places a post in [0, 1) by a hash: a split in which no post is on both sides.
 """
 
 import hashlib
@@ -11,6 +12,9 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
+
+NAME = "tldr"
+VERSION = 1  # counted up with every change by which a row gets another text
 
 _SUFFIX = "\n\nTL;DR:"
 # Greedy post: the last "TL;DR:" is the frame's own, so that parsing undoes formatting exactly.
@@ -87,6 +91,12 @@ def truncate_prompt(
 def normalize_completion(text: str) -> str:
     """Gives a completion exactly one leading blank; idempotent."""
     return " " + text.lstrip(" ")
+
+
+def format_hash() -> str:
+    """Hash of the conventions: where a row gets another text, it is another."""
+    sample = VERSION, format_prompt(Post("subreddit", "title", "post")), normalize_completion("end")
+    return hashlib.sha256(repr(sample).encode()).hexdigest()[:16]
 
 
 def post_fraction(prompt: str) -> float:

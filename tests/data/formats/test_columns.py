@@ -62,19 +62,21 @@ def test_every_pair_schema_gives_reward_one_to_the_chosen(comparison_row, prompt
     assert to_group("f:1", comparison_row).rewards == (1.0, 0.0)
 
 
-def test_groups_of_k_keep_null_rewards_ref_logps_and_other_columns():
+def test_groups_of_k_keep_null_rewards_and_other_columns():
     row = {
         "prompt": "Say a.",
         "completions": ["a", "b", "c"],
         "rewards": [0.5, None, 2],
-        "ref_logps": [-1.0, -2.0, -3.0],
         "topic": "letters",
     }
     group = to_group("dir/f.jsonl:7", row)
     assert group.prompt == "Say a." and group.completions == (" a", " b", " c")
-    assert group.rewards == (0.5, None, 2) and group.ref_logps == (-1.0, -2.0, -3.0)
+    assert group.rewards == (0.5, None, 2)
     assert group.columns == {"topic": "letters"} and group.id == "f.jsonl:7"
     assert to_group("f:1", {"prompt": "Say a.", "completions": ["a"]}).rewards is None
+    # ln π_ref comes with scored data only: here it is a column like any other.
+    group = to_group("f:1", row | {"ref_logps": [-1.0, -2.0, -3.0]})
+    assert group.columns == {"topic": "letters", "ref_logps": [-1.0, -2.0, -3.0]}
 
 
 def test_news_articles_are_left_out_in_every_schema(comparison_row):
@@ -98,7 +100,7 @@ def bad(row, **changes):
     return {name: value for name, value in (row | changes).items() if value is not ...}
 
 
-GROUP = {"prompt": "p", "completions": ["a", "b"], "rewards": [1.0, 0.0], "ref_logps": [-1.0, -2.0]}
+GROUP = {"prompt": "p", "completions": ["a", "b"], "rewards": [1.0, 0.0]}
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
 BAD_ROWS = [
     (bad(PAIR, prompt=" "), "empty prompt", "'prompt' is empty"),
@@ -115,7 +117,6 @@ BAD_ROWS = [
     (bad(GROUP, rewards=[1.0, True]), "wrong type", r"'rewards\[1\]': wanted a number or null"),
     (bad(GROUP, rewards=[1.0, float("nan")]), "non-finite rewards", r"'rewards\[1\]' is nan"),
     (bad(GROUP, rewards=[float("inf"), 1]), "non-finite rewards", r"'rewards\[0\]' is inf"),
-    (bad(GROUP, ref_logps=[0.0, float("nan")]), "non-finite ref_logps", r"ref_logps\[1\]"),
 ]
 
 

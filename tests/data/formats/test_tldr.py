@@ -4,8 +4,10 @@ import random
 
 import pytest
 
+from copg_jax.data.formats import tldr
 from copg_jax.data.formats.tldr import (
     Post,
+    format_hash,
     format_prompt,
     is_news_prompt,
     normalize_completion,
@@ -107,3 +109,19 @@ def test_copies_of_one_post_fall_on_one_side_of_the_split():
 def test_the_split_s_fractions_are_uniform():
     values = sorted(post_fraction(format_prompt(Post("x", str(i), "p"))) for i in range(2000))
     assert max(abs(value - i / 2000) for i, value in enumerate(values)) < 0.04
+
+
+def test_the_hash_of_the_conventions_is_recorded_and_follows_each_of_them(monkeypatch):
+    # Scored data of the conventions that this number stands for is refused where it changes.
+    assert format_hash() == "accfe43a5008bf89"
+    hashes = {format_hash()}
+    for name, other in (
+        ("VERSION", 2),
+        ("_SUFFIX", "\n\nTL;DR: "),
+        ("normalize_completion", lambda text: text),
+        ("_head", lambda post: f"TITLE: {post.title}\n\nPOST: "),
+    ):
+        with monkeypatch.context() as changed:
+            changed.setattr(tldr, name, other)
+            hashes.add(format_hash())
+    assert len(hashes) == 5

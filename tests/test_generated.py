@@ -5,9 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from copg_jax.config.sections import DataConfig
 from copg_jax.data.dataset import prepare
 from copg_jax.data.formats.tldr import Post, format_prompt
-from copg_jax.data.generated import (
+from copg_jax.data.reader import GroupReader
+from copg_jax.data.tokenizer import Encoder, load_tokenizer, tokenizer_hash
+from copg_jax.errors import InputError
+from experiments.generated import (
     Facts,
     facts_of,
     latent_reward,
@@ -16,9 +20,6 @@ from copg_jax.data.generated import (
     make_summary,
     write_generated,
 )
-from copg_jax.data.reader import DataConfig, GroupReader
-from copg_jax.data.tokenizer import Encoder, load_tokenizer, tokenizer_hash
-from copg_jax.errors import InputError
 
 SIZES = {"num_posts": 400, "num_comparisons": 400, "seed": 3, "vocab_size": 640}
 

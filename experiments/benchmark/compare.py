@@ -1,8 +1,8 @@
 """Runs the scripts of other libraries and ours by turns, each in a process and environment of its
 own.
 
-1. `find` checks scripts and environments before anything runs.
-2. `compare` runs every contestant once a round: a machine whose load drifts slows all alike.
+1. `find` checks the environments before anything runs; the scripts are in `peers/`.
+2. `run` runs every contestant once a round: a machine whose load drifts slows all alike.
 3. `summarize` divides our rate by theirs, round by round, and takes medians; `show` is the table.
 
 A contestant prints a JSON line, its last, with `pairs_per_s` or `tokens_per_s`.
@@ -22,52 +22,54 @@ from rich.console import Console
 from rich.table import Table
 
 from copg_jax.errors import InputError
+from copg_jax.models.params import Architecture
 
 log = logging.getLogger(__name__)
 
 RATES = {"train": "pairs_per_s", "generate": "tokens_per_s"}
 OURS = {"train": "ours", "generate": "ours_generate"}
+FOLDER = Path(__file__).with_name("peers")
 
 
-class Script(NamedTuple):
-    """A file of the scripts' folder and how it is called."""
+class Peer(NamedTuple):
+    """A script of another library."""
 
-    file: str
-    env: str
-    task: str
-    arguments: str
-    cuda: str  # arguments on a GPU, in bfloat16
-    shapes: tuple[str, ...]  # that it has
+    file: str  # in `FOLDER`
+    env: str  # name of the environment that it needs
+    task: str  # key of RATES
+    on_gpu: bool = True  # whether it computes in bfloat16 on a GPU
 
 
-_TRAIN = "--batch {batch} --steps {steps} --warmup {warmup}"
-_GENERATE = "--batch {prompts} --new {new}"
 PEERS = {
-    "torch": Script(
-        "peer_torch.py", "torch", "train", _TRAIN, "--device cuda --bf16 1", ("small", "smol", "1b")
-    ),
-    "trl": Script(
-        "peer_trl.py", "torch", "train", _TRAIN, "--cuda 1 --bf16 1", ("small", "smol", "1b")
-    ),
-    "tunix": Script(
-        "peer_tunix.py", "tunix", "train", "--batch {batch} --steps {steps}", "", ("small", "smol")
-    ),
-    "hf_generate": Script(
-        "peer_hf_generate.py",
-        "torch",
-        "generate",
-        _GENERATE,
-        "--device cuda --dtype bfloat16",
-        ("small", "smol"),
-    ),
+    "torch": Peer("torch_loop.py", "torch", "train"),
+    "trl": Peer("trl_dpo.py", "torch", "train"),
+    "tunix": Peer("tunix_dpo.py", "tunix", "train", on_gpu=False),
+    "hf_generate": Peer("hf_generate.py", "torch", "generate"),
 }
-_SHAPES = {"1b": "b1"}  # what the scripts call it
+_ARGUMENTS = {
+    "train": "--batch {batch} --steps {steps} --warmup {warmup}",
+    "generate": "--batch {prompts} --new {new}",
+}
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "rope_theta",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+)
 
 
 class Settings(NamedTuple):
     """What every contestant is asked to do."""
 
     workload: Path
+    config: Path  # from `write_config`
     shape: str
     batch: int  # pairs of a training step
     steps: int
@@ -86,27 +88,26 @@ class Contestant(NamedTuple):
     command: tuple[str, ...]
 
 
+def write_config(arch: Architecture, path: Path) -> None:
+    """Writes the sizes of a model as a config.json with Hugging Face names, for the peers."""
+    path.write_text(json.dumps({name: getattr(arch, name) for name in _SIZES}), encoding="utf-8")
+
+
 def find(
-    names: Sequence[str],
-    *,
-    folder: Path,
-    envs: Mapping[str, str],
-    own: Sequence[str],
-    settings: Settings,
+    names: Sequence[str], *, envs: Mapping[str, str], own: Sequence[str], settings: Settings
 ) -> list[Contestant]:
     """Returns the contestants: ours for every task that a peer is named for, and the peers.
 
     Args:
         names: keys of `PEERS`.
-        folder: where their scripts are.
         envs: name of an environment to its Python.
         own: command of our benchmark.
         settings: what they are asked to do.
 
     Raises:
-        InputError: lists every script, environment and shape that is missing.
+        InputError: lists every environment that is missing, and who cannot run on a GPU.
     """
-    problems = {name: _missing(name, folder, envs, settings.shape) for name in names}
+    problems = {name: _missing(name, envs, settings.cuda) for name in names}
     if any(problems.values()):
         others = [name for name, found in problems.items() if not found]
         raise InputError(
@@ -114,42 +115,44 @@ def find(
             + "\nGive what is missing, or name the peers to run: --peers "
             + (" ".join(others) or "NAME")
         )
-    shared = ("--workload", str(settings.workload), "--shape")
-
-    def arguments(text: str, cuda: str) -> list[str]:
-        return (text + " " + cuda * settings.cuda).format(**settings._asdict()).split()
-
+    workload = ("--workload", str(settings.workload))
+    arguments = {
+        task: text.format(**settings._asdict()).split() for task, text in _ARGUMENTS.items()
+    }
     contestants = []
     for task in dict.fromkeys(PEERS[name].task for name in names):
-        text = {"train": _TRAIN + " --remat {remat}", "generate": _GENERATE}[task]
-        command = (*own, task, *shared, settings.shape, *arguments(text, "--dtype bfloat16"))
-        contestants.append(Contestant(OURS[task], task, command))
+        ours = (*own, task, *workload, "--shape", settings.shape, *arguments[task])
+        remat = ("--remat", settings.remat) if task == "train" else ()
+        dtype = ("--dtype", "bfloat16") if settings.cuda else ()
+        contestants.append(Contestant(OURS[task], task, (*ours, *remat, *dtype)))
     for name in names:
-        script = PEERS[name]
-        command = (envs[script.env], str(folder / script.file), *shared)
-        shape = _SHAPES.get(settings.shape, settings.shape)
-        rest = arguments(script.arguments, script.cuda)
-        contestants.append(Contestant(name, script.task, (*command, shape, *rest)))
+        peer = PEERS[name]
+        script = (envs[peer.env], str(FOLDER / peer.file))
+        config = ("--config", str(settings.config))
+        cuda = ("--cuda",) if settings.cuda else ()
+        command = (*script, *workload, *config, *arguments[peer.task], *cuda)
+        contestants.append(Contestant(name, peer.task, command))
     return contestants
 
 
-def _missing(name: str, folder: Path, envs: Mapping[str, str], shape: str) -> list[str]:
+def _missing(name: str, envs: Mapping[str, str], cuda: bool) -> list[str]:
     """What a peer lacks; arguments as in `find`."""
-    script = PEERS[name]
-    python = envs.get(script.env)
+    peer = PEERS[name]
+    python = envs.get(peer.env)
     problems = []
-    if not (folder / script.file).is_file():
-        problems.append(f"--scripts {folder}: wanted {script.file} there, for the peer {name}")
     if python is None:
-        problems.append(f"--env {script.env}=PYTHON: wanted, for the peer {name}")
+        problems.append(
+            f"--env {peer.env}=PYTHON: wanted, for the peer {name}. {FOLDER / peer.file} says "
+            "which packages that Python needs."
+        )
     elif not os.access(python, os.X_OK) or Path(python).is_dir():
-        problems.append(f"--env {script.env}={python}: wanted a Python, got nothing that runs")
-    if shape not in script.shapes:
-        problems.append(f"--shape: wanted {' or '.join(script.shapes)} for {name}, got {shape}")
+        problems.append(f"--env {peer.env}={python}: wanted a Python, got nothing that runs")
+    if cuda and not peer.on_gpu:
+        problems.append(f"--cuda: {name} does not compute in bfloat16 on a GPU here")
     return problems
 
 
-def compare(
+def run(
     contestants: Sequence[Contestant], *, rounds: int, timeout_sec: float
 ) -> list[dict[str, float | None]]:
     """Runs all contestants `rounds` times, by turns; returns a rate by name for each round.
@@ -165,13 +168,13 @@ def compare(
     for number in range(1, rounds + 1):
         rates = {}
         for contestant in contestants:
-            rates[contestant.name] = rate = _run(contestant, timeout_sec)
+            rates[contestant.name] = rate = _run_once(contestant, timeout_sec)
             log.info("round %d of %d: %s %s", number, rounds, contestant.name, rate)
         found.append(rates)
     return found
 
 
-def _run(contestant: Contestant, timeout_sec: float) -> float | None:
+def _run_once(contestant: Contestant, timeout_sec: float) -> float | None:
     try:
         done = subprocess.run(
             contestant.command, capture_output=True, text=True, timeout=timeout_sec, check=True
@@ -193,7 +196,7 @@ def summarize(
 
     Args:
         contestants: from `find`.
-        found: from `compare`.
+        found: from `run`.
     """
     summary = {}
     for c in contestants:
