@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from numpy.typing import ArrayLike
 
 from experiments.studies.comparison import Policy, Trained, measure
 
@@ -25,8 +26,6 @@ STYLES: tuple[tuple[LineStyleType, MarkerType], ...] = (
     ("-.", "s"),
 )
 
-LEVEL_STEP = 0.2  # reward units between two lines of equal objective
-
 
 def reward_and_frontier(policies: Sequence[Trained], sft: Policy, *, beta: float) -> Figure:
     """Reward over training steps beside reward against KL, all above the SFT model's reward.
@@ -43,7 +42,7 @@ def reward_and_frontier(policies: Sequence[Trained], sft: Policy, *, beta: float
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.8), layout="constrained", sharey=True)
     # Most of what is worth seeing happens below one nat; a collapsed policy is at several.
     right.set_xscale("function", functions=(_root, _square))
-    ticks = [0, 0.1, 0.5, 1, 2, 4, 8, 16, 32]
+    ticks = [0, 0.25, 1, 2, 4, 8, 16, 32, 64]
     right.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     for policy in policies:
         style = STYLES[betas[policy.method].index(policy.beta)]
@@ -111,20 +110,23 @@ def _draw_frontier(axes: Any, policies: Sequence[Trained], sft: Policy, beta: fl
 
 
 def _draw_levels(axes: Any, beta: float) -> None:
-    """Lines of equal E[R] − β·KL, which leave the limits of the axes as they are."""
-    limits, kl = (axes.get_xlim(), axes.get_ylim()), np.linspace(0, axes.get_xlim()[1], 300)
-    for level in LEVEL_STEP * np.arange(-100, 20):
-        axes.plot(kl, level + beta * kl, color="#bbbbbb", linewidth=0.6, linestyle="--", zorder=0)
+    """Lines of equal E[R] − β·KL, evenly over the axes, whose limits stay as they are."""
+    limits = axes.get_xlim(), axes.get_ylim()
+    most = limits[0][1]
+    kl = _square(np.linspace(0, _root(most), 50))
+    # A line is named by the KL at which its reward is 0.
+    for zero in _square(np.linspace(-_root(limits[1][1] / beta), _root(most), 14)):
+        axes.plot(kl, beta * (kl - zero), color="#bbbbbb", linewidth=0.6, linestyle="--", zorder=0)
     axes.set(xlim=limits[0], ylim=limits[1])
 
 
-def _root(kl: np.ndarray) -> np.ndarray:
+def _root(kl: ArrayLike) -> np.ndarray:
     """√KL; an estimate may be below 0."""
     return np.sign(kl) * np.sqrt(np.abs(kl))
 
 
-def _square(root: np.ndarray) -> np.ndarray:
-    return np.sign(root) * root**2
+def _square(root: ArrayLike) -> np.ndarray:
+    return np.sign(root) * np.square(root)
 
 
 def _legend(betas: Mapping[str, Sequence[float]], beta: float) -> list[Line2D]:
@@ -145,7 +147,7 @@ def _legend(betas: Mapping[str, Sequence[float]], beta: float) -> list[Line2D]:
         [],
         color="#bbbbbb",
         linestyle="--",
-        label=f"equal E[R] − {beta:g}·KL, {LEVEL_STEP:g} apart",
+        label=f"equal E[R] − {beta:g}·KL",
     )
     return [*methods, *ranks, level]
 

@@ -232,10 +232,10 @@ def compared(beta: float) -> dict[str, Callable[[Policy], np.ndarray]]:
 
 def policies_table(trained: Sequence[Trained], sft: Policy, beta: float) -> Table:
     """Every policy against the SFT model; the best β of each method has a star."""
-    title = "Generations on held-out posts; rewards above SFT, KL in nats"
+    title = "Generations on held-out posts: reward above SFT, KL in nats, EOS rate"
     table = Table(title=title, title_justify="left")
     table.add_column("policy")
-    for column in ("β", "reward", "KL", f"E[R] − {beta:g}·KL", "length", "EOS rate"):
+    for column in ("β", "reward", "KL", f"E[R] − {beta:g}·KL", "length", "EOS"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_row(LABELS["sft"], "", "0 ", "0.00", "0 ", *ends(sft))
     best = {what: best_of_each(trained, value) for what, value in compared(beta).items()}
