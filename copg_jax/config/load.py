@@ -59,7 +59,7 @@ def load_config(
     raw, resolved = _merge(cls, settings)
     config = _build(cls, resolved, "", settings.where)
     if print_only:
-        print(_with_places(to_yaml(config), raw, settings.where), end="")
+        print(_with_sources(to_yaml(config), raw, settings.where), end="")
         sys.exit(0)
     return config
 
@@ -199,7 +199,7 @@ def _leaves(config: Any) -> Iterator[tuple[str, Any]]:
     return leaves(config)
 
 
-def _with_places(text: str, raw: Mapping[str, Any], where: Mapping[str, str]) -> str:
+def _with_sources(text: str, raw: Mapping[str, Any], where: Mapping[str, str]) -> str:
     """YAML text with a comment behind each value: the place that set it, and what it reads."""
     lines, written = text.splitlines(), dict(leaves(raw))
     root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -222,7 +222,7 @@ def _last_lines(node: yaml.Node, name: str) -> Iterator[tuple[str, int]]:
 
 def _origin(name: str, written: Mapping[str, Any], where: Mapping[str, str]) -> str:
     """The place that set a value, then those of the values that it reads as ${...}."""
-    places: dict[str, str] = {}
+    sources: dict[str, str] = {}
     pending = [name]
     while pending:
         name = pending.pop(0)
@@ -231,10 +231,10 @@ def _origin(name: str, written: Mapping[str, Any], where: Mapping[str, str]) -> 
             holder = holder[: max(holder.rfind("."), holder.rfind("["), 0)]
         if not holder or holder not in where:
             return "default"
-        places.setdefault(name, where[holder])
+        sources.setdefault(name, where[holder])
         reads = [read + name[len(holder) :] for read in _reads(written[holder], written)]
-        pending += [read for read in reads if read not in places]
-    own, *others = places.items()
+        pending += [read for read in reads if read not in sources]
+    own, *others = sources.items()
     return ", ".join([own[1], *(f"{read} from {place}" for read, place in others)])
 
 

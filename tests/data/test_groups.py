@@ -1,6 +1,7 @@
 """Claims about tokenising one group and padding groups into a batch."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,15 +26,13 @@ def test_completions_without_reward_or_over_the_limit_are_left_out_and_counted(p
     group = text_group(
         (" a", " b b b b b b b b", " c", " d", " e"),
         rewards=(1.0, 2.0, None, 4.0, 5.0),
-        ref_logps=(-1.0, -2.0, -3.0, None, -5.0),
     )
     tokens = tokenize_group(group, Encoder(plain), Limits(20, 6), counts)
-    assert tokens.completions == (" a", " e")
-    assert tokens.rewards.tolist() == [1.0, 5.0] and tokens.ref_logps.tolist() == [-1.0, -5.0]
+    assert tokens.completions == (" a", " d", " e")
+    assert tokens.rewards.tolist() == [1.0, 4.0, 5.0]
     assert +counts == {
         "completion over 6 tokens": 1,
         "completion without a reward": 1,
-        "completion without a reference log-probability": 1,
     }
 
 
@@ -67,13 +66,6 @@ def test_prompts_that_cannot_be_cut_name_place_limit_and_fix(plain):
         tokenize_group(text_group(prompt=prompt), encoder, limits, Counter())
 
 
-def test_a_scored_prompt_is_never_cut(plain):
-    prompt = format_prompt(Post("x", "t", "my bike broke\n" * 9))
-    group = text_group(prompt=prompt, rewards=(1.0, 0.0), ref_logps=(-1.0, -2.0))
-    with pytest.raises(InvalidRow, match=r"ref_logps are of the whole prompt.*when scoring"):
-        tokenize_group(group, Encoder(plain), Limits(50, 9), Counter())
-
-
 def test_eos_inside_a_completion_is_refused(plain):
     with pytest.raises(InvalidRow, match=r"completion 1 contains the end-of-sequence token '</s>'"):
         tokenize_group(text_group((" a", " b</s>")), Encoder(plain), Limits(), Counter())
@@ -82,11 +74,10 @@ def test_eos_inside_a_completion_is_refused(plain):
 def test_collate_pads_on_the_right_and_fills_up_with_absent_groups(with_bos):
     encoder = Encoder(with_bos)
     groups = [
-        tokenize_group(
-            text_group(rewards=(1.0, -1.0), ref_logps=(-3.0, -4.0)), encoder, Limits(), Counter()
-        ),
+        tokenize_group(text_group(rewards=(1.0, -1.0)), encoder, Limits(), Counter()),
         tokenize_group(text_group((" a b",)), encoder, Limits(), Counter()),
     ]
+    groups[0] = replace(groups[0], ref_logps=np.array([-3.0, -4.0], np.float32))
     batch = collate([*groups, None], prompt_size=16, num_completions=3, completion_size=8)
     *fields, layout = batch
     assert [np.asarray(x).shape for x in fields] == [
