@@ -23,7 +23,8 @@ class Pipeline(Workplace):
 
     def arguments(self, stage: str) -> list[str]:
         """Arguments of a run of the stage into `folder`/`stage`."""
-        folder, length = self.folder, "{function: copg_jax.rewards.length}"
+        # A small weight: the loss of a policy that is still π_ref is rounding times the reward gap.
+        folder, length = self.folder, "{function: copg_jax.rewards.length, weight: 0.125}"
         rewards, trained = f"rewards=[{length}]", f"arguments: {{path: {folder / 'reward/model'}}}"
         # Of weight 0: it is compared, but its fractions break no ties. Rounding would decide which
         # pairs a policy that is still π_ref orders rightly.

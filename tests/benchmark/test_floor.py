@@ -18,6 +18,7 @@ from copg_jax.data import groups
 from copg_jax.data.groups import GroupBatch, TokenGroup
 from copg_jax.models.decoder import Decoder
 from copg_jax.models.forward import make_seq_logp, predictive_hidden
+from copg_jax.models.layout import GroupPacking
 from copg_jax.models.params import Architecture, abstract_params, init_params
 from copg_jax.objective import make_policy_loss
 from copg_jax.train.state import abstract_state
@@ -57,7 +58,8 @@ def plain_batch(rows: list[TokenGroup]) -> Plain:
 def plain_loss(arch: Architecture, params: Any, batch: Plain) -> jax.Array:
     """Mean CoPG loss."""
     decoder = Decoder(arch)
-    hidden = predictive_hidden(decoder, params, batch.sequences)
+    group = GroupPacking.of(batch.sequences)
+    hidden = predictive_hidden(decoder, params, batch.sequences, group)
     logits = jnp.einsum("...d,dv->...v", hidden, decoder.output_matrix(params))
     tokens = batch.sequences.completion_tokens.reshape(hidden.shape[:-1])
     logp = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)

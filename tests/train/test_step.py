@@ -16,6 +16,7 @@ from copg_jax import distributed, losses, objective, sharding
 from copg_jax.config.sections import OptimConfig
 from copg_jax.models.decoder import Decoder
 from copg_jax.models.forward import make_score, make_seq_logp, predictive_hidden
+from copg_jax.models.layout import GroupPacking
 from copg_jax.models.params import abstract_params, logical_axes
 from copg_jax.objective import LossFn, LossOutput, ModelFn
 from copg_jax.sharding import ONE_DEVICE, Partitioner
@@ -220,7 +221,9 @@ def test_masters_moments_and_metrics_are_float32_under_bfloat16_compute():
     )
     # The model did compute in bfloat16: its hidden states show it.
     decoder = Decoder(arch, ONE_DEVICE)
-    hidden = jax.eval_shape(lambda p: predictive_hidden(decoder, p, BATCH), shapes)
+    hidden = jax.eval_shape(
+        lambda p: predictive_hidden(decoder, p, BATCH, GroupPacking.of(BATCH)), shapes
+    )
     assert hidden.dtype == jnp.bfloat16
     for leaf in jax.tree.leaves((state.params, state.opt_state, metrics)):
         assert leaf.dtype in (jnp.float32, jnp.int32, jnp.bool_), leaf
