@@ -28,7 +28,7 @@ $(GOT) -c '$(SUPPORTED)' 2>/dev/null || { \
 	exit 1; } >&2
 endef
 
-.PHONY: help setup demo test oracles check format constraints clean
+.PHONY: help setup demo test slow oracles check format constraints clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1: /p' Makefile | column -t -s ':'
@@ -45,9 +45,12 @@ test: $(STAMP)  ## run the test suite, of one device and then of eight
 ifneq ($(filter tests/%,$(ARGS)),)
 	$(VENV)/bin/python $(PYTEST) $(ARGS)
 else
-	$(VENV)/bin/python $(PYTEST) --devices 1 $(ARGS)
-	$(VENV)/bin/python $(PYTEST) --devices 8 $(ARGS)
+	$(VENV)/bin/python $(PYTEST) -m "not slow" --devices 1 $(ARGS)
+	$(VENV)/bin/python $(PYTEST) -m "not slow" --devices 8 $(ARGS)
 endif
+
+slow: $(STAMP)  ## run the tests that take minutes: several processes through crashes, all meshes
+	$(VENV)/bin/python $(PYTEST) -m slow $(ARGS)
 
 oracles: $(ORACLES_STAMP)  ## run the tests that compare with torch, the TPU compiler and a real model
 	$(ORACLES_VENV)/bin/python -m pytest -m oracle --oracles $(ARGS)

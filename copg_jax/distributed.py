@@ -172,7 +172,8 @@ def make_host_max(mesh: Mesh) -> Callable[[int], Any]:
     return host_max
 
 
-# These go through the coordinator: devices give up on a process that is busy for minutes.
+# These go through the coordinator, since devices give up on a process that is busy for minutes. JAX
+# has no public way to it, nor to ask for a cluster (`_ask_cluster`); both stay in this file.
 def _say(turn: int, text: str) -> None:
     cast(Any, global_state.client).key_value_set(f"copg_jax/{turn}/{jax.process_index()}", text)
 

@@ -126,7 +126,7 @@ def keep_freed_memory() -> None:
     """Where all is computed on CPUs, have glibc keep the memory of a step for the next one.
 
     A step's temporary arrays are allocated anew each time. glibc would map such large pieces and
-    unmap them afterwards, and the kernel clear every page again: a tenth of a step's time. To be
+    unmap them afterwards, and the kernel clear every page again: 12 % of a step's time. To be
     called before JAX starts its threads; does nothing beside an accelerator or another libc.
     """
     if any(map(find_spec, ("libtpu", "jax_plugins"))) and os.environ.get("JAX_PLATFORMS") != "cpu":

@@ -129,6 +129,7 @@ def place(tmp_path_factory) -> Place:
     return found
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one_through_termination_and_a_crash(place, tmp_path):
     scored, evaluated, policy = tmp_path / "scored", tmp_path / "evaluated", tmp_path / "policy"
     train = ["policy", place.arguments("policy", policy)]

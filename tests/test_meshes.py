@@ -72,6 +72,7 @@ def pipeline(tmp_path_factory) -> Pipeline:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes", [(1, 8, 1), (1, 4, 2), (2, 2, 2)], ids=lambda sizes: "x".join(map(str, sizes))
 )

@@ -42,7 +42,8 @@ what is computed is useful (94 to 97 % with 512).
 _BUCKET = 64
 """Widths of prompts, but for the largest, are multiples of this. With lengths as in TL;DR,
 attention computes 1.7 times the scores that it needs instead of the 2.4 times of one width (8
-groups a bin), 1.4 times with 128 groups a bin.
+groups a bin), 1.4 times with 128: 6 % of the operations and 12 % of the time of a step of the
+benchmark on a CPU, 1 % of the operations at 7B.
 """
 _MOST_BUCKETS = 8  # each has an attention of its own, which takes its time to compile
 # Forward passes of fewer batches pay more for one compilation than for all their padding, and are

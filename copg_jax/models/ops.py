@@ -3,7 +3,8 @@
 1. `rms_norm`: one pass over x for each of its gradients.
 2. `linear`: a product whose weight gradient transposes nothing.
 
-Both are timed by `experiments.benchmark train`; on a CPU they save a tenth of a step.
+On a CPU a step of the benchmark takes 7 % longer without the first and 15 % without the second; at
+7B, by the TPU's compiler, they change neither memory nor messages.
 """
 
 from functools import partial
