@@ -5,7 +5,6 @@ is all the rest.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import jax
@@ -135,7 +134,7 @@ def _merge(
         prompt = row.prompt_tokens.tobytes()
         of_rows.append([find(row, prompt, tokens) for tokens in row.completion_tokens])
     merged = [
-        replace(row, completion_tokens=tuple(tokens), rewards=None, ref_logps=None)
+        TokenGroup(row.id, row.where, row.prompt, row.prompt_tokens, (), tuple(tokens))
         for row, tokens in zip(prompts, completions, strict=True)
     ]
     return merged, of_rows

@@ -87,6 +87,19 @@ def _require_same(key: str, path: str) -> None:
         )
 
 
+def warn_of_overlap(dataset: GroupDataset, held_out: GroupDataset) -> None:
+    """Says how many groups of a held-out set are trained on."""
+    shared = len(dataset.rows() & held_out.rows())
+    if shared:
+        log.warning(
+            "validation: %d of its %d groups are trained on as well, so that its loss says little. "
+            "Fix: hold posts out with data.holdout_fraction=0.05 data.part=train, "
+            "validation.holdout_fraction=0.05 validation.part=validation.",
+            shared,
+            len(held_out),
+        )
+
+
 def require_rewards(dataset: GroupDataset, *, at_least: int) -> None:
     """Raises InputError unless all groups have rewards and some have `at_least` completions."""
     _, num_completions, _ = dataset.shape()

@@ -98,18 +98,25 @@ def make_bradley_terry_loss(score: ModelFn) -> LossFn:
     return loss_fn
 
 
-def make_policy_loss(seq_logp: ModelFn, objective: Callable[..., Array]) -> LossFn:
+def make_policy_loss(
+    seq_logp: ModelFn,
+    objective: Callable[..., Array],
+    counts: Callable[[Array, Array], Array] | None = None,
+) -> LossFn:
     """Policy optimisation on scored groups, averaged over the groups that count; minimised.
 
     Args:
         seq_logp: the language model.
         objective: (log_ratio [B, K], reward [B, K], beta=, mask=, **coefficients) → loss [B], such
-            as `losses.copg_loss`. Its attribute `counts`, if any, marks the groups that count.
+            as `losses.copg_loss`.
+        counts: (reward, mask) → which groups are in the average [B]; None takes the attribute of
+            that name of the objective, also below `functools.partial`, else `losses.has_pair`.
 
     Returns:
         (params, batch, beta, **coefficients) → LossOutput.
     """
-    counts = getattr(objective, "counts", losses.has_pair)
+    own = getattr(getattr(objective, "func", objective), "counts", losses.has_pair)
+    is_counted = counts or own
 
     def loss_fn(
         params: Any, batch: GroupBatch, beta: float | Array, **coefficients: float | Array
@@ -118,7 +125,7 @@ def make_policy_loss(seq_logp: ModelFn, objective: Callable[..., Array]) -> Loss
         logp = seq_logp(params, batch)
         log_ratio = jnp.where(mask, logp - batch.ref_logp, 0.0)
         per_group = objective(log_ratio, batch.reward, beta=beta, mask=mask, **coefficients)
-        total, weight = _ratio(per_group, counts(batch.reward, mask))
+        total, weight = _ratio(per_group, is_counted(batch.reward, mask))
         metrics = policy_metrics(logp, log_ratio, batch.reward, mask, beta=beta)
         return LossOutput(total, weight, per_group, {"loss": (total, weight), **metrics})
 

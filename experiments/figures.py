@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from experiments.studies.comparison import Policy, Trained, measure
+from experiments.studies.regret_figure import COLOURS, LABELS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -16,8 +17,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.typing import LineStyleType, MarkerType
 
-COLOURS = {"copg": "#0072B2", "dpo": "#D55E00", "ipo": "#009E73"}
-LABELS = {"sft": "SFT", "copg": "CoPG", "dpo": "DPO", "ipo": "IPO"}
 # One line style and marker for each β of a method, from the smallest on.
 STYLES: tuple[tuple[LineStyleType, MarkerType], ...] = (
     (":", "v"),

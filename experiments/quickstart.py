@@ -31,6 +31,7 @@ from copg_jax.config.stages import (
 )
 from copg_jax.data.reader import GroupReader
 from copg_jax.data.tokenizer import load_tokenizer
+from copg_jax.errors import InputError
 from copg_jax.hf import weights as hf_weights
 from copg_jax.models.params import Architecture, init_params
 from copg_jax.rewards import RewardModel
@@ -53,12 +54,18 @@ from experiments.studies.comparison import (
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = [str(CONFIGS / "tldr.yaml"), str(CONFIGS / "sizes" / "quickstart.yaml")]
 METHODS = ("copg", "dpo", "ipo")
+OVERRIDDEN = ("sft", "reward", "score", *METHODS, "evaluate")
 
 
 class Stages:
     """Configs of the stages: those of the files, for this folder, with the user's overrides."""
 
     def __init__(self, config: QuickstartConfig) -> None:
+        unknown = [name for name in config.overrides if name not in OVERRIDDEN]
+        if unknown:
+            raise InputError(
+                f"overrides: wanted stages among {', '.join(OVERRIDDEN)}, got {', '.join(unknown)}"
+            )
         self._folder, self._overrides = f"shared.folder={config.output_dir}", config.overrides
         self._console = Console(highlight=False, soft_wrap=True)
 
@@ -98,7 +105,7 @@ def main(config: QuickstartConfig) -> None:
     stages.head("3/7 Reward model: learns from comparisons which summary is preferred")
     train_reward.main(stages.config(RewardModelConfig, "reward"))
     stages.head("4/7 Score: rewards and reference log-probabilities of pairs, once for all")
-    score.main(stages.config(ScoreConfig, "scored"))
+    score.main(stages.config(ScoreConfig, "score"))
     policies = dict(stages.policies(config.beta_factors))
     for i, policy in enumerate(policies.values(), 1):
         stages.head(f"5/7 Policy {i} of {len(policies)}: {label(policy)}")

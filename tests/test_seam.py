@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ from copg_jax import (
     make_train_step,
 )
 from copg_jax.config.load import load_config
-from copg_jax.config.sections import POLICY_LOSSES
+from copg_jax.config.sections import POLICY_LOSSES, OptimConfig
 from copg_jax.config.stages import PolicyConfig
+from copg_jax.train.optim import make_optimizer
 from experiments import train_policy
 from tests.toys import leaves, names_all
 from tests.workplace import Workplace
@@ -309,3 +311,37 @@ def test_numbers_that_a_user_s_loss_does_not_take_are_refused(workplace, more, p
     text = workplace.refusal("policy", f"loss.name={__name__}.squared_residual", *more)
     names_all(text, parts)
     assert not (workplace.folder / "policy").exists()
+
+
+def test_a_learning_rate_that_the_optimizer_would_ignore_or_lacks_is_refused():
+    loss_fn = make_policy_loss(seq_logp, copg_loss)
+    step = make_train_step(loss_fn, optax.adam(1e-2))
+    with pytest.raises(TypeError, match="has its own and would ignore another"):
+        step(create_state(optax.adam(1e-2), params()), BATCH, beta=0.5, learning_rate=1.0)
+    ours = make_optimizer(OptimConfig())
+    with pytest.raises(TypeError, match=r"step\(\.\.\., learning_rate=1e-6\)"):
+        make_train_step(loss_fn, ours)(create_state(ours, params()), BATCH, beta=0.5)
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        make_policy_loss(seq_logp, partial(losses.dpo_loss)),
+        make_policy_loss(seq_logp, lambda *a, **k: losses.dpo_loss(*a, **k), losses.has_preference),
+    ],
+    ids=["partial", "counts given"],
+)
+def test_a_wrapped_preference_loss_leaves_ties_out_as_the_loss_itself(wrapped):
+    tied = BATCH._replace(reward=BATCH.reward.at[:2].set(1.0))
+    loss = make_policy_loss(seq_logp, losses.dpo_loss)
+    got, wanted = (fn(params(), tied, 0.5) for fn in (wrapped, loss))
+    assert float(got.weight) == float(wanted.weight) == 2.0
+    assert float(got.total) == float(wanted.total)
+
+
+def test_a_batch_that_microbatches_do_not_divide_is_refused_with_both_numbers():
+    step = make_train_step(
+        make_policy_loss(seq_logp, copg_loss), optax.adam(1e-2), num_microbatches=3
+    )
+    with pytest.raises(ValueError, match="4 groups or bins cannot be cut into 1 x 3 pieces"):
+        step(create_state(optax.adam(1e-2), params()), BATCH, beta=0.5)

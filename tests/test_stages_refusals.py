@@ -91,3 +91,11 @@ def test_data_that_was_not_scored_trains_no_policy(workplace, elsewhere):
 def test_a_refused_run_leaves_no_config_behind(workplace, elsewhere, tmp_path):
     workplace.refusal("reward", elsewhere, f"data.path={workplace.posts}")
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_validation_on_rows_that_are_trained_on_is_said(workplace, elsewhere, capsys):
+    settings = [
+        f"{part}.{to}" for part in ("data", "validation") for to in ("part=all", "max_rows=9")
+    ]
+    workplace.run("sft", elsewhere, *settings, "training.max_steps=1")
+    assert "validation: 9 of its 9 groups are trained on as well" in capsys.readouterr().err

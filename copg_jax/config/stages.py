@@ -180,7 +180,7 @@ class QuickstartConfig:
         [0.1, 1.0, 5.0], "each method is trained at its β times each of these"
     )
     overrides: dict[str, list[str]] = option(
-        {}, "stage (sft, reward, scored, copg, dpo, ipo, evaluate) -> list of key=value"
+        {}, "stage (sft, reward, score, copg, dpo, ipo, evaluate) -> list of key=value"
     )
 
     def __post_init__(self):

@@ -111,6 +111,10 @@ class GroupDataset:
     def __iter__(self) -> Iterator[TokenGroup]:
         return (self[index] for index in range(len(self)))
 
+    def rows(self) -> set[str]:
+        """File and line of every group."""
+        return {where for batch in self._batches for where in batch["where"].to_pylist()}
+
     @property
     def has_rewards(self) -> bool:
         """Whether every group has a reward for each completion."""

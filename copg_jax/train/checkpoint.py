@@ -168,5 +168,5 @@ class Checkpoints:
             raise InputError(
                 f"{self.folder / str(step)}: wanted a checkpoint of this model and optimiser, got "
                 "one of another:\n" + "\n".join(differences[:8]) + more + "\nFix: give another "
-                "output_dir, or the config this run was started with."
+                "output_dir, or the config and the version of copg_jax that it was started with."
             )

@@ -47,6 +47,8 @@ def _scale_by_learning_rate() -> optax.GradientTransformationExtraArgs:
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any):
         del params
+        if "learning_rate" not in extra_args:
+            raise TypeError("this optimizer wants a learning rate: step(..., learning_rate=1e-6)")
         rate = extra_args["learning_rate"]
         return jax.tree.map(lambda update: -rate * update, updates), state
 

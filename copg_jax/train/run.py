@@ -68,7 +68,7 @@ class _Run:
     num_steps: int
     optimizer: optax.GradientTransformation
     shapes: TrainState
-    layout: TrainState
+    shardings: TrainState
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -151,7 +151,7 @@ class _Step:
             loss_fn,
             run.optimizer,
             mesh=run.mesh,
-            state_shardings=run.layout,
+            state_shardings=run.shardings,
             num_microbatches=run.config.training.num_microbatches,
         )
         self._coefficients = as_arguments(coefficients)
@@ -190,6 +190,8 @@ def _prepare(config: TrainConfig, stage: Stage) -> _Run:
         if stage.check_data is not None:
             stage.check_data(section, model, dataset)
         datasets.append(dataset)
+    if len(datasets) > 1:
+        inputs.warn_of_overlap(*datasets)
     total = num_steps(len(datasets[0]), training.batch_size, training.num_epochs)
     total = total if training.max_steps is None else min(total, training.max_steps)
     optimizer = optim.make_optimizer(config.optim)
@@ -203,7 +205,7 @@ def _prepare(config: TrainConfig, stage: Stage) -> _Run:
         num_steps=total,
         optimizer=optimizer,
         shapes=abstract_state(optimizer, model.shapes),
-        layout=state_shardings(mesh, optimizer, model.shapes, model.axes),
+        shardings=state_shardings(mesh, optimizer, model.shapes, model.axes),
     )
 
 
@@ -228,10 +230,10 @@ def _initial_state(run: _Run, checkpoints: Checkpoints, start: int) -> TrainStat
     """The newest checkpoint, or the model's weights with a fresh optimiser."""
     if start:
         log.info("%s: resuming after step %d of %d", run.folder, start, run.num_steps)
-        return checkpoints.restore(start, run.shapes, run.layout)
+        return checkpoints.restore(start, run.shapes, run.shardings)
     score_key = jax.random.key(run.config.seed) if run.model.head == "score" else None
     params = run.model.load(score_key=score_key)
-    return create_state(run.optimizer, params, run.layout)
+    return create_state(run.optimizer, params, run.shardings)
 
 
 def _evaluation(
@@ -265,7 +267,7 @@ def _export_all(run: _Run, checkpoints: Checkpoints, last: Any) -> None:
     best = checkpoints.best()
     if best is not None:
         is_last = best[0] == run.num_steps
-        params = last if is_last else checkpoints.restore_params(best[0], run.shapes, run.layout)
+        params = last if is_last else checkpoints.restore_params(best[0], run.shapes, run.shardings)
         _export(run, "best", params)
         log.info("best/ is step %d, value %.4f", *best)
     _export(run, "model", last)

@@ -5,12 +5,14 @@
 2. `make_loss_step` is the same without a gradient, for held-out data.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.extend.core import jaxpr_as_fun
 from jax.ref import freeze, new_ref
 
 from copg_jax import sharding
@@ -45,8 +47,9 @@ def make_train_step(
     Returns:
         A function that donates its state. Its keywords are the numbers of the loss, such as beta,
         and `learning_rate`, if the optimizer takes one with every update; they are arguments of the
-        compiled step, so that other values compile nothing. Metrics: averages by name,
-        `optim/grad_norm`, `optim/learning_rate` if given, `finite` (bool) and `per_group` [B].
+        compiled step, so that other values compile nothing (but an int after a float, another
+        type). Metrics: averages by name, `optim/grad_norm`, `optim/learning_rate` if given,
+        `finite` (bool) and `per_group` [B].
     """
     num_shards = 1 if mesh is None else sharding.num_batch_shards(mesh)
     update = optax.with_extra_args_support(optimizer).update
@@ -68,7 +71,7 @@ def make_train_step(
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(output.total) & jnp.isfinite(grad_norm)
         given = {} if learning_rate is None else {"learning_rate": jnp.asarray(learning_rate)}
-        updates, opt_state = update(grads, state.opt_state, state.params, **given)
+        updates, opt_state = _update(update, grads, state, given)
         params = optax.apply_updates(state.params, updates)
         halted = state.halted | ~finite
         new = TrainState(state.step + 1, params, opt_state, halted)
@@ -127,8 +130,25 @@ def _loss_and_grads(
 
 def _split(x: Array, num: int, num_shards: int) -> Array:
     """[B, ...] → [num, B / num, ...]; every shard gives the same number of its rows to each."""
+    if len(x) % (num * num_shards):
+        raise ValueError(f"{len(x)} groups or bins cannot be cut into {num_shards} x {num} pieces")
     pieces = x.reshape(num_shards, num, -1, *x.shape[1:])
     return pieces.swapaxes(0, 1).reshape(num, -1, *x.shape[1:])
+
+
+def _update(
+    update: Callable[..., Any], grads: Any, state: TrainState, given: dict[str, Array]
+) -> tuple[Any, Any]:
+    """Updates and the optimiser's new state; `given` is a learning rate, or nothing."""
+    run = lambda given: update(grads, state.opt_state, state.params, **given)
+    if not given:
+        return run(given)
+    program, shapes = jax.make_jaxpr(run, return_shape=True)(given)
+    (rate,) = program.jaxpr.invars
+    if not any(rate is used for eqn in program.jaxpr.eqns for used in eqn.invars):
+        raise TypeError("learning_rate: this optimizer has its own and would ignore another")
+    flat = jaxpr_as_fun(program)(*jax.tree.leaves(given))
+    return jax.tree.unflatten(jax.tree.structure(shapes), flat)
 
 
 def _averages(metrics: Metrics) -> dict[str, Array]:

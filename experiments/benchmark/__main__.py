@@ -3,7 +3,7 @@
     python -m experiments.benchmark workload --pairs 256 --out workload.jsonl
     python -m experiments.benchmark train --workload workload.jsonl --shape small --batch 8
     python -m experiments.benchmark generate --workload workload.jsonl --batch 32 --new 48
-    python -m experiments.benchmark peers --workload workload.jsonl --env torch=PYTHON
+    python -m experiments.benchmark peers --workload workload.jsonl --peers torch --env torch=PYTHON
 
 The last line printed is JSON. Compilations are cached only where JAX_COMPILATION_CACHE_DIR says.
 """

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from copg_jax.flops import matmul_flops
+from experiments.matmuls import matmul_flops
 
 
 class Cost(NamedTuple):

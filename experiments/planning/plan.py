@@ -16,8 +16,9 @@ import jax
 
 from copg_jax import sharding
 from copg_jax.config.stages import EvaluateConfig, TrainConfig
-from copg_jax.flops import Chip, matmul_flops
+from copg_jax.flops import Chip
 from copg_jax.models import kernels
+from experiments.matmuls import matmul_flops
 from experiments.planning import collectives
 from experiments.planning.program import Program, make_program, open_architecture
 from experiments.planning.topology import Topology

@@ -1,7 +1,7 @@
 """Figure 1 on given axes: regret over steps, mean and spread over seeds.
 
 `LABELS` and `COLOURS` name the algorithms in every figure; the colours are Okabe and Ito's, safe
-for colour-blind eyes, and line styles differ too. Nothing here imports matplotlib: the caller owns
+for colour-blind eyes. Nothing here imports matplotlib: the caller owns
 figure and file.
 """
 
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 LABELS = {
+    "sft": "SFT",
     "copg": "CoPG",
     "rloo": "RLOO (k = 2)",
     "pg_none": "PG (no baseline)",

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from copg_jax.flops import matmul_flops
 from experiments.benchmark.cost import compile_cost
+from experiments.matmuls import matmul_flops
 
 ROUNDS, SIZE = 5, 64
 X = jax.ShapeDtypeStruct((SIZE, SIZE), jnp.float32)

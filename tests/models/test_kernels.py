@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from copg_jax import flops, sharding
+from copg_jax import sharding
 from copg_jax.config.sections import ATTENTIONS, MeshConfig
 from copg_jax.errors import InputError
 from copg_jax.models import attention, kernels
@@ -23,6 +23,7 @@ from copg_jax.models.decoder import REMAT_POLICIES
 from copg_jax.models.forward import make_seq_logp
 from copg_jax.models.params import abstract_params, init_params, logical_axes
 from copg_jax.sharding import Partitioner
+from experiments.matmuls import matmul_flops
 from experiments.planning.topology import open_topology
 from tests import toys
 from tests.models import dense
@@ -228,7 +229,7 @@ def test_each_policy_multiplies_more_than_the_one_before_but_dots_which_stores_e
         arch = dataclasses.replace(toys.LLAMA, num_hidden_layers=4, remat=remat)
         batch = toys.in_bins(toys.group_batch(np.ones((2, 2))), 1)
         loss = lambda params: make_seq_logp(arch)(params, batch).sum()
-        return flops.matmul_flops(jax.jit(jax.grad(loss)).trace(abstract_params(arch)).jaxpr)
+        return matmul_flops(jax.jit(jax.grad(loss)).trace(abstract_params(arch)).jaxpr)
 
     none, dots, mlp, full = map(count, REMAT_POLICIES)
     assert none == dots < mlp < full
@@ -263,7 +264,7 @@ def test_products_of_a_kernel_are_counted_over_all_its_blocks_and_devices():
     q, k, v, length = dense.random_prompts(600, (4, 2), 8, "bfloat16", [600] * 4)
     attend = partial(prompt_attention, prompt_length=length, backend="splash")
     on_four = partial(attend, partitioner=Partitioner(toys.mesh(1, 2, 2)))
-    alone, cut = (flops.matmul_flops(jax.jit(f).trace(q, k, v).jaxpr) for f in (attend, on_four))
+    alone, cut = (matmul_flops(jax.jit(f).trace(q, k, v).jaxpr) for f in (attend, on_four))
     # Two blocks of 384 both ways; scores and mixing are a product each.
     assert alone == cut == 2 * 2 * 4 * 4 * (2 * 384) ** 2 * 8
 

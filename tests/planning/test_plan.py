@@ -13,9 +13,9 @@ import pytest
 from copg_jax import sharding
 from copg_jax.config.load import load_config
 from copg_jax.errors import InputError
-from copg_jax.flops import matmul_flops
 from copg_jax.models.params import abstract_params
 from experiments import plan as script
+from experiments.matmuls import matmul_flops
 from experiments.planning import plan as planning
 from experiments.planning.plan import Plan, make_plan
 from experiments.planning.program import STAGES, Program, make_program, open_architecture

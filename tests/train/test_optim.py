@@ -97,7 +97,7 @@ def test_updates_are_those_of_optax_s_adam_with_its_schedule(rng, extra):
 
 def test_an_update_without_a_learning_rate_is_an_error():
     optimizer, params = make_optimizer(OptimConfig()), jnp.ones(2)
-    with pytest.raises(KeyError, match="learning_rate"):
+    with pytest.raises(TypeError, match="wants a learning rate"):
         optimizer.update(params, optimizer.init(params), params)
 
 

@@ -34,7 +34,7 @@ def step(toy) -> run._Step:
     of_run = SimpleNamespace(
         optimizer=toy.optimizer,
         mesh=toy.mesh,
-        layout=toy.layout,
+        shardings=toy.layout,
         num_steps=STEPS,
         config=SimpleNamespace(optim=OPTIM, training=TrainingConfig()),
     )
