@@ -70,9 +70,9 @@ def find_problems(
         if isinstance(value, str) and "${" in value:
             continue  # judged once it is resolved
         if nested is None or (value is None and _is_optional(hint)):
-            if wanted := _unmet(cls, key, value):
+            if (fault := _fault(hint, value)) is not None:
                 yield (
-                    f"{place}: {name}: wanted {wanted}, got {_got(value)}; "
+                    f"{place}: {name}: wanted {_type_name(hint)}{fault}, got {_got(value)}; "
                     f"set for example {name}={_default_text(cls, key)}"
                 )
         elif not is_list:
@@ -118,8 +118,7 @@ def as_written(hint: Any, value: Any, text: Any) -> Any:
       value: Resolved values, as YAML types them.
       text: The same with the text of each scalar.
     """
-    if _is_optional(hint):
-        hint = next(item for item in typing.get_args(hint) if item is not types.NoneType)
+    hint = _required(hint, value)
     item = (typing.get_args(hint) or [Any])[-1]
     if isinstance(value, dict):
         hints = field_types(hint) if dataclasses.is_dataclass(hint) else {}  # pyright: ignore
@@ -154,25 +153,36 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def _unmet(cls: type, key: str, value: Any) -> str:
-    """What a field wants that the value is not; empty for none."""
-    # Field by field, so that the path is known also inside lists, where OmegaConf loses it.
-    wanted = _type_name(field_types(cls)[key])
+def _fault(hint: Any, value: Any) -> str | None:
+    """None for a value of this type, else what is wanted beside the type."""
+    if isinstance(value, str) and "${" in value:
+        return None  # judged once it is resolved
+    hint = _required(hint, value)
+    if (origin := typing.get_origin(hint)) in (list, dict):
+        if not isinstance(value, origin):
+            return ""
+        items = value.values() if isinstance(value, dict) else value
+        faults = [_fault(typing.get_args(hint)[-1], item) for item in items]
+        return next((fault for fault in faults if fault is not None), None)
     try:
-        merged = OmegaConf.merge(_schema_of(cls, key), {key: value})
+        value = OmegaConf.merge(_schema_of(hint), {"value": value}).value
     except (OmegaConfBaseException, OverflowError):
-        return wanted
-    found = leaves(OmegaConf.to_container(merged)) if "float" in wanted else ()
-    numbers = [leaf for _, leaf in found if isinstance(leaf, float)]
-    fit = all(number == 0 or FLOAT32_MIN <= abs(number) <= FLOAT32_MAX for number in numbers)
-    return "" if fit else f"{wanted} that is finite and not rounded to 0 in float32"
+        return ""
+    is_number = hint is not float or value == 0 or FLOAT32_MIN <= abs(value) <= FLOAT32_MAX
+    return None if is_number else " that is finite and not rounded to 0 in float32"
+
+
+def _required(hint: Any, value: Any) -> Any:
+    """The type without `| None` of a value that is not null."""
+    if value is None or not _is_optional(hint):
+        return hint
+    return next(item for item in typing.get_args(hint) if item is not types.NoneType)
 
 
 @functools.cache
-def _schema_of(cls: type, key: str) -> DictConfig:
-    """The schema of one field alone: that of a whole section takes seven times as long."""
-    field = (key, field_types(cls)[key], MISSING)
-    return OmegaConf.structured(dataclasses.make_dataclass(cls.__name__, [field]))
+def _schema_of(hint: Any) -> DictConfig:
+    """The schema of one type alone: that of a whole section takes seven times as long."""
+    return OmegaConf.structured(dataclasses.make_dataclass("Field", [("value", hint, MISSING)]))
 
 
 def _suggestion(cls: type, key: str, prefix: str, root: type) -> str:

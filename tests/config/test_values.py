@@ -196,6 +196,23 @@ def test_numbers_inside_lists_and_dictionaries_are_checked_too(value):
     assert "loss.beta: wanted float that is" in error_of(PolicyConfig, *NEEDED, *shared)
 
 
+@pytest.mark.parametrize(
+    ("cls", "argument"),
+    [
+        (PolicyConfig, "loss.arguments.a.b=2"),
+        (PolicyConfig, "loss.arguments={a: [1]}"),
+        (QuickstartConfig, "beta_factors=[[1]]"),
+        (QuickstartConfig, "beta_factors=[null]"),
+        (QuickstartConfig, "overrides={sft: {a: b}}"),
+        (QuickstartConfig, "overrides={sft: [[a]]}"),
+    ],
+)
+def test_what_stands_in_lists_and_dictionaries_has_their_type(cls, argument):
+    needed = NEEDED if cls is PolicyConfig else []
+    field = argument.partition("=")[0].removesuffix(".a.b")
+    assert error_of(cls, *needed, argument).startswith(f"command line: {field}: wanted ")
+
+
 def test_zero_and_the_ends_of_float32_are_numbers():
     for value in ("0", "1e38", "-3.4e38", "1.2e-38"):
         config = load_config(PolicyConfig, [*NEEDED, f"loss.arguments={{baseline: {value}}}"])
