@@ -83,22 +83,19 @@ def _merge(cls: type, settings: Settings) -> tuple[dict[str, Any], dict[str, Any
     """Values of all fields and of `shared`: as they are written, and fields only, resolved."""
     schema = OmegaConf.structured(cls)
     try:
-        shared = OmegaConf.merge({}, *settings.shared)
-        fields = OmegaConf.merge(schema, *settings.layers)
-        raw = _plain(fields) | {SHARED: _plain(shared)}
+        raw = _plain(OmegaConf.merge(schema, *settings.layers))
+        raw[SHARED] = _plain(OmegaConf.merge({}, *settings.shared))
         _require_all(cls, raw)
         texts = _with_texts(raw, "", settings.texts)
         resolved = as_written(cls, _resolve(raw), _resolve(texts))
-        problems = list(find_problems(cls, resolved, settings.where, root=cls))
-        if problems:
+        if problems := list(find_problems(cls, resolved, settings.where, root=cls)):
             raise InputError("\n".join(problems))
         resolved = _plain(OmegaConf.merge(schema, resolved))
     except (OmegaConfBaseException, RecursionError, TypeError) as error:  # such as an absent key
         name, text = getattr(error, "full_key", None) or "", str(error).splitlines()[0]
         place = f"{settings.where.get(name, 'config')}: {name}: " if name else "config: "
-        raise InputError(
-            f"{place}{text}; set it in one of the files or on the command line"
-        ) from error
+        fix = "set it in one of the files or on the command line"
+        raise InputError(f"{place}{text}; {fix}") from error
     _require_all(cls, resolved)
     return raw, resolved
 
@@ -107,8 +104,7 @@ def _resolve(raw: dict[str, Any]) -> dict[str, Any]:
     """Fields alone: what this stage does not read of `shared` may stay open."""
     tree = OmegaConf.create(raw)
     nodes = {key: tree[key] for key in raw if key != SHARED}
-    configs = {key: node for key, node in nodes.items() if OmegaConf.is_config(node)}
-    return nodes | {k: OmegaConf.to_container(node, resolve=True) for k, node in configs.items()}
+    return {key: _plain(x, True) if OmegaConf.is_config(x) else x for key, x in nodes.items()}
 
 
 def _with_texts(value: Any, name: str, texts: Mapping[str, str]) -> Any:
@@ -120,10 +116,8 @@ def _with_texts(value: Any, name: str, texts: Mapping[str, str]) -> Any:
     return texts.get(name, value)
 
 
-def _plain(config: Any) -> dict[str, Any]:
-    container = OmegaConf.to_container(config, resolve=False)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
+def _plain(config: Any, resolve: bool = False) -> Any:
+    return OmegaConf.to_container(config, resolve=resolve)
 
 
 def _require_all(cls: type, values: Mapping[str, Any]) -> None:

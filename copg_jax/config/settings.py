@@ -125,8 +125,7 @@ class Settings:
         if is_text and text not in ("", "~", "null") and text[0] not in "'\"":
             return plain
         try:
-            node = _compose(text, f"{COMMAND_LINE}: {name}", f"a value, got '{argument}'")
-            return node or yaml.ScalarNode(f"{_TAG}null", text)
+            return _compose(text, f"{COMMAND_LINE}: {name}", f"a value, got '{argument}'")
         except InputError:
             if top != SHARED:
                 raise
@@ -222,19 +221,19 @@ def _compose_file(path: Path) -> yaml.MappingNode:
     root = _compose(text, str(path), "valid YAML, got")
     if isinstance(root, yaml.MappingNode):
         return root
-    is_empty = root is None or root.tag == f"{_TAG}null"
+    is_empty = root.tag == f"{_TAG}null"
     raise InputError(
         f"{_at(str(path), root)}: wanted a YAML mapping of config fields, `field: value`, got "
         + ("an empty file; leave it out to use the defaults" if is_empty else "something else")
     )
 
 
-def _compose(text: str, source: str, wanted: str) -> yaml.Node | None:
+def _compose(text: str, source: str, wanted: str) -> yaml.Node:
     """Nodes of a YAML text from a file or the command line."""
     loader = None
     try:
         loader = _Loader(text)
-        return loader.get_single_node()
+        return loader.get_single_node() or yaml.ScalarNode(f"{_TAG}null", "", loader.get_mark())
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None) or loader
         line = mark.line if mark else text[: getattr(error, "position", 0)].count("\n")
@@ -314,9 +313,8 @@ def _key(name: str, place: str, value: yaml.Node) -> _Key:
     return _Key(name, place, isinstance(value, yaml.MappingNode), value.value if is_text else None)
 
 
-def _at(source: str, node: yaml.Node | None) -> str:
-    line = node.start_mark.line + 1 if node and node.start_mark else 1
-    return source if source == COMMAND_LINE else f"{source}:{line}"
+def _at(source: str, node: yaml.Node) -> str:
+    return source if source == COMMAND_LINE else f"{source}:{node.start_mark.line + 1}"
 
 
 def _is_below(name: str, parent: str) -> bool:
