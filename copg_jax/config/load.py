@@ -121,9 +121,15 @@ def _plain(config: Any, resolve: bool = False) -> Any:
 
 
 def _require_all(cls: type, values: Mapping[str, Any]) -> None:
-    missing = sorted(name for name, value in leaves(values) if value == MISSING)
+    wanted = {field.name: f"{field.type} ({field.help})" for field in iter_fields(cls)}
+    missing = [
+        f"{name}: wanted {wanted.get(name, 'a value')}, got nothing and there is no default; "
+        + ("" if "[" in name else f"add {name}=VALUE to the command line or ")
+        + "set it in the YAML file"
+        for name in sorted(name for name, value in leaves(values) if value == MISSING)
+    ]
     if missing:
-        raise InputError("\n".join(_missing_text(cls, name) for name in missing))
+        raise InputError("\n".join(missing))
 
 
 def to_yaml(config: Any) -> str:
@@ -159,15 +165,6 @@ def run_main(main: Callable[[T], object], cls: type[T], *, description: str | No
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(status if isinstance(status, int) else 0)
-
-
-def _missing_text(cls: type, name: str) -> str:
-    known = {field.name: field for field in iter_fields(cls)}
-    wanted = f"{known[name].type} ({known[name].help})" if name in known else "a value"
-    return (
-        f"{name}: wanted {wanted}, got nothing and there is no default; "
-        f"add {name}=VALUE to the command line or set it in the YAML file"
-    )
 
 
 def _build(cls: type, values: Any, name: str, where: Mapping[str, str]) -> Any:
