@@ -67,10 +67,11 @@ class MeshConfig:
     tensor: int = option(1, "shards of heads, MLP and vocabulary (tensor parallelism)")
 
     def __post_init__(self):
-        sizes = (self.data, self.fsdp, self.tensor)
-        if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
+        wanted = ">= 1, or -1 for all devices that remain"
+        require(self, wanted, lambda size: size == -1 or size >= 1, "data", "fsdp", "tensor")
+        if (self.data, self.fsdp, self.tensor).count(-1) > 1:
             raise InputError(
-                f"mesh: wanted positive sizes, at most one of them -1, got data={self.data} "
+                f"fsdp: wanted at most one size of the mesh that is -1, got data={self.data} "
                 f"fsdp={self.fsdp} tensor={self.tensor}"
             )
 

@@ -247,6 +247,8 @@ def test_a_run_may_be_as_long_as_one_likes():
     [
         ("training.max_steps", "0"),
         ("training.log_every", "-2"),
+        ("mesh.data", "0"),
+        ("mesh.tensor", "-2"),
         ("optim.b2", "2.0"),
         ("optim.clip_norm", "-1.0"),
         ("evaluation.generation.num_texts", "-1"),
@@ -270,6 +272,16 @@ def test_an_item_of_a_list_on_the_command_line_is_blamed_there(tmp_path, item):
     assert text.startswith(f"command line: {item}: ")
     assert str(path) not in text
     assert "evaluation.rewards='[...]'" in text
+
+
+def test_a_required_value_inside_a_list_is_not_asked_for_on_the_command_line():
+    text = error_of(PolicyConfig, *NEEDED, *EVALUATION, "evaluation.rewards=[{weight: 2}]")
+    assert text.startswith("evaluation.rewards[0].function: wanted")
+    assert "command line" not in text
+
+
+def test_a_value_longer_than_a_file_name_is_a_value():
+    assert load_config(Texts, [f"one={'x' * 5000}"]).one == "x" * 5000
 
 
 def test_of_two_fields_that_do_not_fit_the_one_that_is_set_is_placed(tmp_path):
