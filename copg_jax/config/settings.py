@@ -301,8 +301,14 @@ def _read_scalar(node: yaml.ScalarNode, where: str) -> Any:
             raise ValueError("wanted a text without NUL, a number of up to 300 digits or null")
         if isinstance(value, str) and "${" in value:
             OmegaConf.create([value])  # checks its grammar
-    except (ValueError, LookupError, AttributeError, TypeError, OmegaConfBaseException) as error:
-        reason = str(error).splitlines()[0]
+    except (
+        ValueError,
+        LookupError,
+        AttributeError,
+        yaml.YAMLError,
+        OmegaConfBaseException,
+    ) as error:
+        reason = str(error).partition("\n")[0]
         got = f"{node.value[:80]!a} ({node.tag.removeprefix(_TAG)})"
         raise InputError(f"{where}: wanted a value, got {got}: {reason}") from error
     return value

@@ -1,9 +1,10 @@
 """Values of configs: texts as they are written, numbers that mean something, YAML that is sane."""
 
+import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given, settings
@@ -317,6 +318,8 @@ MERGES = "\n".join(f"  a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" fo
         ("one: a\nfree: !!int x\n", 2),
         ("one: a\nfree: !!bool x\n", 2),
         ("one: a\nfree: !!timestamp x\n", 2),
+        ("one: a\nfree: !!binary aa\n", 2),
+        ("one: a\nfree: !!binary aaaa\n", 2),
         ("one: a\nfree: !!set {a}\n", 2),
         ("one: a\nfree: {<<: 3}\n", 2),
         ('one: a\nfree: "\\0"\n', 2),
@@ -375,6 +378,29 @@ VALUES = st.one_of(
     st.integers().map(str),
     st.floats().map(repr),
 )
+
+
+@dataclass(frozen=True)
+class Every(Texts):
+    count: int = 1
+    number: float = 1.0
+    flag: bool = False
+    maybe_number: float | None = None
+    numbers: list[float] = option([])
+    coefficients: dict[str, float] = option({})
+    anything: dict[str, Any] = option({})
+    choice: Literal["none", "all"] = "none"
+
+
+@pytest.mark.parametrize("value", STRANGE)
+def test_a_strange_value_of_every_type_loads_or_is_an_input_error(tmp_path, value):
+    for name in Every.__dataclass_fields__:
+        for source in (f"{name}={value}", f"{name}=[{value}]", f"{name}={{a: {value}}}"):
+            with contextlib.suppress(InputError):
+                assert isinstance(load_config(Every, [source]), Every)
+        text = value.encode("utf-8", "replace").decode()
+        with contextlib.suppress(InputError):
+            assert isinstance(load_config(Every, [write(tmp_path, f"{name}: {text}\n")]), Every)
 
 
 @settings(max_examples=250, deadline=None, derandomize=True)
