@@ -403,7 +403,7 @@ def test_a_strange_value_of_every_type_loads_or_is_an_input_error(tmp_path, valu
             assert isinstance(load_config(Every, [write(tmp_path, f"{name}: {text}\n")]), Every)
 
 
-@settings(max_examples=250, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.sampled_from(FIELDS), VALUES)
 def test_any_value_of_any_field_loads_or_is_an_input_error(tmp_path_factory, field, value):
     cls, name = field
