@@ -68,7 +68,7 @@ class MeshConfig:
 
     def __post_init__(self):
         wanted = ">= 1, or -1 for all devices that remain"
-        require(self, wanted, lambda size: size == -1 or size >= 1, "data", "fsdp", "tensor")
+        require(self, wanted, lambda size: size == -1 or size >= 1, *vars(self))
         if (self.data, self.fsdp, self.tensor).count(-1) > 1:
             raise InputError(
                 f"fsdp: wanted at most one size of the mesh that is -1, got data={self.data} "
