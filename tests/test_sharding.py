@@ -42,9 +42,16 @@ def test_sizes_that_do_not_lay_out_the_devices_are_refused_with_the_nearest_that
     names_all(str(caught.value), ["mesh", asked, "8 device", first, "-1"])
 
 
-@pytest.mark.parametrize("sizes", [(0, 1, 1), (-2, 1, 1), (-1, -1, 1)])
-def test_meshes_without_a_meaning_are_refused(sizes):
-    with pytest.raises(InputError, match=r"mesh: wanted positive sizes.*got data"):
+@pytest.mark.parametrize(
+    ("sizes", "named"),
+    [
+        ((0, 1, 1), r"^data must be >= 1, or -1 .*got 0$"),
+        ((1, 1, -2), r"^tensor must be >= 1, or -1 .*got -2$"),
+        ((-1, -1, 1), r"at most one size of the mesh that is -1, got data=-1 fsdp=-1 tensor=1"),
+    ],
+)
+def test_meshes_without_a_meaning_are_refused(sizes, named):
+    with pytest.raises(InputError, match=named):
         MeshConfig(*sizes)
 
 

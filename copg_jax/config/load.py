@@ -8,6 +8,7 @@
 """
 
 import dataclasses
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,8 +19,16 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from copg_jax.config.schema import field_types, find_problems, iter_fields, join, section_class
-from copg_jax.config.settings import SHARED, Settings, leaves
+from copg_jax.config.schema import (
+    as_written,
+    field_types,
+    find_problems,
+    iter_fields,
+    join,
+    leaves,
+    section_class,
+)
+from copg_jax.config.settings import SHARED, Settings
 from copg_jax.config.stages import STAGES
 from copg_jax.errors import InputError
 
@@ -65,7 +74,8 @@ def load_config(
 
 
 def _is_file(argument: str) -> bool:
-    is_override = "=" in argument and not Path(argument).is_file()
+    # os.path, since Path raises where a value is too long for a name.
+    is_override = "=" in argument and not os.path.isfile(argument)
     return argument.endswith((".yaml", ".yml")) and not is_override
 
 
@@ -73,41 +83,53 @@ def _merge(cls: type, settings: Settings) -> tuple[dict[str, Any], dict[str, Any
     """Values of all fields and of `shared`: as they are written, and fields only, resolved."""
     schema = OmegaConf.structured(cls)
     try:
-        shared = OmegaConf.merge({}, *settings.shared)
-        fields = OmegaConf.merge(schema, *settings.layers)
-        raw = _plain(fields) | {SHARED: _plain(shared)}
+        raw = _plain(OmegaConf.merge(schema, *settings.layers))
+        raw[SHARED] = _plain(OmegaConf.merge({}, *settings.shared))
         _require_all(cls, raw)
-        tree = OmegaConf.create(raw)
-        # Fields alone: what this stage does not read may stay open.
-        resolved = {key: _resolve(tree[key]) for key in raw if key != SHARED}
-        problems = list(find_problems(cls, resolved, settings.where, root=cls))
-        if problems:
+        texts = _with_texts(raw, "", settings.texts)
+        resolved = as_written(cls, _resolve(raw), _resolve(texts))
+        if problems := list(find_problems(cls, resolved, settings.where, root=cls)):
             raise InputError("\n".join(problems))
         resolved = _plain(OmegaConf.merge(schema, resolved))
-    except OmegaConfBaseException as error:  # such as an interpolation of an absent key
-        name, text = error.full_key or "", str(error).splitlines()[0]
+    except (OmegaConfBaseException, RecursionError, TypeError) as error:  # such as an absent key
+        name, text = getattr(error, "full_key", None) or "", str(error).splitlines()[0]
         place = f"{settings.where.get(name, 'config')}: {name}: " if name else "config: "
-        raise InputError(
-            f"{place}{text}; set it in one of the files or on the command line"
-        ) from error
+        fix = "set it in one of the files or on the command line"
+        raise InputError(f"{place}{text}; {fix}") from error
     _require_all(cls, resolved)
     return raw, resolved
 
 
-def _resolve(node: Any) -> Any:
-    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+def _resolve(raw: dict[str, Any]) -> dict[str, Any]:
+    """Fields alone: what this stage does not read of `shared` may stay open."""
+    tree = OmegaConf.create(raw)
+    nodes = {key: tree[key] for key in raw if key != SHARED}
+    return {key: _plain(x, True) if OmegaConf.is_config(x) else x for key, x in nodes.items()}
 
 
-def _plain(config: Any) -> dict[str, Any]:
-    container = OmegaConf.to_container(config, resolve=False)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
+def _with_texts(value: Any, name: str, texts: Mapping[str, str]) -> Any:
+    """Plain values with every scalar that has a text as this text."""
+    if isinstance(value, dict):
+        return {key: _with_texts(child, join(name, key), texts) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_with_texts(item, f"{name}[{i}]", texts) for i, item in enumerate(value)]
+    return texts.get(name, value)
+
+
+def _plain(config: Any, resolve: bool = False) -> Any:
+    return OmegaConf.to_container(config, resolve=resolve)
 
 
 def _require_all(cls: type, values: Mapping[str, Any]) -> None:
-    missing = sorted(name for name, value in leaves(values) if value == MISSING)
+    wanted = {field.name: f"{field.type} ({field.help})" for field in iter_fields(cls)}
+    missing = [
+        f"{name}: wanted {wanted.get(name, 'a value')}, got nothing and there is no default; "
+        + ("" if "[" in name else f"add {name}=VALUE to the command line or ")
+        + "set it in the YAML file"
+        for name in sorted(name for name, value in leaves(values) if value == MISSING)
+    ]
     if missing:
-        raise InputError("\n".join(_missing_text(cls, name) for name in missing))
+        raise InputError("\n".join(missing))
 
 
 def to_yaml(config: Any) -> str:
@@ -117,7 +139,10 @@ def to_yaml(config: Any) -> str:
 
 def config_differences(a: Any, b: Any) -> list[str]:
     """Fields that differ between two configs, as "optim.learning_rate: 1e-06 -> 2e-05"."""
-    left, right = dict(_leaves(a)), dict(_leaves(b))
+    left, right = (
+        dict(leaves(config if isinstance(config, Mapping) else dataclasses.asdict(config)))
+        for config in (a, b)
+    )
     names = list(left) + [name for name in right if name not in left]
     return [
         f"{name}: {left.get(name, '(absent)')} -> {right.get(name, '(absent)')}"
@@ -142,15 +167,6 @@ def run_main(main: Callable[[T], object], cls: type[T], *, description: str | No
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _missing_text(cls: type, name: str) -> str:
-    known = {field.name: field for field in iter_fields(cls)}
-    wanted = f"{known[name].type} ({known[name].help})" if name in known else "a value"
-    return (
-        f"{name}: wanted {wanted}, got nothing and there is no default; "
-        f"add {name}=VALUE to the command line or set it in the YAML file"
-    )
-
-
 def _build(cls: type, values: Any, name: str, where: Mapping[str, str]) -> Any:
     """Make `cls` and its sections from plain values; range errors get path, file and line."""
     hints = field_types(cls)
@@ -167,7 +183,8 @@ def _build(cls: type, values: Any, name: str, where: Mapping[str, str]) -> Any:
     except InputError as error:
         text = join(name, str(error)) if name else str(error)
         field = text.split(maxsplit=1)[0].rstrip(":,")
-        place = f"{where[field]}: " if field in where else ""
+        mentioned = [join(name, key) for key in hints if re.search(rf"\b{key}\b", str(error))]
+        place = next((f"{where[name]}: " for name in [field, *mentioned] if name in where), "")
         raise InputError(place + text) from error
 
 
@@ -190,13 +207,6 @@ def _help(cls: type, description: str | None) -> str:
         lines.append(f"  {field.name}: {field.type}{default}")
         lines += [f"      {field.help}"] if field.help else []
     return "\n".join(lines)
-
-
-def _leaves(config: Any) -> Iterator[tuple[str, Any]]:
-    """Yield (dotted name, value) of every leaf of a config or a nested mapping."""
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        config = dataclasses.asdict(config)
-    return leaves(config)
 
 
 def _with_sources(text: str, raw: Mapping[str, Any], where: Mapping[str, str]) -> str:

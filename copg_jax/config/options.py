@@ -7,10 +7,8 @@ from typing import Any
 from omegaconf import MISSING
 
 
-def option(default: Any = MISSING, help: str = "", *, default_factory: Any = None) -> Any:
+def option(default: Any = MISSING, help: str = "") -> Any:
     """Dataclass field with a help text; required when no default is given."""
-    if default_factory is not None:
-        return dataclasses.field(default_factory=default_factory, metadata={"help": help})
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=default.copy, metadata={"help": help})
     return dataclasses.field(default=default, metadata={"help": help})

@@ -2,11 +2,14 @@
 
 1. `iter_fields` walks the dataclass and its sections: the lines of `--help`.
 2. `find_problems` walks plain values beside it: unknown fields with a did-you-mean, wrong types.
+3. `as_written` gives every `str` field the text of its value.
 """
 
 import dataclasses
 import difflib
 import functools
+import json
+import os
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -16,6 +19,10 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 COMMAND_LINE = "command line"
+PATHS = ("path", "output_dir")
+"""Names of what is a path wherever it stands, in the arguments of a reward too."""
+FLOAT32_MIN, FLOAT32_MAX = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+"""Sizes of a number that is neither 0 nor infinite on a device."""
 
 
 class FieldInfo(NamedTuple):
@@ -63,9 +70,9 @@ def find_problems(
         if isinstance(value, str) and "${" in value:
             continue  # judged once it is resolved
         if nested is None or (value is None and _is_optional(hint)):
-            if not _is_accepted(cls, key, value):
+            if (fault := _fault(hint, value)) is not None:
                 yield (
-                    f"{place}: {name}: wanted {_type_name(hint)}, got {_got(value)}; "
+                    f"{place}: {name}: wanted {_type_name(hint)}{fault}, got {_got(value)}; "
                     f"set for example {name}={_default_text(cls, key)}"
                 )
         elif not is_list:
@@ -103,25 +110,79 @@ def section_class(hint: Any) -> type | None:
     return None
 
 
+def as_written(hint: Any, value: Any, text: Any) -> Any:
+    """Plain values where each `str` field has its text, and paths have ~ expanded.
+
+    Args:
+      hint: Type of the value.
+      value: Resolved values, as YAML types them.
+      text: The same with the text of each scalar.
+    """
+    hint = _required(hint, value)
+    item = (typing.get_args(hint) or [Any])[-1]
+    if isinstance(value, dict):
+        hints = field_types(hint) if dataclasses.is_dataclass(hint) else {}  # pyright: ignore
+        hints |= dict.fromkeys(PATHS, os.PathLike)
+        texts = text if isinstance(text, dict) else {}
+        return {
+            key: as_written(hints.get(key, item), child, texts.get(key, child))
+            for key, child in value.items()
+        }
+    if isinstance(value, list):
+        texts = text if isinstance(text, list) and len(text) == len(value) else value
+        return [as_written(item, *pair) for pair in zip(value, texts, strict=True)]
+    if value is None or hint not in (str, os.PathLike):
+        return value
+    return os.path.expanduser(str(text)) if hint is os.PathLike else str(text)
+
+
 def join(prefix: str, name: str) -> str:
     """Dotted name of a field in a section; the root section has the empty name."""
     return f"{prefix}.{name}" if prefix else name
 
 
-def _is_accepted(cls: type, key: str, value: Any) -> bool:
-    # Field by field, so that the path is known also inside lists, where OmegaConf loses it.
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, value) of every leaf of nested mappings and lists."""
+    if isinstance(value, Mapping) and (value or not name):
+        for key, child in value.items():
+            yield from leaves(child, join(name, str(key)))
+    elif isinstance(value, list | tuple) and value:
+        for index, child in enumerate(value):
+            yield from leaves(child, f"{name}[{index}]")
+    else:
+        yield name, value
+
+
+def _fault(hint: Any, value: Any) -> str | None:
+    """None for a value of this type, else what is wanted beside the type."""
+    if isinstance(value, str) and "${" in value:
+        return None  # judged once it is resolved
+    hint = _required(hint, value)
+    if (origin := typing.get_origin(hint)) in (list, dict):
+        if not isinstance(value, origin):
+            return ""
+        items = value.values() if isinstance(value, dict) else value
+        faults = [_fault(typing.get_args(hint)[-1], item) for item in items]
+        return next((fault for fault in faults if fault is not None), None)
     try:
-        OmegaConf.merge(_schema_of(cls, key), {key: value})
-    except OmegaConfBaseException:
-        return False
-    return True
+        value = OmegaConf.merge(_schema_of(hint), {"value": value}).value
+    except (OmegaConfBaseException, OverflowError):
+        return ""
+    is_number = hint is not float or value == 0 or FLOAT32_MIN <= abs(value) <= FLOAT32_MAX
+    return None if is_number else " that is finite and not rounded to 0 in float32"
+
+
+def _required(hint: Any, value: Any) -> Any:
+    """The type without `| None` of a value that is not null."""
+    if value is None or not _is_optional(hint):
+        return hint
+    return next(item for item in typing.get_args(hint) if item is not types.NoneType)
 
 
 @functools.cache
-def _schema_of(cls: type, key: str) -> DictConfig:
-    """The schema of one field alone: that of a whole section takes seven times as long."""
-    field = (key, field_types(cls)[key], MISSING)
-    return OmegaConf.structured(dataclasses.make_dataclass(cls.__name__, [field]))
+def _schema_of(hint: Any) -> DictConfig:
+    """The schema of one type alone: that of a whole section takes seven times as long."""
+    return OmegaConf.structured(dataclasses.make_dataclass("Field", [("value", hint, MISSING)]))
 
 
 def _suggestion(cls: type, key: str, prefix: str, root: type) -> str:
@@ -138,20 +199,11 @@ def _suggestion(cls: type, key: str, prefix: str, root: type) -> str:
 def _default_text(cls: type, key: str) -> str:
     """Default of a field as one would write it on the command line, VALUE when it has none."""
     (field,) = (field for field in dataclasses.fields(cls) if field.name == key)
-    default = field.default
-    if field.default_factory is not dataclasses.MISSING:
-        default = field.default_factory()
+    make = field.default_factory
+    default = field.default if make is dataclasses.MISSING else make()
     if default is dataclasses.MISSING or default == MISSING:
         return "VALUE"
-    if isinstance(default, list | dict) and default:
-        return (
-            "[...]"
-            if isinstance(default, list) and section_class(type(default[0]))
-            else f"{default}"
-        )
-    if default is None or isinstance(default, bool):
-        return {None: "null", True: "true", False: "false"}[default]
-    return str(default) if default != "" else "''"
+    return (default or "''") if isinstance(default, str) else json.dumps(default, default=str)
 
 
 def _type_name(hint: Any) -> str:
@@ -170,7 +222,7 @@ def _is_optional(hint: Any) -> bool:
 
 
 def _got(value: Any) -> str:
-    return "nothing" if value is None else f"{value!r} ({type(value).__name__})"
+    return "nothing" if value is None else f"{value!r:.200} ({type(value).__name__})"
 
 
 def _place(name: str, where: Mapping[str, str]) -> str:

@@ -4,6 +4,7 @@ Defaults are the paper's settings. A range that a single value can violate is ch
 depends on a model, a device or the data is checked where it is used.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +19,29 @@ REMATS = ("none", "dots", "mlp", "full")
 POLICY_LOSSES = ("copg", "dpo", "ipo", "pg", "rloo")
 
 
+def require(config: Any, wanted: str, holds: Callable[[Any], bool], *names: str) -> None:
+    """Raises InputError unless this holds for each of these fields that is not null."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not holds(value):
+            raise InputError(f"{name} must be {wanted}, got {value!r}")
+
+
+def require_positive(config: Any, *names: str) -> None:
+    """Raises InputError unless each of these counts is null or at least 1."""
+    require(config, ">= 1", lambda count: count >= 1, *names)
+
+
+def require_one_of(config: Any, choices: Sequence[str], *names: str) -> None:
+    """Raises InputError unless each of these fields is one of the choices."""
+    require(config, f"one of {', '.join(choices)}", choices.__contains__, *names)
+
+
+def require_seed(config: Any) -> None:
+    """Raises InputError unless the seed is one for NumPy and for JAX."""
+    require(config, "in [0, 2**32)", lambda seed: 0 <= seed < 2**32, "seed")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A pretrained Llama and how to compute with it."""
@@ -30,11 +54,8 @@ class ModelConfig:
     )
 
     def __post_init__(self):
-        for name, allowed in (("dtype", DTYPES), ("attention", ATTENTION_CHOICES)):
-            if getattr(self, name) not in allowed:
-                raise InputError(
-                    f"{name} must be one of {', '.join(allowed)}, got '{getattr(self, name)}'"
-                )
+        require_one_of(self, DTYPES, "dtype")
+        require_one_of(self, ATTENTION_CHOICES, "attention")
 
 
 @dataclass(frozen=True)
@@ -46,10 +67,11 @@ class MeshConfig:
     tensor: int = option(1, "shards of heads, MLP and vocabulary (tensor parallelism)")
 
     def __post_init__(self):
-        sizes = (self.data, self.fsdp, self.tensor)
-        if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
+        wanted = ">= 1, or -1 for all devices that remain"
+        require(self, wanted, lambda size: size == -1 or size >= 1, *vars(self))
+        if (self.data, self.fsdp, self.tensor).count(-1) > 1:
             raise InputError(
-                f"mesh: wanted positive sizes, at most one of them -1, got data={self.data} "
+                f"fsdp: wanted at most one size of the mesh that is -1, got data={self.data} "
                 f"fsdp={self.fsdp} tensor={self.tensor}"
             )
 
@@ -85,20 +107,11 @@ class DataConfig:
     max_rows: int | None = option(None, "stop after this many rows of the part")
 
     def __post_init__(self) -> None:
-        for name in ("max_prompt_tokens", "max_completion_tokens", "max_rows"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}.")
-        if not 0.0 <= self.holdout_fraction < 1.0:
-            raise InputError(f"holdout_fraction must be in [0, 1), got {self.holdout_fraction}.")
-        for name, choices in (
-            ("part", ("all", "train", "validation")),
-            ("invalid_rows", ("error", "drop")),
-        ):
-            if getattr(self, name) not in choices:
-                raise InputError(
-                    f"{name} must be one of {', '.join(choices)}, got '{getattr(self, name)}'."
-                )
+        names = ("max_prompt_tokens", "max_completion_tokens", "max_rows")
+        require(self, "at least 1", lambda count: count >= 1, *names)
+        require(self, "in [0, 1)", lambda share: 0 <= share < 1, "holdout_fraction")
+        require_one_of(self, ("all", "train", "validation"), "part")
+        require_one_of(self, ("error", "drop"), "invalid_rows")
         if self.part == "validation" and self.holdout_fraction == 0.0:
             raise InputError(
                 "part is validation but holdout_fraction is 0, which holds no post out: set it "
@@ -127,17 +140,12 @@ class OptimConfig:
     clip_norm: float | None = option(None, "clip the global gradient norm; null = no clipping")
 
     def __post_init__(self):
-        checks = {
-            "learning_rate must be > 0": self.learning_rate > 0,
-            "warmup_fraction must be in [0, 1]": 0 <= self.warmup_fraction <= 1,
-            "decay must be 'constant' or 'cosine'": self.decay in ("constant", "cosine"),
-            "b1 and b2 must be in [0, 1)": 0 <= self.b1 < 1 and 0 <= self.b2 < 1,
-            "eps must be > 0": self.eps > 0,
-            "weight_decay must be >= 0": self.weight_decay >= 0,
-            "clip_norm must be > 0 or null": self.clip_norm is None or self.clip_norm > 0,
-        }
-        if failed := [text for text, holds in checks.items() if not holds]:
-            raise InputError(f"{'; '.join(failed)}; got {self}")
+        require(self, "> 0", lambda number: number > 0, "learning_rate", "eps", "clip_norm")
+        require(self, ">= 0", lambda number: number >= 0, "weight_decay")
+        require(self, "in [0, 1]", lambda share: 0 <= share <= 1, "warmup_fraction")
+        # What is more than that rounds to 1 in float32.
+        require(self, "in [0, 1)", lambda decay: 0 <= decay < 1 - 2.0**-25, "b1", "b2")
+        require_one_of(self, ("constant", "cosine"), "decay")
 
 
 @dataclass(frozen=True)
@@ -157,13 +165,9 @@ class TrainingConfig:
     tensorboard: bool = option(False, "also write TensorBoard files (needs the tensorboard extra)")
 
     def __post_init__(self):
-        for name in ("batch_size", "num_microbatches", "num_epochs", "eval_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if self.remat not in REMATS:
-            raise InputError(f"remat must be one of {', '.join(REMATS)}, got '{self.remat}'")
-        if self.log_every < 1 or (self.max_steps is not None and self.max_steps < 1):
-            raise InputError("log_every must be >= 1 and max_steps >= 1 or null")
+        require_positive(self, "batch_size", "num_microbatches", "num_epochs", "max_steps")
+        require_positive(self, "eval_every", "save_every", "log_every")
+        require_one_of(self, REMATS, "remat")
         if self.batch_size % self.num_microbatches:
             raise InputError(
                 f"batch_size must be a multiple of num_microbatches, got {self.batch_size} and "
@@ -227,8 +231,6 @@ class GenerationConfig:
     seed: int = option(0, "seed of the sampling; the step is folded in")
 
     def __post_init__(self):
-        for name in ("num_prompts", "num_samples", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if self.sampling_temperature < 0 or self.num_texts < 0:
-            raise InputError("sampling_temperature and num_texts must be >= 0")
+        require_positive(self, "num_prompts", "num_samples", "max_new_tokens", "batch_size")
+        require(self, ">= 0", lambda n: n >= 0, "sampling_temperature", "num_texts")
+        require_seed(self)

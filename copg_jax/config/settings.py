@@ -8,11 +8,14 @@ A YAML file holds fields of a config, and under two kinds of other names:
   refused, since it is a typo.
 
 An argument `name=value` does the same for one value.
+
+Beside its value as YAML types it, every scalar keeps its text: a field of type `str` takes it as it
+is written, so that `007` or `on` are not a number and a boolean before the field is known.
 """
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +23,31 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from copg_jax.config.schema import COMMAND_LINE, field_types, find_problems, join
+from copg_jax.config.schema import (
+    COMMAND_LINE,
+    field_types,
+    find_problems,
+    iter_fields,
+    join,
+    leaves,
+)
 from copg_jax.errors import InputError
 
 SHARED = "shared"
 _READ = re.compile(r"\$\{(" + SHARED + r"\.[\w.]*)")
+_MOST_KEYS, _DEEPEST = 10_000, 32  # aliases expanded
+_UNWRITABLE = re.compile(r"[\0\ud800-\udfff]")
+_TAG = "tag:yaml.org,2002:"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, but 1e-6 is a number and a date is a text."""
+
+
+_FLOAT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
+_Loader.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+0123456789"))
+for _resolvers in _Loader.yaml_implicit_resolvers.values():
+    _resolvers[:] = [pair for pair in _resolvers if pair[0] != f"{_TAG}timestamp"]
 
 
 class _Key(NamedTuple):
@@ -32,7 +55,8 @@ class _Key(NamedTuple):
 
     name: str  # dotted
     place: str  # "file:line" or "command line"
-    is_section: bool  # merges with what was set before; anything else replaces it
+    is_section: bool = True  # merges with what was set before; anything else replaces it
+    text: str | None = None  # of a scalar, as it is written
 
 
 class Settings:
@@ -42,6 +66,7 @@ class Settings:
       layers: Fields to merge, the last one wins.
       shared: Values below `shared` to merge, the last one wins.
       where: Dotted name to the place that set it last.
+      texts: Dotted name of a scalar to its text there.
       problems: Unknown fields and wrong types so far.
     """
 
@@ -49,6 +74,7 @@ class Settings:
         self.layers: list[dict[Any, Any]] = []
         self.shared: list[dict[Any, Any]] = []
         self.where: dict[str, str] = {}
+        self.texts: dict[str, str] = {}
         self.problems: list[str] = []
         self._cls = cls
         self._stages = stages
@@ -60,9 +86,8 @@ class Settings:
         Raises:
           InputError: The file cannot be read or is no mapping, or a key stands twice.
         """
-        text, root = _compose(path)
-        keys = list(_keys(root, "", path))  # refuses what stands twice, which YAML would not
-        self._add(_plain(text, str(path)), keys)
+        keys: list[_Key] = []
+        self._add(_read(_compose_file(path), "", str(path), keys), keys)
 
     def add_argument(self, argument: str) -> None:
         """Adds what an argument `name=value` sets.
@@ -70,27 +95,46 @@ class Settings:
         Raises:
           InputError: It has another form.
         """
-        name, equals, _ = argument.partition("=")
+        name, equals, text = argument.partition("=")
         if not equals or not name or name.startswith("-"):
             raise InputError(
                 f"{COMMAND_LINE}: wanted CONFIG.yaml ... key=value ..., got '{argument}'; config "
                 "files come first and end in .yaml, fields are set as key=value, and --help lists "
                 "them"
             )
+        if "[" in name:
+            whole = name.partition("[")[0]
+            raise InputError(f"{COMMAND_LINE}: {name}: wanted the whole list, {whole}='[...]'")
+        node = self._compose_argument(name, text, argument)
+        parts = name.split(".")
+        keys = [_Key(".".join(parts[:end]), COMMAND_LINE) for end in range(1, len(parts))]
+        keys.append(_key(name, COMMAND_LINE, node))
+        layer = _read(node, name, COMMAND_LINE, keys)
+        for part in reversed(parts):
+            layer = {part: layer}
+        self._add(layer, keys)
+
+    def _compose_argument(self, name: str, text: str, argument: str) -> yaml.Node:
+        """Node of an argument; what is not quoted and set for a text is one, whatever YAML says."""
+        top, _, below = name.partition(".")
+        stages = self._stages_of(top)
+        cls, field = (stages[0], below) if stages else (self._cls, name)
+        types = {info.name: info.type for info in iter_fields(cls)}
+        plain = yaml.ScalarNode(f"{_TAG}str", text)
+        is_text = types.get(field) in ("str", "str | null")
+        if is_text and text not in ("", "~", "null") and text[0] not in "'\"":
+            return plain
         try:
-            layer = OmegaConf.to_container(OmegaConf.from_dotlist([argument]), resolve=False)
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-            raise InputError(
-                f"{COMMAND_LINE}: {name}: wanted a value, got '{argument}': {reason}"
-            ) from error
-        assert isinstance(layer, dict)
-        self._add(layer, list(_argument_keys(layer, "")))
+            return _compose(text, f"{COMMAND_LINE}: {name}", f"a value, got '{argument}'")
+        except InputError:
+            if top != SHARED:
+                raise
+            return plain  # who reads it says what it must be
 
     def check(self) -> None:
         """Raises InputError with all problems: of fields, and shared values that nothing reads."""
-        merged = OmegaConf.to_container(OmegaConf.merge({}, *self.shared), resolve=False)
-        for name, _ in leaves({SHARED: merged} if merged else {}):
+        names = [name for layer in self.shared if layer for name, _ in leaves({SHARED: layer})]
+        for name in dict.fromkeys(names):
             dotted = name.replace("[", ".") + "."
             if not any(dotted.startswith(read.rstrip(".") + ".") for read in self._reads):
                 near = difflib.get_close_matches(name, self._reads, n=1)
@@ -101,8 +145,8 @@ class Settings:
             raise InputError("\n".join(self.problems))
 
     def _add(self, values: dict[Any, Any], keys: list[_Key]) -> None:
-        for text in _texts(values):
-            self._reads.update(_READ.findall(text))
+        for _, leaf in leaves(values):
+            self._reads.update(_READ.findall(leaf) if isinstance(leaf, str) else ())
         for top, value in values.items():
             name = str(top)
             own = [key for key in keys if key.name == name or _is_below(key.name, name)]
@@ -140,7 +184,11 @@ class Settings:
             if not key.is_section:
                 for old in [old for old in self.where if _is_below(old, key.name)]:
                     del self.where[old]
+                    self.texts.pop(old, None)
             self.where[key.name] = key.place
+            self.texts.pop(key.name, None)
+            if key.text is not None:
+                self.texts[key.name] = key.text
 
     def _stages_of(self, name: str) -> list[type]:
         """The stages that a top-level name such as "sft, reward" lists; empty for another name."""
@@ -162,91 +210,117 @@ class Settings:
         return None
 
 
-def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted name, value) of every leaf of nested mappings and lists."""
-    if isinstance(value, Mapping) and (value or not name):
-        for key, child in value.items():
-            yield from leaves(child, join(name, str(key)))
-    elif isinstance(value, list | tuple) and value:
-        for index, child in enumerate(value):
-            yield from leaves(child, f"{name}[{index}]")
-    else:
-        yield name, value
-
-
-def _compose(path: Path) -> tuple[str, yaml.MappingNode]:
-    """Text and nodes of a YAML file."""
+def _compose_file(path: Path) -> yaml.MappingNode:
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(
             f"{path}: wanted a readable YAML config, got: {reason}; check the path"
         ) from error
+    root = _compose(text, str(path), "valid YAML, got")
+    if isinstance(root, yaml.MappingNode):
+        return root
+    is_empty = root.tag == f"{_TAG}null"
+    raise InputError(
+        f"{_at(str(path), root)}: wanted a YAML mapping of config fields, `field: value`, got "
+        + ("an empty file; leave it out to use the defaults" if is_empty else "something else")
+    )
+
+
+def _compose(text: str, source: str, wanted: str) -> yaml.Node:
+    """Nodes of a YAML text from a file or the command line."""
+    loader = None
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or error
-        raise InputError(f"{path}{line}: wanted valid YAML, got: {reason}") from error
-    if root is None or root.tag == "tag:yaml.org,2002:null":
+        loader = _Loader(text)
+        return loader.get_single_node() or yaml.ScalarNode(f"{_TAG}null", "", loader.get_mark())
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None) or loader
+        line = mark.line if mark else text[: getattr(error, "position", 0)].count("\n")
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        place = source if source.startswith(COMMAND_LINE) else f"{source}:{line + 1}"
+        raise InputError(f"{place}: wanted {wanted}: {reason}") from error
+
+
+def _read(node: yaml.Node, name: str, source: str, keys: list[_Key], depth: int = 0) -> Any:
+    """Plain value of a node; adds every key and item below it to `keys`, parents first."""
+    place = _at(source, node)
+    if len(keys) > _MOST_KEYS or depth > _DEEPEST:
         raise InputError(
-            f"{path}: wanted a YAML mapping of config fields, got an empty file; "
-            "add fields or leave the file out to use the defaults"
+            f"{place}: {name[:80]}: wanted at most {_MOST_KEYS} values, nested {_DEEPEST} deep, "
+            "got more; is an alias such as *name inside what it names, or repeated too often?"
         )
-    if not isinstance(root, yaml.MappingNode):
-        raise InputError(
-            f"{path}:{root.start_mark.line + 1}: wanted a YAML mapping `field: value`, "
-            f"got a {root.id}"
-        )
-    return text, root
-
-
-def _plain(text: str, place: str) -> dict[Any, Any]:
-    """Values of a YAML text, interpolations unresolved."""
-    try:
-        return OmegaConf.to_container(OmegaConf.create(text), resolve=False)  # pyright: ignore
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise InputError(f"{place}: {str(error).splitlines()[0]}") from error
-
-
-def _keys(node: yaml.Node, name: str, path: Path) -> Iterator[_Key]:
-    """Yield every key and list item below `node`, parents first; refuse a key given twice."""
+    if isinstance(node, yaml.ScalarNode):
+        return _read_scalar(node, f"{place}: {name}")
+    if node.tag not in (f"{_TAG}map", f"{_TAG}seq"):
+        raise InputError(f"{place}: {name}: wanted plain values, got the YAML tag {node.tag}")
     if isinstance(node, yaml.MappingNode):
-        lines: dict[str, int] = {}
-        for key, value in node.value:
-            line = key.start_mark.line + 1
-            child = join(name, str(key.value))
-            if key.value in lines:
-                raise InputError(
-                    f"{path}:{line}: key '{child}' wanted once, got twice "
-                    f"(first on line {lines[key.value]}); remove one of the two"
-                )
-            lines[key.value] = line
-            yield _Key(child, f"{path}:{line}", isinstance(value, yaml.MappingNode))
-            yield from _keys(value, child, path)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            child, line = f"{name}[{index}]", value.start_mark.line + 1
-            yield _Key(child, f"{path}:{line}", isinstance(value, yaml.MappingNode))
-            yield from _keys(value, child, path)
+        return _read_mapping(node, name, source, keys, depth)
+    values = []
+    for index, item in enumerate(node.value):
+        keys.append(_key(f"{name}[{index}]", _at(source, item), item))
+        values.append(_read(item, keys[-1].name, source, keys, depth + 1))
+    return values
 
 
-def _argument_keys(value: Any, name: str) -> Iterator[_Key]:
-    """Yield every name that an argument sets, parents first."""
-    children = value.items() if isinstance(value, dict) else []
-    named = [(join(name, str(key)), child) for key, child in children]
-    if isinstance(value, list):
-        named = [(f"{name}[{index}]", child) for index, child in enumerate(value)]
-    for child_name, child in named:
-        yield _Key(child_name, COMMAND_LINE, isinstance(child, dict))
-        yield from _argument_keys(child, child_name)
+def _read_mapping(
+    node: yaml.MappingNode, name: str, source: str, keys: list[_Key], depth: int
+) -> dict[str, Any]:
+    """Values of a mapping, those of `<<` below its own; refuses a key that stands twice."""
+    values: dict[str, Any] = {}
+    lines: dict[str, int] = {}
+    for key, value in sorted(node.value, key=lambda pair: pair[0].tag != f"{_TAG}merge"):
+        place, child = _at(source, key), join(name, str(key.value))
+        if not isinstance(key, yaml.ScalarNode):
+            raise InputError(f"{place}: {name}: wanted texts as keys, got a list or a mapping")
+        if key.value in lines:
+            raise InputError(
+                f"{place}: key '{child}' wanted once, got twice "
+                f"(first on line {lines[key.value]}); remove one of the two"
+            )
+        lines[key.value] = key.start_mark.line + 1
+        if key.tag == f"{_TAG}merge":
+            keys.append(_Key(child, place))
+            for other in reversed(value.value if isinstance(value, yaml.SequenceNode) else [value]):
+                merged = _read(other, name, source, keys, depth + 1)
+                if not isinstance(merged, dict):
+                    raise InputError(f"{place}: {child}: wanted mappings")
+                values |= merged
+            continue
+        keys.append(_key(child, place, value))
+        values[key.value] = _read(value, child, source, keys, depth + 1)
+    return values
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Yield every text in nested plain values."""
-    return (leaf for _, leaf in leaves(value) if isinstance(leaf, str))
+def _read_scalar(node: yaml.ScalarNode, where: str) -> Any:
+    """The value as YAML types it."""
+    try:
+        value = _Loader.yaml_constructors[node.tag](_Loader(""), node)
+        is_short = isinstance(value, int | float | None) and len(node.value) <= 300
+        if not (is_short or isinstance(value, str)) or _UNWRITABLE.search(node.value):
+            raise ValueError("wanted a text without NUL, a number of up to 300 digits or null")
+        if isinstance(value, str) and "${" in value:
+            OmegaConf.create([value])  # checks its grammar
+    except (
+        ValueError,
+        LookupError,
+        AttributeError,
+        yaml.YAMLError,
+        OmegaConfBaseException,
+    ) as error:
+        reason = str(error).partition("\n")[0]
+        got = f"{node.value[:80]!a} ({node.tag.removeprefix(_TAG)})"
+        raise InputError(f"{where}: wanted a value, got {got}: {reason}") from error
+    return value
+
+
+def _key(name: str, place: str, value: yaml.Node) -> _Key:
+    is_text = isinstance(value, yaml.ScalarNode) and value.tag != f"{_TAG}null"
+    return _Key(name, place, isinstance(value, yaml.MappingNode), value.value if is_text else None)
+
+
+def _at(source: str, node: yaml.Node) -> str:
+    return source if source == COMMAND_LINE else f"{source}:{node.start_mark.line + 1}"
 
 
 def _is_below(name: str, parent: str) -> bool:

@@ -19,6 +19,10 @@ from copg_jax.config.sections import (
     OptimConfig,
     RewardSpec,
     TrainingConfig,
+    require,
+    require_one_of,
+    require_positive,
+    require_seed,
 )
 from copg_jax.errors import InputError
 
@@ -46,21 +50,8 @@ def _distributed() -> Any:
     )
 
 
-def _check_distributed(config: Any) -> None:
-    # YAML reads on and off as booleans.
-    mode = {"True": "on", "False": "off"}.get(config.distributed, config.distributed)
-    if mode not in DISTRIBUTED_MODES:
-        raise InputError(f"distributed must be one of {', '.join(DISTRIBUTED_MODES)}, got '{mode}'")
-    object.__setattr__(config, "distributed", mode)
-
-
 def _logits_chunk() -> Any:
     return option(None, "completion positions whose logits exist at a time; null = all")
-
-
-def _check_chunk(logits_chunk: int | None) -> None:
-    if logits_chunk is not None and logits_chunk < 1:
-        raise InputError(f"logits_chunk must be >= 1 or null, got {logits_chunk}")
 
 
 @dataclass(frozen=True)
@@ -78,7 +69,8 @@ class TrainConfig:
     seed: int = option(0, "seed of the data order, and of a new score head")
 
     def __post_init__(self):
-        _check_distributed(self)
+        require_one_of(self, DISTRIBUTED_MODES, "distributed")
+        require_seed(self)
 
 
 @dataclass(frozen=True)
@@ -90,7 +82,7 @@ class SFTConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_chunk(self.logits_chunk)
+        require_positive(self, "logits_chunk")
 
 
 @dataclass(frozen=True)
@@ -113,10 +105,8 @@ class ScoreConfig:
     distributed: str = _distributed()
 
     def __post_init__(self):
-        _check_distributed(self)
-        if self.batch_size < 1 or self.part_size < 1:
-            raise InputError("batch_size and part_size must be >= 1")
-        _check_chunk(self.logits_chunk)
+        require_one_of(self, DISTRIBUTED_MODES, "distributed")
+        require_positive(self, "batch_size", "part_size", "logits_chunk")
 
 
 @dataclass(frozen=True)
@@ -142,7 +132,7 @@ class PolicyConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_chunk(self.logits_chunk)
+        require_positive(self, "logits_chunk")
 
 
 @dataclass(frozen=True)
@@ -159,10 +149,9 @@ class EvaluateConfig:
     distributed: str = _distributed()
 
     def __post_init__(self):
-        _check_distributed(self)
-        if not self.beta > 0:
-            raise InputError(f"beta must be > 0, got {self.beta}")
-        _check_chunk(self.logits_chunk)
+        require_one_of(self, DISTRIBUTED_MODES, "distributed")
+        require(self, "> 0", lambda beta: beta > 0, "beta")
+        require_positive(self, "logits_chunk")
 
 
 @dataclass(frozen=True)
@@ -184,6 +173,7 @@ class QuickstartConfig:
     )
 
     def __post_init__(self):
+        require_seed(self)
         factors = {factor for factor in self.beta_factors if factor > 0}
         if len(factors) != len(self.beta_factors) or not 1 <= len(factors) <= 4:
             raise InputError(

@@ -44,7 +44,7 @@ class Config:
     betas: list[float] = option([0.9, 0.95], "Adam's moments.")
     extra: dict[str, Any] = option({}, "Free keys.")
     optim: Optim = section(Optim)
-    rewards: list[Reward] = option(default_factory=list, help="Summed rewards.")
+    rewards: list[Reward] = option([], "Summed rewards.")
     judge: Reward | None = None
 
 
