@@ -10,7 +10,7 @@ reward over steps beside reward against KL. Finished stages are not run again.
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from rich.table import Table
 
 from copg_jax import runtime
 from copg_jax.config.load import load_config, run_main
+from copg_jax.config.options import option
+from copg_jax.config.sections import require_seed
 from copg_jax.config.stages import (
     EvaluateConfig,
     PolicyConfig,
-    QuickstartConfig,
     RewardModelConfig,
     ScoreConfig,
     SFTConfig,
@@ -55,6 +56,33 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = [str(CONFIGS / "tldr.yaml"), str(CONFIGS / "sizes" / "quickstart.yaml")]
 METHODS = ("copg", "dpo", "ipo")
 OVERRIDDEN = ("sft", "reward", "score", *METHODS, "evaluate")
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """The whole pipeline on generated posts and a tiny Llama, on CPU, in minutes."""
+
+    output_dir: str = option("runs/quickstart", "folder of all its runs")
+    seed: int = option(0, "seed of data, initialisation and data order")
+    num_posts: int = option(4000, "generated posts with a reference summary, for SFT")
+    num_comparisons: int = option(3000, "generated human comparisons")
+    vocab_size: int = option(700, "size of the tokenizer that is trained on them")
+    hidden_size: int = option(128, "width of the tiny Llama")
+    num_layers: int = option(3, "its depth")
+    beta_factors: list[float] = option(
+        [0.1, 1.0, 5.0], "each method is trained at its β times each of these"
+    )
+    overrides: dict[str, list[str]] = option(
+        {}, "stage (sft, reward, score, copg, dpo, ipo, evaluate) -> list of key=value"
+    )
+
+    def __post_init__(self):
+        require_seed(self)
+        factors = {factor for factor in self.beta_factors if factor > 0}
+        if len(factors) != len(self.beta_factors) or not 1 <= len(factors) <= 4:
+            raise InputError(
+                f"beta_factors: wanted one to four different numbers > 0, got {self.beta_factors}"
+            )
 
 
 class Stages:

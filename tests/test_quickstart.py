@@ -7,9 +7,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from copg_jax.config.stages import EvaluateConfig, QuickstartConfig, SFTConfig
+from copg_jax.config.stages import EvaluateConfig, SFTConfig
 from copg_jax.errors import InputError
-from experiments.quickstart import Stages, differences_table, policies_table, summary_of
+from experiments.quickstart import (
+    QuickstartConfig,
+    Stages,
+    differences_table,
+    policies_table,
+    summary_of,
+)
 from experiments.studies.comparison import Policy, Trained
 
 ONES = np.ones(4)

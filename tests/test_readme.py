@@ -14,11 +14,12 @@ import yaml
 from copg_jax.bandit.train import BanditConfig
 from copg_jax.config.load import load_config
 from copg_jax.config.schema import iter_fields
-from copg_jax.config.stages import STAGES, QuickstartConfig
+from copg_jax.config.stages import STAGES
 from copg_jax.data import scored
 from copg_jax.data.formats import columns
 from experiments.benchmark.commands import make_parser
 from experiments.plan import stage_of
+from experiments.quickstart import QuickstartConfig
 from tests.pages import (
     PAGES,
     README,

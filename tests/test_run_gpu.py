@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from copg_jax.config.stages import QuickstartConfig
+from experiments.quickstart import QuickstartConfig
 from tests.workplace import MAINS
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "run_gpu.sh"

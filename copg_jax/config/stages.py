@@ -24,7 +24,6 @@ from copg_jax.config.sections import (
     require_positive,
     require_seed,
 )
-from copg_jax.errors import InputError
 
 MAY_DIFFER = (
     "output_dir",  # a folder may be moved
@@ -152,33 +151,6 @@ class EvaluateConfig:
         require_one_of(self, DISTRIBUTED_MODES, "distributed")
         require(self, "> 0", lambda beta: beta > 0, "beta")
         require_positive(self, "logits_chunk")
-
-
-@dataclass(frozen=True)
-class QuickstartConfig:
-    """The whole pipeline on generated posts and a tiny Llama, on CPU, in minutes."""
-
-    output_dir: str = option("runs/quickstart", "folder of all its runs")
-    seed: int = option(0, "seed of data, initialisation and data order")
-    num_posts: int = option(4000, "generated posts with a reference summary, for SFT")
-    num_comparisons: int = option(3000, "generated human comparisons")
-    vocab_size: int = option(700, "size of the tokenizer that is trained on them")
-    hidden_size: int = option(128, "width of the tiny Llama")
-    num_layers: int = option(3, "its depth")
-    beta_factors: list[float] = option(
-        [0.1, 1.0, 5.0], "each method is trained at its β times each of these"
-    )
-    overrides: dict[str, list[str]] = option(
-        {}, "stage (sft, reward, score, copg, dpo, ipo, evaluate) -> list of key=value"
-    )
-
-    def __post_init__(self):
-        require_seed(self)
-        factors = {factor for factor in self.beta_factors if factor > 0}
-        if len(factors) != len(self.beta_factors) or not 1 <= len(factors) <= 4:
-            raise InputError(
-                f"beta_factors: wanted one to four different numbers > 0, got {self.beta_factors}"
-            )
 
 
 STAGES: dict[str, type] = {

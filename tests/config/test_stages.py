@@ -16,6 +16,7 @@ from copg_jax.config.load import load_config, to_yaml
 from copg_jax.config.schema import iter_fields
 from copg_jax.config.stages import STAGES
 from experiments import bandit
+from experiments.quickstart import QuickstartConfig
 from tests.reads import dead_fields, recorded_reads
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +26,7 @@ SCRIPTS: dict[str, type] = {
     "score": config.ScoreConfig,
     "train_policy": config.PolicyConfig,
     "evaluate": config.EvaluateConfig,
-    "quickstart": config.QuickstartConfig,
+    "quickstart": QuickstartConfig,
     "bandit": BanditConfig,
 }
 SIZES = ("llama2_7b", "smollm2", "quickstart")
@@ -152,7 +153,7 @@ def test_the_quickstart_reads_all_its_fields():
                 argument.arg
                 for argument in function.args.args
                 if isinstance(argument.annotation, ast.Name)
-                and argument.annotation.id == config.QuickstartConfig.__name__
+                and argument.annotation.id == QuickstartConfig.__name__
             }
             reads |= {
                 node.attr
@@ -161,8 +162,8 @@ def test_the_quickstart_reads_all_its_fields():
                 and isinstance(node.value, ast.Name)
                 and node.value.id in owners
             }
-    assert dead_fields(config.QuickstartConfig, reads) == []
-    assert dead_fields(config.QuickstartConfig, reads - {"seed"}) == ["seed"]
+    assert dead_fields(QuickstartConfig, reads) == []
+    assert dead_fields(QuickstartConfig, reads - {"seed"}) == ["seed"]
 
 
 def test_what_may_differ_on_resuming_are_fields_of_stages():

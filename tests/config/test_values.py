@@ -17,10 +17,10 @@ from copg_jax.config.stages import (
     STAGES,
     EvaluateConfig,
     PolicyConfig,
-    QuickstartConfig,
     SFTConfig,
 )
 from copg_jax.errors import InputError
+from experiments.quickstart import QuickstartConfig
 
 NEEDED = ["output_dir=a", "model.path=m", "data.path=d"]
 NAMES = ["20241001", "2024_10_01", "0x14e5", "1e3", "007", "on", "No", "1:30", "0b1", "True", ".5"]
