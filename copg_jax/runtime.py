@@ -43,7 +43,7 @@ _MALLOPT = {  # of malloc.h
     -8: 1,  # M_ARENA_MAX: one heap for all threads; others cannot hold large pieces
 }
 
-RECORDED_PACKAGES = (
+RECORDED_PACKAGES = [
     "jax",
     "jaxlib",
     "flax",
@@ -54,7 +54,7 @@ RECORDED_PACKAGES = (
     "transformers",
     "tokenizers",
     "datasets",
-)
+]
 
 
 class Progress:

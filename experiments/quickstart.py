@@ -36,7 +36,6 @@ from copg_jax.errors import InputError
 from copg_jax.hf import weights as hf_weights
 from copg_jax.models.params import Architecture, init_params
 from copg_jax.rewards import RewardModel
-from copg_jax.rewards.functions import pairwise_accuracy
 from experiments import evaluate, score, train_policy, train_reward, train_sft
 from experiments.figures import LABELS, reward_and_frontier, save
 from experiments.generated import write_generated
@@ -48,6 +47,7 @@ from experiments.studies.comparison import (
     differences,
     estimate,
     measure,
+    pairwise_accuracy,
     read_points,
     read_policy,
 )

@@ -105,17 +105,3 @@ def completion_logp(output_matrix: Array, features: Array, completions: Completi
     logp = logprobs.hidden_to_logp(hidden, output_matrix, batched)
     length = jnp.broadcast_to(jnp.asarray(completions.length), batched.shape[:2])
     return logprobs.sum_logp(logp, length)
-
-
-def prompt_features(features: np.ndarray, num_prompts: int) -> np.ndarray:
-    """Gives every prompt its own rows of the output matrix, so that prompts share no parameters.
-
-    Args:
-        features: hidden state of each prefix; [number of prefixes, D].
-        num_prompts: B.
-
-    Returns:
-        Block-diagonal, [B, number of prefixes, B·D].
-    """
-    blocks = np.einsum("bc,pd->bpcd", np.eye(num_prompts, dtype=features.dtype), features)
-    return blocks.reshape(num_prompts, len(features), -1)

@@ -120,7 +120,7 @@ class DataConfig:
 
     @property
     def limits(self) -> Limits:
-        """The token limits, as plain values for `groups.prepare`."""
+        """The token limits, as plain values for `dataset.prepare`."""
         return Limits(self.max_prompt_tokens, self.max_completion_tokens, self.invalid_rows)
 
 
@@ -131,7 +131,7 @@ class OptimConfig:
     """
 
     learning_rate: float = option(1e-6, "peak learning rate")
-    warmup_fraction: float = option(0.1, "share of all steps spent on linear warm-up from 0")
+    warmup_fraction: float = option(0.1, "share of all steps spent on linear warm-up")
     decay: str = option("constant", "after warm-up: 'constant' or 'cosine' (to 0)")
     b1: float = option(0.9, "Adam's first-moment decay")
     b2: float = option(0.999, "Adam's second-moment decay")

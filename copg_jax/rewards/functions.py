@@ -4,21 +4,19 @@ contract of TRL and tunix), named by its dotted path.
 1. `load_reward` resolves a spec; with arguments, the path names a factory that is called with them.
 2. `score_texts` calls a function, checks what it returns and turns None and NaN into absent
    rewards.
-3. `WeightedRewards` is the weighted sum of several; `pairwise_accuracy` compares one with labels.
+3. `WeightedRewards` is the weighted sum of several.
 """
 
 import hashlib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
 import numpy as np
 
 from copg_jax.config.sections import RewardSpec
-from copg_jax.data.formats.columns import TextGroup
-from copg_jax.data.groups import TokenGroup
 from copg_jax.dotted import find
 from copg_jax.errors import InputError
 
@@ -152,32 +150,3 @@ def _fingerprint(function: RewardFn) -> str:
         return own
     module = inspect.getmodule(function)
     return hashlib.sha256(inspect.getsource(module or type(function)).encode()).hexdigest()
-
-
-def pairwise_accuracy(function: RewardFn, labelled: Iterable[TextGroup | TokenGroup]) -> float:
-    """Share of strictly ordered pairs of a labelled data set that a reward function orders the same
-    way.
-
-    Args:
-        function: the reward function; a tie or None counts as wrong.
-        labelled: groups whose `rewards` are the labels, e.g. human choices.
-    """
-    texts = [group for group in labelled if group.rewards is not None]
-    prompts = [group.prompt for group in texts for _ in group.completions]
-    completions = [text for group in texts for text in group.completions]
-    names = sorted({name for group in texts for name in group.columns})
-    columns = {
-        name: [group.columns.get(name) for group in texts for _ in group.completions]
-        for name in names
-    }
-    scores = iter(score_texts(function, prompts, completions, columns, name="reward"))
-    right = total = 0
-    for group in texts:
-        labels = () if group.rewards is None else group.rewards
-        pairs = list(zip(labels, [next(scores) for _ in labels], strict=True))
-        for label, score in pairs:
-            for other_label, other_score in pairs:
-                if label is not None and other_label is not None and label > other_label:
-                    total += 1
-                    right += score > other_score
-    return right / total if total else math.nan

@@ -16,6 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from copg_jax.data.formats.columns import TextGroup
+from copg_jax.data.groups import TokenGroup
+from copg_jax.rewards.functions import RewardFn, score_texts
+
 TIE_STDERRS = 2.0
 """Differences of fewer standard errors than this are called ties."""
 
@@ -163,3 +167,32 @@ def differences(
         Difference(a, b, estimate(value(a.policy) - value(b.policy)))
         for a, b in itertools.combinations(best_of_each(trained, value).values(), 2)
     ]
+
+
+def pairwise_accuracy(function: RewardFn, labelled: Iterable[TextGroup | TokenGroup]) -> float:
+    """Share of strictly ordered pairs of a labelled data set that a reward function orders the same
+    way.
+
+    Args:
+        function: the reward function; a tie or None counts as wrong.
+        labelled: groups whose `rewards` are the labels, e.g. human choices.
+    """
+    texts = [group for group in labelled if group.rewards is not None]
+    prompts = [group.prompt for group in texts for _ in group.completions]
+    completions = [text for group in texts for text in group.completions]
+    names = sorted({name for group in texts for name in group.columns})
+    columns = {
+        name: [group.columns.get(name) for group in texts for _ in group.completions]
+        for name in names
+    }
+    scores = iter(score_texts(function, prompts, completions, columns, name="reward"))
+    right = total = 0
+    for group in texts:
+        labels = () if group.rewards is None else group.rewards
+        pairs = list(zip(labels, [next(scores) for _ in labels], strict=True))
+        for label, score in pairs:
+            for other_label, other_score in pairs:
+                if label is not None and other_label is not None and label > other_label:
+                    total += 1
+                    right += score > other_score
+    return right / total if total else math.nan

@@ -15,12 +15,26 @@ VOCAB, LENGTH, PROMPTS = 3, 3, 2
 
 
 @pytest.fixture
+def prompt_features(features: np.ndarray, num_prompts: int) -> np.ndarray:
+    """Gives every prompt its own rows of the output matrix, so that prompts share no parameters.
+
+    Args:
+        features: hidden state of each prefix; [number of prefixes, D].
+        num_prompts: B.
+
+    Returns:
+        Block-diagonal, [B, number of prefixes, B·D].
+    """
+    blocks = np.einsum("bc,pd->bpcd", np.eye(num_prompts, dtype=features.dtype), features)
+    return blocks.reshape(num_prompts, len(features), -1)
+
+
 def tiny():
     """Two prompts, every completion of a vocabulary of 3 up to 3 tokens, a table policy, a random
     problem."""
     completions = sequences.enumerate_completions(VOCAB, LENGTH)
     features = sequences.prefix_features(completions, VOCAB, shared=False)
-    features = jnp.asarray(sequences.prompt_features(features, PROMPTS))
+    features = jnp.asarray(prompt_features(features, PROMPTS))
     rng = np.random.default_rng(0)
     shape = (PROMPTS, len(completions.tokens))
     ref_table = rng.normal(size=(features.shape[-1], VOCAB)).astype(np.float32)

@@ -23,10 +23,10 @@ from copg_jax.rewards.functions import (
     RewardFn,
     WeightedRewards,
     load_reward,
-    pairwise_accuracy,
     score_texts,
 )
 from experiments.generated import write_generated
+from experiments.studies.comparison import pairwise_accuracy
 from tests.toys import LLAMA, names_all
 
 NOT_CALLABLE = 3
