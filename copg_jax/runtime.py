@@ -43,18 +43,9 @@ _MALLOPT = {  # of malloc.h
     -8: 1,  # M_ARENA_MAX: one heap for all threads; others cannot hold large pieces
 }
 
-RECORDED_PACKAGES = [
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "grain",
-    "numpy",
-    "transformers",
-    "tokenizers",
-    "datasets",
-]
+RECORDED_PACKAGES = (
+    "jax jaxlib flax optax orbax-checkpoint grain numpy transformers tokenizers datasets"
+)
 
 
 class Progress:
@@ -272,7 +263,7 @@ def _versions() -> dict[str, Any]:
         "git_commit": _git_commit(),
         "python": platform.python_version(),
     }
-    for package in RECORDED_PACKAGES:
+    for package in RECORDED_PACKAGES.split():
         versions[package] = metadata.version(package)
     versions["platform"] = jax.default_backend()
     versions["device_kind"] = jax.devices()[0].device_kind

@@ -14,7 +14,6 @@ from copg_jax.errors import InputError
 VOCAB, LENGTH, PROMPTS = 3, 3, 2
 
 
-@pytest.fixture
 def prompt_features(features: np.ndarray, num_prompts: int) -> np.ndarray:
     """Gives every prompt its own rows of the output matrix, so that prompts share no parameters.
 
@@ -29,6 +28,7 @@ def prompt_features(features: np.ndarray, num_prompts: int) -> np.ndarray:
     return blocks.reshape(num_prompts, len(features), -1)
 
 
+@pytest.fixture
 def tiny():
     """Two prompts, every completion of a vocabulary of 3 up to 3 tokens, a table policy, a random
     problem."""
