@@ -95,6 +95,7 @@ def _merge(cls: type, settings: Settings) -> tuple[dict[str, Any], dict[str, Any
         name, text = getattr(error, "full_key", None) or "", str(error).splitlines()[0]
         place = f"{settings.where.get(name, 'config')}: {name}: " if name else "config: "
         fix = "set it in one of the files or on the command line"
+        fix += ", as those of configs/sizes and configs/losses do" * ("shared." in text)
         raise InputError(f"{place}{text}; {fix}") from error
     _require_all(cls, resolved)
     return raw, resolved
