@@ -49,7 +49,7 @@ else
 	$(VENV)/bin/python $(PYTEST) -m "not slow" --devices 8 $(ARGS) || test $$? = 5
 endif
 
-slow: $(STAMP)  ## run the tests that take minutes: several processes through crashes, all meshes
+slow: $(STAMP)  ## run the tests that take minutes: crashes, all meshes, notebooks, the floor
 	$(VENV)/bin/python $(PYTEST) -m slow $(ARGS)
 
 oracles: $(ORACLES_STAMP)  ## run the tests that compare with torch, the TPU compiler and a real model

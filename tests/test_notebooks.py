@@ -11,6 +11,8 @@ import nbclient
 import nbformat
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "experiments" / "notebooks"
 PLOTS = {"theory": 7, "your_own_model": 1}  # at least

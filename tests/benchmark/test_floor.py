@@ -27,6 +27,8 @@ from experiments.benchmark.cost import compile_cost
 from experiments.benchmark.workload import MODELS, Workload, read_workload, write_workload
 from tests.toys import LLAMA, mesh
 
+pytestmark = pytest.mark.slow
+
 BATCH = 8
 BETA = train.ARGUMENTS["beta"]
 
