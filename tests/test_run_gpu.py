@@ -49,7 +49,8 @@ def run(tmp_path):
 
 
 def test_it_parses():
-    subprocess.run(["bash", "-n", SCRIPT], check=True)
+    done = subprocess.run(["bash", "-n", SCRIPT], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_one_node_is_one_process_with_the_arguments_as_given(run):

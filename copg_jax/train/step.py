@@ -47,9 +47,8 @@ def make_train_step(
     Returns:
         A function that donates its state. Its keywords are the numbers of the loss, such as beta,
         and `learning_rate`, if the optimizer takes one with every update; they are arguments of the
-        compiled step, so that other values compile nothing (but an int after a float, another
-        type). Metrics: averages by name, `optim/grad_norm`, `optim/learning_rate` if given,
-        `finite` (bool) and `per_group` [B].
+        compiled step, so that other values of one type compile nothing. Metrics: averages by name,
+        `optim/grad_norm`, `optim/learning_rate` if given, `finite` (bool) and `per_group` [B].
     """
     num_shards = 1 if mesh is None else sharding.num_batch_shards(mesh)
     update = optax.with_extra_args_support(optimizer).update

@@ -19,6 +19,49 @@ from typing import Any
 import shared
 
 
+def make_rows(rows: list[dict[str, Any]]) -> list[dict[str, list[int]]]:
+    """The rows under the names of the trainer."""
+    names = "prompt_ids", "chosen_ids", "rejected_ids"
+    return [
+        dict(zip(names, (row["prompt_ids"], *shared.chosen_first(row)), strict=True))
+        for row in rows
+    ]
+
+
+def make_tokenizer() -> Any:
+    """One that the trainer asks for the ids of padding and end only."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<pad>"
+    )
+
+
+def make_config(args: Any, folder: str) -> Any:
+    """The settings above."""
+    import trl
+
+    return trl.DPOConfig(
+        output_dir=folder,
+        per_device_train_batch_size=args.batch,
+        max_steps=args.warmup + args.steps,
+        loss_type=["ipo"],
+        learning_rate=1e-6,
+        weight_decay=0.0,
+        precompute_ref_log_probs=True,
+        gradient_checkpointing=False,
+        max_length=None,
+        use_cpu=not args.cuda,
+        bf16=args.cuda,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
 def main() -> None:
     """Trains; the clock runs from the end of the warm-up to the end of the last step."""
     args = shared.parse(__doc__, training=True)
@@ -28,13 +71,7 @@ def main() -> None:
     import torch
     import trl
     from datasets import Dataset
-    from tokenizers import Tokenizer, models
-    from transformers import (
-        LlamaConfig,
-        LlamaForCausalLM,
-        PreTrainedTokenizerFast,
-        TrainerCallback,
-    )
+    from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
     class Trainer(trl.DPOTrainer):
         """The trainer on rows that are token ids already."""
@@ -55,46 +92,15 @@ def main() -> None:
                 torch.cuda.synchronize()
             self.ends.append(time.perf_counter())
 
-    rows = [
-        dict(
-            zip(
-                ("prompt_ids", "chosen_ids", "rejected_ids"),
-                (row["prompt_ids"], *shared.chosen_first(row)),
-                strict=True,
-            )
-        )
-        for row in args.rows
-    ]
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>"))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<pad>"
-    )
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
-        config = trl.DPOConfig(
-            output_dir=folder,
-            per_device_train_batch_size=args.batch,
-            max_steps=args.warmup + args.steps,
-            loss_type=["ipo"],
-            learning_rate=1e-6,
-            weight_decay=0.0,
-            precompute_ref_log_probs=True,
-            gradient_checkpointing=False,
-            max_length=None,
-            use_cpu=not args.cuda,
-            bf16=args.cuda,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
         Trainer(
             model=LlamaForCausalLM(LlamaConfig(**args.arch)),
-            args=config,
-            train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer,
+            args=make_config(args, folder),
+            train_dataset=Dataset.from_list(make_rows(args.rows)),
+            processing_class=make_tokenizer(),
             callbacks=[clock],
         ).train()
     seconds = clock.ends[-1] - clock.ends[args.warmup - 1]
