@@ -63,10 +63,13 @@ def commands() -> list[Command]:
     return found
 
 
-def write_files(page: Path, folder: Path) -> list[str]:
-    """Writes the blocks that begin with `# NAME.py` or `# NAME.yaml`; returns the other Python
-    blocks but those of a file of the package, which begin with `# copg_jax/...`."""
+def write_files(page: Path, folder: Path) -> None:
+    """Writes the blocks that begin with `# NAME.py` or `# NAME.yaml`."""
     for text in blocks(page, "yaml") + blocks(page, "python"):
         if name := re.match(r"# (\w+\.(?:py|yaml))\n", text):
             (folder / name[1]).write_text(text, encoding="utf-8")
+
+
+def examples(page: Path) -> list[str]:
+    """The Python blocks that are no file: neither the reader's nor the package's."""
     return [text for text in blocks(page, "python") if not re.match(r"# [\w/]+\.py\b", text)]

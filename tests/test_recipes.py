@@ -13,9 +13,11 @@ from copg_jax.data.formats import columns
 from copg_jax.errors import InputError
 from copg_jax.objective import find_coefficients, find_objective
 from copg_jax.rewards.functions import WeightedRewards
-from tests.pages import PAGES, README, ROOT, blocks, commands, write_files
+from tests.pages import PAGES, README, ROOT, blocks, commands, examples, write_files
 
 RECIPES = ROOT / "docs" / "recipes.md"
+# test_readme.py runs the program of the README.
+WITH_EXAMPLES = [page for page in PAGES if page != README and examples(page)]
 
 
 @pytest.fixture
@@ -30,10 +32,11 @@ def folder(tmp_path, monkeypatch):
         sys.modules.pop(file.stem, None)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p != README], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: page.name)
 def test_python_blocks_run(page, folder):
+    assert RECIPES in WITH_EXAMPLES
     with jax.numpy_rank_promotion("allow"):  # as a reader has it
-        for text in write_files(page, folder):
+        for text in examples(page):
             exec(compile(text, str(page), "exec"), {"__name__": page.stem})
 
 

@@ -268,11 +268,21 @@ def test_a_run_whose_data_changed_under_the_same_path_is_refused(workplace, tmp_
     names_all(text, ["another content of: data", "output_dir", "inputs.json"])
 
 
+def contents(workplace) -> dict[str, bytes]:
+    """Results of finished stages, which a resumed run must not compute anew, by file."""
+    names = "sft/model/*.safetensors", "score/*.parquet", "evaluate/*.jsonl"
+    files = [file for name in names for file in workplace.folder.glob(name) if file.is_file()]
+    assert {file.parent.name for file in files} == {"model", "score", "evaluate"}
+    return {str(file): file.read_bytes() for file in files}
+
+
 def test_what_does_not_define_a_run_may_differ_when_it_is_resumed(workplace):
-    workplace.run("sft", "mesh.fsdp=4", "mesh.tensor=2", "training.log_every=1")
     less_memory = ["logits_chunk=8", "reference.attention=xla"]
+    before = contents(workplace)
+    workplace.run("sft", "mesh.fsdp=4", "mesh.tensor=2", "training.log_every=1")
     workplace.run("score", *less_memory, "batch_size=4")
     workplace.run("evaluate", *less_memory, "model.attention=xla")
+    assert contents(workplace) == before
 
 
 def test_data_scored_with_another_reference_or_tokenizer_trains_no_policy(workplace, tmp_path):
