@@ -1,10 +1,17 @@
 """Functions that a user names by their dotted path."""
 
 import importlib
+import os
+import sysconfig
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from copg_jax.errors import InputError
+
+# Where no user writes: this package, the standard library, frozen modules.
+_NOT_THE_USERS = (f"{Path(__file__).parent}{os.sep}", sysconfig.get_path("stdlib"), "<")
 
 
 def find(path: str, what: str, example: str) -> Callable[..., Any]:
@@ -16,7 +23,7 @@ def find(path: str, what: str, example: str) -> Callable[..., Any]:
         example: a path that would do, for messages.
 
     Raises:
-        InputError: no such module or attribute, or not callable.
+        InputError: no such module or attribute, not callable, or a module that fails or exits.
     """
     module_name, _, name = path.rpartition(".")
     try:
@@ -24,8 +31,21 @@ def find(path: str, what: str, example: str) -> Callable[..., Any]:
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(
             f"{what} {path!r}: wanted the dotted path of a callable, such as {example!r} (a module "
-            f"of your own must be on PYTHONPATH); {error}"
+            f"of your own must be on PYTHONPATH); {describe(error)}"
         ) from error
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{what} {path!r}: its import ended in {describe(error)}") from error
     if not callable(found):
         raise InputError(f"{what} {path!r} is not a function, got {type(found).__name__}")
     return found
+
+
+def describe(error: BaseException) -> str:
+    """Type, text and the last of the user's own lines of what a function of theirs raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [
+        f", at {frame.filename}:{frame.lineno}"
+        for frame in frames
+        if not frame.filename.startswith(_NOT_THE_USERS) and "-packages" not in frame.filename
+    ]
+    return f"{type(error).__name__}: {error}{own[-1] if own else ''}"

@@ -17,6 +17,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -29,9 +30,10 @@ from copg_jax.data.dataset import GroupDataset
 from copg_jax.data.formats import tldr
 from copg_jax.data.groups import TokenGroup
 from copg_jax.data.tokenizer import tokenizer_hash
+from copg_jax.errors import InputError
 from copg_jax.hf.pretrained import PretrainedModel
 from copg_jax.infer import GroupForward
-from copg_jax.rewards.functions import WeightedRewards
+from copg_jax.rewards.functions import OWN, WeightedRewards
 from copg_jax.tracking import MetricsLogger
 
 log = logging.getLogger(__name__)
@@ -92,11 +94,14 @@ def score_dataset(
         folder, total_steps=len(dataset), unit="group", log_every=1, resume_step=done or None
     ) as logger:
         log.info("scoring %d groups; the first batch waits for compilation", len(dataset) - done)
+        spread = _per_completion(dataset)
         for part, first in enumerate(first_rows):
             if finished[part]:
                 continue
             rows = [dataset[i] for i in range(first, min(first + part_size, len(dataset)))]
-            logger.log(first + len(rows), _score_part(folder, part, rows, rewards, reference))
+            logger.log(
+                first + len(rows), _score_part(folder, part, rows, spread, rewards, reference)
+            )
             logger.sync()
     with distributed.main_first(folder):
         if distributed.is_main_process():
@@ -106,6 +111,12 @@ def score_dataset(
 def _finish(dataset: GroupDataset, folder: epath.Path, side_car: scored.SideCar) -> None:
     """Makes the folder usable: the side-car with the counts of all parts."""
     counts = dataset.stats | scored.count_rewards(folder)
+    if counts["without a reward"] == counts["completions scored"]:
+        names = ", ".join(spec["function"] for spec in side_car.rewards)
+        raise InputError(
+            f"{folder}: no completion has a reward, of {counts['completions scored']}: {names} gave "
+            "None each time. Correct that, and score into another output_dir."
+        )
     scored.write_side_car(folder, replace(side_car, complete=True, counts=counts))
     log.info(
         "%s: %d completions scored, %d of them without a reward (they will be left out)",
@@ -115,16 +126,47 @@ def _finish(dataset: GroupDataset, folder: epath.Path, side_car: scored.SideCar)
     )
 
 
+def _per_completion(dataset: GroupDataset) -> set[str]:
+    """Columns that hold, in every row, a list with one entry for each of its completions."""
+
+    def lists(row: TokenGroup) -> set[str]:
+        size = len(row.completions if row.kept is None else row.kept)
+        return {n for n, v in row.columns.items() if isinstance(v, list) and len(v) == size}
+
+    found = lists(dataset[0]) if dataset.stats["completions"]["max"] > 1 else set()
+    for row in dataset if found else ():
+        for name in found - lists(row):
+            log.warning(
+                "column %r: at %s not one entry for each completion, as before: functions receive "
+                "the whole list",
+                name,
+                row.where,
+            )
+        found &= lists(row)
+    if found:
+        log.info("columns with one entry for each completion: %s", ", ".join(sorted(found)))
+    return found
+
+
+def _spread(row: TokenGroup, names: set[str]) -> TokenGroup:
+    """A group whose columns of one entry a completion are those of the completions it kept."""
+    kept = [True] * len(row.completions) if row.kept is None else row.kept
+    columns = {name: list(compress(row.columns[name], kept)) for name in names}
+    return replace(row, columns=row.columns | columns)
+
+
 def _score_part(
     folder: epath.Path,
     part: int,
     rows: Sequence[TokenGroup],
+    spread: set[str],
     rewards: WeightedRewards,
     reference: GroupForward,
 ) -> dict[str, float]:
     """Scores and writes one part; returns its metrics."""
     begin = time.perf_counter()
-    totals, parts = _reward_groups(rewards, rows)
+    rows = [_spread(row, spread) for row in rows]
+    totals, parts = _reward_groups(rewards, rows, spread)
     reward_sec = time.perf_counter() - begin
     ref_logps = reference(rows)
     groups = [
@@ -147,21 +189,25 @@ def _score_part(
 
 
 def _reward_groups(
-    rewards: WeightedRewards, rows: Sequence[TokenGroup]
+    rewards: WeightedRewards, rows: Sequence[TokenGroup], spread: set[str]
 ) -> tuple[list[np.ndarray], list[dict[str, np.ndarray]]]:
     """Total reward and its parts of each group; NaN where a reward is absent."""
-    sizes = [len(row.completions) for row in rows]
-
-    def repeat(values: Sequence[Any]) -> list[Any]:
-        return [value for value, size in zip(values, sizes, strict=True) for _ in range(size)]
-
-    names = sorted({name for row in rows for name in row.columns})
+    cells = [(row, k) for row in rows for k in range(len(row.completions))]
+    columns: dict[str, list[Any]] = {
+        name: [
+            row.columns[name][k] if name in spread else row.columns.get(name) for row, k in cells
+        ]
+        for name in sorted({name for row in rows for name in row.columns})
+    }
+    if any(row.rewards is not None for row in rows):
+        columns[OWN] = [None if row.rewards is None else float(row.rewards[k]) for row, k in cells]
     total, parts = rewards(
-        repeat([row.prompt for row in rows]),
-        [text for row in rows for text in row.completions],
-        {name: repeat([row.columns.get(name) for row in rows]) for name in names},
+        [row.prompt for row, _ in cells],
+        [row.completions[k] for row, k in cells],
+        columns,
+        [row.where for row, _ in cells],
     )
-    cuts = np.cumsum(sizes)[:-1]
+    cuts = np.cumsum([len(row.completions) for row in rows])[:-1]
     split = {name: np.split(values, cuts) for name, values in parts.items()}
     of_row = [{name: values[i] for name, values in split.items()} for i in range(len(rows))]
     return np.split(total, cuts), of_row

@@ -30,7 +30,7 @@ from copg_jax.errors import InputError
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 2
+_FORMAT = 3
 _ROWS_PER_RECORD_BATCH = 256
 _GROUPS_PER_REPORT = 10_000
 _ARROW_SCHEMA = pa.schema(
@@ -45,6 +45,7 @@ _ARROW_SCHEMA = pa.schema(
         "ref_logps": pa.list_(pa.float32()),
         "has_eos": pa.list_(pa.bool_()),
         "origin": pa.list_(pa.int8()),
+        "kept": pa.list_(pa.bool_()),
         "columns": pa.string(),
     }
 )
@@ -87,7 +88,7 @@ class GroupDataset:
             columns=json.loads(row["columns"].as_py()),
             **{
                 name: row[name].values.to_numpy(zero_copy_only=False)
-                for name in NUMBERS
+                for name in (*NUMBERS, "kept")
                 if row[name].is_valid
             },
         )

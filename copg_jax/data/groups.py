@@ -45,6 +45,7 @@ class TokenGroup:
     `rewards` and `ref_logps` (nats, summed) are float32 [K], None where the data has none; a reward
     of NaN marks a completion to leave out. `has_eos`, bool [K]: the completion really ended, in an
     end token; None: each one does. `origin`, int8 [K]: which µ it is from; None: all are from 0.
+    `kept`, bool [K of the row]: which of the row's completions these are; None: all.
     """
 
     id: str
@@ -57,6 +58,7 @@ class TokenGroup:
     ref_logps: np.ndarray | None = None
     has_eos: np.ndarray | None = None
     origin: np.ndarray | None = None
+    kept: np.ndarray | None = None
     columns: dict[str, Any] = field(default_factory=dict)
 
 
@@ -126,7 +128,8 @@ def fit_group(group: TokenGroup, limits: Limits, counts: Counter[str]) -> TokenG
     long = (sizes > limits.max_completion_tokens) & ~absent
     counts["completion without a reward"] += int(absent.sum())
     counts[f"completion over {limits.max_completion_tokens} tokens"] += int(long.sum())
-    kept = np.flatnonzero(~absent & ~long)
+    is_kept = ~absent & ~long
+    kept = np.flatnonzero(is_kept)
     if len(kept) < min(2, count):
         return TOO_FEW
     numbers = {name: getattr(group, name) for name in NUMBERS}
@@ -134,6 +137,7 @@ def fit_group(group: TokenGroup, limits: Limits, counts: Counter[str]) -> TokenG
         group,
         completions=tuple(group.completions[index] for index in kept),
         completion_tokens=tuple(group.completion_tokens[index] for index in kept),
+        kept=is_kept,
         **{name: None if values is None else values[kept] for name, values in numbers.items()},
     )
 

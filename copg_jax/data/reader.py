@@ -87,7 +87,10 @@ class GroupReader:
             if config.invalid_rows == "error":
                 raise
             return error.reason
-        self._check_one_schema(where, detect_schema(where, row).name)
+        if isinstance(group, TextGroup):
+            schema = detect_schema(where, row)
+            scores = " with scores" * ("chosen" in schema.fields and not group.is_choice)
+            self._check_one_schema(where, schema.name + scores)
         return group
 
     def _check_one_schema(self, where: str, name: str) -> None:

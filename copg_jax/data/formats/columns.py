@@ -6,10 +6,11 @@
 3. What cannot be used raises `InvalidRow`; news articles come back as a reason to leave them out.
 """
 
-import math
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from copg_jax.data.formats.tldr import (
     Post,
@@ -22,13 +23,16 @@ from copg_jax.data.rows import Row
 from copg_jax.errors import InputError
 
 NEWS = "CNN/DM article, not a TL;DR post"
+PAIR_SCORES = ("score_{}", "{}_score", "reward_{}", "{}_reward")
+"""Names of the scores of a pair, "chosen" or "rejected" in the braces; they are its rewards."""
 
 
 @dataclass(frozen=True)
 class TextGroup:
     """One prompt with K completions as text; `where` is the `file:line` it came from.
 
-    `rewards` has one entry per completion; None marks a completion to leave out.
+    `rewards` has one entry per completion; None marks a completion to leave out. `is_choice`: they
+    are a human choice, 1 and 0, and no scores.
     """
 
     id: str
@@ -37,6 +41,7 @@ class TextGroup:
     completions: tuple[str, ...]
     rewards: tuple[float | None, ...] | None = None
     columns: dict[str, Any] = field(default_factory=dict)
+    is_choice: bool = False
 
 
 class InvalidRow(InputError):
@@ -141,14 +146,24 @@ def _comparison_row(where: str, row: Row) -> TextGroup | str:
     rewards = (1.0 - choice, float(choice))
     columns = {"subreddit": post.subreddit, "title": post.title}
     return TextGroup(
-        _id(where, info), where, format_prompt(post), tuple(texts), rewards, columns=columns
+        _id(where, info), where, format_prompt(post), tuple(texts), rewards, columns, is_choice=True
     )
 
 
 def _pair_row(where: str, row: Row) -> TextGroup | str:
     # CarperAI's texts begin with the frame's own "TL;DR:", which our prompt ends with.
     texts = tuple(_text(where, row, name).removeprefix("TL;DR:") for name in ("chosen", "rejected"))
-    return _prompt_row(where, row, texts, (1.0, 0.0), used=("prompt", "chosen", "rejected"))
+    kinds = [[form.format(side) for side in ("chosen", "rejected")] for form in PAIR_SCORES]
+    kinds = [names for names in kinds if any(row.get(name) is not None for name in names)]
+    if len(kinds) + (row.get("rewards") is not None) > 1:
+        found = [name for names in (*kinds, ["rewards"]) for name in names if name in row]
+        detail = f"fields {found}: wanted the scores of a pair once."
+        raise InvalidRow(where, "scores more than once", detail)
+    scores = {name: _typed(where, row, name, object) for names in kinds for name in names}
+    rewards = _rewards(where, row, len(texts)) or _numbers(where, scores)
+    used = ("prompt", "chosen", "rejected", "rewards")
+    group = _prompt_row(where, row, texts, rewards or (1.0, 0.0), used=used)
+    return group if isinstance(group, str) else replace(group, is_choice=not rewards)
 
 
 def _completion_row(name: str) -> Callable[[str, Row], TextGroup | str]:
@@ -244,18 +259,23 @@ def _rewards(where: str, row: Row, count: int) -> tuple[float | None, ...] | Non
             "rewards count",
             f"field 'rewards' has {len(values)} entries for {count} completions: wanted one each.",
         )
-    for index, value in enumerate(values):
+    return _numbers(where, {f"rewards[{index}]": value for index, value in enumerate(values)})
+
+
+def _numbers(where: str, values: Mapping[str, Any]) -> tuple[float | None, ...]:
+    """Checks numbers by the names of their fields: each finite in float32, or None."""
+    for name, value in values.items():
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise _type_error(where, f"rewards[{index}]", "a number or null", value)
-        if not math.isfinite(value):
+            raise _type_error(where, name, "a number or null", value)
+        if not abs(value) <= np.finfo(np.float32).max:
             raise InvalidRow(
                 where,
                 "non-finite rewards",
-                f"field 'rewards[{index}]' is {value}: wanted a finite number or null.",
+                f"field '{name}' is {value!r:.40}: wanted a finite number of float32, or null.",
             )
-    return tuple(values)
+    return tuple(values.values())
 
 
 def _type_error(where: str, name: str, wanted: str, got: Any) -> InvalidRow:
