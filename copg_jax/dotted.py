@@ -23,7 +23,7 @@ def find(path: str, what: str, example: str) -> Callable[..., Any]:
         example: a path that would do, for messages.
 
     Raises:
-        InputError: no such module or attribute, not callable, or a module that fails or exits.
+        InputError: no such module or attribute, or not callable.
     """
     module_name, _, name = path.rpartition(".")
     try:
@@ -33,8 +33,6 @@ def find(path: str, what: str, example: str) -> Callable[..., Any]:
             f"{what} {path!r}: wanted the dotted path of a callable, such as {example!r} (a module "
             f"of your own must be on PYTHONPATH); {describe(error)}"
         ) from error
-    except (Exception, SystemExit) as error:
-        raise InputError(f"{what} {path!r}: its import ended in {describe(error)}") from error
     if not callable(found):
         raise InputError(f"{what} {path!r} is not a function, got {type(found).__name__}")
     return found

@@ -112,10 +112,10 @@ def _finish(dataset: GroupDataset, folder: epath.Path, side_car: scored.SideCar)
     """Makes the folder usable: the side-car with the counts of all parts."""
     counts = dataset.stats | scored.count_rewards(folder)
     if counts["without a reward"] == counts["completions scored"]:
-        names = ", ".join(spec["function"] for spec in side_car.rewards)
+        names = " or ".join(spec["function"] for spec in side_car.rewards)
         raise InputError(
-            f"{folder}: no completion has a reward, of {counts['completions scored']}: {names} gave "
-            "None each time. Correct that, and score into another output_dir."
+            f"{folder}: not one of {counts['completions scored']} completions has a reward: each "
+            f"got None of {names}. Correct that, and score into another output_dir."
         )
     scored.write_side_car(folder, replace(side_car, complete=True, counts=counts))
     log.info(
@@ -152,7 +152,7 @@ def _spread(row: TokenGroup, names: set[str]) -> TokenGroup:
     """A group whose columns of one entry a completion are those of the completions it kept."""
     kept = [True] * len(row.completions) if row.kept is None else row.kept
     columns = {name: list(compress(row.columns[name], kept)) for name in names}
-    return replace(row, columns=row.columns | columns)
+    return replace(row, columns=row.columns | columns, kept=None)
 
 
 def _score_part(

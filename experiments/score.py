@@ -25,7 +25,7 @@ from copg_jax.inputs import open_data
 from copg_jax.models.forward import make_seq_logp
 from copg_jax.rewards.functions import WeightedRewards
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("copg_jax.score")  # a script's own name is __main__
 
 
 def own_rewards(data: DataConfig, dataset: GroupDataset) -> list[RewardSpec]:

@@ -137,7 +137,7 @@ def fit_group(group: TokenGroup, limits: Limits, counts: Counter[str]) -> TokenG
         group,
         completions=tuple(group.completions[index] for index in kept),
         completion_tokens=tuple(group.completion_tokens[index] for index in kept),
-        kept=is_kept,
+        kept=None if is_kept.all() else is_kept,
         **{name: None if values is None else values[kept] for name, values in numbers.items()},
     )
 

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from copg_jax.config.schema import FLOAT32_MAX
 from copg_jax.config.sections import RewardSpec
 from copg_jax.dotted import describe, find
 from copg_jax.errors import InputError
@@ -33,19 +34,23 @@ def load_reward(spec: RewardSpec) -> RewardFn:
         InputError: no such module or attribute, not callable, a factory that does not take the
             arguments, or one that fails.
     """
-    function: Any = find(spec.function, "reward function", "copg_jax.rewards.rouge_l")
-    if not spec.arguments:
-        if isinstance(function, type):
-            raise InputError(
-                f"reward function {spec.function!r} is not a function; a class needs `arguments`"
-            )
-        return cast(RewardFn, function)
+    what = "its import failed"
     try:
+        function: Any = find(spec.function, "reward function", "copg_jax.rewards.rouge_l")
+        if not spec.arguments:
+            if isinstance(function, type):
+                raise InputError(
+                    f"reward function {spec.function!r} is not a function; a class needs "
+                    "`arguments`"
+                )
+            return cast(RewardFn, function)
+        what = "its factory failed"
         return function(**spec.arguments)
     except InputError:
         raise
     except (Exception, SystemExit) as error:
-        what = "arguments do not fit" if isinstance(error, TypeError) else "its factory failed"
+        if isinstance(error, TypeError) and spec.arguments:
+            what = "arguments do not fit"
         raise InputError(f"reward function {spec.function!r}: {what}: {describe(error)}") from error
 
 
@@ -77,10 +82,9 @@ def score_texts(
     """
     where = where or [f"prompt {prompt!r:.60}" for prompt in prompts]
     try:
-        signature = inspect.signature(function)
         if not takes_own(function, required=False):
             columns = {column: values for column, values in columns.items() if column != OWN}
-        signature.bind(prompts=[], completions=[], **columns)
+        inspect.signature(function).bind(prompts=[], completions=[], **columns)
     except (TypeError, ValueError) as error:
         raise InputError(
             f"reward function {name}: cannot be called as f(prompts, completions, **columns) with "
@@ -90,7 +94,10 @@ def score_texts(
     def call(rows: range) -> Any:
         here = slice(rows.start, rows.stop)
         own = {column: copy.deepcopy(values[here]) for column, values in columns.items()}
-        return function(prompts=list(prompts[here]), completions=list(completions[here]), **own)
+        texts = {"prompts": list(prompts[here]), "completions": list(completions[here])}
+        answer: Any = function(**texts, **own)
+        is_array = hasattr(answer, "__array__") and np.ndim(answer) == 1
+        return np.asarray(answer).tolist() if is_array else answer
 
     try:
         answer = call(range(len(completions)))
@@ -102,12 +109,17 @@ def score_texts(
         raise InputError(
             f"{' to '.join(places)}: reward function {name} failed: {describe(error)}"
         ) from error
-    if hasattr(answer, "__array__") and np.ndim(answer) == 1:
-        answer = np.asarray(answer).tolist()
+    return _checked(answer, completions, where, name)
+
+
+def _checked(
+    answer: Any, completions: Sequence[str], where: Sequence[str], name: str
+) -> np.ndarray:
+    """The numbers that a function returned, NaN for None; arguments and errors of `score_texts`."""
     if not isinstance(answer, list | tuple):
         raise InputError(
             f"reward function {name}: wanted a list of {len(completions)} numbers or None, got "
-            f"{answer!r:.80} ({type(answer).__name__}){'' if answer else '; a `return` missing?'}"
+            f"{answer!r:.80} ({type(answer).__name__}){'; a `return` missing?' * (answer is None)}"
         )
     if len(answer) != len(completions):
         raise InputError(
@@ -127,7 +139,7 @@ def _number(value: Any) -> float:
     """A reward; NaN for what float32 cannot hold, or is no number."""
     if hasattr(value, "item") and np.ndim(value) == 0:  # of NumPy or JAX
         value = value.item()
-    fits = isinstance(value, int | float) and abs(value) <= np.finfo(np.float32).max
+    fits = isinstance(value, int | float) and abs(value) <= FLOAT32_MAX
     return float(value) if fits else math.nan
 
 
@@ -144,7 +156,10 @@ def _narrow(call: Callable[[range], Any], rows: range) -> range:
 
 def takes_own(function: RewardFn, *, required: bool = True) -> bool:
     """Whether a function takes the column of the rows' own rewards, or cannot do without."""
-    parameters = inspect.signature(function).parameters
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # not callable, or a builtin: said where it is called
+        return False
     if OWN in parameters:
         return not required or parameters[OWN].default is inspect.Parameter.empty
     return not required and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -208,5 +223,11 @@ def _fingerprint(function: RewardFn) -> str:
     own = getattr(function, "fingerprint", None)
     if own is not None:
         return own
-    module = inspect.getmodule(function)
-    return hashlib.sha256(inspect.getsource(module or type(function)).encode()).hexdigest()
+    try:
+        source = inspect.getsource(inspect.getmodule(function) or type(function))
+    except (OSError, TypeError) as error:
+        raise InputError(
+            f"reward function {function!r}: its source cannot be read ({error}), by which scored "
+            "data knows it. Write a function in a file of your own that calls it."
+        ) from error
+    return hashlib.sha256(source.encode()).hexdigest()

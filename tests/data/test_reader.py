@@ -68,6 +68,16 @@ def test_files_of_two_schemas_are_not_mixed(write_lines, sft_row, comparison_row
         list(GroupReader(DataConfig(path=str(tmp_path))))
 
 
+@pytest.mark.parametrize("scored_first", [True, False])
+def test_pairs_with_scores_and_pairs_without_are_not_mixed(write_lines, scored_first):
+    rows = posts(3)
+    for row in rows[:1] if scored_first else rows[1:]:
+        row |= {"score_chosen": 2.0, "score_rejected": 1.0}
+    path = write_lines(*rows)
+    with pytest.raises(InputError, match=rf"{path}:2: schema 'preference pairs.* after .*:1"):
+        list(GroupReader(DataConfig(path=path)))
+
+
 def test_max_rows_counts_rows_of_the_part(write_lines):
     path = write_lines(*posts(100))
     config = DataConfig(path=path, max_rows=7, holdout_fraction=0.5, part="validation")

@@ -77,29 +77,6 @@ def test_arguments_go_to_a_factory_and_wrong_ones_are_named():
         load_reward(RewardSpec(path, {"scale": 2.0}))
 
 
-def ask(answer: Any, completions: list[str]) -> np.ndarray:
-    """What `score_texts` makes of an answer."""
-    return score_texts(lambda **_: answer, ["p"] * len(completions), completions, {}, name="mine")
-
-
-def test_none_and_nan_mark_a_completion_as_to_be_dropped():
-    np.testing.assert_array_equal(ask([1, None, math.nan], ["a", "b", "c"]), [1, np.nan, np.nan])
-
-
-@pytest.mark.parametrize(
-    ("answer", "reason"),
-    [
-        ([1.0], r"mine: wanted 2 rewards, one a completion, got 1"),
-        ([1.0, -math.inf], r"mine: infinite reward for completion 'second'.*return None"),
-        ([1.0, "high"], r"mine: wanted numbers or None, got .*high"),
-        ([1.0, [2.0]], r"mine: wanted numbers or None"),
-    ],
-)
-def test_an_answer_that_is_no_list_of_rewards_is_refused(answer, reason):
-    with pytest.raises(InputError, match=reason):
-        ask(answer, ["first", "second"])
-
-
 def test_a_column_that_a_function_wants_and_the_data_lacks_is_named():
     with pytest.raises(InputError) as caught:
         score_texts(rewards.rouge_l, ["p"], ["c"], {"subreddit": ["a"]}, name="rouge_l")

@@ -10,8 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-import numpy as np
-
+from copg_jax.config.schema import FLOAT32_MAX
 from copg_jax.data.formats.tldr import (
     Post,
     format_prompt,
@@ -269,7 +268,7 @@ def _numbers(where: str, values: Mapping[str, Any]) -> tuple[float | None, ...]:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise _type_error(where, name, "a number or null", value)
-        if not abs(value) <= np.finfo(np.float32).max:
+        if not abs(value) <= FLOAT32_MAX:
             raise InvalidRow(
                 where,
                 "non-finite rewards",

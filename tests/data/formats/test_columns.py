@@ -62,6 +62,25 @@ def test_every_pair_schema_gives_reward_one_to_the_chosen(comparison_row, prompt
     assert to_group("f:1", comparison_row).rewards == (1.0, 0.0)
 
 
+@pytest.mark.parametrize("names", ["score_{}", "{}_score", "reward_{}", "{}_reward"])
+def test_scores_of_a_pair_are_its_rewards_and_a_margin_is_none(names, prompt):
+    pair = {"prompt": prompt, "chosen": "a", "rejected": "b", "margin": 3.0}
+    scores = {names.format("chosen"): 7, names.format("rejected"): 7.5}
+    group = to_group("f:1", pair | scores)
+    assert group.rewards == (7, 7.5) and not group.is_choice
+    scores[names.format("chosen")] = None
+    assert to_group("f:1", pair | scores).rewards == (None, 7.5)
+    for row in (pair, pair | dict.fromkeys(scores)):
+        group = to_group("f:1", row)
+        assert group.rewards == (1.0, 0.0) and group.is_choice
+
+
+def test_a_choice_is_told_from_scores_that_look_like_one(comparison_row, prompt):
+    assert to_group("f:1", comparison_row).is_choice
+    pairs, scored = pair_rows(prompt)[:2], pair_rows(prompt)[2]
+    assert [to_group("f:1", row).is_choice for row in (*pairs, scored)] == [True, True, False]
+
+
 def test_groups_of_k_keep_null_rewards_and_other_columns():
     row = {
         "prompt": "Say a.",
@@ -117,6 +136,30 @@ BAD_ROWS = [
     (bad(GROUP, rewards=[1.0, True]), "wrong type", r"'rewards\[1\]': wanted a number or null"),
     (bad(GROUP, rewards=[1.0, float("nan")]), "non-finite rewards", r"'rewards\[1\]' is nan"),
     (bad(GROUP, rewards=[float("inf"), 1]), "non-finite rewards", r"'rewards\[0\]' is inf"),
+    (bad(GROUP, rewards=[1, -1e39]), "non-finite rewards", r"'rewards\[1\]' is -1e\+39: .*float32"),
+    (bad(PAIR, score_chosen=1), "missing field", "'score_rejected' is missing"),
+    (bad(PAIR, rejected_reward=1), "missing field", "'chosen_reward' is missing"),
+    (bad(PAIR, rewards=[1]), "rewards count", "'rewards' has 1 entries for 2 completions"),
+    (
+        bad(PAIR, chosen_score="8", rejected_score=1),
+        "wrong type",
+        "'chosen_score': wanted a number or null, got str",
+    ),
+    (
+        bad(PAIR, score_chosen=8, score_rejected=float("nan")),
+        "non-finite rewards",
+        "'score_rejected' is nan",
+    ),
+    (
+        bad(PAIR, score_chosen=8, score_rejected=1, chosen_reward=1, rejected_reward=8),
+        "scores more than once",
+        r"'score_chosen', 'score_rejected', 'chosen_reward', 'rejected_reward'\]: wanted .* once",
+    ),
+    (
+        bad(PAIR, reward_chosen=8, reward_rejected=1, rewards=[1, 2]),
+        "scores more than once",
+        r"'reward_chosen', 'reward_rejected', 'rewards'\]",
+    ),
 ]
 
 

@@ -1,0 +1,205 @@
+"""What a reward function may answer, and how what goes wrong in one is named."""
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from copg_jax.config.sections import RewardSpec
+from copg_jax.errors import InputError
+from copg_jax.rewards.functions import WeightedRewards, load_reward, score_texts
+from tests.toys import names_all
+
+
+def ask(answer: Any, completions: list[str]) -> np.ndarray:
+    """What `score_texts` makes of an answer."""
+    return score_texts(lambda **_: answer, ["p"] * len(completions), completions, {}, name="mine")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        [1, None, 2.5],
+        (True, None, 2.5),
+        np.array([1, None, 2.5], object),
+        [np.float32(1), None, jax.numpy.float32(2.5)],
+        [np.True_, None, np.array(2.5)],
+    ],
+)
+def test_an_answer_is_a_number_or_none_for_each_completion_and_none_drops_it(answer):
+    np.testing.assert_array_equal(ask(answer, ["a", "b", "c"]), [1, np.nan, 2.5])
+
+
+@pytest.mark.parametrize("module", [np, jax.numpy])
+def test_an_array_of_one_axis_is_an_answer_too(module):
+    np.testing.assert_array_equal(ask(module.array([1.0, -2.5]), ["a", "b"]), [1, -2.5])
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ([1.0], ["wanted 2 rewards, one a completion", "got 1"]),
+        (np.ones(3), ["wanted 2 rewards, one a completion", "got 3"]),
+        *(
+            ([1.0, value], ["prompt 'p'", "finite number", "None", shown, "completion 'second'"])
+            for value, shown in [
+                (-math.inf, "-inf"),
+                (math.nan, "nan"),
+                (1e39, "1e+39"),
+                (-(10**400), "-1000"),
+                ("1.5", "'1.5'"),
+                ([2.0], "[2.0]"),
+                (1j, "1j"),
+                (np.str_("1.5"), "1.5"),
+            ]
+        ),
+        *(
+            (answer, ["wanted a list of 2 numbers or None", f"({kind})"])
+            for answer, kind in [
+                ({1.0: 0, 2.0: 0}, "dict"),
+                ({1.0, 2.0}, "set"),
+                ("12", "str"),
+                (b"12", "bytes"),
+                ((x for x in (1.0, 2.0)), "generator"),
+                (1.0, "float"),
+                (np.ones((2, 1)), "ndarray"),
+                (np.float32(1), "float32"),
+            ]
+        ),
+        (None, ["NoneType", "a `return` missing?"]),
+    ],
+)
+def test_an_answer_that_is_no_list_of_rewards_is_refused(answer, words):
+    with pytest.raises(InputError) as caught:
+        ask(answer, ["first", "second"])
+    names_all(str(caught.value), ["mine", *words])
+
+
+MODULE = """import sys
+
+def fails(prompts, completions, **columns):
+    return [helper(text) for text in completions]
+
+def helper(text):
+    return {"a": 1.0, "b": 2.0}[text]
+
+def leaves(prompts, completions, **columns):
+    if "c" in completions:
+        sys.exit(0)
+    return [0.0] * len(completions)
+
+def reads_json(prompts, completions, **columns):
+    import json
+    return [json.loads("{" if text == "c" else "1") for text in completions]
+
+def moody(prompts, completions, **columns):
+    if len(completions) == 4:
+        raise OSError("four are too many")
+
+def factory(path):
+    return open(path)
+
+def leaving_factory(path):
+    sys.exit(path)
+"""
+
+
+@pytest.fixture
+def write_module(tmp_path, monkeypatch):
+    """Writes a module of the user's own; returns its file."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(name: str, text: str) -> Path:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        (tmp_path / f"{name}.py").write_text(text)
+        return tmp_path / f"{name}.py"
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "line"),
+    [
+        ("fails", ["f:3: ", "KeyError: 'c'"], 7),
+        ("leaves", ["f:3: ", "SystemExit: 0"], 11),
+        ("reads_json", ["f:3: ", "JSONDecodeError"], 16),
+        ("moody", ["f:1 to f:4: ", "OSError: four are too many"], 20),
+    ],
+)
+def test_what_a_function_raises_is_named_with_the_row_and_the_user_s_own_line(
+    name, words, line, write_module
+):
+    file = write_module("reward_that_fails", MODULE)
+    function = load_reward(RewardSpec(f"reward_that_fails.{name}"))
+    places = ["f:1", "f:2", "f:3", "f:4"]
+    with pytest.raises(InputError) as caught:
+        score_texts(function, ["p"] * 4, ["a", "b", "c", "a"], {}, name=name, where=places)
+    text = str(caught.value)
+    names_all(text, [*words, f"reward function {name}", f"{file}:{line}"])
+    assert "copg_jax" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "line"),
+    [
+        ("factory", ["FileNotFoundError", "no/such"], 23),
+        ("leaving_factory", ["SystemExit: no/such"], 26),
+    ],
+)
+def test_what_a_factory_raises_is_named_with_the_user_s_own_line(name, words, line, write_module):
+    file = write_module("factory_that_fails", MODULE)
+    with pytest.raises(InputError) as caught:
+        load_reward(RewardSpec(f"factory_that_fails.{name}", {"path": "no/such"}))
+    names_all(str(caught.value), [f"factory_that_fails.{name}", *words, f"{file}:{line}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("import sys\nsys.exit(0)\n", ["SystemExit: 0", ":2"]),
+        ("\n\n1 / 0\n", ["ZeroDivisionError", ":3"]),
+        ("import no_such_module\n", ["no_such_module", ":1"]),
+        ("def (:\n", ["SyntaxError", "line 1"]),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_named_with_the_user_s_own_line(
+    text, words, write_module
+):
+    file = write_module("does_not_import", text)
+    with pytest.raises(InputError) as caught:
+        load_reward(RewardSpec("does_not_import.reward"))
+    names_all(str(caught.value), ["'does_not_import.reward'", file.name, *words])
+
+
+def empties(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """Changes all that it is given."""
+    prompts.clear()
+    completions.clear()
+    columns["nested"][0]["a"].clear()
+    columns["topic"].clear()
+    return [0.0, 0.0]
+
+
+def counts(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """Looks at all that it is given."""
+    size = len(prompts) + len(completions) + len(columns["topic"])
+    return [float(size + len(row["a"])) for row in columns["nested"]]
+
+
+@pytest.mark.parametrize("order", [["empties", "counts"], ["counts", "empties", "counts"]])
+def test_what_a_reward_does_to_its_arguments_no_other_sees(order):
+    columns = {"nested": [{"a": [1, 2]}, {"a": [3]}], "topic": ["x", "y"]}
+    function = WeightedRewards([RewardSpec(f"{__name__}.{name}") for name in order])
+    total, _ = function(["p", "p"], ["a", "b"], columns)
+    np.testing.assert_array_equal(total, np.array([8, 7]) * order.count("counts"))
+    assert columns == {"nested": [{"a": [1, 2]}, {"a": [3]}], "topic": ["x", "y"]}
+
+
+@pytest.mark.parametrize("path", ["math.fsum", "builtins.max"])
+def test_a_builtin_is_refused_where_it_is_hashed(path):
+    with pytest.raises(InputError, match=r"source cannot be read.*file of your own"):
+        _ = WeightedRewards([RewardSpec(path)]).provenance
