@@ -52,6 +52,7 @@ class Stage:
     open_evaluation: (
         Callable[[PretrainedModel, epath.Path], tuple[GenerationEvaluator, dict[str, str]]] | None
     ) = None
+    chosen_only: bool = False  # of preferences, train on the chosen completion alone
     best_metric: str | None = None  # whose best trained step is exported to best/
 
 
@@ -186,7 +187,7 @@ def _prepare(config: TrainConfig, stage: Stage) -> _Run:
     for name, section in (("train", config.data), ("validation", config.validation)):
         if section is None:
             continue
-        dataset = inputs.open_data(section, model, folder, name)
+        dataset = inputs.open_data(section, model, folder, name, chosen_only=stage.chosen_only)
         if stage.check_data is not None:
             stage.check_data(section, model, dataset)
         datasets.append(dataset)

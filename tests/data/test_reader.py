@@ -3,8 +3,9 @@
 import pytest
 
 from copg_jax.config.sections import DataConfig
-from copg_jax.data.formats.columns import NEWS, InvalidRow
+from copg_jax.data.formats.tldr import NEWS
 from copg_jax.data.reader import OTHER_PART, OTHER_SPLIT, GroupReader
+from copg_jax.data.rows import InvalidRow
 from copg_jax.errors import InputError
 
 

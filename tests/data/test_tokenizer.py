@@ -10,19 +10,19 @@ PROMPT = "my bike TL;DR:"
 
 
 @pytest.mark.parametrize(
-    ("kind", "bos", "eos"), [("plain", None, 0), ("with_bos", 1, 0), ("llama2_like", 1, 2)]
+    ("kind", "prefix", "eos"), [("plain", [], 0), ("with_bos", [1], 0), ("llama2_like", [1], 2)]
 )
 def test_prompts_have_one_bos_where_there_is_one_and_completions_end_in_eos(
-    kind, bos, eos, request
+    kind, prefix, eos, request
 ):
     encoder = Encoder(request.getfixturevalue(kind))
-    assert (encoder.bos_id, encoder.eos_id) == (bos, eos)
+    assert (encoder.prefix, encoder.eos_id) == (prefix, eos)
     for text in (PROMPT, f"<s>{PROMPT}"):
         ids = encoder.encode_prompt(text)
-        assert ids.count(1) == (1 if bos is not None or text != PROMPT else 0)
+        assert ids.count(1) == (1 if prefix or text != PROMPT else 0)
         assert len(encoder.token_ends(text)) == len(ids)
         assert encoder.token_ends(text)[-1] == len(text)
-    completion = encoder.encode_completion(" broke")
+    completion, _ = encoder.encode_completion(PROMPT, " broke")
     assert completion[-1] == eos and completion.count(eos) == 1 and 1 not in completion
 
 
@@ -30,7 +30,7 @@ def test_prompts_have_one_bos_where_there_is_one_and_completions_end_in_eos(
 def test_prompt_and_completion_ids_decode_to_the_text_with_one_blank_between(kind, request):
     tokenizer = request.getfixturevalue(kind)
     encoder = Encoder(tokenizer)
-    ids = encoder.encode_prompt(PROMPT) + encoder.encode_completion(" broke")
+    ids = encoder.encode_prompt(PROMPT) + encoder.encode_completion(PROMPT, " broke")[0]
     assert tokenizer.decode(ids, skip_special_tokens=True) == PROMPT + " broke"
 
 

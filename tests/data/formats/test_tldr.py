@@ -7,7 +7,7 @@ import pytest
 from copg_jax.data.formats import tldr
 from copg_jax.data.formats.tldr import (
     Post,
-    format_hash,
+    Tldr,
     format_prompt,
     is_news_prompt,
     normalize_completion,
@@ -113,15 +113,15 @@ def test_the_split_s_fractions_are_uniform():
 
 def test_the_hash_of_the_conventions_is_recorded_and_follows_each_of_them(monkeypatch):
     # Scored data of the conventions that this number stands for is refused where it changes.
-    assert format_hash() == "accfe43a5008bf89"
-    hashes = {format_hash()}
+    assert Tldr().hash == "ca17db99e99a5d0a"
+    hashes = {Tldr().hash}
     for name, other in (
-        ("VERSION", 2),
+        ("VERSION", 3),
         ("_SUFFIX", "\n\nTL;DR: "),
         ("normalize_completion", lambda text: text),
         ("_head", lambda post: f"TITLE: {post.title}\n\nPOST: "),
     ):
         with monkeypatch.context() as changed:
             changed.setattr(tldr, name, other)
-            hashes.add(format_hash())
+            hashes.add(Tldr().hash)
     assert len(hashes) == 5
