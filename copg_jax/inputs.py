@@ -136,14 +136,31 @@ def require_rewards(dataset: GroupDataset, *, at_least: int) -> None:
         )
 
 
-def require_scored(section: DataConfig, model: PretrainedModel, dataset: GroupDataset) -> None:
-    """Raises InputError unless the data was scored with this reference model, in this dtype."""
+def require_preferences(section: DataConfig) -> None:
+    """Raises InputError, before the data is read, where its first row prefers no completion."""
+    first = next(iter(GroupReader(section)), None)
+    if first is not None and first.rewards is None:
+        raise InputError(
+            f"{first.where}: wanted two or more completions with a human choice or rewards, got "
+            f"{len(first.completions)} without. Fix: let data.path name rows with `prompt`, "
+            "`chosen` and `rejected`, or with `completions` and `rewards`."
+        )
+
+
+def require_scored_folder(section: DataConfig) -> None:
+    """Raises InputError, before the data is read, unless it was scored."""
     if not scored.is_scored(section.path):
         raise InputError(
             f"data.path {section.path}: wanted a folder that experiments.score wrote; other data "
             "has no ref_logp, the log-probabilities under the reference. Fix: run "
             "experiments.score on it and point data.path at the folder that writes."
         )
+
+
+def require_same_reference(
+    section: DataConfig, model: PretrainedModel, dataset: GroupDataset
+) -> None:
+    """Raises InputError unless the data was scored with this reference model, in this dtype."""
     scored.verify(section.path, reference_hash=model.hash, reference_dtype=model.arch.dtype)
     require_rewards(dataset, at_least=2)
 

@@ -257,7 +257,7 @@ def test_a_policy_takes_ln_ref_of_its_own_reference_in_its_own_dtype_only(
 ):
     def require(path: str, dtype: str = "float32", reference: str = "reference") -> None:
         model: Any = SimpleNamespace(hash=reference, arch=SimpleNamespace(dtype=dtype))
-        inputs.require_scored(DataConfig(path=path), model, back)
+        inputs.require_same_reference(DataConfig(path=path), model, back)
 
     back = tokenized(tokenizer, str(whole), tmp_path / "back.arrow")
     require(str(whole))

@@ -80,7 +80,7 @@ def test_fewer_prompts_than_asked_for_are_refused(workplace, elsewhere):
 
 def test_data_without_choices_trains_no_reward_model(workplace, elsewhere):
     text = workplace.refusal("reward", elsewhere, f"data.path={workplace.posts}")
-    names_all(text, ["wanted 2 or more completions", "got at most 1", "missing", "comparisons"])
+    names_all(text, [f"{workplace.posts}:1", "wanted two or more completions", "got 1", "`chosen`"])
 
 
 def test_data_that_was_not_scored_trains_no_policy(workplace, elsewhere):
