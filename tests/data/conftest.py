@@ -96,19 +96,19 @@ def prepending() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def plain() -> PreTrainedTokenizerFast:
     """Byte-level tokenizer without BOS; EOS is 0."""
-    return byte_level(TEXT.splitlines(), 400, bos=False)
+    return byte_level(TEXT.split("\n"), 400, bos=False)
 
 
 @pytest.fixture(scope="session")
 def with_bos() -> PreTrainedTokenizerFast:
     """Byte-level tokenizer with BOS 1; EOS is 0."""
-    return byte_level(TEXT.splitlines(), 400, bos=True)
+    return byte_level(TEXT.split("\n"), 400, bos=True)
 
 
 @pytest.fixture(scope="session")
 def llama2_like() -> PreTrainedTokenizerFast:
     """Tokenizer that puts a blank in front of texts, with BOS 1; EOS is 2."""
-    return sentence_piece(TEXT.splitlines(), 200)
+    return sentence_piece(TEXT.split("\n"), 200)
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ def test_hidden_files_and_metadata_are_no_data(tmp_path, name):
     assert found(path) == ["train.jsonl"]
     assert found(f"{path}/**/*.json*") == ["train.jsonl"]
     (tmp_path / "train.jsonl").unlink()
-    with pytest.raises(InputError, match="holds no data file.* not hidden and no metadata"):
+    with pytest.raises(InputError, match=r"holds no data file.* not hidden and no metadata"):
         found(path)
 
 
@@ -78,7 +78,7 @@ def test_a_word_that_holds_the_name_of_a_split_is_none():
 def test_the_same_name_in_two_formats_is_refused_with_both(tmp_path, other):
     path = make(tmp_path, "train.jsonl", other)
     for place in (path, f"{path}/train*"):
-        with pytest.raises(InputError, match="train.jsonl.* in two formats") as caught:
+        with pytest.raises(InputError, match=r"train.jsonl.* in two formats") as caught:
             found(place)
         assert other in str(caught.value)
     assert found(f"{path}/*.jsonl") == ["train.jsonl"]
@@ -97,5 +97,5 @@ def test_a_path_into_a_local_folder_is_no_hub_id(tmp_path, monkeypatch):
     assert is_hub_id("runs/typo")
     make(tmp_path, "runs/scored/part.jsonl")
     assert not is_hub_id("runs/typo") and not is_hub_id("runs/scored")
-    with pytest.raises(InputError, match="runs/typo: no such file.*the folder 'runs' is there"):
+    with pytest.raises(InputError, match=r"runs/typo: no such file.*the folder 'runs' is there"):
         find_files("runs/typo")

@@ -106,6 +106,12 @@ def test_groups_of_k_keep_null_rewards_and_other_columns():
     assert group.columns == {"topic": "letters", "ref_logps": [-1.0, -2.0, -3.0]}
 
 
+def test_a_tldr_prefix_is_cut_off_behind_a_prompt_in_carper_s_frame_alone(prompt):
+    for frame, wanted in ((CARPER, " a"), (prompt, " TL;DR: a"), ("Summarise: x", "TL;DR: a")):
+        group = read("f:1", {"prompt": frame, "chosen": "TL;DR: a", "rejected": "b"})
+        assert group.completions[0] == wanted
+
+
 def test_news_articles_are_left_out_in_every_schema(comparison_row):
     news = "TITLE: t\n\ntext\n\nTL;DR:"
     assert read("f:1", comparison_row | {"info": ARTICLE}) == NEWS
@@ -127,6 +133,14 @@ def bad(row, **changes):
     return {name: value for name, value in (row | changes).items() if value is not ...}
 
 
+def nested(depth):
+    """A list of a list of a list."""
+    value = []
+    for _ in range(depth - 1):
+        value = [value]
+    return value
+
+
 GROUP = {"prompt": "p", "completions": ["a", "b"], "rewards": [1.0, 0.0]}
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
 BAD_ROWS = [
@@ -145,6 +159,15 @@ BAD_ROWS = [
     (bad(GROUP, rewards=[1.0, float("nan")]), "non-finite rewards", r"'rewards\[1\]' is nan"),
     (bad(GROUP, rewards=[float("inf"), 1]), "non-finite rewards", r"'rewards\[0\]' is inf"),
     (bad(GROUP, rewards=[1, -1e39]), "non-finite rewards", r"'rewards\[1\]' is -1e\+39: .*float32"),
+    (bad(GROUP, rewards=[1, 10**400]), "non-finite rewards", r"'rewards\[1\]' is 1000"),
+    (bad(PAIR, prompt="hi \ud83d"), "half a surrogate pair", r"'prompt' has .*'\\ud83d'"),
+    (bad(PAIR, rejected="\udc00x"), "half a surrogate pair", "'rejected' has half"),
+    (bad(GROUP, completions=["a", "\ud800"]), "half a surrogate pair", "'completions' has half"),
+    (bad(GROUP, id="\ud800"), "half a surrogate pair", "'id' has half"),
+    (bad(GROUP, topic={"a": ["\ud800"]}), "half a surrogate pair", "'topic' has half"),
+    (bad(GROUP, **{"\ud800": 1}), "half a surrogate pair", r"'\\ud800' has half"),
+    (bad(GROUP, topic=nested(200)), "nested too deep", "'topic' is nested deeper than 100"),
+    (bad(GROUP, topic={"a": nested(100)}), "nested too deep", "'topic' is nested deeper"),
     (bad(PAIR, score_chosen=1), "missing field", "'score_rejected' is missing"),
     (bad(PAIR, rejected_reward=1), "missing field", "'chosen_reward' is missing"),
     (bad(PAIR, rewards=[1]), "rewards count", "'rewards' has 1 entries for 2 completions"),
@@ -192,3 +215,7 @@ def test_bad_posts_and_comparisons_are_named(sft_row, comparison_row):
         read("f:1", comparison_row | {"summaries": [{}, {}]})
     with pytest.raises(InvalidRow, match=r"field 'info.title' is missing"):
         read("f:1", comparison_row | {"info": {"post": "p", "subreddit": "x"}})
+
+
+def test_what_is_nested_as_deep_as_data_may_be_is_kept():
+    assert read("f:1", GROUP | {"topic": nested(100)}).columns == {"topic": nested(100)}

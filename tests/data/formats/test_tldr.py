@@ -1,5 +1,6 @@
 """Claims about the TL;DR prompt: format, parsing, cutting, split by post."""
 
+import bisect
 import random
 
 import pytest
@@ -86,6 +87,21 @@ def test_a_long_post_without_newlines_is_cut_with_few_token_counts(plain):
     cut = truncate_prompt(prompt, ends, 64)
     assert cut is not None and 60 < len(encoder.token_ends(cut)) <= 64
     assert len(calls) < 200
+
+
+@pytest.mark.parametrize("post", ["a" * 800_000, "a " + "\u3000" * 799_998, "ab\n" * 266_000])
+def test_a_very_long_post_is_cut_in_steps_that_do_not_grow_with_it(plain, monkeypatch, post):
+    calls = []
+
+    def bisect_right(*arguments):
+        calls.append(arguments)
+        assert len(calls) < 100  # it was once for each character, with a copy of the text each
+        return bisect.bisect_right(*arguments)
+
+    monkeypatch.setattr(tldr, "bisect_right", bisect_right)
+    ends = Encoder(plain).token_ends
+    cut = truncate_prompt(format_prompt(Post("x", "t", post)), ends, 128)
+    assert cut is not None and 100 < len(ends(cut)) <= 128
 
 
 def test_what_cannot_be_cut_gives_none(plain):
