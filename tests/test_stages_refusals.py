@@ -81,7 +81,7 @@ def test_fewer_prompts_than_asked_for_are_refused(workplace, elsewhere):
 
 def test_data_without_choices_trains_no_reward_model(workplace, elsewhere):
     text = workplace.refusal("reward", elsewhere, f"data.path={workplace.posts}")
-    names_all(text, [f"{workplace.posts}:1", "wanted two or more completions", "got 1", "`chosen`"])
+    names_all(text, [f"{workplace.posts}:", "wanted two or more completions", "got 1", "`chosen`"])
 
 
 @pytest.mark.parametrize(
