@@ -147,7 +147,8 @@ class GroupReader:
         group = to_group(where, row)
         if isinstance(group, TextGroup):
             group = self._choice.render(group)
-            self.text_format = self._choice.chosen and self._choice.chosen.name
+            if self._choice.chosen is not None:
+                self.text_format = self._choice.chosen.name
         if isinstance(group, TextGroup):
             schema = detect_schema(where, row)
             scores = " with scores" * ("chosen" in schema.fields and not group.is_choice)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from copg_jax.config.sections import DataConfig
+from copg_jax.config.sections import TEXT_FORMATS, DataConfig
+from copg_jax.data.formats.choice import FORMATS
 from copg_jax.data.formats.tldr import NEWS
 from copg_jax.data.reader import OTHER_PART, OTHER_SPLIT, REJECTED, GroupReader
 from copg_jax.data.rows import InvalidRow
@@ -142,6 +143,10 @@ def test_a_format_that_is_named_takes_its_rows_and_refuses_others(write_lines, c
         other = "tldr" if name == "text" else "text"
         with pytest.raises(InvalidRow, match=rf":1: .* not in the format '{name}'.*{other}"):
             list(GroupReader(config))
+
+
+def test_every_format_can_be_named():
+    assert ("auto", *FORMATS) == TEXT_FORMATS
 
 
 def test_text_is_split_into_parts_by_prompt(write_lines):
