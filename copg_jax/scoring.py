@@ -27,7 +27,7 @@ from copg_jax import distributed
 from copg_jax.config.stages import ScoreConfig
 from copg_jax.data import scored
 from copg_jax.data.dataset import GroupDataset
-from copg_jax.data.formats import tldr
+from copg_jax.data.formats.choice import FORMATS
 from copg_jax.data.groups import TokenGroup
 from copg_jax.data.tokenizer import tokenizer_hash
 from copg_jax.errors import InputError
@@ -46,13 +46,16 @@ def check_folder(folder: epath.Path) -> None:
 
 
 def make_side_car(
-    config: ScoreConfig, reference: PretrainedModel, rewards: WeightedRewards
+    config: ScoreConfig,
+    reference: PretrainedModel,
+    rewards: WeightedRewards,
+    dataset: GroupDataset,
 ) -> scored.SideCar:
     """What a scored folder is made of, before its first part is written."""
     return scored.SideCar(
         tokenizer_hash=tokenizer_hash(reference.tokenizer),
-        text_format=tldr.NAME,
-        text_format_hash=tldr.format_hash(),
+        text_format=dataset.stats["text_format"],
+        text_format_hash=FORMATS[dataset.stats["text_format"]].hash,
         reference_hash=reference.hash,
         reference_dtype=reference.arch.dtype,
         rewards=rewards.provenance,

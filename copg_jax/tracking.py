@@ -16,8 +16,8 @@ from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from copg_jax.errors import InputError
-from copg_jax.files import GrowingFile
+from copg_jax.errors import InputError, for_terminal
+from copg_jax.files import GrowingFile, read_json_lines
 from copg_jax.runtime import is_main_process
 
 FILE_NAME = "metrics.jsonl"
@@ -151,19 +151,16 @@ class MetricsLogger:
             parts += [pace] if pace and self._progress is None else []
             console.print("  ".join(parts), markup=False)
         for name, value in text.items():
-            console.print(f"  {name}: {value}", markup=False)
+            console.print(f"  {name}: {for_terminal(value)}", markup=False, emoji=False)
 
 
 def _kept_lines(path: epath.Path, resume_step: int | None) -> list[str]:
-    """The lines up to `resume_step` without one that was cut short; none when it is None."""
+    """Our lines up to `resume_step` without one that was cut short; none when it is None."""
     kept = []
     if resume_step is not None and path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                step = json.loads(line)["step"]
-            except (ValueError, KeyError, TypeError):
-                continue
-            if step <= resume_step:
+        for line, row in read_json_lines(path):
+            step = row.get("step") if isinstance(row, dict) else None
+            if isinstance(step, int) and step <= resume_step:
                 kept.append(line + "\n")
     return kept
 

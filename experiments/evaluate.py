@@ -22,7 +22,7 @@ from copg_jax import distributed, runtime, sharding
 from copg_jax.config.load import run_main
 from copg_jax.config.stages import MAY_DIFFER, EvaluateConfig
 from copg_jax.evaluate import Generation, in_prompt_order, sample_texts, summarize
-from copg_jax.files import GrowingFile, write_text
+from copg_jax.files import GrowingFile, read_json_lines, write_text
 from copg_jax.hf.pretrained import open_model
 from copg_jax.inputs import open_evaluation
 from copg_jax.tracking import MetricsLogger
@@ -91,12 +91,8 @@ def main(config: EvaluateConfig) -> dict[str, float]:
 def _read(path: epath.Path, num_samples: int) -> list[Generation]:
     """What an interrupted evaluation has generated: whole prompts, without a line cut short."""
     found: list[Generation] = []
-    # Not `splitlines`: a completion may hold other characters that end a line, which JSON keeps.
-    # The last line may be cut inside a character.
-    for line in path.read_bytes().split(b"\n") if path.exists() else []:
-        try:
-            row: dict[str, Any] = json.loads(line)
-        except ValueError:
+    for _, row in read_json_lines(path) if path.exists() else ():
+        if not isinstance(row, dict):
             break
         values: dict[str, Any] = {k: math.nan if v is None else v for k, v in row.items()}
         found.append(Generation(**values))

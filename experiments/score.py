@@ -16,7 +16,7 @@ from copg_jax.config.load import run_main
 from copg_jax.config.sections import DataConfig, RewardSpec
 from copg_jax.config.stages import MAY_DIFFER, ScoreConfig
 from copg_jax.data.dataset import GroupDataset
-from copg_jax.data.formats.columns import TextGroup
+from copg_jax.data.formats.texts import TextGroup
 from copg_jax.data.reader import GroupReader
 from copg_jax.errors import InputError
 from copg_jax.hf.pretrained import open_model
@@ -80,7 +80,7 @@ def main(config: ScoreConfig) -> None:
         part_size=config.part_size,
         rewards=rewards,
         reference=reference,
-        side_car=scoring.make_side_car(config, model, rewards),
+        side_car=scoring.make_side_car(config, model, rewards, dataset),
     )
 
 

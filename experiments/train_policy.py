@@ -11,7 +11,7 @@ generation reward).
 
 from copg_jax.config.load import run_main
 from copg_jax.config.stages import PolicyConfig
-from copg_jax.inputs import open_evaluation, require_scored
+from copg_jax.inputs import open_evaluation, require_same_reference, require_scored_folder
 from copg_jax.models.forward import make_seq_logp
 from copg_jax.objective import find_coefficients, find_objective, make_policy_loss
 from copg_jax.train.run import Stage, train
@@ -28,7 +28,8 @@ def main(config: PolicyConfig) -> None:
                 make_seq_logp(model.arch, model.partitioner, chunk=config.logits_chunk), objective
             ),
             coefficients=find_coefficients(config.loss),
-            check_data=require_scored,
+            check_section=require_scored_folder,
+            check_data=require_same_reference,
             open_evaluation=evaluation
             and (
                 lambda model, folder: open_evaluation(

@@ -8,7 +8,7 @@ loads.
 
 from copg_jax.config.load import run_main
 from copg_jax.config.stages import RewardModelConfig
-from copg_jax.inputs import require_rewards
+from copg_jax.inputs import require_preferences, require_rewards
 from copg_jax.models.forward import make_score
 from copg_jax.objective import make_bradley_terry_loss
 from copg_jax.train.run import Stage, train
@@ -23,6 +23,7 @@ def main(config: RewardModelConfig) -> None:
             make_loss=lambda model: make_bradley_terry_loss(
                 make_score(model.arch, model.partitioner)
             ),
+            check_section=require_preferences,
             check_data=lambda _section, _model, dataset: require_rewards(dataset, at_least=2),
         ),
     )

@@ -15,7 +15,8 @@ from etils import epath
 from copg_jax import files
 from copg_jax.config.load import load_config
 from copg_jax.data import scored
-from copg_jax.data.rows import find_files, read_rows
+from copg_jax.data.rows import read_rows
+from copg_jax.data.sources import find_files
 from copg_jax.errors import InputError
 from copg_jax.files import GrowingFile, local_copy
 from copg_jax.hf import weights as hf_weights

@@ -61,5 +61,14 @@ def test_a_test_skips_for_an_oracle_or_for_what_no_package_brings():
     assert found == set(MAY_SKIP)
 
 
+def test_who_reads_json_never_splits_it_at_what_ends_a_line_elsewhere():
+    """JSON Lines end in a newline; `splitlines` ends them inside of texts as well."""
+    helpers = {name: tree for name, tree in trees(TESTS) if not Path(name).stem.startswith("test_")}
+    scripts = dict(trees(PACKAGE.parent / "experiments"))
+    for name, tree in (*trees(PACKAGE), *scripts.items(), *helpers.items()):
+        attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        assert not attributes >= {"loads", "splitlines"}, name
+
+
 def test_the_files_that_the_session_treats_in_another_way_exist():
     assert [name for name in (*EIGHT_DEVICES, *LONGEST) if not (TESTS / name).exists()] == []

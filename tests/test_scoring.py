@@ -18,7 +18,7 @@ from copg_jax import inputs, scoring
 from copg_jax.config.sections import DataConfig, RewardSpec
 from copg_jax.data import scored
 from copg_jax.data.dataset import GroupDataset, prepare
-from copg_jax.data.formats import tldr
+from copg_jax.data.formats.choice import FORMATS
 from copg_jax.data.groups import TokenGroup
 from copg_jax.data.reader import GroupReader
 from copg_jax.data.tokenizer import Encoder, load_tokenizer, tokenizer_hash
@@ -120,7 +120,7 @@ def contents(folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def side_car(tokenizer) -> scored.SideCar:
     """Of data that this tokenizer encoded."""
-    hashes = {"tokenizer_hash": tokenizer_hash(tokenizer), "text_format_hash": tldr.format_hash()}
+    hashes = {"tokenizer_hash": tokenizer_hash(tokenizer), "text_format_hash": FORMATS["tldr"].hash}
     return scored.SideCar(
         text_format="tldr",
         reference_hash="reference",
@@ -257,7 +257,7 @@ def test_a_policy_takes_ln_ref_of_its_own_reference_in_its_own_dtype_only(
 ):
     def require(path: str, dtype: str = "float32", reference: str = "reference") -> None:
         model: Any = SimpleNamespace(hash=reference, arch=SimpleNamespace(dtype=dtype))
-        inputs.require_scored(DataConfig(path=path), model, back)
+        inputs.require_same_reference(DataConfig(path=path), model, back)
 
     back = tokenized(tokenizer, str(whole), tmp_path / "back.arrow")
     require(str(whole))

@@ -1,5 +1,6 @@
 """Bad settings, models and data are refused before anything long begins, with what to change."""
 
+import json
 import shutil
 
 import pytest
@@ -80,17 +81,57 @@ def test_fewer_prompts_than_asked_for_are_refused(workplace, elsewhere):
 
 def test_data_without_choices_trains_no_reward_model(workplace, elsewhere):
     text = workplace.refusal("reward", elsewhere, f"data.path={workplace.posts}")
-    names_all(text, ["wanted 2 or more completions", "got at most 1", "missing", "comparisons"])
+    names_all(text, [f"{workplace.posts}:", "wanted two or more completions", "got 1", "`chosen`"])
 
 
-def test_data_that_was_not_scored_trains_no_policy(workplace, elsewhere):
-    text = workplace.refusal("policy", elsewhere, f"data.path={workplace.comparisons}")
-    names_all(text, [str(workplace.comparisons), "no ref_logp", "experiments.score"])
+@pytest.mark.parametrize(
+    "row", [{"prompt": "p"}, {"prompt": "p", "completion": "c"}, "of another kind", "comparisons"]
+)
+def test_data_that_was_not_scored_trains_no_policy(workplace, elsewhere, tmp_path, row):
+    path = workplace.comparisons if row == "comparisons" else tmp_path / "rows.jsonl"
+    if row != "comparisons":
+        path.write_text(json.dumps(row) + "\n")
+    text = workplace.refusal("policy", elsewhere, f"data.path={path}")
+    names_all(text, [str(path), "no ref_logp", "experiments.score"])
+    assert not (tmp_path / "run").exists()  # not even tokens
+
+
+@pytest.mark.parametrize(
+    ("stage", "row", "parts"),
+    [
+        ("reward", {"completion": "c"}, ["got 1 without", "`chosen` and `rejected`"]),
+        ("reward", {"completions": ["a", "b"]}, ["got 2 without", "`rewards`"]),
+        ("score", {}, ["['completions'] are missing", "Known schemas", "chosen, rejected"]),
+        ("sft", {}, ["['completions'] are missing", "prompt, completion"]),
+        (
+            "sft",
+            {"completions": ["a", "b", "c"], "rewards": [1, 2, 3]},
+            ["got 3 completions with rewards", "Fix", "`completion`"],
+        ),
+    ],
+)
+def test_rows_that_a_stage_cannot_mean_are_named_with_what_it_wants(
+    workplace, elsewhere, tmp_path, stage, row, parts
+):
+    path = tmp_path / "rows.jsonl"
+    path.write_text((json.dumps({"prompt": "p"} | row) + "\n") * 8)
+    settings = ["data.holdout_fraction=0", "data.part=all", f"data.path={path}"]
+    names_all(workplace.refusal(stage, elsewhere, *settings), [f"{path}:1", *parts])
 
 
 def test_a_refused_run_leaves_no_config_behind(workplace, elsewhere, tmp_path):
     workplace.refusal("reward", elsewhere, f"data.path={workplace.posts}")
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_sft_on_preferences_says_that_it_learns_the_chosen_alone(
+    workplace, elsewhere, capfd, tmp_path
+):
+    comparisons = [f"data.path={workplace.comparisons}", "data.max_rows=9", "validation=null"]
+    workplace.run("sft", elsewhere, *comparisons, "training.max_steps=1")
+    assert "9 x rejected completion left out" in capfd.readouterr().err
+    stats = json.loads((tmp_path / "run" / "tokens" / "train.json").read_text())["stats"]
+    assert stats["completions"]["max"] == 1 and stats["with_rewards"] == 0
 
 
 def test_validation_on_rows_that_are_trained_on_is_said(workplace, elsewhere, capsys):

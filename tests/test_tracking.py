@@ -1,6 +1,5 @@
 """Metrics: valid JSON lines, a file that resumes exactly, a console that suits its reader."""
 
-import json
 import sys
 
 import jax
@@ -9,11 +8,12 @@ import pytest
 
 from copg_jax import tracking
 from copg_jax.errors import InputError
+from copg_jax.files import read_json_lines
 from copg_jax.tracking import MetricsLogger
 
 
 def lines_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for _, row in read_json_lines(folder / "metrics.jsonl")]
 
 
 def test_each_log_is_one_json_line_on_disk_at_once(tmp_path):
@@ -124,3 +124,54 @@ def test_tensorboard_without_its_package_says_what_to_install(tmp_path, monkeypa
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(InputError, match=r"pip install 'copg_jax\[tensorboard\]'"):
         MetricsLogger(tmp_path, total_steps=1, tensorboard=True)
+
+
+FOREIGN = [
+    b"a note of somebody\n",
+    b'"step"\n',
+    b'{"note": 1}\n',
+    b'{"step": "1"}\n',
+    b'{"step": null}\n',
+    b"[" * 10_000 + b"\n",
+    b"\n",
+    b"\xff\xfe\n",
+]
+
+
+@pytest.mark.parametrize("cut", ['{"step": 3, "te', '{"step": 3, "text": {"a": "ein Körper'])
+def test_a_resume_keeps_every_line_of_steps_that_are_not_done_again(tmp_path, cut):
+    texts = ["two\u2028lines", "ein Körper\x85 und\u2029", "a\x1cb\x0bc\rd\n"]
+    with MetricsLogger(tmp_path, total_steps=4, quiet=True) as logger:
+        for step, text in enumerate(texts):
+            logger.log(step, {"loss": step}, text={"sample": text})
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    torn = cut.encode()
+    torn = torn[: torn.find("ö".encode()) + 1] if "ö" in cut else torn  # inside of the character
+    path.write_bytes(b"".join(FOREIGN) + whole + torn)
+    with MetricsLogger(tmp_path, total_steps=4, quiet=True, resume_step=2):
+        pass
+    assert path.read_bytes() == whole
+    assert [row["text"]["sample"] for _, row in read_json_lines(path)] == texts
+
+
+def test_lines_that_are_no_json_are_told_from_those_that_are(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"a": "x\xe2\x80\xa8y"}\n\nnote\n{"b": 2}\r\n{"c": "\xc3')
+    assert [row for _, row in read_json_lines(path)] == [{"a": "x\u2028y"}, None, {"b": 2}, None]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\x1b[2J\x1b]0;title\x07", "\\x1b[2J\\x1b]0;title\\x07"),
+        ("\x9b31m red", "\\x9b31m red"),
+        ("over\rwritten\b", "over\\rwritten\\x08"),
+        ("a :smile: [b]ü😀 TL;DR", "a :smile: [b]ü😀 TL;DR"),
+    ],
+)
+def test_a_text_cannot_command_the_terminal_and_is_shown_as_it_is(tmp_path, capsys, text, shown):
+    with MetricsLogger(tmp_path, total_steps=9) as logger:
+        logger.log(1, {}, text={"sample": text})
+    assert capsys.readouterr().out == f"  sample: {shown}\n"
+    assert [row["text"] for row in lines_of(tmp_path)] == [{"sample": text}]

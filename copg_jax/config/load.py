@@ -30,7 +30,7 @@ from copg_jax.config.schema import (
 )
 from copg_jax.config.settings import SHARED, Settings
 from copg_jax.config.stages import STAGES
-from copg_jax.errors import InputError
+from copg_jax.errors import InputError, for_terminal
 
 T = TypeVar("T")
 _INTERPOLATION = re.compile(r"\$\{([\w.\[\]]+)\}")  # an innermost one, of a name
@@ -161,7 +161,7 @@ def run_main(main: Callable[[T], object], cls: type[T], *, description: str | No
     try:
         status = main(load_config(cls, description=description))
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {for_terminal(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

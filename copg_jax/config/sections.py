@@ -16,6 +16,7 @@ ATTENTIONS = ("xla", "splash", "cudnn")
 ATTENTION_CHOICES = ("auto", *ATTENTIONS)
 DISTRIBUTED_MODES = ("auto", "on", "off")
 REMATS = ("none", "dots", "mlp", "full")
+TEXT_FORMATS = ("auto", "tldr", "text")
 POLICY_LOSSES = ("copg", "dpo", "ipo", "pg", "rloo")
 
 
@@ -95,6 +96,11 @@ class DataConfig:
         "train", "hub split, or the files or rows of this split where they name one"
     )
     revision: str | None = option(None, "hub revision; a commit pins the contents")
+    format: str = option(
+        "auto",
+        "tldr (posts in their frame), text (prompt and completion, byte for byte) or auto, which "
+        "the first row decides",
+    )
     max_prompt_tokens: int = option(512, "longer posts are cut at a newline until the prompt fits")
     max_completion_tokens: int = option(
         192, "longer completions (EOS included) are dropped and counted"
@@ -110,6 +116,7 @@ class DataConfig:
         names = ("max_prompt_tokens", "max_completion_tokens", "max_rows")
         require(self, "at least 1", lambda count: count >= 1, *names)
         require(self, "in [0, 1)", lambda share: 0 <= share < 1, "holdout_fraction")
+        require_one_of(self, TEXT_FORMATS, "format")
         require_one_of(self, ("all", "train", "validation"), "part")
         require_one_of(self, ("error", "drop"), "invalid_rows")
         if self.part == "validation" and self.holdout_fraction == 0.0:

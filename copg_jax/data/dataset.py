@@ -22,9 +22,10 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from copg_jax.config.sections import Limits
-from copg_jax.data.formats.columns import InvalidRow, TextGroup
+from copg_jax.data.formats.texts import TextGroup
 from copg_jax.data.groups import NUMBERS, TokenGroup, fit_group, tokenize_group
 from copg_jax.data.reader import GroupReader
+from copg_jax.data.rows import InvalidRow
 from copg_jax.data.tokenizer import Encoder, tokenizer_hash
 from copg_jax.errors import InputError
 
@@ -175,9 +176,10 @@ def prepare(
                 writer.write_batch(_record_batch(some))
         if isinstance(rows, GroupReader):
             dropped += rows.counts
+            changed += rows.changed
         stats = _stats(part, dropped, changed)
         if isinstance(rows, GroupReader):
-            stats["rows"] = rows.rows_read
+            stats |= {"rows": rows.rows_read, "text_format": rows.text_format}
         if stats["kept"] == 0:
             raise InputError(
                 f"The data set is empty: nothing was kept.\n{format_stats(stats)}\nCheck "

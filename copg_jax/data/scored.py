@@ -37,7 +37,8 @@ import pyarrow.parquet as pq
 from etils import epath
 
 from copg_jax.data.groups import NUMBERS, TokenGroup
-from copg_jax.data.rows import SIDE_CAR, Row
+from copg_jax.data.rows import Row
+from copg_jax.data.sources import SIDE_CAR
 from copg_jax.errors import InputError
 from copg_jax.files import bucket_errors, write_text
 

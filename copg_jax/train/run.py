@@ -46,12 +46,15 @@ class Stage:
     head: str  # "lm" or "score"
     make_loss: Callable[[PretrainedModel], LossFn]
     coefficients: Mapping[str, float] = field(default_factory=dict)  # numbers of the loss
+    # Raises InputError for data that the stage cannot mean, before the data is read.
+    check_section: Callable[[DataConfig], None] | None = None
     # (section, model, data set): raises InputError where a data set does not fit the stage.
     check_data: Callable[[DataConfig, PretrainedModel, GroupDataset], None] | None = None
     # (model, output folder) → the evaluation by generation, and hashes of what it reads.
     open_evaluation: (
         Callable[[PretrainedModel, epath.Path], tuple[GenerationEvaluator, dict[str, str]]] | None
     ) = None
+    chosen_only: bool = False  # of preferences, train on the chosen completion alone
     best_metric: str | None = None  # whose best trained step is exported to best/
 
 
@@ -183,10 +186,13 @@ def _prepare(config: TrainConfig, stage: Stage) -> _Run:
     loop.check_batch(training.batch_size, training.num_microbatches, mesh)
     model = open_model(config.model, mesh, head=stage.head, remat=training.remat)
     datasets = []
+    for section in (config.data, config.validation):
+        if section is not None and stage.check_section is not None:
+            stage.check_section(section)
     for name, section in (("train", config.data), ("validation", config.validation)):
         if section is None:
             continue
-        dataset = inputs.open_data(section, model, folder, name)
+        dataset = inputs.open_data(section, model, folder, name, chosen_only=stage.chosen_only)
         if stage.check_data is not None:
             stage.check_data(section, model, dataset)
         datasets.append(dataset)

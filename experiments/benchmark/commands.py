@@ -192,7 +192,8 @@ def compare_with_peers(args: argparse.Namespace) -> dict[str, Any]:
             raise InputError(f"--{name} must be >= {number}, got {getattr(args, name)}")
     with tempfile.TemporaryDirectory() as folder:
         # What nobody reaches is left out: some peers compute their reference on every row first.
-        rows = args.workload.read_text(encoding="utf-8").splitlines(keepends=True)
+        with args.workload.open(encoding="utf-8") as file:
+            rows = list(file)
         used = Path(folder) / "workload.jsonl"
         most = max(args.batch * (args.steps + args.warmup), args.prompts)
         used.write_text("".join(rows[:most]), encoding="utf-8")

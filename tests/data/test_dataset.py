@@ -10,7 +10,7 @@ import pytest
 
 from copg_jax.config.sections import DataConfig, Limits
 from copg_jax.data.dataset import format_stats, prepare
-from copg_jax.data.formats.columns import TextGroup
+from copg_jax.data.formats.texts import TextGroup
 from copg_jax.data.formats.tldr import Post, format_prompt
 from copg_jax.data.groups import tokenize_group
 from copg_jax.data.reader import GroupReader
@@ -99,7 +99,8 @@ def test_counts_of_what_was_kept_cut_and_dropped_read_as_a_table(plain, write_li
         "chosen": "a",
         "rejected": "b",
     }
-    rows = [post, post | {"chosen": "b"}, post | {"chosen": "a" * 99}, post | {"prompt": "p " * 99}]
+    rows = [post, post | {"chosen": "b"}, post | {"chosen": "a" * 99}]
+    rows.append(post | {"prompt": format_prompt(Post("x", "t " * 99, "p"))})
     config = DataConfig(
         path=write_lines(*rows), invalid_rows="drop", max_prompt_tokens=70, max_completion_tokens=20
     )

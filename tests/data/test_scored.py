@@ -18,12 +18,12 @@ from copg_jax.config.sections import DataConfig
 from copg_jax.config.stages import ScoreConfig
 from copg_jax.data import scored
 from copg_jax.data.dataset import prepare
-from copg_jax.data.formats import tldr
+from copg_jax.data.formats.choice import FORMATS
 from copg_jax.data.formats.columns import InvalidRow
 from copg_jax.data.groups import TOO_FEW, TokenGroup, collate
 from copg_jax.data.reader import GroupReader
-from copg_jax.data.rows import find_files
 from copg_jax.data.scored import ScoredGroup, SideCar, read_side_car, verify
+from copg_jax.data.sources import find_files
 from copg_jax.data.tokenizer import Encoder, tokenizer_hash
 from copg_jax.errors import InputError
 
@@ -32,7 +32,7 @@ VOCAB = 500
 SIDE_CAR = SideCar(
     tokenizer_hash="tok1",
     text_format="tldr",
-    text_format_hash=tldr.format_hash(),
+    text_format_hash=FORMATS["tldr"].hash,
     reference_hash="ref1",
     reference_dtype="float32",
     rewards=[{"function": "copg_jax.rewards.length", "arguments": {}, "weight": 0.5, "hash": "h"}],

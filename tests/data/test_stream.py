@@ -8,7 +8,7 @@ import pytest
 
 from copg_jax.config.sections import Limits
 from copg_jax.data.dataset import prepare
-from copg_jax.data.formats.columns import TextGroup
+from copg_jax.data.formats.texts import TextGroup
 from copg_jax.data.stream import GroupStream, num_steps
 from copg_jax.errors import InputError
 from copg_jax.models.layout import WINDOW, _windows, pack
