@@ -42,17 +42,25 @@ def read_record(path: epath.PathLike, *, wanted: Collection[str] = (), fix: str)
     Raises:
         InputError: absent, unreadable, changed, or without one of the names.
     """
-    try:
-        values = json.loads(epath.Path(path).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read ({error}). {fix}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: wanted a JSON object, got {type(values).__name__}. {fix}")
+    values = read_object(path, fix=fix)
     missing = sorted({*wanted, _OWN} - values.keys())
     if missing:
         raise InputError(f"{path}: {', '.join(missing)} missing: not a file of this version. {fix}")
     if values.pop(_OWN) != _sum_of_values(values):
         raise InputError(f"{path}: damaged: its values do not fit its checksum. {fix}")
+    return values
+
+
+def read_object(path: epath.PathLike, *, fix: str) -> dict[str, Any]:
+    """Reads a JSON object, whoever wrote it; arguments and errors are those of `read_record`."""
+    try:
+        values = json.loads(epath.Path(path).read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}). {fix}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: damaged: wanted JSON ({error}). {fix}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: wanted a JSON object, got {type(values).__name__}. {fix}")
     return values
 
 

@@ -33,10 +33,13 @@ class GroupReader:
         self._make: Callable[[str, Row], TextGroup | TokenGroup | str] = self._text_group
 
     def check_ids(self, tokenizer_hash: str) -> None:
-        """Raises InputError where the data has ids, and they are not this tokenizer's."""
+        """Raises InputError where the data has ids, and they are not this tokenizer's or not as
+        they were written.
+        """
         path = self._config.path
         if scored.is_scored(path):
-            scored.verify(path, tokenizer_hash=tokenizer_hash, text_format_hash=tldr.format_hash())
+            hashes = {"tokenizer_hash": tokenizer_hash, "text_format_hash": tldr.format_hash()}
+            scored.check_parts(path, scored.verify(path, **hashes))
 
     def fingerprint(self) -> str:
         """Hash of everything that decides which groups come out: file contents and the config."""
