@@ -5,12 +5,15 @@
 
 Writes evaluation.json (the averages) and generations.jsonl (every completion with its numbers). An
 interrupted evaluation goes on with the prompts it has not done; generations.jsonl is in batch order
-while it grows and in the order of the prompts at the end.
+while it grows and in the order of the prompts at the end. Each of its lines carries a checksum, so
+that a damaged one is found and its prompt done again.
 """
 
 import json
 import logging
 import math
+import zlib
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -28,6 +31,8 @@ from copg_jax.inputs import open_evaluation
 from copg_jax.tracking import MetricsLogger
 
 log = logging.getLogger("copg_jax.evaluate")  # a script's own name is __main__
+
+_CHECKSUM = "crc32"  # of a line of generations.jsonl
 
 
 def main(config: EvaluateConfig) -> dict[str, float]:
@@ -69,15 +74,17 @@ def main(config: EvaluateConfig) -> dict[str, float]:
     is_main = distributed.is_main_process()
     with GrowingFile(path, map(_line, found)) if is_main else nullcontext() as file, logger:
         for batch in evaluator.batches(params, step=0, finished=finished):
-            if file is not None:
-                file.write("".join(map(_line, batch)))
-                file.sync()
             found = in_prompt_order([*found, *batch])
+            # Before the generations: what is finished has its line.
             logger.log(
                 len(found) // sizes.num_samples,
                 summarize(found, beta=config.beta),
                 text=sample_texts(found, sizes) if len(found) == total else None,
             )
+            logger.sync()
+            if file is not None:
+                file.write("".join(map(_line, batch)))
+                file.sync()
     metrics = summarize(found, beta=config.beta)
     averages = folder / "evaluation.json"
     with distributed.main_first(averages):
@@ -89,22 +96,42 @@ def main(config: EvaluateConfig) -> dict[str, float]:
 
 
 def _read(path: epath.Path, num_samples: int) -> list[Generation]:
-    """What an interrupted evaluation has generated: whole prompts, without a line cut short."""
+    """What an interrupted evaluation has generated: prompts with all their samples, and no line
+    that is cut short, damaged or foreign; says how many are.
+    """
     found: list[Generation] = []
     # Not `splitlines`: a completion may hold other characters that end a line, which JSON keeps.
-    # The last line may be cut inside a character.
-    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+    # A line may be cut inside a character.
+    lines = [line for line in path.read_bytes().split(b"\n") if line] if path.exists() else []
+    for line in lines:
         try:
             row: dict[str, Any] = json.loads(line)
-        except ValueError:
-            break
-        values: dict[str, Any] = {k: math.nan if v is None else v for k, v in row.items()}
-        found.append(Generation(**values))
-    return found[: len(found) // num_samples * num_samples]
+            checksum = row.pop(_CHECKSUM)
+            values: dict[str, Any] = {k: math.nan if v is None else v for k, v in row.items()}
+            generation = Generation(**values)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue
+        if checksum == _checksum(generation):
+            found.append(generation)
+    if len(found) < len(lines):
+        log.warning(
+            "%s: %d of %d lines are cut short, damaged or foreign: their prompts are done again",
+            path,
+            len(lines) - len(found),
+            len(lines),
+        )
+    count = Counter(generation.index for generation in found)
+    return [generation for generation in found if count[generation.index] == num_samples]
 
 
 def _line(generation: Generation) -> str:
-    return json.dumps(_jsonable(asdict(generation)), ensure_ascii=False) + "\n"
+    row = _jsonable(asdict(generation)) | {_CHECKSUM: _checksum(generation)}
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _checksum(generation: Generation) -> str:
+    """CRC-32 of the values as JSON."""
+    return f"{zlib.crc32(json.dumps(_jsonable(asdict(generation))).encode()):08x}"
 
 
 def _jsonable(values: dict[str, Any]) -> dict[str, Any]:

@@ -28,8 +28,8 @@ EOS = 3
 def generation(prompt: str, reward: float, **numbers: Any) -> Generation:
     """A generation with small defaults."""
     values = {"logp": -4.0, "ref_logp": -5.0, "kl_k3": 0.5, "length": 4, "has_eos": True}
-    values |= {"completion": ""} | numbers
-    return Generation(index=0, id=prompt, prompt=prompt, reward=reward, **values)
+    values |= {"completion": "", "index": 0} | numbers
+    return Generation(id=prompt, prompt=prompt, reward=reward, **values)
 
 
 def test_averages_are_those_by_hand_with_prompts_as_observations():
@@ -270,7 +270,10 @@ def test_an_interrupted_evaluation_goes_on_with_the_other_prompts_on_another_mes
 
 
 def test_what_was_written_is_read_again_up_to_the_last_whole_prompt(tmp_path):
-    rows = [generation(id, 1.0, completion=f"two\u2028lines\n{id}") for id in "aabb"]
+    rows = [
+        generation(id, 1.0, completion=f"two\u2028lines\n{id}", index=index)
+        for id, index in zip("aabb", (0, 0, 1, 1), strict=True)
+    ]
     lines = [experiments.evaluate._line(row) for row in rows]
     path = tmp_path / "generations.jsonl"
     for text, num_read in (("".join(lines), 4), ("".join(lines)[:-3], 2), ("".join(lines[:3]), 2)):

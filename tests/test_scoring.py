@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from etils import epath
 
 from copg_jax import inputs, scoring
+from copg_jax.checksums import file_sum
 from copg_jax.config.sections import DataConfig, RewardSpec
 from copg_jax.data import scored
 from copg_jax.data.dataset import GroupDataset, prepare
@@ -183,6 +185,9 @@ def test_scoring_a_scored_folder_keeps_its_ids_ends_and_origins(
             row["has_eos"], row["origin"] = [True, False], [1, 2]
             row["completion_token_ids"][1].pop()
         pq.write_table(pa.Table.from_pylist(rows, scored.SCHEMA), path)
+    parts = {path.name: file_sum(path) for path in folder.glob("part-*.parquet")}
+    whole_side_car = scored.read_side_car(epath.Path(folder))
+    scored.write_side_car(epath.Path(folder), replace(whole_side_car, parts=parts))
     monkeypatch.setattr(Encoder, "encode_completion", None)
     samples = tokenized(tokenizer, str(folder), tmp_path / "samples.arrow")
     score(samples, tmp_path / "again", side_car)
@@ -202,7 +207,7 @@ def test_interrupted_and_resumed_scoring_is_uninterrupted_scoring(
     failing_call.append(2)
     with pytest.raises(InputError, match="down"):
         score(dataset, tmp_path, side_car)
-    assert scored.finished_parts(tmp_path) == [0]
+    assert list(scored.whole_parts(epath.Path(tmp_path))) == ["part-00000.parquet"]
     with pytest.raises(InputError, match="interrupted after 1 parts"):
         scored.verify(tmp_path, reference_hash="reference")
     failing_call.clear()
@@ -218,14 +223,14 @@ def test_in_a_bucket_the_metrics_of_finished_parts_are_there_while_the_next_is_s
 ):
     make_bucket(monkeypatch)
     folder, found = epath.Path("gs://b/scored"), []
-    score_part = scoring._score_part
+    score_rows = scoring._score_rows
 
-    def watched(*arguments: Any) -> dict[str, float]:
+    def watched(*arguments: Any) -> Any:
         path = folder / "metrics.jsonl"
         found.append(len(path.read_text().splitlines()) if path.exists() else 0)
-        return score_part(*arguments)
+        return score_rows(*arguments)
 
-    monkeypatch.setattr(scoring, "_score_part", watched)
+    monkeypatch.setattr(scoring, "_score_rows", watched)
     score(dataset, folder, side_car)
     assert found == [0, 1, 2]
 

@@ -159,9 +159,7 @@ class Checkpoints:
         target = train_state.with_shardings(state, shardings)._asdict()
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
             self._check(step, target, reader.metadata(self._arrays(step)).item_metadata.tree)
-            restored = reader.restore(
-                self._arrays(step), args=ocp.args.StandardRestore(target)
-            )
+            restored = reader.restore(self._arrays(step), args=ocp.args.StandardRestore(target))
         # A run that halted on a non-finite loss may try again.
         return TrainState(**restored)._replace(halted=jax.device_put(False, shardings.halted))
 
@@ -233,7 +231,7 @@ class Checkpoints:
         best = facts.get("best") if facts.get("metric") == self._best_metric else None
         numbers = [step, facts.get("is_evaluated", False), best[0] if best else -1]
         step, is_evaluated, best_step = map(int, distributed.from_main(np.array(numbers, np.int32)))
-        value = float(distributed.from_main(np.array(best[1] if best else math.nan)))
+        (value,) = distributed.from_main(np.array([best[1] if best else math.nan])).tolist()
         self._is_evaluated[step] = bool(is_evaluated)
         if best_step >= 0:
             self._best, self._kept.best = (best_step, value), best_step

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from etils import epath
 
+from copg_jax.checksums import file_sum
 from copg_jax.config.load import load_config
 from copg_jax.config.sections import DataConfig
 from copg_jax.config.stages import ScoreConfig
-from copg_jax.checksums import file_sum
 from copg_jax.data import scored
 from copg_jax.data.dataset import prepare
 from copg_jax.data.formats import tldr
