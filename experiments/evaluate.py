@@ -6,14 +6,13 @@
 Writes evaluation.json (the averages) and generations.jsonl (every completion with its numbers). An
 interrupted evaluation goes on with the prompts it has not done; generations.jsonl is in batch order
 while it grows and in the order of the prompts at the end. Each of its lines carries a checksum, so
-that a damaged one is found and its prompt done again.
+that damage is found, and all done again.
 """
 
 import json
 import logging
 import math
 import zlib
-from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -96,32 +95,31 @@ def main(config: EvaluateConfig) -> dict[str, float]:
 
 
 def _read(path: epath.Path, num_samples: int) -> list[Generation]:
-    """What an interrupted evaluation has generated: prompts with all their samples, and no line
-    that is cut short, damaged or foreign; says how many are.
+    """What an interrupted evaluation has generated: whole prompts, without a line cut short.
+
+    Nothing where a line is damaged: a prompt done again in another batch is the same to rounding
+    only.
     """
     found: list[Generation] = []
     # Not `splitlines`: a completion may hold other characters that end a line, which JSON keeps.
-    # A line may be cut inside a character.
-    lines = [line for line in path.read_bytes().split(b"\n") if line] if path.exists() else []
-    for line in lines:
+    # The last line may be cut inside a character.
+    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    for line in lines[:-1]:
         try:
             row: dict[str, Any] = json.loads(line)
             checksum = row.pop(_CHECKSUM)
             values: dict[str, Any] = {k: math.nan if v is None else v for k, v in row.items()}
             generation = Generation(**values)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            continue
-        if checksum == _checksum(generation):
-            found.append(generation)
-    if len(found) < len(lines):
-        log.warning(
-            "%s: %d of %d lines are cut short, damaged or foreign: their prompts are done again",
-            path,
-            len(lines) - len(found),
-            len(lines),
-        )
-    count = Counter(generation.index for generation in found)
-    return [generation for generation in found if count[generation.index] == num_samples]
+            break
+        if checksum != _checksum(generation):
+            break
+        found.append(generation)
+    if len(found) < len(lines) - 1:
+        number = len(found) + 1
+        log.warning("%s:%d: damaged, or not of this version: all is done again", path, number)
+        return []
+    return found[: len(found) // num_samples * num_samples]
 
 
 def _line(generation: Generation) -> str:

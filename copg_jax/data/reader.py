@@ -40,6 +40,8 @@ class GroupReader:
         if scored.is_scored(path):
             hashes = {"tokenizer_hash": tokenizer_hash, "text_format_hash": tldr.format_hash()}
             scored.check_parts(path, scored.verify(path, **hashes))
+        else:
+            scored.refuse_bare_parts(path)
 
     def fingerprint(self) -> str:
         """Hash of everything that decides which groups come out: file contents and the config."""

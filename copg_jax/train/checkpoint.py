@@ -157,8 +157,9 @@ class Checkpoints:
             InputError: the checkpoint holds other parameters than this model has.
         """
         target = train_state.with_shardings(state, shardings)._asdict()
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-            self._check(step, target, reader.metadata(self._arrays(step)).item_metadata.tree)
+        handler = ocp.StandardCheckpointHandler()
+        self._check(step, target, handler.metadata(self._arrays(step)).tree)
+        with ocp.Checkpointer(handler) as reader:
             restored = reader.restore(self._arrays(step), args=ocp.args.StandardRestore(target))
         # A run that halted on a non-finite loss may try again.
         return TrainState(**restored)._replace(halted=jax.device_put(False, shardings.halted))
