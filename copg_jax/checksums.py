@@ -64,11 +64,11 @@ def read_object(path: epath.PathLike, *, fix: str) -> dict[str, Any]:
     return values
 
 
-def file_sum(path: epath.PathLike) -> str:
+def file_sum(path: epath.PathLike, *, fix: str = "Check the file and its permissions.") -> str:
     """SHA-256 (hex) of the contents of a file.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: it cannot be read; ends in `fix`.
     """
     digest = hashlib.sha256()
     try:
@@ -76,7 +76,7 @@ def file_sum(path: epath.PathLike) -> str:
             while block := stream.read(_BLOCK):
                 digest.update(block)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}).") from error
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}). {fix}") from error
     return digest.hexdigest()
 
 
@@ -122,8 +122,13 @@ def check(folder: epath.PathLike, *, fix: str, but: str = "") -> dict[str, Any]:
     return record["facts"]
 
 
+def check_file(path: epath.PathLike, wanted: str, *, fix: str) -> None:
+    """Raises InputError, which ends in `fix`, unless a file has the checksum that is wanted."""
+    expect_sum(path, file_sum(path, fix=fix), wanted, fix=fix)
+
+
 def expect_sum(path: epath.PathLike, found: str, wanted: str, *, fix: str) -> None:
-    """Raises InputError unless the checksum of a file is that with which it was written."""
+    """`check_file` of a file whose checksum is known."""
     if found != wanted:
         raise InputError(
             f"{path}: damaged or changed since it was written: wanted SHA-256 {wanted[:12]}…, got "

@@ -4,6 +4,7 @@ Every file × {deleted, emptied, halved, one byte flipped, 64 bytes zeroed}. Wha
 done at checkpoints by opening and restoring them, elsewhere by the whole command.
 """
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,10 +13,14 @@ from typing import Any
 
 import jax
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from etils import epath
 
 from copg_jax import sharding
+from copg_jax.checksums import file_sum
 from copg_jax.config.sections import DataConfig, Limits, MeshConfig, ModelConfig
+from copg_jax.data import scored
 from copg_jax.data.dataset import prepare
 from copg_jax.data.reader import GroupReader
 from copg_jax.data.tokenizer import load_tokenizer, tokenizer_hash
@@ -257,3 +262,69 @@ def same(got: list[Any], wanted: list[Any]) -> bool:
     """Whether arrays are the same, bit for bit."""
     pairs = list(zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True))
     return all(np.array_equal(one, other) for one, other in pairs)
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_ends_as_it_did(place):
+    kept, folder = place.kept("policy"), place.folder / "policy"
+    restore(kept, folder)
+    arrays = max(files(folder / "checkpoints" / "3"), key=lambda path: path.stat().st_size)
+    arrays.write_bytes(flipped(arrays.read_bytes()))
+    place.run("policy")
+    assert results(folder, "") == results(kept, "")
+    restore(kept, folder)
+
+
+@pytest.mark.parametrize("name", ["model/config.json", "best/model.safetensors"])
+def test_a_file_of_no_bytes_completes_no_run(place, name):
+    kept, folder = place.kept("policy"), place.folder / "policy"
+    restore(kept, folder)
+    (folder / name).write_bytes(b"")
+    place.run("policy")
+    assert (folder / name).read_bytes() == (kept / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("stage", "source", "text"),
+    [
+        ("policy", "base", "reference_hash"),  # of the data that it was scored with
+        ("policy", "data/sft.jsonl", "another content of: evaluation.data "),
+        ("policy", "score", "another content of: data, validation "),
+        ("score", "data/comparisons.jsonl", "another content of: data "),
+        ("score", "base", "another content of: reference "),
+        ("evaluate", "policy/model", "another content of: model "),
+        ("evaluate", "base", "another content of: reference "),
+        ("evaluate", "data/sft.jsonl", "another content of: evaluation.data "),
+    ],
+)
+def test_a_complete_run_is_not_complete_for_other_inputs(place, tmp_path, stage, source, text):
+    own = place.folder / source
+    restore(place.kept(stage), place.folder / stage)
+    if source.split("/")[0] in place.more:
+        restore(place.kept(source.split("/")[0]), place.folder / source.split("/")[0])
+    own.rename(tmp_path / "own")
+    try:
+        exchange(tmp_path / "own", own)
+        with pytest.raises(InputError, match=text):
+            place.run(stage)
+    finally:
+        shutil.rmtree(own) if own.is_dir() else own.unlink()
+        (tmp_path / "own").rename(own)
+
+
+def exchange(own: Path, other: Path) -> None:
+    """Makes a data set or model that is like `own`, and not the same."""
+    if own.is_file():
+        other.write_text("".join(own.read_text().splitlines(keepends=True)[1:]))
+    elif (own / "scored.json").exists():
+        shutil.copytree(own, other)
+        side_car = scored.read_side_car(epath.Path(other))
+        part = other / "part-00001.parquet"
+        pq.write_table(pq.read_table(part).slice(1), part)
+        parts = side_car.parts | {part.name: file_sum(part)}
+        scored.write_side_car(epath.Path(other), dataclasses.replace(side_car, parts=parts))
+    else:
+        shutil.copytree(own, other)
+        (other / "checksums.json").unlink()  # a model of the hub, say
+        raw = bytearray((other / "model.safetensors").read_bytes())
+        raw[-2] ^= 1
+        (other / "model.safetensors").write_bytes(raw)

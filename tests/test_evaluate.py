@@ -282,6 +282,22 @@ def test_what_was_written_is_read_again_up_to_the_last_whole_prompt(tmp_path):
     assert experiments.evaluate._read(epath.Path(tmp_path / "none"), 2) == []
 
 
+@pytest.mark.parametrize("change", ["a number", "a foreign line", "a key", "not JSON"])
+def test_a_damaged_generation_is_not_averaged_but_all_done_again(tmp_path, caplog, change):
+    rows = [generation("a", 1.25), generation("b", 2.0, index=1)]
+    lines = [experiments.evaluate._line(row) for row in rows]
+    lines[0] = {
+        "a number": lines[0].replace("1.25", "1.75"),
+        "a foreign line": '{"a": null}\n',
+        "a key": lines[0].replace('"reward"', '"rewarf"'),
+        "not JSON": lines[0].replace("{", "", 1),
+    }[change]
+    path = tmp_path / "generations.jsonl"
+    path.write_text("".join(lines))
+    assert experiments.evaluate._read(epath.Path(path), 1) == []
+    assert "generations.jsonl:1: damaged" in caplog.text
+
+
 def test_places_without_a_prompt_generate_nothing(sampler, params):
     lengths = []
 

@@ -218,6 +218,47 @@ def test_interrupted_and_resumed_scoring_is_uninterrupted_scoring(
     scored.verify(tmp_path, reference_hash="reference", reference_dtype="float32")
 
 
+@pytest.mark.parametrize("part", [0, 2])
+def test_a_part_and_its_line_in_the_log_are_never_apart(
+    whole, dataset, side_car, tmp_path, monkeypatch, part
+):
+    write_part = scored.write_part
+
+    def ended(folder: Any, index: int, groups: Any) -> Any:
+        if index == part:
+            raise KeyboardInterrupt
+        return write_part(folder, index, groups)
+
+    monkeypatch.setattr(scored, "write_part", ended)
+    with pytest.raises(KeyboardInterrupt):
+        score(dataset, tmp_path, side_car)
+    monkeypatch.undo()
+    score(dataset, tmp_path, side_car)
+    assert contents(tmp_path) == contents(whole)
+
+
+@pytest.mark.parametrize("change", ["one bit", "gone"])
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_damaged_part_alone_is_scored_again_and_named(
+    whole, dataset, side_car, tmp_path, caplog, change, complete
+):
+    shutil.copytree(whole, tmp_path / "s")
+    folder = epath.Path(tmp_path / "s")
+    if not complete:
+        scored.write_side_car(folder, replace(scored.read_side_car(folder), complete=False))
+    path = folder / "part-00001.parquet"
+    raw = bytearray(path.read_bytes())
+    raw[60] ^= 1
+    path.write_bytes(raw) if change == "one bit" else path.unlink()
+    calls.clear()
+    score(dataset, tmp_path / "s", side_car)
+    assert calls == [20] and "part-00001.parquet" in caplog.text
+    (parts, log), (wanted, wanted_log) = contents(tmp_path / "s"), contents(whole)
+    assert parts == wanted
+    assert [row["step"] for row in log] == [10, 24, 20]  # in the order in which they were done
+    assert sorted(log, key=lambda row: row["step"]) == wanted_log
+
+
 def test_in_a_bucket_the_metrics_of_finished_parts_are_there_while_the_next_is_scored(
     dataset, side_car, monkeypatch
 ):

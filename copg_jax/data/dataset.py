@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from copg_jax.checksums import expect_sum, file_sum, read_record, write_record
+from copg_jax.checksums import check_file, file_sum, read_record, write_record
 from copg_jax.config.sections import Limits
 from copg_jax.data.formats.columns import InvalidRow, TextGroup
 from copg_jax.data.groups import NUMBERS, TokenGroup, fit_group, tokenize_group
@@ -217,7 +217,7 @@ def is_prepared(path: Path, key: str) -> bool:
         side_car = _read_side_car(path)
         if side_car["key"] != key:
             raise InputError(f"{path}: made of other data, tokenizer or limits. {_MADE_ANEW}")
-        expect_sum(path, file_sum(path), side_car["sum"], fix=_MADE_ANEW)
+        check_file(path, side_car["sum"], fix=_MADE_ANEW)
     except InputError as error:
         log.info("%s", error)
         return False

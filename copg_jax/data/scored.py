@@ -37,7 +37,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from copg_jax.checksums import expect_sum, file_sum, read_object, read_record, write_record
+from copg_jax.checksums import check_file, file_sum, read_object, read_record, write_record
 from copg_jax.data.groups import NUMBERS, TokenGroup
 from copg_jax.data.rows import SIDE_CAR, Row
 from copg_jax.errors import InputError
@@ -166,7 +166,7 @@ def whole_parts(folder: epath.Path) -> dict[str, str]:
     whole = {}
     for name, wanted in read_side_car(folder).parts.items() if is_scored(str(folder)) else ():
         try:
-            expect_sum(folder / name, file_sum(folder / name), wanted, fix="It is scored again.")
+            check_file(folder / name, wanted, fix="It is scored again.")
         except InputError as error:
             log.warning("%s", error)
         else:
@@ -184,7 +184,7 @@ def check_parts(folder: epath.PathLike, side_car: SideCar) -> None:
     folder = epath.Path(folder)
     fix = "Fix: run the same score command again, which does this part alone anew."
     for name, wanted in side_car.parts.items():
-        expect_sum(folder / name, file_sum(folder / name), wanted, fix=fix)
+        check_file(folder / name, wanted, fix=fix)
     for path in sorted(folder.glob("part-*.parquet")):
         if path.name not in side_car.parts:
             raise InputError(

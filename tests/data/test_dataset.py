@@ -187,9 +187,7 @@ def prepare_rows(folder, plain):
 
 
 @pytest.mark.parametrize("name", ["a.arrow", "a.json"])
-@pytest.mark.parametrize(
-    "damage", ["flip", "half", "nothing", "[]", "null", '{"key": 1}', "\udcff"]
-)
+@pytest.mark.parametrize("damage", ["flip", "half", "", "[]", "null", '{"key": 1}', "\udcff"])
 def test_damaged_token_files_are_made_anew_with_one_line_in_the_log(
     plain, tmp_path, caplog, name, damage
 ):
@@ -200,7 +198,6 @@ def test_damaged_token_files_are_made_anew_with_one_line_in_the_log(
     raw = path.read_bytes()
     at = len(raw) // 2
     texts = {"flip": raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :], "half": raw[:at]}
-    texts |= {"nothing": b""}
     path.write_bytes(texts.get(damage, damage.encode(errors="surrogateescape")))
     assert [str(vars(group)) for group in prepare_rows(tmp_path, plain)] == wanted
     (line,) = [text for text in caplog.messages if "made anew" in text]

@@ -332,6 +332,48 @@ def test_unfinished_missing_or_foreign_side_cars_are_refused(tmp_path):
         read_side_car(folder)
 
 
+@pytest.mark.parametrize("raw", [b"", b"[]", b"null", b"\xff\xfe", b"[" * 10**5, "edited"])
+def test_a_damaged_side_car_is_named_with_the_way_out(tmp_path, raw):
+    folder = epath.Path(tmp_path)
+    scored.write_side_car(folder, SIDE_CAR)
+    if raw == "edited":
+        raw = (folder / "scored.json").read_bytes().replace(b"ref1", b"ref2")
+    (folder / "scored.json").write_bytes(raw)
+    with pytest.raises(InputError, match=r"scored.json: .*delete it and run the same score"):
+        read_side_car(folder)
+
+
+@pytest.mark.parametrize("change", ["half the rows", "a rolled column", "one bit", "gone"])
+def test_a_part_that_is_not_as_it_was_written_is_refused_with_the_way_out(plain, tmp_path, change):
+    path = write(
+        tmp_path / "s", *[scored_group((float(i), 2.0)) for i in range(4)], tokenizer=plain
+    )
+    part = Path(path) / "part-00000.parquet"
+    raw, table = part.read_bytes(), pq.read_table(part)
+    if change == "half the rows":
+        pq.write_table(table.slice(0, 2), part)
+    elif change == "a rolled column":
+        rewards = table["reward"].to_pylist()
+        rolled = pa.array([*rewards[1:], rewards[0]], table["reward"].type)
+        pq.write_table(
+            table.set_column(table.schema.get_field_index("reward"), "reward", rolled), part
+        )
+    elif change == "one bit":
+        part.write_bytes(raw[:100] + bytes([raw[100] ^ 1]) + raw[101:])
+    else:
+        part.unlink()
+    with pytest.raises(InputError, match=r"part-00000.parquet: (damaged|cannot).*score command ag"):
+        prepared(path, plain)
+
+
+@pytest.mark.parametrize("name", ["part-old.parquet", "part-00007.parquet"])
+def test_a_part_that_is_not_of_this_data_is_refused(plain, tmp_path, name):
+    path = write(tmp_path / "s", scored_group((1.0, 2.0)), tokenizer=plain)
+    (Path(path) / name).write_bytes((Path(path) / "part-00000.parquet").read_bytes())
+    with pytest.raises(InputError, match=rf"{name}: no part of this data.*move it away"):
+        prepared(path, plain)
+
+
 def command_in(text: str) -> list[str]:
     """Arguments of the command that an error text ends in."""
     words = shlex.split(text.splitlines()[-1])
