@@ -29,6 +29,7 @@ from etils import epath
 
 import copg_jax
 from copg_jax import distributed
+from copg_jax.checksums import read_record, write_record
 from copg_jax.config.load import config_differences, to_yaml
 from copg_jax.distributed import is_main_process
 from copg_jax.errors import InputError
@@ -42,6 +43,8 @@ _MALLOPT = {  # of malloc.h
     -1: 2**31 - 1,  # M_TRIM_THRESHOLD: leave what is free at its end
     -8: 1,  # M_ARENA_MAX: one heap for all threads; others cannot hold large pieces
 }
+
+_CONFIG_END = "...\n"  # YAML's end of a document: a config without it was cut short
 
 RECORDED_PACKAGES = (
     "jax jaxlib flax optax orbax-checkpoint grain numpy transformers tokenizers datasets"
@@ -191,6 +194,14 @@ def check_run_folder(
         )
     if (output_dir / "config.yaml").exists():
         _check_same_run(output_dir / "config.yaml", to_yaml(config), may_differ)
+    # Written before any work, so that work without them says that they were lost.
+    for name in ("config.yaml", "inputs.json"):
+        work = output_dir / "metrics.jsonl"
+        if work.exists() and not (output_dir / name).exists():
+            raise InputError(
+                f"{output_dir / name}: missing, though {work.name} is there: nothing says what "
+                f"this run began with. Fix: restore the file, or {_new_run(output_dir)}."
+            )
 
 
 def write_run_header(output_dir: epath.PathLike, config: Any, inputs: Mapping[str, str]) -> None:
@@ -215,42 +226,51 @@ def write_run_header(output_dir: epath.PathLike, config: Any, inputs: Mapping[st
         if path.exists():
             _check_same_inputs(path, inputs)
         output_dir.mkdir(parents=True, exist_ok=True)
-        write_text(output_dir / "config.yaml", to_yaml(config))
+        write_text(output_dir / "config.yaml", to_yaml(config) + _CONFIG_END)
         write_text(output_dir / "versions.json", json.dumps(_versions(), indent=2) + "\n")
-        write_text(path, json.dumps(dict(inputs), indent=2) + "\n")
+        write_record(path, inputs)
 
 
 def _check_same_inputs(path: epath.Path, inputs: Mapping[str, str]) -> None:
-    previous = json.loads(path.read_text(encoding="utf-8"))
+    previous = read_record(path, fix=f"Fix: restore it, or {_new_run(path.parent)}.")
     changed = [name for name in inputs if previous.get(name) != inputs[name]]
     if changed:
         raise InputError(
             f"output_dir {path.parent} holds a run that began with another content of: "
-            f"{', '.join(changed)} (hashes in {path.name}); going on would mix the two. Fix: set "
-            f"another output_dir, delete {path.parent} to start over, or restore what it began with"
+            f"{', '.join(changed)} (hashes in {path.name}); going on would mix the two. Fix: "
+            f"{_new_run(path.parent)}, or restore what it began with"
         )
 
 
 def _check_same_run(path: epath.Path, resolved: str, may_differ: Sequence[str]) -> None:
     try:
-        previous = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        previous = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(
-            f"{path}: wanted the config of an earlier run, could not read it ({error}); "
-            "give another output_dir or delete this folder"
+            f"{path}: wanted the config of an earlier run, could not read it ({error}). Fix: "
+            f"restore it, or {_new_run(path.parent)}."
         ) from error
+    if not (isinstance(previous, dict) and text.endswith(_CONFIG_END)):
+        raise InputError(
+            f"{path}: damaged: cut short, or not written by a run of this version. Fix: restore "
+            f"it, or {_new_run(path.parent)}."
+        )
     # Both sides are read back from YAML, so that 1e-06 and 1.0e-06 are the same number.
     differences = [
         line
-        for line in config_differences(previous or {}, yaml.safe_load(resolved))
+        for line in config_differences(previous, yaml.safe_load(resolved))
         if not any(_is_under(line.split(": ", 1)[0], prefix) for prefix in may_differ)
     ]
     if differences:
         raise InputError(
-            f"output_dir {path.parent} holds another run; its config differs (theirs -> yours):\n  "
-            + "\n  ".join(differences)
-            + f"\nFix: set another output_dir, or delete {path.parent} to start over"
+            f"output_dir {path.parent} holds another run; its {path.name} differs (theirs -> "
+            "yours):\n  " + "\n  ".join(differences) + f"\nFix: {_new_run(path.parent)}"
         )
+
+
+def _new_run(folder: epath.Path) -> str:
+    return f"set another output_dir, or delete {folder} to start over"
 
 
 def _is_under(name: str, prefix: str) -> bool:

@@ -3,7 +3,7 @@
 Both are constants of training, so computing them here leaves training with one model and no reward
 function.
 
-1. Groups are taken part by part; parts that are on disk already are skipped.
+1. Groups are taken part by part; parts that are on disk already, as they were written, are skipped.
 2. The reward function sees the texts, the reference model the tokens: a completion that is there
    several times in one part is computed once, one that is in several parts once in each.
 3. Each part is written whole or not at all; the side-car that makes the folder usable comes last.
@@ -87,25 +87,36 @@ def score_dataset(
         InputError: a reward function that misbehaves; finished parts stay.
     """
     first_rows = range(0, len(dataset), part_size)
-    parts = scored.finished_parts(folder)
-    finished = distributed.from_main(np.isin(np.arange(len(first_rows)), parts))
     with distributed.main_first(folder / scored.SIDE_CAR):
         if distributed.is_main_process():
+            side_car = replace(side_car, parts=scored.whole_parts(folder))
             scored.write_side_car(folder, side_car)
-    done = min(int(finished.sum()) * part_size, len(dataset))
+    names = [scored.part_name(part) for part in range(len(first_rows))]
+    finished = distributed.from_main(np.isin(names, list(side_car.parts)))
+    ends = np.minimum(np.add(first_rows, part_size), len(dataset))
+    done = int((ends - first_rows)[finished].sum())
     with MetricsLogger(
-        folder, total_steps=len(dataset), unit="group", log_every=1, resume_step=done or None
+        folder,
+        total_steps=len(dataset),
+        unit="group",
+        log_every=1,
+        resume_step=done or None,
+        is_done=set(ends[finished].tolist()).__contains__,
     ) as logger:
         log.info("scoring %d groups; the first batch waits for compilation", len(dataset) - done)
         spread = _per_completion(dataset)
-        for part, first in enumerate(first_rows):
+        for part, (first, end) in enumerate(zip(first_rows, ends.tolist(), strict=True)):
             if finished[part]:
                 continue
-            rows = [dataset[i] for i in range(first, min(first + part_size, len(dataset)))]
-            logger.log(
-                first + len(rows), _score_part(folder, part, rows, spread, rewards, reference)
-            )
+            rows = [dataset[i] for i in range(first, end)]
+            groups, metrics = _score_rows(rows, spread, rewards, reference)
+            # Before the part: what is finished has its line.
+            logger.log(end, metrics)
             logger.sync()
+            if distributed.is_main_process():
+                written = scored.write_part(folder, part, groups)
+                side_car = replace(side_car, parts=side_car.parts | written)
+                scored.write_side_car(folder, side_car)
     with distributed.main_first(folder):
         if distributed.is_main_process():
             _finish(dataset, folder, side_car)
@@ -158,15 +169,13 @@ def _spread(row: TokenGroup, names: set[str]) -> TokenGroup:
     return replace(row, columns=row.columns | columns, kept=None)
 
 
-def _score_part(
-    folder: epath.Path,
-    part: int,
+def _score_rows(
     rows: Sequence[TokenGroup],
     spread: set[str],
     rewards: WeightedRewards,
     reference: GroupForward,
-) -> dict[str, float]:
-    """Scores and writes one part; returns its metrics."""
+) -> tuple[list[scored.ScoredGroup], dict[str, float]]:
+    """Scores the groups of a part; with metrics."""
     begin = time.perf_counter()
     rows = [_spread(row, spread) for row in rows]
     totals, parts = _reward_groups(rewards, rows, spread)
@@ -176,12 +185,10 @@ def _score_part(
         scored.ScoredGroup(replace(row, rewards=total, ref_logps=ref_logp), of_row)
         for row, total, ref_logp, of_row in zip(rows, totals, ref_logps, parts, strict=True)
     ]
-    if distributed.is_main_process():
-        scored.write_part(folder, part, groups)
     seconds = time.perf_counter() - begin
     values = np.concatenate(totals)
     kept = values[~np.isnan(values)]
-    return {
+    return groups, {
         "reward/mean": float(kept.mean()) if len(kept) else math.nan,
         "reward/std": float(kept.std()) if len(kept) else math.nan,
         "reward/dropped": len(values) - len(kept),

@@ -6,9 +6,10 @@
 """
 
 import json
+import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,6 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from copg_jax.errors import InputError, for_terminal
 from copg_jax.files import GrowingFile, read_json_lines
 from copg_jax.runtime import is_main_process
+
+log = logging.getLogger(__name__)
 
 FILE_NAME = "metrics.jsonl"
 
@@ -35,6 +38,7 @@ class MetricsLogger:
       quiet: No console output.
       resume_step: Last step already done, None for a fresh start. Lines of later steps are removed
         first, so that an interrupted and resumed run leaves the file of an uninterrupted one.
+      is_done: Whether a step is done, where steps are not done in their order; its line stays.
 
     Raises:
       InputError: TensorBoard was asked for and is not installed.
@@ -50,6 +54,7 @@ class MetricsLogger:
         tensorboard: bool = False,
         quiet: bool = False,
         resume_step: int | None = None,
+        is_done: Callable[[int], bool] | None = None,
     ) -> None:
         self._total_steps, self._unit = total_steps, unit
         self._log_every = log_every
@@ -65,7 +70,10 @@ class MetricsLogger:
         if tensorboard:
             self._writer = _tensorboard_writer(epath.Path(output_dir), resume_step)
         path = epath.Path(output_dir) / FILE_NAME
-        self._file = GrowingFile(path, _kept_lines(path, resume_step))
+        kept: list[str] = []
+        if (last := resume_step) is not None:
+            kept = _kept_lines(path, is_done or (lambda step: step <= last))
+        self._file = GrowingFile(path, kept)
 
     def __enter__(self) -> Self:
         if self._enabled and self._console is not None and self._console.is_terminal:
@@ -154,14 +162,17 @@ class MetricsLogger:
             console.print(f"  {name}: {for_terminal(value)}", markup=False, emoji=False)
 
 
-def _kept_lines(path: epath.Path, resume_step: int | None) -> list[str]:
-    """Our lines up to `resume_step` without one that was cut short; none when it is None."""
-    kept = []
-    if resume_step is not None and path.exists():
-        for line, row in read_json_lines(path):
-            step = row.get("step") if isinstance(row, dict) else None
-            if isinstance(step, int) and step <= resume_step:
-                kept.append(line + "\n")
+def _kept_lines(path: epath.Path, is_done: Callable[[int], bool]) -> list[str]:
+    """The lines of steps that are done; says how many are no lines of a log, which are left out."""
+    kept, foreign = [], 0
+    for line, row in read_json_lines(path) if path.exists() else ():
+        step = row.get("step") if isinstance(row, dict) else None
+        if not isinstance(step, int):
+            foreign += 1
+        elif is_done(step):
+            kept.append(line + "\n")
+    if foreign:
+        log.warning("%s: %d lines are cut short or foreign and are left out", path, foreign)
     return kept
 
 

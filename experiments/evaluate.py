@@ -5,12 +5,14 @@
 
 Writes evaluation.json (the averages) and generations.jsonl (every completion with its numbers). An
 interrupted evaluation goes on with the prompts it has not done; generations.jsonl is in batch order
-while it grows and in the order of the prompts at the end.
+while it grows and in the order of the prompts at the end. Each of its lines carries a checksum, so
+that damage is found, and all done again.
 """
 
 import json
 import logging
 import math
+import zlib
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -28,6 +30,8 @@ from copg_jax.inputs import open_evaluation
 from copg_jax.tracking import MetricsLogger
 
 log = logging.getLogger("copg_jax.evaluate")  # a script's own name is __main__
+
+_CHECKSUM = "crc32"  # of a line of generations.jsonl
 
 
 def main(config: EvaluateConfig) -> dict[str, float]:
@@ -69,15 +73,17 @@ def main(config: EvaluateConfig) -> dict[str, float]:
     is_main = distributed.is_main_process()
     with GrowingFile(path, map(_line, found)) if is_main else nullcontext() as file, logger:
         for batch in evaluator.batches(params, step=0, finished=finished):
-            if file is not None:
-                file.write("".join(map(_line, batch)))
-                file.sync()
             found = in_prompt_order([*found, *batch])
+            # Before the generations: what is finished has its line.
             logger.log(
                 len(found) // sizes.num_samples,
                 summarize(found, beta=config.beta),
                 text=sample_texts(found, sizes) if len(found) == total else None,
             )
+            logger.sync()
+            if file is not None:
+                file.write("".join(map(_line, batch)))
+                file.sync()
     metrics = summarize(found, beta=config.beta)
     averages = folder / "evaluation.json"
     with distributed.main_first(averages):
@@ -89,18 +95,35 @@ def main(config: EvaluateConfig) -> dict[str, float]:
 
 
 def _read(path: epath.Path, num_samples: int) -> list[Generation]:
-    """What an interrupted evaluation has generated: whole prompts, without a line cut short."""
+    """What an interrupted evaluation has generated: whole prompts, without a line cut short.
+
+    Nothing where a line is damaged: a prompt done again in another batch is the same to rounding
+    only.
+    """
+    rows = [row for _, row in read_json_lines(path)] if path.exists() else []
+    rows = rows[:-1] if rows and rows[-1] is None else rows  # cut short
     found: list[Generation] = []
-    for _, row in read_json_lines(path) if path.exists() else ():
-        if not isinstance(row, dict):
-            break
-        values: dict[str, Any] = {k: math.nan if v is None else v for k, v in row.items()}
-        found.append(Generation(**values))
+    for number, row in enumerate(rows, start=1):
+        try:
+            checksum = row.pop(_CHECKSUM)
+            generation = Generation(**{k: math.nan if v is None else v for k, v in row.items()})
+        except (KeyError, TypeError, AttributeError):
+            checksum = generation = None
+        if generation is None or checksum != _checksum(generation):
+            log.warning("%s:%d: damaged, or not of this version: all is done again", path, number)
+            return []
+        found.append(generation)
     return found[: len(found) // num_samples * num_samples]
 
 
 def _line(generation: Generation) -> str:
-    return json.dumps(_jsonable(asdict(generation)), ensure_ascii=False) + "\n"
+    row = _jsonable(asdict(generation)) | {_CHECKSUM: _checksum(generation)}
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _checksum(generation: Generation) -> str:
+    """CRC-32 of the values as JSON."""
+    return f"{zlib.crc32(json.dumps(_jsonable(asdict(generation))).encode()):08x}"
 
 
 def _jsonable(values: dict[str, Any]) -> dict[str, Any]:

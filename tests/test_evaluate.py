@@ -28,8 +28,8 @@ EOS = 3
 def generation(prompt: str, reward: float, **numbers: Any) -> Generation:
     """A generation with small defaults."""
     values = {"logp": -4.0, "ref_logp": -5.0, "kl_k3": 0.5, "length": 4, "has_eos": True}
-    values |= {"completion": ""} | numbers
-    return Generation(index=0, id=prompt, prompt=prompt, reward=reward, **values)
+    values |= {"completion": "", "index": 0} | numbers
+    return Generation(id=prompt, prompt=prompt, reward=reward, **values)
 
 
 def test_averages_are_those_by_hand_with_prompts_as_observations():
@@ -270,13 +270,32 @@ def test_an_interrupted_evaluation_goes_on_with_the_other_prompts_on_another_mes
 
 
 def test_what_was_written_is_read_again_up_to_the_last_whole_prompt(tmp_path):
-    rows = [generation(id, 1.0, completion=f"two\u2028lines\n{id}") for id in "aabb"]
+    rows = [
+        generation(id, 1.0, completion=f"two\u2028lines\n{id}", index=index)
+        for id, index in zip("aabb", (0, 0, 1, 1), strict=True)
+    ]
     lines = [experiments.evaluate._line(row) for row in rows]
     path = tmp_path / "generations.jsonl"
     for text, num_read in (("".join(lines), 4), ("".join(lines)[:-3], 2), ("".join(lines[:3]), 2)):
         path.write_text(text, encoding="utf-8")
         assert experiments.evaluate._read(epath.Path(path), 2) == rows[:num_read]
     assert experiments.evaluate._read(epath.Path(tmp_path / "none"), 2) == []
+
+
+@pytest.mark.parametrize("change", ["a number", "a foreign line", "a key", "not JSON"])
+def test_a_damaged_generation_is_not_averaged_but_all_done_again(tmp_path, caplog, change):
+    rows = [generation("a", 1.25), generation("b", 2.0, index=1)]
+    lines = [experiments.evaluate._line(row) for row in rows]
+    lines[0] = {
+        "a number": lines[0].replace("1.25", "1.75"),
+        "a foreign line": '{"a": null}\n',
+        "a key": lines[0].replace('"reward"', '"rewarf"'),
+        "not JSON": lines[0].replace("{", "", 1),
+    }[change]
+    path = tmp_path / "generations.jsonl"
+    path.write_text("".join(lines))
+    assert experiments.evaluate._read(epath.Path(path), 1) == []
+    assert "generations.jsonl:1: damaged" in caplog.text
 
 
 def test_places_without_a_prompt_generate_nothing(sampler, params):

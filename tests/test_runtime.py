@@ -122,6 +122,36 @@ def test_an_unreadable_earlier_config_is_refused(tmp_path):
         check_run_folder(tmp_path, Config())
 
 
+@pytest.mark.parametrize("cut", [0, 1, 2, 3, 10])
+def test_a_config_that_was_cut_short_is_damaged_and_not_that_of_another_run(tmp_path, cut):
+    write_run_header(tmp_path, Config(), {})
+    path = tmp_path / "config.yaml"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[: cut and -cut]) if cut else path.read_text()[:-1])
+    with pytest.raises(InputError, match=r"config.yaml: damaged: cut short.*another output_dir"):
+        check_run_folder(tmp_path, Config())
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "inputs.json"])
+def test_work_without_what_it_began_with_is_not_gone_on_with(tmp_path, name):
+    write_run_header(tmp_path, Config(), {})
+    (tmp_path / name).unlink()
+    check_run_folder(tmp_path, Config())  # ended before any work
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(InputError, match=rf"{name}: missing, though metrics.jsonl is there"):
+        check_run_folder(tmp_path, Config())
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"[]", b"3", b"{", b"\xff", b"{}", b'{"data": "a"}', b"[" * 10**5]
+)
+def test_damaged_hashes_of_inputs_are_named(tmp_path, raw):
+    write_run_header(tmp_path, Config(), {"data": "a"})
+    (tmp_path / "inputs.json").write_bytes(raw)
+    with pytest.raises(InputError, match=r"inputs.json: .*(restore it|another output_dir)"):
+        write_run_header(tmp_path, Config(), {"data": "a"})
+
+
 def test_an_output_dir_that_is_a_file_is_refused(tmp_path):
     path = tmp_path / "run"
     path.write_text("")

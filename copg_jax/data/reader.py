@@ -52,11 +52,12 @@ class GroupReader:
         self._make: Callable[[str, Row], TextGroup | TokenGroup | str] = self._text_group
 
     def check_ids(self, tokenizer_hash: str) -> None:
-        """Raises InputError where the data has ids, and they are not this tokenizer's, or those of
-        texts in another format.
+        """Raises InputError where the data has ids, and they are not this tokenizer's, not as they
+        were written, or those of texts in another format.
         """
         config = self._config
         if not scored.is_scored(config.path):
+            scored.refuse_bare_parts(config.path)
             return
         name = scored.read_side_car(epath.Path(config.path)).text_format
         if config.format not in ("auto", name):
@@ -65,11 +66,12 @@ class GroupReader:
                 f"is '{config.format}'. Set data.format={name}, or score again."
             )
         known = FORMATS.get(name)
-        scored.verify(
+        side_car = scored.verify(
             config.path,
             tokenizer_hash=tokenizer_hash,
             text_format_hash=known.hash if known else f"no format '{name}'",
         )
+        scored.check_parts(config.path, side_car)
 
     def fingerprint(self) -> str:
         """Hash of everything that decides which groups come out: file contents and the config."""

@@ -7,11 +7,17 @@ from typing import Any
 
 import jax
 
-from copg_jax import sharding
+from copg_jax import checksums, sharding
 from copg_jax.config.sections import ModelConfig
 from copg_jax.data.tokenizer import load_tokenizer
 from copg_jax.errors import InputError
-from copg_jax.hf.weights import load_params, params_hash, read_architecture, resolve
+from copg_jax.hf.weights import (
+    RESTORE,
+    load_params,
+    params_hash,
+    read_architecture,
+    resolve,
+)
 from copg_jax.models.kernels import choose
 from copg_jax.models.params import (
     Architecture,
@@ -59,7 +65,7 @@ class PretrainedModel:
 
     @cached_property
     def hash(self) -> str:
-        """Hash of the weights and config on disk."""
+        """Hash of the weights and config on disk, which are compared with their checksums."""
         return params_hash(self.folder)
 
     def load(self, *, score_key: jax.Array | None = None) -> Any:
@@ -67,7 +73,11 @@ class PretrainedModel:
 
         Args:
             score_key: draws a score head that the folder lacks.
+
+        Raises:
+            InputError: weights that have changed since they were written, or that do not fit.
         """
+        self.hash  # noqa: B018  (raises where the weights have changed)
         return load_params(
             self.folder,
             self.arch,
@@ -94,10 +104,13 @@ def open_model(
         remat: what a backward pass recomputes; one of `REMATS`.
 
     Raises:
-        InputError: no such folder, not a Llama, a tokenizer with more ids than the model has, a
-            mesh that does not divide it, or an attention that cannot run there.
+        InputError: no such folder, files changed since they were written, not a Llama, a tokenizer
+            with more ids than the model has, a mesh that does not divide it, or an attention that
+            cannot run there.
     """
     folder = resolve(section.path, section.revision)
+    if checksums.is_sealed(folder):  # the weights are looked at when they are hashed
+        checksums.check(folder, fix=RESTORE, but=".safetensors")
     arch = replace(read_architecture(folder), dtype=section.dtype, remat=remat)
     arch = choose(section.attention, arch, mesh)
     tokenizer = load_tokenizer(folder)

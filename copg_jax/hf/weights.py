@@ -24,10 +24,17 @@ import transformers
 from etils import epath
 from jax.experimental import multihost_utils
 
-from copg_jax import distributed
+from copg_jax import checksums, distributed
 from copg_jax.errors import InputError
 from copg_jax.files import is_remote, local_copy
-from copg_jax.hf.names import HfTensor, assemble, check_fit, hf_tensors, to_hf
+from copg_jax.hf.names import (
+    HfTensor,
+    assemble,
+    check_fit,
+    check_ignored,
+    hf_tensors,
+    to_hf,
+)
 from copg_jax.hf.tensor_files import (
     INDEX_NAME,
     SINGLE_NAME,
@@ -36,6 +43,15 @@ from copg_jax.hf.tensor_files import (
 )
 from copg_jax.models.params import Architecture, Params, RopeScaling
 
+_MARKS = {"config.json", "tokenizer_config.json"}
+_WRITTEN = (  # beside these, into a model's folder
+    r"model.*\.safetensors(\.index\.json)?|(tokenizer|vocab|merges|added_tokens|generation_config|"
+    r"special_tokens_map|chat_template|checksums)\.(json|model|txt|jinja)"
+)
+RESTORE = (
+    "Fix: copy the folder again, or let the run that wrote it export it anew (the same command); "
+    f"where it was changed on purpose, delete {checksums.NAME} there."
+)
 _SNAPSHOT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
@@ -156,6 +172,7 @@ def load_params(
     if arch.tie_word_embeddings:
         optional.append("lm_head.weight")  # some writers store the tied copy
     check_fit(source, tensors, str(folder), optional=optional)
+    check_ignored(source, tensors, arch, str(folder))
     params = assemble(source, tensors, shardings)
     return params if score is None else {**params, "score": score}
 
@@ -169,8 +186,8 @@ def save_pretrained(
     tokenizer: transformers.PreTrainedTokenizerBase,
     max_shard_bytes: int = 4 << 30,
 ) -> None:
-    """Write config.json, safetensors (float32) and tokenizer; config.json, which comes last, marks
-    the folder as complete.
+    """Write config.json, safetensors (float32), tokenizer and, last, the checksums of these, which
+    mark the folder as complete.
 
     Every process calls it, to gather each tensor in turn; process 0 writes.
 
@@ -193,13 +210,14 @@ def save_pretrained(
             if (pad_id := _pad_id(tokenizer)) is not None:
                 padded.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
             _save_small(padded, temporary)
+            _save_small(hf_config(arch, head=head, tokenizer=tokenizer), temporary)
     try:
         _write_weights(temporary, hf_tensors(arch, head=head), params, max_shard_bytes)
-        with distributed.main_first(folder / "config.json"):
+        with distributed.main_first(folder / checksums.NAME):
             if distributed.is_main_process():
                 folder.rmtree(missing_ok=True)
                 temporary.rename(folder)
-                _save_small(hf_config(arch, head=head, tokenizer=tokenizer), folder)
+                checksums.seal(folder)
     finally:
         if distributed.is_main_process():
             temporary.rmtree(missing_ok=True)
@@ -214,10 +232,11 @@ def _save_small(part: Any, folder: epath.Path) -> None:
 
 
 def _check_replaceable(folder: epath.Path) -> None:
-    """Raises InputError unless a folder is new, empty, or holds a model, perhaps in part."""
-    marks = ("config.json", "tokenizer_config.json")
-    is_model = any((folder / mark).is_file() for mark in marks)
-    if folder.exists() and any(folder.iterdir()) and not is_model:
+    """Raises InputError unless a folder is new, empty, or holds a model, or what an interrupted
+    removal has left of one.
+    """
+    names = {item.name for item in folder.iterdir()} if folder.exists() else set()
+    if not names & _MARKS and not all(re.fullmatch(_WRITTEN, name) for name in names):
         raise InputError(
             f"{folder}: wanted a new folder or an older model folder to replace, got other "
             "files; choose another folder"
@@ -312,10 +331,15 @@ def _fetch(params: Params, tensor: HfTensor) -> np.ndarray:
 
 
 def params_hash(folder: str | Path) -> str:
-    """SHA-256 (hex) over config.json and the weight files of a folder: names and contents."""
+    """SHA-256 (hex) over config.json and the weight files of a folder: names and contents.
+
+    Raises:
+        InputError: a file that cannot be read, or that has changed since the folder was sealed.
+    """
     digest = hashlib.sha256()
+    wanted = checksums.sealed_sums(folder, fix=RESTORE)
     for file in sorted([Path(folder) / "config.json", *Path(folder).glob("*.safetensors")]):
-        digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        found = checksums.file_sum(file)
+        checksums.expect_sum(file, found, wanted.get(file.name, found), fix=RESTORE)
+        digest.update(file.name.encode() + bytes.fromhex(found))
     return digest.hexdigest()

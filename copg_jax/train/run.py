@@ -19,11 +19,12 @@ import numpy as np
 import optax
 from etils import epath
 
-from copg_jax import distributed, flops, inputs, runtime, sharding
+from copg_jax import checksums, distributed, flops, inputs, runtime, sharding
 from copg_jax.config.sections import DataConfig
 from copg_jax.config.stages import MAY_DIFFER, TrainConfig
 from copg_jax.data.dataset import GroupDataset
 from copg_jax.data.stream import GroupStream, num_steps
+from copg_jax.errors import InputError
 from copg_jax.evaluate import GenerationEvaluator, make_loss_evaluator
 from copg_jax.hf.pretrained import PretrainedModel, open_model
 from copg_jax.hf.weights import save_pretrained
@@ -83,16 +84,16 @@ def train(config: TrainConfig, stage: Stage) -> None:
     """Runs one training stage, or what is left of it."""
     runtime.setup(config.distributed)
     run = _prepare(config, stage)
+    generation, hashes = None, {}
+    if stage.open_evaluation is not None:
+        generation, hashes = stage.open_evaluation(run.model, run.folder)
+    # Before a run that is complete says so, too: it may be asked of other inputs.
+    runtime.write_run_header(run.folder, config, run.inputs | hashes)
     with Checkpoints(run.folder / "checkpoints", best_metric=stage.best_metric) as checkpoints:
         start = checkpoints.latest_step or 0
-        exported = (run.folder / "model" / "config.json").exists()
-        if distributed.from_main(start >= run.num_steps and exported):
+        if start >= run.num_steps and _is_exported(run, checkpoints):
             log.info("%s: already complete (%d steps)", run.folder, run.num_steps)
             return
-        generation, hashes = None, {}
-        if stage.open_evaluation is not None:
-            generation, hashes = stage.open_evaluation(run.model, run.folder)
-        runtime.write_run_header(run.folder, config, run.inputs | hashes)
         with MetricsLogger(
             run.folder,
             total_steps=run.num_steps,
@@ -266,6 +267,20 @@ def _evaluation(
         return metrics | generated, texts
 
     return evaluate
+
+
+def _is_exported(run: _Run, checkpoints: Checkpoints) -> bool:
+    """Whether the folders that a complete run leaves are there and as they were written."""
+    problem = None
+    if distributed.is_main_process():
+        try:
+            for name in ("model", *(["best"] if checkpoints.best() else [])):
+                checksums.check(run.folder / name, fix="It is exported again.")
+        except InputError as error:
+            problem = error
+    if problem is not None and checksums.is_sealed(run.folder / "model"):
+        log.warning("%s", problem)
+    return bool(distributed.from_main(problem is None))
 
 
 def _export_all(run: _Run, checkpoints: Checkpoints, last: Any) -> None:
