@@ -139,7 +139,7 @@ FOREIGN = [
 
 
 @pytest.mark.parametrize("cut", ['{"step": 3, "te', '{"step": 3, "text": {"a": "ein Körper'])
-def test_a_resume_keeps_every_line_of_steps_that_are_not_done_again(tmp_path, cut):
+def test_a_resume_keeps_every_line_of_steps_that_are_not_done_again(tmp_path, caplog, cut):
     texts = ["two\u2028lines", "ein Körper\x85 und\u2029", "a\x1cb\x0bc\rd\n"]
     with MetricsLogger(tmp_path, total_steps=4, quiet=True) as logger:
         for step, text in enumerate(texts):
@@ -152,6 +152,7 @@ def test_a_resume_keeps_every_line_of_steps_that_are_not_done_again(tmp_path, cu
     with MetricsLogger(tmp_path, total_steps=4, quiet=True, resume_step=2):
         pass
     assert path.read_bytes() == whole
+    assert f"{path}: {len(FOREIGN)} lines are cut short or foreign" in caplog.text
     assert [row["text"]["sample"] for _, row in read_json_lines(path)] == texts
 
 
@@ -175,23 +176,6 @@ def test_a_text_cannot_command_the_terminal_and_is_shown_as_it_is(tmp_path, caps
         logger.log(1, {}, text={"sample": text})
     assert capsys.readouterr().out == f"  sample: {shown}\n"
     assert [row["text"] for row in lines_of(tmp_path)] == [{"sample": text}]
-
-
-def test_a_resumed_log_keeps_every_line_but_those_of_steps_that_are_done_again(tmp_path, caplog):
-    path = tmp_path / "metrics.jsonl"
-    text = "ends \u2028 and \x85 of lines"
-    with MetricsLogger(tmp_path, total_steps=3, quiet=True) as logger:
-        for step in (1, 2):
-            logger.log(step, {"a": step}, text={"sample/0": text})
-    cut = '{"step": 2, "text": {"sample/0": "ö'.encode()[:-1]
-    foreign = b'[1]\n{"note": "no step"}\nnull\n{"step": [2]}\n{"step": "2"}\n'
-    path.write_bytes(foreign + path.read_bytes() + cut)
-    with MetricsLogger(tmp_path, total_steps=3, quiet=True, resume_step=2) as logger:
-        logger.log(3, {"a": 3})
-    rows = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-    assert [row["step"] for row in rows] == [1, 2, 3]
-    assert rows[1]["text"] == {"sample/0": text}
-    assert "metrics.jsonl: 6 lines are cut short or foreign" in caplog.text
 
 
 def test_a_log_of_steps_out_of_order_keeps_those_that_are_done(tmp_path):
