@@ -57,7 +57,7 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        name = tokenizer.name_or_path or type(tokenizer).__name__
+        self._name = name = tokenizer.name_or_path or type(tokenizer).__name__
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise InputError(
@@ -75,17 +75,19 @@ class Encoder:
         self._backend: Any = tokenizers.Tokenizer.from_str(backend.to_str())
         self._backend.no_truncation()
         self._backend.no_padding()
-        self.prefix = self._find_prefix(tokenizer, name)
+        self.prefix = self._find_prefix(tokenizer)
         rules = json.loads(self._backend.to_str())
         text = json.dumps(rules, sort_keys=True)
         self.hash = hashlib.sha256(f"{text}{self.prefix}{self.eos_id}".encode()).hexdigest()[:16]
         # What encodes a text that follows another one: no blank of its own in front.
         bare = {name: _without_blank(part) for name, part in rules.items()}
-        self._bare: Any = tokenizers.Tokenizer.from_str(json.dumps(bare))
+        self._bare: Any = self._backend
+        if bare != rules:
+            self._bare = tokenizers.Tokenizer.from_str(json.dumps(bare))
         self._anchor: list[int] = self._ids(self._bare, "a")
         self._anchor_text: str = self._decode(self._anchor)
 
-    def _find_prefix(self, tokenizer: PreTrainedTokenizerBase, name: str) -> list[int]:
+    def _find_prefix(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """What the tokenizer puts in front of a text; behind it there may be EOS, as ours."""
         ids: Any = tokenizer("a b")["input_ids"]
         inner = self._ids(self._backend, "a b")
@@ -93,11 +95,11 @@ class Encoder:
             behind = start + len(inner)
             if ids[start:behind] == inner and ids[behind:] in ([], [self.eos_id]):
                 return ids[:start]
+        got, wanted = (tokenizer.convert_ids_to_tokens(tokens) for tokens in (ids, inner))
         raise InputError(
-            f"{name}: for the text 'a b' the tokenizer gives {tokenizer.convert_ids_to_tokens(ids)}"
-            f": wanted {tokenizer.convert_ids_to_tokens(inner)} with tokens in front of it, or "
-            f"{self.eos_token!r} behind it, and no others. Correct the post_processor in its "
-            "tokenizer.json."
+            f"{self._name}: for the text 'a b' the tokenizer gives {got}: wanted {wanted} with "
+            f"tokens in front of it, or {self.eos_token!r} behind it, and no others. Correct the "
+            "post_processor in its tokenizer.json."
         )
 
     def encode_prompt(self, prompt: str) -> list[int]:
@@ -140,7 +142,13 @@ class Encoder:
         return [0] * (len(self._with_prefix(encoding.ids)) - len(ends)) + ends
 
     def _ids(self, backend: Any, text: str) -> list[int]:
-        return backend.encode(text, add_special_tokens=False).ids
+        try:
+            return backend.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises nothing more particular
+            raise InputError(
+                f"{self._name}: the tokenizer cannot encode {text!r:.60} ({error}). Take one that "
+                "knows every text, or has an unk_token."
+            ) from error
 
     def _with_prefix(self, ids: list[int]) -> list[int]:
         return ids if ids[: len(self.prefix)] == self.prefix else [*self.prefix, *ids]

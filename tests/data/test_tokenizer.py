@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from copg_jax.data.tokenizer import (
@@ -208,3 +208,12 @@ def test_what_a_tokenizer_puts_elsewhere_is_refused_with_what_it_gave(plain, tem
 def test_a_special_token_in_a_generated_text_is_seen(with_bos):
     ids = [with_bos.convert_tokens_to_ids("<s>"), *with_bos("a")["input_ids"][1:]]
     assert Encoder(with_bos).completion_text(ids) == "<s>a"
+
+
+def test_a_text_that_a_tokenizer_cannot_encode_is_named():
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "</s>": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    encoder = Encoder(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>"))
+    assert encoder.encode_prompt("a b") == [0, 1]
+    with pytest.raises(InputError, match=r"cannot encode 'a c'.*unk_token"):
+        encoder.encode_prompt("a c")
