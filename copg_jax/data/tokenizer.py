@@ -117,14 +117,13 @@ class Encoder:
         """
         ids = self._ids(self._backend, prompt)
         both = self._ids(self._backend, prompt + completion)
+        behind = both[len(ids) :] if both[: len(ids)] == ids else None
+        if behind is not None and self.completion_text(behind) == completion:
+            return [*behind, self.eos_id], ""
         alone = self._ids(self._bare, completion)
-        ways = [(alone, SEPARATE)]
-        if both[: len(ids)] == ids:
-            ways.insert(0, (both[len(ids) :], ""))
-        for way, note in ways:
-            if self.completion_text(way) == completion:
-                return [*way, self.eos_id], note
-        return [*ways[0][0], self.eos_id], NOT_EXACT
+        if self.completion_text(alone) == completion:
+            return [*alone, self.eos_id], SEPARATE
+        return [*(alone if behind is None else behind), self.eos_id], NOT_EXACT
 
     def gives_back(self, prompt: str, ids: list[int]) -> bool:
         """Whether the ids of a prompt decode to its text."""
