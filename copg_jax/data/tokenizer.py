@@ -106,7 +106,9 @@ class Encoder:
         """Returns a prompt's ids behind the prefix, unless its text begins with that."""
         return self._with_prefix(self._ids(self._backend, prompt))
 
-    def encode_completion(self, prompt: str, completion: str) -> tuple[list[int], str]:
+    def encode_completion(
+        self, prompt: str, prompt_ids: list[int], completion: str
+    ) -> tuple[list[int], str]:
         """Encodes a completion behind its prompt, whose ids are those of `encode_prompt`.
 
         As in TRL, the ids are those of both texts together, less those of the prompt. Where a token
@@ -115,9 +117,9 @@ class Encoder:
         Returns:
             ids, EOS last; and what was unusual, "" if nothing was: `SEPARATE` or `NOT_EXACT`.
         """
-        ids = self._ids(self._backend, prompt)
-        both = self._ids(self._backend, prompt + completion)
-        behind = both[len(ids) :] if both[: len(ids)] == ids else None
+        both = self.encode_prompt(prompt + completion)
+        size = len(prompt_ids)
+        behind = both[size:] if both[:size] == prompt_ids else None
         if behind is not None and self.completion_text(behind) == completion:
             return [*behind, self.eos_id], ""
         alone = self._ids(self._bare, completion)
@@ -127,7 +129,7 @@ class Encoder:
 
     def gives_back(self, prompt: str, ids: list[int]) -> bool:
         """Whether the ids of a prompt decode to its text."""
-        return prompt in (self._decode(ids), self._decode(ids[len(self.prefix) :]))
+        return any(self._decode(some) == prompt for some in (ids[len(self.prefix) :], ids))
 
     def completion_text(self, ids: Sequence[int] | np.ndarray) -> str:
         """Returns the text that the ids of a completion, without its end token, add to a prompt."""
