@@ -70,18 +70,7 @@ def open_data(
         dataset = prepare(
             rows, model.tokenizer, path=path, limits=section.limits, vocab_size=vocab_size
         )
-    stats = dataset.stats
-    log.info("%s: %s, %s", name, section.path, describe_files(section.path, section.split))
-    by = "its first row" if section.format == "auto" else "data.format"
-    log.info("%s: text format '%s', by %s\n%s", name, stats["text_format"], by, format_stats(stats))
-    if repeated := stats["changed"].get(REPEATED):
-        log.warning(
-            "%s: in %d of %d rows every completion begins with the prompt, so that models see it "
-            "twice. Where rows hold whole dialogues, take the prompt off their completions.",
-            name,
-            repeated,
-            stats["kept"],
-        )
+    _report(dataset, section, name)
     prompt, _, completion = dataset.shape(multiple=1)
     if prompt + completion > model.arch.max_position_embeddings:
         raise InputError(
@@ -91,6 +80,23 @@ def open_data(
             "data.max_completion_tokens."
         )
     return dataset
+
+
+def _report(dataset: GroupDataset, section: DataConfig, name: str) -> None:
+    """Logs which files were read, as what, and what became of their rows."""
+    path, stats = section.path, dataset.stats
+    log.info("%s: %s, %s", name, path, describe_files(path, section.split))
+    by = "its first row" if section.format == "auto" else "data.format"
+    by = "how it was scored" if scored.is_scored(path) else by
+    log.info("%s: text format '%s', by %s\n%s", name, stats["text_format"], by, format_stats(stats))
+    if repeated := stats["changed"].get(REPEATED):
+        log.warning(
+            "%s: in %d of %d rows every completion begins with the prompt, so that models see it "
+            "twice. Where rows hold whole dialogues, take the prompt off their completions.",
+            name,
+            repeated,
+            stats["kept"],
+        )
 
 
 def _require_same(key: str, path: str) -> None:

@@ -85,7 +85,8 @@ def test_rewards_and_the_scored_folder_have_what_was_given_and_evaluation_reads_
     assert [(row["prompt"], tuple(row["completions"])) for row in got] == wanted
     side_car = scored.read_side_car(epath.Path(tmp_path / "scored"))
     assert (side_car.text_format, side_car.text_format_hash) == (kind, FORMATS[kind].hash)
-    assert f"text format '{kind}', by its first row" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    names_all(said, [f"text format '{kind}', by its first row", f"1 file: {tmp_path}/rows.jsonl"])
 
     text_of = generator_of(model, tmp_path, rows)
     tokenizer = load_tokenizer(model)

@@ -85,7 +85,8 @@ def tokenize_group(
     """
     prompt, prompt_ids = _fit_prompt(group, encoder, limits.max_prompt_tokens)
     completions, notes = zip(
-        *(encoder.encode_completion(prompt, text) for text in group.completions), strict=True
+        *(encoder.encode_completion(prompt, prompt_ids, text) for text in group.completions),
+        strict=True,
     )
     for index, ids in enumerate(completions):
         if encoder.eos_id in ids[:-1]:

@@ -34,6 +34,7 @@ _SPLITS = {
 }
 _FAMILY = {word: family for family, words in _SPLITS.items() for word in words}
 _SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(_FAMILY)})(?![a-z])")
+_NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # surrogates: bytes that are no UTF-8
 _NUM_LISTED = 5
 
 
@@ -72,6 +73,8 @@ def find_files(path: str, split: str = "train") -> list[Path]:
     if not files:
         raise InputError(_nothing_at(path))
     for file in files:
+        if _NO_TEXT.search(str(file)):
+            raise InputError(f"{str(file)!r}: wanted a file name that is text. Rename the file.")
         if file.suffix not in SUFFIXES:
             raise InputError(
                 f"{file}: unknown file type '{file.suffix}'. Wanted one of {', '.join(SUFFIXES)}."

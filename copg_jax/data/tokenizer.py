@@ -57,7 +57,7 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        name = tokenizer.name_or_path or type(tokenizer).__name__
+        self._name = name = tokenizer.name_or_path or type(tokenizer).__name__
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise InputError(
@@ -75,17 +75,19 @@ class Encoder:
         self._backend: Any = tokenizers.Tokenizer.from_str(backend.to_str())
         self._backend.no_truncation()
         self._backend.no_padding()
-        self.prefix = self._find_prefix(tokenizer, name)
+        self.prefix = self._find_prefix(tokenizer)
         rules = json.loads(self._backend.to_str())
         text = json.dumps(rules, sort_keys=True)
         self.hash = hashlib.sha256(f"{text}{self.prefix}{self.eos_id}".encode()).hexdigest()[:16]
         # What encodes a text that follows another one: no blank of its own in front.
         bare = {name: _without_blank(part) for name, part in rules.items()}
-        self._bare: Any = tokenizers.Tokenizer.from_str(json.dumps(bare))
+        self._bare: Any = self._backend
+        if bare != rules:
+            self._bare = tokenizers.Tokenizer.from_str(json.dumps(bare))
         self._anchor: list[int] = self._ids(self._bare, "a")
         self._anchor_text: str = self._decode(self._anchor)
 
-    def _find_prefix(self, tokenizer: PreTrainedTokenizerBase, name: str) -> list[int]:
+    def _find_prefix(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """What the tokenizer puts in front of a text; behind it there may be EOS, as ours."""
         ids: Any = tokenizer("a b")["input_ids"]
         inner = self._ids(self._backend, "a b")
@@ -93,18 +95,20 @@ class Encoder:
             behind = start + len(inner)
             if ids[start:behind] == inner and ids[behind:] in ([], [self.eos_id]):
                 return ids[:start]
+        got, wanted = (tokenizer.convert_ids_to_tokens(tokens) for tokens in (ids, inner))
         raise InputError(
-            f"{name}: for the text 'a b' the tokenizer gives {tokenizer.convert_ids_to_tokens(ids)}"
-            f": wanted {tokenizer.convert_ids_to_tokens(inner)} with tokens in front of it, or "
-            f"{self.eos_token!r} behind it, and no others. Correct the post_processor in its "
-            "tokenizer.json."
+            f"{self._name}: for the text 'a b' the tokenizer gives {got}: wanted {wanted} with "
+            f"tokens in front of it, or {self.eos_token!r} behind it, and no others. Correct the "
+            "post_processor in its tokenizer.json."
         )
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """Returns a prompt's ids behind the prefix, unless its text begins with that."""
         return self._with_prefix(self._ids(self._backend, prompt))
 
-    def encode_completion(self, prompt: str, completion: str) -> tuple[list[int], str]:
+    def encode_completion(
+        self, prompt: str, prompt_ids: list[int], completion: str
+    ) -> tuple[list[int], str]:
         """Encodes a completion behind its prompt, whose ids are those of `encode_prompt`.
 
         As in TRL, the ids are those of both texts together, less those of the prompt. Where a token
@@ -113,20 +117,19 @@ class Encoder:
         Returns:
             ids, EOS last; and what was unusual, "" if nothing was: `SEPARATE` or `NOT_EXACT`.
         """
-        ids = self._ids(self._backend, prompt)
-        both = self._ids(self._backend, prompt + completion)
+        both = self.encode_prompt(prompt + completion)
+        size = len(prompt_ids)
+        behind = both[size:] if both[:size] == prompt_ids else None
+        if behind is not None and self.completion_text(behind) == completion:
+            return [*behind, self.eos_id], ""
         alone = self._ids(self._bare, completion)
-        ways = [(alone, SEPARATE)]
-        if both[: len(ids)] == ids:
-            ways.insert(0, (both[len(ids) :], ""))
-        for way, note in ways:
-            if self.completion_text(way) == completion:
-                return [*way, self.eos_id], note
-        return [*ways[0][0], self.eos_id], NOT_EXACT
+        if self.completion_text(alone) == completion:
+            return [*alone, self.eos_id], SEPARATE
+        return [*(alone if behind is None else behind), self.eos_id], NOT_EXACT
 
     def gives_back(self, prompt: str, ids: list[int]) -> bool:
         """Whether the ids of a prompt decode to its text."""
-        return prompt in (self._decode(ids), self._decode(ids[len(self.prefix) :]))
+        return any(self._decode(some) == prompt for some in (ids[len(self.prefix) :], ids))
 
     def completion_text(self, ids: Sequence[int] | np.ndarray) -> str:
         """Returns the text that the ids of a completion, without its end token, add to a prompt."""
@@ -140,7 +143,13 @@ class Encoder:
         return [0] * (len(self._with_prefix(encoding.ids)) - len(ends)) + ends
 
     def _ids(self, backend: Any, text: str) -> list[int]:
-        return backend.encode(text, add_special_tokens=False).ids
+        try:
+            return backend.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises nothing more particular
+            raise InputError(
+                f"{self._name}: the tokenizer cannot encode {text!r:.60} ({error}). Take one that "
+                "knows every text, or has an unk_token."
+            ) from error
 
     def _with_prefix(self, ids: list[int]) -> list[int]:
         return ids if ids[: len(self.prefix)] == self.prefix else [*self.prefix, *ids]

@@ -1,5 +1,7 @@
 """Claims about what counts as data: hidden files, metadata, splits, two formats, hub ids."""
 
+import os
+
 import pytest
 
 from copg_jax.data.sources import describe_files, find_files, is_hub_id, split_family
@@ -90,6 +92,15 @@ def test_the_files_that_are_read_are_listed_the_first_few_and_how_many(tmp_path)
     assert text.startswith(f"9 files: {path}/part0.jsonl, {path}/part1.jsonl") and "..." in text
     assert "part8" not in text
     assert describe_files(f"{path}/part8.jsonl") == f"1 file: {path}/part8.jsonl"
+
+
+@pytest.mark.parametrize("name", [b"\xff.jsonl", b"a\x1b[2J.jsonl"])
+def test_a_file_whose_name_is_no_text_is_refused(tmp_path, name):
+    assert found(make(tmp_path, "zwei\u3000é.jsonl")) == ["zwei\u3000é.jsonl"]
+    (tmp_path / os.fsdecode(name)).write_text("{}\n")
+    with pytest.raises(InputError, match=r"wanted a file name that is text") as caught:
+        find_files(str(tmp_path))
+    assert str(caught.value).isprintable()
 
 
 def test_a_path_into_a_local_folder_is_no_hub_id(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from copg_jax.data.tokenizer import (
@@ -16,6 +16,11 @@ from copg_jax.data.tokenizer import (
 from copg_jax.errors import InputError
 
 PROMPT = "my bike TL;DR:"
+
+
+def encode(encoder, prompt, completion):
+    """Ids of a completion and what was unusual."""
+    return encoder.encode_completion(prompt, encoder.encode_prompt(prompt), completion)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +36,7 @@ def test_prompts_have_one_bos_where_there_is_one_and_completions_end_in_eos(
         assert ids.count(1) == (1 if prefix or text != PROMPT else 0)
         assert len(encoder.token_ends(text)) == len(ids)
         assert encoder.token_ends(text)[-1] == len(text)
-    completion, _ = encoder.encode_completion(PROMPT, " broke")
+    completion, _ = encode(encoder, PROMPT, " broke")
     assert completion[-1] == eos and completion.count(eos) == 1 and 1 not in completion
 
 
@@ -39,7 +44,7 @@ def test_prompts_have_one_bos_where_there_is_one_and_completions_end_in_eos(
 def test_prompt_and_completion_ids_decode_to_the_text_with_one_blank_between(kind, request):
     tokenizer = request.getfixturevalue(kind)
     encoder = Encoder(tokenizer)
-    ids = encoder.encode_prompt(PROMPT) + encoder.encode_completion(PROMPT, " broke")[0]
+    ids = encoder.encode_prompt(PROMPT) + encode(encoder, PROMPT, " broke")[0]
     assert tokenizer.decode(ids, skip_special_tokens=True) == PROMPT + " broke"
 
 
@@ -102,7 +107,7 @@ def test_ids_of_both_are_trl_s_or_each_text_s_own_and_decode_to_what_was_given(
     encoder = Encoder(tokenizer)
     prompt_ids = encoder.encode_prompt(prompt)
     assert prompt_ids == tokenizer(prompt)["input_ids"]
-    ids, note = encoder.encode_completion(prompt, completion)
+    ids, note = encode(encoder, prompt, completion)
     both = tokenizer(prompt + completion)["input_ids"]  # which TRL cuts at the prompt's length
     if both[: len(prompt_ids)] == prompt_ids:
         assert (prompt_ids + ids, note) == ([*both, encoder.eos_id], "")
@@ -118,7 +123,7 @@ def test_ids_of_both_are_trl_s_or_each_text_s_own_and_decode_to_what_was_given(
 
 def test_some_of_these_borders_are_crossed_by_a_token_and_others_are_not(with_bos, metaspace):
     notes = {
-        (kind, Encoder(tokenizer).encode_completion(*pair)[1])
+        (kind, encode(Encoder(tokenizer), *pair)[1])
         for kind, tokenizer in (("bytes", with_bos), ("sentences", metaspace))
         for pair in PAIRS
     }
@@ -134,7 +139,7 @@ ANY = st.text(min_size=1, max_size=12) | st.text(" \t\n\r\u2028ab", min_size=1, 
 @given(prompt=ANY, completion=ANY, kind=st.sampled_from(EXACT))
 def test_any_text_is_given_back_character_by_character(prompt, completion, kind, request):
     encoder = Encoder(request.getfixturevalue(kind))
-    ids, note = encoder.encode_completion(prompt, completion)
+    ids, note = encode(encoder, prompt, completion)
     if "▁" in completion and kind in ("metaspace", "prepending"):
         assert note == NOT_EXACT
         return
@@ -146,7 +151,7 @@ def test_any_text_is_given_back_character_by_character(prompt, completion, kind,
 
 
 def test_text_that_a_tokenizer_changes_is_noted(llama2_like, metaspace):
-    assert Encoder(llama2_like).encode_completion("a", " Zürich")[1] == NOT_EXACT
+    assert encode(Encoder(llama2_like), "a", " Zürich")[1] == NOT_EXACT
     encoder = Encoder(metaspace)
     assert not encoder.gives_back(" a", encoder.encode_prompt(" a"))  # its own blank is that blank
     assert encoder.gives_back("a", encoder.encode_prompt("a"))
@@ -156,10 +161,10 @@ def test_a_completion_has_one_text_whether_it_was_given_or_generated(metaspace, 
     for tokenizer in (metaspace, prepending):
         encoder = Encoder(tokenizer)
         for text in (" broke", "broke", "  broke", "\tbroke"):
-            ids, _ = encoder.encode_completion("my bike:", text)
+            ids, _ = encode(encoder, "my bike:", text)
             assert encoder.completion_text(ids[:-1]) == text
         # The tokenizer's own decoding of these ids alone has lost the blank.
-        ids, _ = encoder.encode_completion("my bike:", " broke")
+        ids, _ = encode(encoder, "my bike:", " broke")
         assert tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False) == "broke"
 
 
@@ -193,8 +198,8 @@ def test_what_the_tokenizer_puts_in_front_of_a_text_is_in_front_of_prompts(
     assert encoder.encode_prompt(PROMPT) == [*ids, *inner.encode_prompt(PROMPT)]
     assert encoder.encode_prompt("".join(prefix) + PROMPT) == encoder.encode_prompt(PROMPT)
     assert encoder.token_ends(PROMPT) == [0] * len(ids) + inner.token_ends(PROMPT)
-    completion = encoder.encode_completion(PROMPT, " broke")
-    assert completion == inner.encode_completion(PROMPT, " broke")
+    completion = encode(encoder, PROMPT, " broke")
+    assert completion == encode(inner, PROMPT, " broke")
     assert completion[0].count(encoder.eos_id) == 1
 
 
@@ -208,3 +213,12 @@ def test_what_a_tokenizer_puts_elsewhere_is_refused_with_what_it_gave(plain, tem
 def test_a_special_token_in_a_generated_text_is_seen(with_bos):
     ids = [with_bos.convert_tokens_to_ids("<s>"), *with_bos("a")["input_ids"][1:]]
     assert Encoder(with_bos).completion_text(ids) == "<s>a"
+
+
+def test_a_text_that_a_tokenizer_cannot_encode_is_named():
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "</s>": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    encoder = Encoder(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>"))
+    assert encoder.encode_prompt("a b") == [0, 1]
+    with pytest.raises(InputError, match=r"cannot encode 'a c'.*unk_token"):
+        encoder.encode_prompt("a c")

@@ -46,7 +46,6 @@ class FormatChoice:
         chosen = self.chosen
         if chosen is None or chosen is own:
             return
-        reason, fix = f"not in the format '{chosen.name}'", f"data.format={own.name}"
         if self._first:
             detail = (
                 f"the text is in the format '{own.name}', but the row at {self._first}, which was "
@@ -54,10 +53,13 @@ class FormatChoice:
                 "one, or set data.format=text, which takes every prompt as it is."
             )
         elif not chosen.recognises(group):
-            detail = f"the text is not in the format '{chosen.name}' (data.format). Set {fix}."
+            detail = (
+                f"the text is not in the format '{chosen.name}' (data.format). Set "
+                f"data.format={own.name}."
+            )
         else:
             return
-        raise InvalidRow(group.where, reason, detail)
+        raise InvalidRow(group.where, f"not in the format '{chosen.name}'", detail)
 
 
 def _check_texts(group: TextGroup) -> None:

@@ -21,10 +21,10 @@ VERSION = 2  # counted up with every change by which a row gets another text
 NEWS = "CNN/DM article, not a TL;DR post (data.format=text would keep a prompt like this)"
 
 _SUFFIX = "\n\nTL;DR:"
-# Greedy post: the last "TL;DR:" is the frame's own, so that parsing undoes formatting exactly.
-_OPENAI = re.compile(r"SUBREDDIT: r/([^\n]*)\n\nTITLE: (.*?)\n\nPOST: (.*)\n\nTL;DR:\s*", re.DOTALL)
+# The ends of both frames are taken off before, lest an expression try every place for them.
+_OPENAI = re.compile(r"SUBREDDIT: r/([^\n]*)\n\nTITLE: (.*?)\n\nPOST: (.*)", re.DOTALL)
 # CarperAI's copies: single newlines, a trailing blank or no "TL;DR:" at all.
-_CARPER = re.compile(r"SUBREDDIT: r/([^\n]*)\nTITLE: (.*?)\nPOST: (.*?)(?:\nTL;DR:)?\s*", re.DOTALL)
+_CARPER = re.compile(r"SUBREDDIT: r/([^\n]*)\nTITLE: (.*?)\nPOST: (.*)", re.DOTALL)
 _NEWS = re.compile(r"TITLE: .*\n\nTL;DR:\s*", re.DOTALL)
 
 # Cutting text changes the tokens next to the cut, not those further away; 32 is far beyond any
@@ -47,8 +47,14 @@ def format_prompt(post: Post) -> str:
 
 def parse_prompt(prompt: str) -> Post | None:
     """Reads the fields of a TL;DR prompt (in OpenAI's or CarperAI's frame); None for other text."""
-    match = _OPENAI.fullmatch(prompt) or _CARPER.fullmatch(prompt)
-    return Post(*match.groups()) if match else None
+    text = prompt.rstrip()
+    # The last "TL;DR:" is the frame's own, so that parsing undoes formatting exactly.
+    if text.endswith(_SUFFIX) and (match := _OPENAI.fullmatch(text.removesuffix(_SUFFIX))):
+        return Post(*match.groups())
+    if match := _CARPER.fullmatch(prompt):
+        subreddit, title, post = match.groups()
+        return Post(subreddit, title, post.rstrip().removesuffix("\nTL;DR:"))
+    return None
 
 
 def is_news_prompt(prompt: str) -> bool:

@@ -46,8 +46,23 @@ def test_carper_prompts_parse_to_the_same_post(end):
     assert parse_prompt("SUBREDDIT: r/x\nTITLE: t\nPOST: p\nq" + end) == Post("x", "t", "p\nq")
 
 
+@pytest.mark.parametrize(
+    "post", ["a" + " " * 300_000 + "b", "a" + "\n\nPOST: " * 100_000, "\n\nTL;DR:" * 100_000 + "b"]
+)
+@pytest.mark.parametrize("frame", ["SUBREDDIT: r/x\nTITLE: t\nPOST: {}\nTL;DR:", "{}", "OpenAI"])
+def test_a_long_post_is_parsed_in_one_go(frame, post):
+    """A run that tries every place for the end of the frame would not come back."""
+    if frame == "OpenAI":
+        assert parse_prompt(format_prompt(Post("x", "t", post))) == Post("x", "t", post)
+        assert parse_prompt(format_prompt(Post("x", "t", post)) + "b") is None
+    else:
+        parsed = parse_prompt(frame.format(post))
+        assert parsed == (None if frame == "{}" else Post("x", "t", post))
+
+
 def test_other_prompts_and_news_are_told_apart():
     assert parse_prompt("Summarise: p") is None
+    assert parse_prompt("SUBREDDIT: r/x\nTITLE: t\nPOST: ") == Post("x", "t", "")
     assert is_news_prompt("TITLE: t\n\narticle\n\nTL;DR:")
     assert not is_news_prompt(format_prompt(Post("x", "t", "p")))
 
