@@ -21,7 +21,7 @@ from copg_jax.files import write_text
 NAME = "checksums.json"
 
 _OWN = "checksum"  # of a record, beside its values
-_BLOCK = 1 << 15  # larger ones are not faster
+_PIECE_BYTES = 1 << 15  # larger ones are not faster
 _THREADS = 4
 
 
@@ -73,8 +73,8 @@ def file_sum(path: epath.PathLike, *, fix: str = "Check the file and its permiss
     digest = hashlib.sha256()
     try:
         with epath.Path(path).open("rb") as stream:
-            while block := stream.read(_BLOCK):
-                digest.update(block)
+            while piece := stream.read(_PIECE_BYTES):
+                digest.update(piece)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}). {fix}") from error
     return digest.hexdigest()

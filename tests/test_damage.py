@@ -28,6 +28,7 @@ from copg_jax.errors import InputError
 from copg_jax.hf.pretrained import open_model
 from copg_jax.train import run as training
 from copg_jax.train.checkpoint import Checkpoints
+from experiments import evaluate
 from tests.toys import leaves
 from tests.workplace import Workplace
 
@@ -328,3 +329,22 @@ def exchange(own: Path, other: Path) -> None:
         raw = bytearray((other / "model.safetensors").read_bytes())
         raw[-2] ^= 1
         (other / "model.safetensors").write_bytes(raw)
+
+
+def test_an_ended_evaluation_has_a_line_for_what_it_has_generated(place, monkeypatch):
+    kept, folder = place.kept("evaluate"), place.folder / "evaluate"
+    shutil.rmtree(folder)
+    write = evaluate.GrowingFile.write
+
+    def ended(file: Any, lines: str) -> None:
+        if "kl_k3" in lines and "eval/" not in lines:  # of generations, not of the log
+            raise KeyboardInterrupt
+        write(file, lines)
+
+    monkeypatch.setattr(evaluate.GrowingFile, "write", ended)
+    with pytest.raises(KeyboardInterrupt):
+        place.run("evaluate")
+    assert [row["step"] for row in log_of(folder / "metrics.jsonl")] == [5]
+    monkeypatch.undo()
+    place.run("evaluate")
+    assert results(folder, "") == results(kept, "")

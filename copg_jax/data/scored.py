@@ -311,10 +311,11 @@ def _check(group: TokenGroup) -> None:
         )
     _check_finite(group.where, "reward", group.rewards, or_nan=True)
     _check_finite(group.where, "reference log-probability", group.ref_logps, or_nan=False)
-    for index in np.flatnonzero(group.ref_logps > _MOST_LOGP):
+    ref_logps = np.asarray(group.ref_logps)
+    for index in np.flatnonzero(ref_logps > _MOST_LOGP):
         raise InputError(
             f"{group.where}: the reference log-probability of completion {index} is "
-            f"{group.ref_logps[index]}: wanted one of at most 0 nats, to rounding. Score again."
+            f"{ref_logps[index]}: wanted one of at most 0 nats, to rounding. Score again."
         )
 
 

@@ -128,8 +128,9 @@ class Checkpoints:
         is_there = step in self._manager.all_steps()
         if is_there and (self._is_evaluated[step] or not is_evaluated):
             return
-        ranked = self._best_metric is not None and value is not None and math.isfinite(value)
-        if ranked and (self._best is None or value > self._best[1]):  # of equals the earlier
+        best = -math.inf if self._best is None else self._best[1]
+        # Of equals the earlier; NaN is never the best.
+        if self._best_metric is not None and value is not None and best < value < math.inf:
             self._best, self._kept.best = (step, value), step
         self._is_evaluated[step] = is_evaluated
         facts = {"is_evaluated": is_evaluated, "metric": self._best_metric, "best": self._best}
