@@ -189,7 +189,7 @@ class LossConfig:
         if self.name not in POLICY_LOSSES and "." not in self.name:
             raise InputError(
                 f"name must be one of {', '.join(POLICY_LOSSES)}, or the dotted path of a function "
-                f"such as my_module.my_loss, got '{self.name}'"
+                f"such as my_module.my_loss, got {self.name!r}"
             )
         if not self.beta > 0:
             raise InputError(

@@ -35,6 +35,8 @@ from copg_jax.errors import InputError
 
 SHARED = "shared"
 _READ = re.compile(r"\$\{(" + SHARED + r"\.[\w.]*)")
+_INNERMOST = re.compile(r"\$\{[^${}:]*\}")  # reads a value
+_RESOLVER = re.compile(r"\$\{([^{}:]*):")
 _MOST_KEYS, _DEEPEST = 10_000, 32  # aliases expanded
 _UNWRITABLE = re.compile(r"[\0\ud800-\udfff]")
 _TAG = "tag:yaml.org,2002:"
@@ -301,6 +303,7 @@ def _read_scalar(node: yaml.ScalarNode, where: str) -> Any:
             raise ValueError("wanted a text without NUL, a number of up to 300 digits or null")
         if isinstance(value, str) and "${" in value:
             OmegaConf.create([value])  # checks its grammar
+            _require_harmless(value)
     except (
         ValueError,
         LookupError,
@@ -312,6 +315,16 @@ def _read_scalar(node: yaml.ScalarNode, where: str) -> Any:
         got = f"{node.value[:80]!a} ({node.tag.removeprefix(_TAG)})"
         raise InputError(f"{where}: wanted a value, got {got}: {reason}") from error
     return value
+
+
+def _require_harmless(text: str) -> None:
+    """Raises ValueError where ${...} does more than to read values and the environment."""
+    read = text
+    while (fewer := _INNERMOST.sub("x", read)) != read:  # a name may be made of values
+        read = fewer
+    for resolver in _RESOLVER.findall(read):
+        if resolver != "oc.env":
+            raise ValueError(f"wanted ${{NAME}} or ${{oc.env:NAME}}, got the resolver {resolver!r}")
 
 
 def _key(name: str, place: str, value: yaml.Node) -> _Key:

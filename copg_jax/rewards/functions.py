@@ -12,12 +12,11 @@ import hashlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any, cast
 
 import numpy as np
 
-from copg_jax.config.schema import FLOAT32_MAX
+from copg_jax.config.schema import FLOAT32_MAX, as_stored, map_leaves
 from copg_jax.config.sections import RewardSpec
 from copg_jax.dotted import describe, find
 from copg_jax.errors import InputError
@@ -45,7 +44,8 @@ def load_reward(spec: RewardSpec) -> RewardFn:
                 )
             return cast(RewardFn, function)
         what = "its factory failed"
-        return function(**spec.arguments)
+        plain = lambda value: str(value) if isinstance(value, str) else value
+        return function(**map_leaves(plain, spec.arguments))
     except InputError:
         raise
     except (Exception, SystemExit) as error:
@@ -197,7 +197,9 @@ class WeightedRewards:
     @property
     def provenance(self) -> list[dict[str, Any]]:
         """Each spec with a hash of what computes it: a model's weights, or a function's source."""
-        return [asdict(spec) | {"hash": _fingerprint(function)} for spec, function in self._parts]
+        return [
+            as_stored(spec) | {"hash": _fingerprint(function)} for spec, function in self._parts
+        ]
 
     def __call__(
         self,
