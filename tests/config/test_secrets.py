@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from copg_jax.config.load import config_differences, load_config, to_yaml
-from copg_jax.config.sections import RewardSpec
 from copg_jax.config.stages import PolicyConfig, ScoreConfig
 from copg_jax.errors import InputError
 from copg_jax.rewards.functions import WeightedRewards, load_reward
