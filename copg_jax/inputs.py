@@ -16,7 +16,7 @@ from etils import epath
 
 from copg_jax import distributed
 from copg_jax.config.load import config_differences
-from copg_jax.config.sections import DataConfig
+from copg_jax.config.sections import DataConfig, GenerationConfig
 from copg_jax.config.stages import PolicyEvaluationConfig
 from copg_jax.data import scored
 from copg_jax.data.dataset import GroupDataset, data_key, format_stats, is_prepared, prepare
@@ -112,6 +112,19 @@ def require_rewards(dataset: GroupDataset, *, at_least: int) -> None:
         )
 
 
+def require_differences(section: DataConfig, dataset: GroupDataset) -> None:
+    """Raises InputError where no group has two different rewards, from which a loss would learn."""
+    for group in dataset:
+        given = group.rewards[~np.isnan(group.rewards)] if group.rewards is not None else []
+        if len(given) and min(given) < max(given):
+            return
+    raise InputError(
+        f"data: wanted groups with different rewards, got {len(dataset)} from {section.path} in each "
+        "of which all completions are equally good: there is nothing to learn. Fix: other data, or "
+        "score with another reward function."
+    )
+
+
 def require_scored(section: DataConfig, model: PretrainedModel, dataset: GroupDataset) -> None:
     """Raises InputError unless the data was scored with this reference model, in this dtype."""
     if not scored.is_scored(section.path):
@@ -158,6 +171,20 @@ def _first_prompts(dataset: GroupDataset, num_prompts: int, path: str) -> list[T
     )
 
 
+def _require_positions(
+    prompts: list[TokenGroup], generation: GenerationConfig, model: PretrainedModel
+) -> None:
+    longest = max(len(group.prompt_tokens) for group in prompts)
+    most = model.arch.max_position_embeddings
+    if longest + generation.max_new_tokens > most:
+        raise InputError(
+            f"evaluation.generation.max_new_tokens: wanted at most {max(most - longest, 0)}, got "
+            f"{generation.max_new_tokens}: with prompts of up to {longest} tokens, completions go "
+            f"beyond the {most} positions (max_position_embeddings) that {model.folder} was made "
+            "for. Fix: lower it, or evaluation.data.max_prompt_tokens."
+        )
+
+
 def open_evaluation(
     section: PolicyEvaluationConfig,
     model: PretrainedModel,
@@ -189,6 +216,7 @@ def open_evaluation(
     generation = section.generation
     dataset = open_data(section.data, model, folder, "prompts")
     prompts = _first_prompts(dataset, generation.num_prompts, section.data.path)
+    _require_positions(prompts, generation, model)
     rewards = WeightedRewards(section.rewards)
     hashes = {"evaluation.data": dataset.fingerprint, "evaluation.rewards": rewards.fingerprint}
     ref_token_logp = None

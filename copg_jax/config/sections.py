@@ -17,6 +17,8 @@ ATTENTION_CHOICES = ("auto", *ATTENTIONS)
 DISTRIBUTED_MODES = ("auto", "on", "off")
 REMATS = ("none", "dots", "mlp", "full")
 POLICY_LOSSES = ("copg", "dpo", "ipo", "pg", "rloo")
+BY_DIFFERENCES = ("copg", "dpo", "ipo", "rloo")
+"""Losses whose gradient is 0 at the reference where all rewards of each group are equal."""
 
 
 def require(config: Any, wanted: str, holds: Callable[[Any], bool], *names: str) -> None:

@@ -180,6 +180,10 @@ class WeightedRewards:
                 "rewards: wanted at least one reward function, got none; e.g. "
                 "rewards='[{function: copg_jax.rewards.rouge_l}]'"
             )
+        if not any(spec.weight for spec in specs):
+            raise InputError(
+                "rewards: wanted a weight other than 0, got none: their sum says nothing"
+            )
         self._parts = [(spec, load_reward(spec)) for spec in specs]
         for spec, function in self._parts:
             if not own and takes_own(function):

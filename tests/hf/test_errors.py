@@ -120,7 +120,7 @@ def test_a_config_that_is_no_object_is_refused(folder: Path, text: str) -> None:
         ("mlp_bias", True, "mlp_bias"),
         ("hidden_act", "gelu", "hidden_act"),
         ("quantization_config", {"quant_method": "x"}, "quantization_config"),
-        ("hidden_size", 33, "hidden size"),
+        ("hidden_size", 33, "hidden_size"),
         ("num_key_value_heads", 3, "num_key_value_heads"),
         ("rope_scaling", {"rope_type": "dynamic", "factor": 2.0}, "rope_type"),
         ("rope_scaling", {"rope_type": "llama3", "factor": 2.0}, "low_freq_factor"),
