@@ -119,9 +119,9 @@ def require_differences(section: DataConfig, dataset: GroupDataset) -> None:
         if len(given) and min(given) < max(given):
             return
     raise InputError(
-        f"data: wanted groups with different rewards, got {len(dataset)} from {section.path} in each "
-        "of which all completions are equally good: there is nothing to learn. Fix: other data, or "
-        "score with another reward function."
+        f"data.path {section.path}: wanted groups with different rewards, got {len(dataset)} in "
+        "each of which all completions are equally good: there is nothing to learn. Fix: other "
+        "data, or score with another reward function."
     )
 
 

@@ -49,13 +49,19 @@ def resolve(path_or_id: str, revision: str | None = None) -> Path:
     """
     if is_remote(path_or_id):
         return Path(local_copy(path_or_id, [pattern[1:] for pattern in _SNAPSHOT_FILES]))
-    folder = Path(path_or_id).expanduser()
-    if folder.is_dir():
+    folder = Path(path_or_id)
+    try:
+        is_folder, is_there = folder.is_dir(), folder.exists()
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise InputError(
+            f"{path_or_id:.200}: wanted a model folder, got: {error.strerror}"
+        ) from error
+    if is_folder:
         return folder
-    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path_or_id):
+    if is_there or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path_or_id):
         raise InputError(
             f"{path_or_id}: wanted a model folder (config.json, *.safetensors) or a hub id "
-            f"'owner/name', got {'a file' if folder.exists() else 'a path that does not exist'}"
+            f"'owner/name', got {'a file' if is_there else 'a path that does not exist'}"
         )
     # Imported here because it pulls in an HTTP client that local folders do not need.
     import huggingface_hub

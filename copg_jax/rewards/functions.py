@@ -33,24 +33,20 @@ def load_reward(spec: RewardSpec) -> RewardFn:
         InputError: no such module or attribute, not callable, a factory that does not take the
             arguments, or one that fails.
     """
-    what = "its import failed"
+    function: Any = find(spec.function, "reward function", "copg_jax.rewards.rouge_l")
+    if not spec.arguments:
+        if isinstance(function, type):
+            raise InputError(
+                f"reward function {spec.function!r} is not a function; a class needs `arguments`"
+            )
+        return cast(RewardFn, function)
     try:
-        function: Any = find(spec.function, "reward function", "copg_jax.rewards.rouge_l")
-        if not spec.arguments:
-            if isinstance(function, type):
-                raise InputError(
-                    f"reward function {spec.function!r} is not a function; a class needs "
-                    "`arguments`"
-                )
-            return cast(RewardFn, function)
-        what = "its factory failed"
         plain = lambda value: str(value) if isinstance(value, str) else value
         return function(**map_leaves(plain, spec.arguments))
     except InputError:
         raise
     except (Exception, SystemExit) as error:
-        if isinstance(error, TypeError) and spec.arguments:
-            what = "arguments do not fit"
+        what = "arguments do not fit" if isinstance(error, TypeError) else "its factory failed"
         raise InputError(f"reward function {spec.function!r}: {what}: {describe(error)}") from error
 
 

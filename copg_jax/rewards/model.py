@@ -50,7 +50,7 @@ class RewardModel:
         for name, count in (("batch_size", batch_size), ("max_prompt_tokens", max_prompt_tokens)):
             if not isinstance(count, int) or count < 1:
                 raise InputError(
-                    f"reward model {path}: {name}: wanted a whole number of at least 1, got {count!r}"
+                    f"reward model: {name}: wanted a whole number of at least 1, got {count!r}"
                 )
         # All devices, whatever the run's mesh; the weights in as many pieces as are equal.
         width = read_architecture(resolve(path)).hidden_size

@@ -23,20 +23,10 @@ from copg_jax.models.params import Architecture
 from experiments.benchmark import compare, generate, train
 from experiments.benchmark.workload import MODELS, read_workload, write_workload
 
-_LEAST = dict.fromkeys(
-    [
-        "pairs",
-        "rounds",
-        "batch",
-        "steps",
-        "warmup",
-        "prompts",
-        "samples",
-        "microbatches",
-        "logits_chunk",
-    ],
-    1,
-) | {"seed": 0, "new": 2, "timeout": 1, "peak_tflops": 1e-3}
+_OF_ONE = "pairs rounds batch steps warmup prompts samples microbatches logits_chunk"
+_LEAST = {"seed": 0, "new": 2, "timeout": 1, "peak_tflops": 1e-3} | dict.fromkeys(
+    _OF_ONE.split(), 1
+)
 
 
 def make_parser(module: str, description: str | None) -> argparse.ArgumentParser:
