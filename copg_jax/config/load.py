@@ -35,6 +35,7 @@ from copg_jax.config.stages import STAGES
 from copg_jax.errors import InputError
 
 T = TypeVar("T")
+_MOST_READS = 1000
 _ENVIRONMENT = "${oc.env:"
 _UNESCAPED = re.compile(r"(?<!\\)" + re.escape(_ENVIRONMENT))
 _INTERPOLATION = re.compile(r"\$\{([\w.\[\]]+)\}")  # an innermost one, of a name
@@ -90,6 +91,7 @@ def _merge(cls: type, settings: Settings) -> tuple[dict[str, Any], dict[str, Any
         raw = _plain(OmegaConf.merge(schema, *settings.layers))
         raw[SHARED] = _plain(OmegaConf.merge({}, *settings.shared))
         _require_all(cls, raw)
+        _require_few_reads(raw, settings.where)
         texts = _with_texts(raw, "", settings.texts)
         resolved = as_written(cls, _resolve(raw), _resolve(texts))
         named = _resolve(map_leaves(_escape, texts))
@@ -106,6 +108,29 @@ def _merge(cls: type, settings: Settings) -> tuple[dict[str, Any], dict[str, Any
         raise InputError(f"{place}{text}; {fix}") from error
     _require_all(cls, resolved)
     return raw, resolved
+
+
+def _require_few_reads(raw: Mapping[str, Any], where: Mapping[str, str]) -> None:
+    """Refuses values that read values that read values, until no machine can hold the result."""
+    written = dict(leaves(raw))
+    counts: dict[str, int] = {}
+
+    def count(name: str) -> int:
+        """How many values are read for this one, or all below it, through others too."""
+        if name not in counts:
+            counts[name] = 0  # meanwhile; OmegaConf refuses a circle
+            inside = (f"{name}.", f"{name}[")
+            names = [name] if name in written else [n for n in written if n.startswith(inside)]
+            reads = [read for n in names for read in _INTERPOLATION.findall(str(written[n]))]
+            counts[name] = sum(1 + count(read) for read in reads)
+        return counts[name]
+
+    for name in written:
+        if count(name) > _MOST_READS:
+            raise InputError(
+                f"{where.get(name, 'config')}: {name}: wanted at most {_MOST_READS} values read as "
+                f"${{...}}, also through each other, got {count(name)}"
+            )
 
 
 def _resolve(raw: dict[str, Any]) -> dict[str, Any]:

@@ -38,6 +38,7 @@ _READ = re.compile(r"\$\{(" + SHARED + r"\.[\w.]*)")
 _INNERMOST = re.compile(r"\$\{[^${}:]*\}")  # reads a value
 _RESOLVER = re.compile(r"\$\{([^{}:]*):")
 _MOST_KEYS, _DEEPEST = 10_000, 32  # aliases expanded
+_LONGEST_FILE, _LONGEST_VALUE, _MOST_READS = 1_000_000, 100_000, 100  # characters; ${ in a value
 _UNWRITABLE = re.compile(r"[\0\ud800-\udfff]")
 _TAG = "tag:yaml.org,2002:"
 
@@ -220,6 +221,10 @@ def _compose_file(path: Path) -> yaml.MappingNode:
         raise InputError(
             f"{path}: wanted a readable YAML config, got: {reason}; check the path"
         ) from error
+    if len(text) > _LONGEST_FILE:
+        raise InputError(
+            f"{path}: wanted a config of at most {_LONGEST_FILE} characters, got {len(text)}"
+        )
     root = _compose(text, str(path), "valid YAML, got")
     if isinstance(root, yaml.MappingNode):
         return root
@@ -301,6 +306,10 @@ def _read_scalar(node: yaml.ScalarNode, where: str) -> Any:
         is_short = isinstance(value, int | float | None) and len(node.value) <= 300
         if not (is_short or isinstance(value, str)) or _UNWRITABLE.search(node.value):
             raise ValueError("wanted a text without NUL, a number of up to 300 digits or null")
+        if len(node.value) > _LONGEST_VALUE or node.value.count("${") > _MOST_READS:
+            raise ValueError(
+                f"wanted at most {_LONGEST_VALUE} characters and {_MOST_READS} times ${{...}}"
+            )
         if isinstance(value, str) and "${" in value:
             OmegaConf.create([value])  # checks its grammar
             _require_harmless(value)
@@ -308,6 +317,7 @@ def _read_scalar(node: yaml.ScalarNode, where: str) -> Any:
         ValueError,
         LookupError,
         AttributeError,
+        RecursionError,
         yaml.YAMLError,
         OmegaConfBaseException,
     ) as error:
