@@ -23,12 +23,12 @@ def find(path: str, what: str, example: str) -> Callable[..., Any]:
         example: a path that would do, for messages.
 
     Raises:
-        InputError: no such module or attribute, or not callable.
+        InputError: no such module or attribute, an import that fails or exits, or not callable.
     """
     module_name, _, name = path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (Exception, SystemExit) as error:  # a module of the user's may do anything
         raise InputError(
             f"{what} {path!r}: wanted the dotted path of a callable, such as {example!r} (a module "
             f"of your own must be on PYTHONPATH); {describe(error)}"

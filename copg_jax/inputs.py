@@ -11,11 +11,12 @@ from dataclasses import replace
 from functools import partial
 
 import jax
+import numpy as np
 from etils import epath
 
 from copg_jax import distributed
 from copg_jax.config.load import config_differences
-from copg_jax.config.sections import DataConfig
+from copg_jax.config.sections import DataConfig, GenerationConfig
 from copg_jax.config.stages import PolicyEvaluationConfig
 from copg_jax.data import scored
 from copg_jax.data.dataset import GroupDataset, data_key, format_stats, is_prepared, prepare
@@ -153,6 +154,19 @@ def require_preferences(section: DataConfig) -> None:
         )
 
 
+def require_differences(section: DataConfig, dataset: GroupDataset) -> None:
+    """Raises InputError where no group has two different rewards, from which a loss would learn."""
+    for group in dataset:
+        given = group.rewards[~np.isnan(group.rewards)] if group.rewards is not None else []
+        if len(given) and min(given) < max(given):
+            return
+    raise InputError(
+        f"data.path {section.path}: wanted groups with different rewards, got {len(dataset)} in "
+        "each of which all completions are equally good: there is nothing to learn. Fix: other "
+        "data, or score with another reward function."
+    )
+
+
 def require_scored_folder(section: DataConfig) -> None:
     """Raises InputError, before the data is read, unless it was scored."""
     if not scored.is_scored(section.path):
@@ -205,6 +219,20 @@ def _first_prompts(dataset: GroupDataset, num_prompts: int, path: str) -> list[T
     )
 
 
+def _require_positions(
+    prompts: list[TokenGroup], generation: GenerationConfig, model: PretrainedModel
+) -> None:
+    longest = max(len(group.prompt_tokens) for group in prompts)
+    most = model.arch.max_position_embeddings
+    if longest + generation.max_new_tokens > most:
+        raise InputError(
+            f"evaluation.generation.max_new_tokens: wanted at most {max(most - longest, 0)}, got "
+            f"{generation.max_new_tokens}: with prompts of up to {longest} tokens, completions go "
+            f"beyond the {most} positions (max_position_embeddings) that {model.folder} was made "
+            "for. Fix: lower it, or evaluation.data.max_prompt_tokens."
+        )
+
+
 def open_evaluation(
     section: PolicyEvaluationConfig,
     model: PretrainedModel,
@@ -236,6 +264,7 @@ def open_evaluation(
     generation = section.generation
     dataset = open_data(section.data, model, folder, "prompts")
     prompts = _first_prompts(dataset, generation.num_prompts, section.data.path)
+    _require_positions(prompts, generation, model)
     rewards = WeightedRewards(section.rewards)
     hashes = {"evaluation.data": dataset.fingerprint, "evaluation.rewards": rewards.fingerprint}
     ref_token_logp = None

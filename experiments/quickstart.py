@@ -22,7 +22,7 @@ from rich.table import Table
 from copg_jax import runtime
 from copg_jax.config.load import load_config, run_main
 from copg_jax.config.options import option
-from copg_jax.config.sections import require_seed
+from copg_jax.config.sections import require, require_positive, require_seed
 from copg_jax.config.stages import (
     EvaluateConfig,
     PolicyConfig,
@@ -78,6 +78,10 @@ class QuickstartConfig:
 
     def __post_init__(self):
         require_seed(self)
+        require_positive(self, "num_posts", "num_comparisons")
+        require(self, "at least 259, as there are bytes", lambda size: size >= 259, "vocab_size")
+        require(self, "a multiple of 8", lambda size: size > 0 and size % 8 == 0, "hidden_size")
+        require(self, ">= 2", lambda layers: layers >= 2, "num_layers")
         factors = {factor for factor in self.beta_factors if factor > 0}
         if len(factors) != len(self.beta_factors) or not 1 <= len(factors) <= 4:
             raise InputError(

@@ -119,6 +119,60 @@ def test_rows_that_a_stage_cannot_mean_are_named_with_what_it_wants(
     names_all(workplace.refusal(stage, elsewhere, *settings), [f"{path}:1", *parts])
 
 
+LENGTH = "rewards=[{function: copg_jax.rewards.length}]"
+
+
+@pytest.fixture(scope="module")
+def ties(workplace):
+    """Rows of which every one has equally good completions, and a folder of them, scored."""
+    path = workplace.folder / "ties.jsonl"
+    rows = [
+        {"prompt": f"Post {i}:", "completions": [f" good {i}", f" fine {i}"], "rewards": [i, i]}
+        for i in range(24)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    whole = ["data.part=all", "data.holdout_fraction=0"]
+    workplace.run("score", f"data.path={path}", *whole, "rewards=[]")
+    return path
+
+
+def test_a_reward_model_is_not_trained_on_ties_alone(workplace, elsewhere, ties):
+    text = workplace.refusal("reward", elsewhere, f"data.path={ties}", "training.max_steps=1")
+    names_all(text, [str(ties), "different rewards", "nothing to learn", "Fix"])
+
+
+@pytest.mark.parametrize("loss", ["copg", "dpo", "ipo", "rloo"])
+def test_a_policy_is_not_trained_on_ties_alone(workplace, elsewhere, ties, loss):
+    text = workplace.refusal("policy", elsewhere, f"loss.name={loss}", "data.part=all",
+                             "data.holdout_fraction=0")  # fmt: skip
+    names_all(text, [str(workplace.folder / "score"), "got 24 in each", "nothing to learn"])
+
+
+@pytest.mark.parametrize("weights", [["0"], ["0.0", "-0"]])
+def test_rewards_that_all_weigh_nothing_are_refused(workplace, elsewhere, weights):
+    specs = [f"{{function: copg_jax.rewards.length, weight: {weight}}}" for weight in weights]
+    text = workplace.refusal("score", elsewhere, f"rewards=[{', '.join(specs)}]")
+    names_all(text, ["rewards: wanted a weight other than 0"])
+
+
+@pytest.mark.parametrize(("tokens", "most"), [(10**12, 3982), (4096, 3982), (3983, 3982)])
+def test_completions_beyond_the_positions_of_the_model_are_refused(
+    workplace, elsewhere, tokens, most
+):
+    setting = f"evaluation.generation.max_new_tokens={tokens}"
+    text = workplace.refusal("evaluate", elsewhere, setting, f"evaluation.{LENGTH}")
+    names_all(text, ["max_new_tokens", f"at most {most}, got {tokens}", "114 tokens", "4096"])
+
+
+@pytest.mark.parametrize("argument", ["batch_size", "max_prompt_tokens"])
+@pytest.mark.parametrize("value", ["0", "-3", "2.5", "many"])
+def test_sizes_of_a_reward_model_are_whole_numbers(workplace, elsewhere, argument, value):
+    model = f"{{path: {workplace.folder / 'base'}, {argument}: {value}}}"
+    rewards = f"rewards=[{{function: copg_jax.rewards.RewardModel, arguments: {model}}}]"
+    text = workplace.refusal("score", elsewhere, rewards)
+    names_all(text, ["reward model", argument, "at least 1", value])
+
+
 def test_a_refused_run_leaves_no_config_behind(workplace, elsewhere, tmp_path):
     workplace.refusal("reward", elsewhere, f"data.path={workplace.posts}")
     assert not (tmp_path / "run" / "config.yaml").exists()

@@ -21,8 +21,10 @@ from copg_jax.config.sections import (
     TrainingConfig,
     require,
     require_one_of,
+    require_path,
     require_positive,
     require_seed,
+    require_size,
 )
 
 MAY_DIFFER = (
@@ -68,6 +70,7 @@ class TrainConfig:
     seed: int = option(0, "seed of the data order, and of a new score head")
 
     def __post_init__(self):
+        require_path("output_dir", self.output_dir)
         require_one_of(self, DISTRIBUTED_MODES, "distributed")
         require_seed(self)
 
@@ -104,8 +107,10 @@ class ScoreConfig:
     distributed: str = _distributed()
 
     def __post_init__(self):
+        require_path("output_dir", self.output_dir)
         require_one_of(self, DISTRIBUTED_MODES, "distributed")
-        require_positive(self, "batch_size", "part_size", "logits_chunk")
+        require_size(self, "batch_size")
+        require_positive(self, "part_size", "logits_chunk")
 
 
 @dataclass(frozen=True)
@@ -148,6 +153,7 @@ class EvaluateConfig:
     distributed: str = _distributed()
 
     def __post_init__(self):
+        require_path("output_dir", self.output_dir)
         require_one_of(self, DISTRIBUTED_MODES, "distributed")
         require(self, "> 0", lambda beta: beta > 0, "beta")
         require_positive(self, "logits_chunk")

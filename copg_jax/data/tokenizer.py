@@ -25,20 +25,35 @@ _MAY_PUT_BLANK = ("Sequence", "Prepend", "Metaspace", "ByteLevel")
 
 
 def load_tokenizer(path_or_id: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a model folder or hub id.
+    """Loads the tokenizer of a model folder or hub id; code that comes with it is never run.
 
     Raises:
-        InputError: cannot be loaded, has no fast (`tokenizers`) form, or no end-of-sequence token.
+        InputError: cannot be loaded, has no fast (`tokenizers`) form, or no end-of-sequence token
+            in its vocabulary.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path_or_id), revision=revision)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(path_or_id), revision=revision, trust_remote_code=False
+        )
+        Encoder(tokenizer)
+    except InputError:
+        raise
+    except BaseException as error:  # whatever damaged files make of transformers and tokenizers
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of Rust
+            raise
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"{path_or_id}: no tokenizer could be loaded ({type(error).__name__}: {reason}). "
-            "Wanted a folder with tokenizer.json and tokenizer_config.json, or a hub id."
+            "Wanted a folder with tokenizer.json and tokenizer_config.json, or a hub id. A class "
+            "of its own (auto_map) is code, which is never run; a tokenizer.json of a newer "
+            f"tokenizers than {tokenizers.__version__} needs that one."
         ) from error
-    Encoder(tokenizer)
+    eos_id: Any = tokenizer.eos_token_id
+    if tokenizer.convert_ids_to_tokens(eos_id) != tokenizer.eos_token:
+        raise InputError(
+            f"{path_or_id}: eos_token: wanted a token of the vocabulary, got "
+            f"{tokenizer.eos_token!r:.80}. Correct it in tokenizer_config.json."
+        )
     return tokenizer
 
 

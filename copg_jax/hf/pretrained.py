@@ -114,9 +114,10 @@ def open_model(
     arch = replace(read_architecture(folder), dtype=section.dtype, remat=remat)
     arch = choose(section.attention, arch, mesh)
     tokenizer = load_tokenizer(folder)
-    if len(tokenizer) > arch.vocab_size:
+    num_ids = 1 + max(tokenizer.get_vocab().values())  # some may be left out
+    if num_ids > arch.vocab_size:
         raise InputError(
-            f"{folder}: the tokenizer has {len(tokenizer)} ids, the model only {arch.vocab_size} "
+            f"{folder}: the tokenizer has {num_ids} ids, the model only {arch.vocab_size} "
             "(vocab_size in config.json): they do not belong together. Fix: use the tokenizer "
             "files that came with these weights."
         )

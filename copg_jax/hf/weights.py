@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 from copg_jax import checksums, distributed
 from copg_jax.errors import InputError
 from copg_jax.files import is_remote, local_copy
+from copg_jax.hf.config_json import read_config
 from copg_jax.hf.names import (
     HfTensor,
     assemble,
@@ -64,13 +65,19 @@ def resolve(path_or_id: str, revision: str | None = None) -> Path:
     """
     if is_remote(path_or_id):
         return Path(local_copy(path_or_id, [pattern[1:] for pattern in _SNAPSHOT_FILES]))
-    folder = Path(path_or_id).expanduser()
-    if folder.is_dir():
+    folder = Path(path_or_id)
+    try:
+        is_folder, is_there = folder.is_dir(), folder.exists()
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise InputError(
+            f"{path_or_id:.200}: wanted a model folder, got: {error.strerror}"
+        ) from error
+    if is_folder:
         return folder
-    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path_or_id):
+    if is_there or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path_or_id):
         raise InputError(
             f"{path_or_id}: wanted a model folder (config.json, *.safetensors) or a hub id "
-            f"'owner/name', got {'a file' if folder.exists() else 'a path that does not exist'}"
+            f"'owner/name', got {'a file' if is_there else 'a path that does not exist'}"
         )
     # Imported here because it pulls in an HTTP client that local folders do not need.
     import huggingface_hub
@@ -95,48 +102,33 @@ def read_architecture(path: str | Path) -> Architecture:
         InputError: the file is missing or broken, or describes something this model cannot do.
     """
     file = Path(path) / "config.json"
-    try:
-        raw = json.loads(file.read_text())
-    except OSError as error:
-        raise InputError(f"{file}: wanted a Hugging Face config.json, got {error}") from error
-    except ValueError as error:
-        raise InputError(f"{file}: wanted JSON, got {error}") from error
-    if not isinstance(raw, dict) or raw.get("model_type") != "llama":
-        got = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
-        raise InputError(f"{file}: model_type: wanted 'llama', got {got!r}; use a Llama checkpoint")
+    raw = read_config(Path(path))
     try:
         hf = transformers.LlamaConfig.from_dict(raw)
     except Exception as error:  # the validation of transformers has its own exception types
         raise InputError(f"{file}: transformers refuses it: {error}") from error
-    unsupported = {
-        "hidden_act": (hf.hidden_act, "silu"),
-        "attention_bias": (hf.attention_bias, False),
-        "mlp_bias": (hf.mlp_bias, False),
-        "quantization_config": (raw.get("quantization_config"), None),
-    }
-    for field, (got, wanted) in unsupported.items():
-        if got != wanted:
-            raise InputError(f"{file}: {field}: wanted {wanted!r}, got {got!r}, not supported")
     names = {field.name for field in dataclasses.fields(Architecture)}
     sizes = {k: v for k, v in hf.to_dict().items() if k in names - {"rope_scaling", "dtype"}}
-    rope_theta, rope_scaling = _read_rope(hf.rope_parameters or {}, file)
+    rope: dict[str, Any] = hf.rope_parameters or {}
     try:
-        return Architecture(**{**sizes, "rope_theta": rope_theta, "rope_scaling": rope_scaling})
+        scaling = _read_scaling(rope) if rope.get("rope_type") == "llama3" else None
+        rest = {"rope_theta": float(rope["rope_theta"]), "rope_scaling": scaling}
+        return Architecture(**{**sizes, **rest})
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
 
 
-def _read_rope(rope: Mapping[str, Any], file: Path) -> tuple[float, RopeScaling | None]:
-    kind = rope.get("rope_type", "default")
-    if kind not in ("default", "llama3"):
+def _read_scaling(rope: Mapping[str, Any]) -> RopeScaling:
+    names = [field.name for field in dataclasses.fields(RopeScaling)]
+    if missing := [name for name in names if name not in rope]:
+        raise InputError(f"rope_scaling: wanted {', '.join(names)}, got no {', '.join(missing)}")
+    scaling = RopeScaling(**{name: rope[name] for name in names})
+    if not scaling.low_freq_factor < scaling.high_freq_factor:
         raise InputError(
-            f"{file}: rope_type: wanted 'default' or 'llama3', got {kind!r}, not supported"
+            "rope_scaling: wanted low_freq_factor < high_freq_factor, got "
+            f"{scaling.low_freq_factor} and {scaling.high_freq_factor}"
         )
-    if kind == "default":
-        return float(rope["rope_theta"]), None
-    fields = {field.name for field in dataclasses.fields(RopeScaling)}
-    scaling = RopeScaling(**{name: value for name, value in rope.items() if name in fields})
-    return float(rope["rope_theta"]), scaling
+    return scaling
 
 
 def load_params(

@@ -12,12 +12,11 @@ import hashlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any, cast
 
 import numpy as np
 
-from copg_jax.config.schema import FLOAT32_MAX
+from copg_jax.config.schema import FLOAT32_MAX, as_stored, map_leaves
 from copg_jax.config.sections import RewardSpec
 from copg_jax.dotted import describe, find
 from copg_jax.errors import InputError
@@ -34,23 +33,20 @@ def load_reward(spec: RewardSpec) -> RewardFn:
         InputError: no such module or attribute, not callable, a factory that does not take the
             arguments, or one that fails.
     """
-    what = "its import failed"
+    function: Any = find(spec.function, "reward function", "copg_jax.rewards.rouge_l")
+    if not spec.arguments:
+        if isinstance(function, type):
+            raise InputError(
+                f"reward function {spec.function!r} is not a function; a class needs `arguments`"
+            )
+        return cast(RewardFn, function)
     try:
-        function: Any = find(spec.function, "reward function", "copg_jax.rewards.rouge_l")
-        if not spec.arguments:
-            if isinstance(function, type):
-                raise InputError(
-                    f"reward function {spec.function!r} is not a function; a class needs "
-                    "`arguments`"
-                )
-            return cast(RewardFn, function)
-        what = "its factory failed"
-        return function(**spec.arguments)
+        plain = lambda value: str(value) if isinstance(value, str) else value
+        return function(**map_leaves(plain, spec.arguments))
     except InputError:
         raise
     except (Exception, SystemExit) as error:
-        if isinstance(error, TypeError) and spec.arguments:
-            what = "arguments do not fit"
+        what = "arguments do not fit" if isinstance(error, TypeError) else "its factory failed"
         raise InputError(f"reward function {spec.function!r}: {what}: {describe(error)}") from error
 
 
@@ -180,6 +176,10 @@ class WeightedRewards:
                 "rewards: wanted at least one reward function, got none; e.g. "
                 "rewards='[{function: copg_jax.rewards.rouge_l}]'"
             )
+        if not any(spec.weight for spec in specs):
+            raise InputError(
+                "rewards: wanted a weight other than 0, got none: their sum says nothing"
+            )
         self._parts = [(spec, load_reward(spec)) for spec in specs]
         for spec, function in self._parts:
             if not own and takes_own(function):
@@ -197,7 +197,9 @@ class WeightedRewards:
     @property
     def provenance(self) -> list[dict[str, Any]]:
         """Each spec with a hash of what computes it: a model's weights, or a function's source."""
-        return [asdict(spec) | {"hash": _fingerprint(function)} for spec, function in self._parts]
+        return [
+            as_stored(spec) | {"hash": _fingerprint(function)} for spec, function in self._parts
+        ]
 
     def __call__(
         self,

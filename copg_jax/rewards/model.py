@@ -49,6 +49,11 @@ class RewardModel:
         dtype: str = "float32",
         max_prompt_tokens: int = 512,
     ):
+        for name, count in (("batch_size", batch_size), ("max_prompt_tokens", max_prompt_tokens)):
+            if not isinstance(count, int) or count < 1:
+                raise InputError(
+                    f"reward model: {name}: wanted a whole number of at least 1, got {count!r}"
+                )
         # All devices, whatever the run's mesh; the weights in as many pieces as are equal.
         width = read_architecture(resolve(path)).hidden_size
         shards = math.gcd(len(jax.devices()), width)

@@ -194,7 +194,7 @@ def test_a_config_that_is_no_object_is_refused(folder: Path, text: str) -> None:
         ("mlp_bias", True, "mlp_bias"),
         ("hidden_act", "gelu", "hidden_act"),
         ("quantization_config", {"quant_method": "x"}, "quantization_config"),
-        ("hidden_size", 33, "hidden size"),
+        ("hidden_size", 33, "hidden_size"),
         ("num_key_value_heads", 3, "num_key_value_heads"),
         ("rope_scaling", {"rope_type": "dynamic", "factor": 2.0}, "rope_type"),
         ("rope_scaling", {"rope_type": "llama3", "factor": 2.0}, "low_freq_factor"),
@@ -206,6 +206,31 @@ def test_what_this_model_cannot_do_is_refused_by_name(
     _edit_config(folder, **{field: value})
     with pytest.raises(InputError, match=named):
         _load(folder)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff" * 8,
+        (2**62).to_bytes(8, "little") + b"{}",
+        (2).to_bytes(8, "little") + b"[]",
+        (2).to_bytes(8, "little") + b"\xff\xff",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        b"<!DOCTYPE html><html>",
+    ],
+    ids=range(7),
+)
+def test_a_header_of_garbage_is_named(folder: Path, content: bytes) -> None:
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match=r"model\.safetensors: not a readable safetensors file"):
+        _load(folder)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "~nobody-of-this-name/model", "a\0b"])
+def test_a_path_that_no_disk_can_have_is_an_input_error(name: str) -> None:
+    with pytest.raises(InputError, match="wanted a model folder"):
+        weights.resolve(name)
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "a/b/c"])
