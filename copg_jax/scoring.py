@@ -34,6 +34,7 @@ from copg_jax.errors import InputError
 from copg_jax.hf.pretrained import PretrainedModel
 from copg_jax.infer import GroupForward
 from copg_jax.rewards.functions import OWN, WeightedRewards
+from copg_jax.runtime import Progress
 from copg_jax.tracking import MetricsLogger
 
 log = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ def score_dataset(
     with MetricsLogger(
         folder, total_steps=len(dataset), unit="group", log_every=1, resume_step=done or None
     ) as logger:
-        log.info("scoring %d groups; the first batch waits for compilation", len(dataset) - done)
+        log.info("scoring %d groups", len(dataset) - done)
         spread = _per_completion(dataset)
         for part, first in enumerate(first_rows):
             if finished[part]:
@@ -201,12 +202,13 @@ def _reward_groups(
     }
     if any(row.rewards is not None for row in rows):
         columns[OWN] = [None if row.rewards is None else float(row.rewards[k]) for row, k in cells]
-    total, parts = rewards(
-        [row.prompt for row, _ in cells],
-        [row.completions[k] for row, k in cells],
-        columns,
-        [row.where for row, _ in cells],
-    )
+    with Progress(f"rewards of {len(cells)} completions"):
+        total, parts = rewards(
+            [row.prompt for row, _ in cells],
+            [row.completions[k] for row, k in cells],
+            columns,
+            [row.where for row, _ in cells],
+        )
     cuts = np.cumsum([len(row.completions) for row in rows])[:-1]
     split = {name: np.split(values, cuts) for name, values in parts.items()}
     of_row = [{name: values[i] for name, values in split.items()} for i in range(len(rows))]

@@ -12,11 +12,12 @@ from importlib import metadata
 import jax
 import pytest
 
-from copg_jax import runtime
+from copg_jax import run_folder, runtime
 from copg_jax.config.load import load_config
 from copg_jax.config.options import option, section
 from copg_jax.errors import InputError
-from copg_jax.runtime import GracefulExit, check_run_folder, write_run_header
+from copg_jax.run_folder import check_run_folder, write_run_header
+from copg_jax.runtime import GracefulExit
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Config:
 _FAULTS = """
 import resource, sys
 import numpy as np
-from copg_jax import runtime
+from copg_jax import run_folder, runtime
 
 if sys.argv[1] == "keep":
     runtime.keep_freed_memory()
@@ -130,7 +131,7 @@ def test_an_output_dir_that_is_a_file_is_refused(tmp_path):
 
 
 def test_only_process_0_writes_the_header(tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime, "is_main_process", lambda: False)
+    monkeypatch.setattr(run_folder, "is_main_process", lambda: False)
     write_run_header(tmp_path / "run", Config(), {})
     assert not (tmp_path / "run").exists()
 
@@ -179,7 +180,7 @@ def test_a_cpu_that_is_asked_for_or_left_to_jax_is_used(names, monkeypatch):
 
 _FAILING = """
 from jax._src import xla_bridge
-from copg_jax import runtime
+from copg_jax import run_folder, runtime
 
 def fail():
     raise RuntimeError("the device is in use")

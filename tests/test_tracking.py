@@ -76,9 +76,11 @@ def test_without_a_terminal_a_plain_line_comes_every_few_steps(tmp_path, capsys)
 def test_what_is_counted_is_named(tmp_path, capsys):
     with MetricsLogger(tmp_path, total_steps=320, unit="prompt", log_every=1) as logger:
         logger.log(80, {"eval/kl": 0.5})
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("prompt 80/320  eval/kl 0.5  ")
-    assert "s/prompt  ETA " in line
+        logger.log(160, {"eval/kl": 0.5})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "prompt 80/320  eval/kl 0.5"  # no pace: it waited for compilation
+    assert second.startswith("prompt 160/320  eval/kl 0.5  ")
+    assert "s/prompt  ETA " in second
 
 
 def test_evaluation_and_texts_show_at_any_step(tmp_path, capsys):

@@ -116,6 +116,11 @@ class Checkpoints:
             custom_metadata={"is_evaluated": is_evaluated},
         )
 
+    def raise_failure(self) -> None:
+        """Raises what a save in the background has failed with; never waits for one."""
+        if not self._manager.is_saving_in_progress():
+            self._manager.wait_until_finished()
+
     def is_evaluated(self, step: int) -> bool:
         """Whether the evaluation due at a saved step, if any, was done when it was saved."""
         return self._manager.metadata(step).custom_metadata["is_evaluated"]

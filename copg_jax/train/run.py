@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from etils import epath
 
-from copg_jax import distributed, flops, inputs, runtime, sharding
+from copg_jax import distributed, flops, inputs, run_folder, runtime, sharding
 from copg_jax.config.sections import DataConfig
 from copg_jax.config.stages import MAY_DIFFER, TrainConfig
 from copg_jax.data.dataset import GroupDataset
@@ -79,6 +79,11 @@ class _Run:
 def train(config: TrainConfig, stage: Stage) -> None:
     """Runs one training stage, or what is left of it."""
     runtime.setup(config.distributed)
+    with run_folder.claim(config.output_dir, config, may_differ=MAY_DIFFER):
+        _run_stage(config, stage)
+
+
+def _run_stage(config: TrainConfig, stage: Stage) -> None:
     run = _prepare(config, stage)
     with Checkpoints(run.folder / "checkpoints", best_metric=stage.best_metric) as checkpoints:
         start = checkpoints.latest_step or 0
@@ -89,7 +94,7 @@ def train(config: TrainConfig, stage: Stage) -> None:
         generation, hashes = None, {}
         if stage.open_evaluation is not None:
             generation, hashes = stage.open_evaluation(run.model, run.folder)
-        runtime.write_run_header(run.folder, config, run.inputs | hashes)
+        run_folder.write_run_header(run.folder, config, run.inputs | hashes)
         with MetricsLogger(
             run.folder,
             total_steps=run.num_steps,
@@ -178,7 +183,6 @@ def as_arguments(coefficients: Mapping[str, float]) -> dict[str, np.float32]:
 def _prepare(config: TrainConfig, stage: Stage) -> _Run:
     """Opens model and data and checks that they fit the config, the mesh and each other."""
     folder, training = epath.Path(config.output_dir), config.training
-    runtime.check_run_folder(folder, config, may_differ=MAY_DIFFER)
     mesh = sharding.make_mesh(config.mesh)
     loop.check_batch(training.batch_size, training.num_microbatches, mesh)
     model = open_model(config.model, mesh, head=stage.head, remat=training.remat)
