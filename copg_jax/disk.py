@@ -4,9 +4,11 @@ import errno
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
@@ -30,6 +32,7 @@ def disk_errors(folder: epath.PathLike) -> Iterator[None]:
     Args:
         folder: what the body writes.
     """
+    make_loud, has_failed = _make_libraries_quiet(), False
     try:
         yield
     except InputError:  # already says what is wrong
@@ -38,13 +41,44 @@ def disk_errors(folder: epath.PathLike) -> Iterator[None]:
         found = next(filter(None, map(_disk_error, _chain(error))), None)
         if found is None:
             raise
-        code, path = found
+        has_failed, (code, path) = True, found
         where = path or os.fspath(folder)
         raise InputError(
             f"{where}: {os.strerror(code)}{_free_text(where)}. Nothing that was finished is lost. "
             f"Fix: {_FIXES[code]} and run the same command again; it goes on from the last whole "
             "checkpoint, part or prompt."
         ) from error
+    finally:
+        if not has_failed:
+            make_loud()
+
+
+def _make_libraries_quiet() -> Callable[[], None]:
+    """Leaves out what Orbax and its threads print, over pages, of a failure that they raise too.
+
+    Returns:
+        What undoes this. Not to be called where the disk has failed: they go on until Python ends.
+    """
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    hook = sys.unraisablehook
+
+    def has_no_traceback(record: logging.LogRecord) -> bool:
+        return not record.exc_info
+
+    def unraisable(raised: Any) -> None:
+        # Of TensorStore: a write that ended after Orbax had given up the whole checkpoint.
+        if str(raised.exc_value) != "Event loop is closed":
+            hook(raised)
+
+    def make_loud() -> None:
+        sys.unraisablehook = hook
+        for logger in loggers:
+            logger.removeFilter(has_no_traceback)
+
+    sys.unraisablehook = unraisable
+    for logger in loggers:
+        logger.addFilter(has_no_traceback)
+    return make_loud
 
 
 def warn_of_space(folder: epath.PathLike, num_bytes: float) -> None:

@@ -9,9 +9,10 @@ along need no reward function: those are kept.
 
 import logging
 
+import numpy as np
 from etils import epath
 
-from copg_jax import run_folder, runtime, scoring, sharding
+from copg_jax import disk, run_folder, runtime, scoring, sharding
 from copg_jax.config.load import run_main
 from copg_jax.config.sections import DataConfig, RewardSpec
 from copg_jax.config.stages import MAY_DIFFER, ScoreConfig
@@ -71,6 +72,9 @@ def _score(config: ScoreConfig) -> None:
     rewards = WeightedRewards(specs, own=dataset.has_rewards)
     hashes = {"reference": model.hash, "data": dataset.fingerprint}
     run_folder.write_run_header(folder, config, hashes | {"rewards": rewards.fingerprint})
+    num_tokens = int(dataset.num_tokens(np.arange(len(dataset))).sum())
+    # An id has 4 bytes, and its text about as many.
+    disk.warn_of_space(folder, 8 * num_tokens - disk.folder_bytes(folder))
     reference = GroupForward(
         make_seq_logp(model.arch, model.partitioner, chunk=config.logits_chunk),
         model.load_frozen(),

@@ -67,7 +67,11 @@ class Checkpoints:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._manager.close()
+        try:
+            self._manager.close()
+        except Exception:
+            self._manager.close()  # a save that failed is told once; now its threads are ended
+            raise
 
     @property
     def latest_step(self) -> int | None:

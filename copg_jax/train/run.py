@@ -8,6 +8,7 @@
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import numpy as np
 import optax
 from etils import epath
 
-from copg_jax import distributed, flops, inputs, run_folder, runtime, sharding
+from copg_jax import disk, distributed, flops, inputs, run_folder, runtime, sharding
 from copg_jax.config.sections import DataConfig
 from copg_jax.config.stages import MAY_DIFFER, TrainConfig
 from copg_jax.data.dataset import GroupDataset
@@ -95,6 +96,7 @@ def _run_stage(config: TrainConfig, stage: Stage) -> None:
         if stage.open_evaluation is not None:
             generation, hashes = stage.open_evaluation(run.model, run.folder)
         run_folder.write_run_header(run.folder, config, run.inputs | hashes)
+        disk.warn_of_space(run.folder, _bytes_to_write(run, stage.best_metric is not None))
         with MetricsLogger(
             run.folder,
             total_steps=run.num_steps,
@@ -211,6 +213,18 @@ def _prepare(config: TrainConfig, stage: Stage) -> _Run:
         shapes=abstract_state(optimizer, model.shapes),
         shardings=state_shardings(mesh, optimizer, model.shapes, model.axes),
     )
+
+
+def _bytes_to_write(run: _Run, keeps_best: bool) -> int:
+    """What a run may add to its folder: checkpoints, one of them before an older one is removed,
+    and exports in float32.
+    """
+    state, params = (
+        sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+        for tree in (run.shapes, run.shapes.params)
+    )
+    all_of_them = (3 + keeps_best) * state + (1 + keeps_best) * params
+    return all_of_them - disk.folder_bytes(run.folder)
 
 
 def _stream(run: _Run, start: int) -> GroupStream:
