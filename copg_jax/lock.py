@@ -63,6 +63,7 @@ def hold(folder: epath.PathLike) -> Iterator[None]:
     """
     claim = _OwnClaim(epath.Path(folder))
     try:
+        claim.begin()
         claim.outwait_others()
         yield
     finally:
@@ -83,6 +84,9 @@ class _OwnClaim:
             heartbeat="",
         )
         self._released, self._writing = threading.Event(), threading.Lock()
+
+    def begin(self) -> None:
+        """Writes the claim, from now on with a heartbeat."""
         self._write()
         threading.Thread(target=self._beat, name="lock", daemon=True).start()
 
@@ -98,7 +102,7 @@ class _OwnClaim:
         """Removes the claim."""
         with self._writing:
             self._released.set()
-            self._path.unlink(missing_ok=True)
+            _remove(self._path)
 
     def _outwait(self, path: epath.Path) -> None:
         """Returns once another claim is gone; raises InputError where it comes first."""
@@ -116,7 +120,7 @@ class _OwnClaim:
                 is_watched = True
             if is_dead:
                 log.info("%s: taken over from %s, which is dead", self._folder, _name(claim))
-                path.unlink(missing_ok=True)
+                _remove(path)
                 return
             is_first = claim is not None and (claim.is_held or path.name < self._path.name)
             if is_alive and is_first:
@@ -156,6 +160,11 @@ def _read(path: epath.Path) -> str | None:
         return path.read_bytes().decode(errors="replace")
     except FileNotFoundError:
         return None
+
+
+def _remove(path: epath.Path) -> None:
+    for name in (path.name, f"{path.name}.tmp"):  # which a kill in `write_text` has left
+        path.with_name(name).unlink(missing_ok=True)
 
 
 def _parse(text: str) -> _Claim | None:

@@ -77,24 +77,28 @@ def _held(folder: epath.Path) -> Iterator[None]:
     """Makes and holds the folder, which is left as it was where the run has written nothing."""
     is_new = not folder.exists()
     with ExitStack() as stack:
-        try:
+        with _named(folder):
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(hold(folder))  # the first file in it: it can be written
-        except (OSError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise _unusable(folder, error) from error
         yield
     if is_new and not is_remote(folder) and not any(folder.iterdir()):
         folder.rmdir()
 
 
-def _unusable(folder: epath.Path, error: Exception) -> InputError:
-    return InputError(
-        f"output_dir {folder}: wanted a folder that can be written, got "
-        f"{getattr(error, 'strerror', None) or error}. Fix: give another output_dir, or make this "
-        "one writable."
-    )
+@contextmanager
+def _named(folder: epath.Path) -> Iterator[None]:
+    """Turns what the file system says of an output folder into an InputError that names it."""
+    try:
+        with bucket_errors(folder):
+            yield
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # such as a name that is too long, or holds a NUL
+        raise InputError(
+            f"output_dir {folder}: wanted a folder that can be written, got "
+            f"{getattr(error, 'strerror', None) or error}. Fix: give another output_dir, or make "
+            "this one writable."
+        ) from error
 
 
 def check_run_folder(
@@ -114,20 +118,14 @@ def check_run_folder(
         cannot replace, is no folder, or cannot be reached.
     """
     output_dir = epath.Path(output_dir)
-    _check_apart(output_dir, config)
-    try:
-        with bucket_errors(output_dir):  # also where nothing is there yet
-            is_file = output_dir.exists() and not output_dir.is_dir()
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise _unusable(output_dir, error) from error
-    if is_file:
-        raise InputError(
-            f"output_dir {output_dir}: wanted a folder, got a file; "
-            "give another output_dir or remove the file"
-        )
-    _check_names(output_dir)
+    with _named(output_dir):
+        _check_apart(output_dir, config)
+        if output_dir.exists() and not output_dir.is_dir():
+            raise InputError(
+                f"output_dir {output_dir}: wanted a folder, got a file; "
+                "give another output_dir or remove the file"
+            )
+        _check_names(output_dir)
     if (output_dir / "config.yaml").exists():
         _check_same_run(output_dir / "config.yaml", to_yaml(config), may_differ)
 

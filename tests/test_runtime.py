@@ -15,7 +15,7 @@ from copg_jax.runtime import GracefulExit
 _FAULTS = """
 import resource, sys
 import numpy as np
-from copg_jax import run_folder, runtime
+from copg_jax import runtime
 
 if sys.argv[1] == "keep":
     runtime.keep_freed_memory()
@@ -83,7 +83,7 @@ def test_a_cpu_that_is_asked_for_or_left_to_jax_is_used(names, monkeypatch):
 
 _FAILING = """
 from jax._src import xla_bridge
-from copg_jax import run_folder, runtime
+from copg_jax import runtime
 
 def fail():
     raise RuntimeError("the device is in use")
