@@ -1,8 +1,10 @@
 """The output folder: what is written first, and which folders are refused before any work."""
 
 import dataclasses
+import errno
 import json
 import os
+import signal
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -315,6 +317,28 @@ def test_one_path_written_in_two_ways_is_one_path(tmp_path, monkeypatch, before,
     check_run_folder("run", config)
     with pytest.raises(InputError, match=r"data\.path: "):
         check_run_folder("run", dataclasses.replace(config, data=Reading("other")))
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_ends_a_run_in_order_and_leaves_its_folder_free(tmp_path, name, code):
+    before = signal.getsignal(signal.Signals[name])
+    with pytest.raises(SystemExit) as caught, claim(str(tmp_path), Config()):
+        os.kill(os.getpid(), signal.Signals[name])
+    assert caught.value.code == code
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.Signals[name]) is before
+
+
+def test_what_the_disk_says_in_a_run_is_one_sentence(tmp_path):
+    with pytest.raises(InputError) as caught, claim(str(tmp_path), Config()):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    names_all(str(caught.value), [str(tmp_path), "No space left on device", "Fix"])
+
+
+def test_of_several_processes_only_process_0_holds_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "is_main_process", lambda: False)
+    with claim(str(tmp_path), Config()):
+        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("ending", [SystemExit(143), KeyboardInterrupt(), InputError("no")])

@@ -1,16 +1,18 @@
 """The process around a run: its memory, its device, how far it is, how signals end it."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 
 import pytest
 
 from copg_jax import runtime
 from copg_jax.errors import InputError
-from copg_jax.runtime import GracefulExit
+from copg_jax.runtime import GracefulExit, Progress
 
 _FAULTS = """
 import resource, sys
@@ -37,6 +39,48 @@ def test_memory_of_one_step_is_kept_for_the_next_where_all_is_computed_on_cpus()
     mapped, kept = faults("leave"), faults("keep", JAX_PLATFORMS="cpu")
     # Each fault clears a page, of 4 KiB or, where the kernel gives large ones by itself, of 2 MiB.
     assert mapped >= 32 > 4 * kept
+
+
+def test_progress_has_a_rate_and_the_time_left_from_the_second_update_on(monkeypatch):
+    clock = iter([0.0, 100.0])  # of the start and of the first update, which compiled
+    monkeypatch.setattr(runtime.time, "monotonic", lambda: next(clock))
+    progress = Progress("scores", 13, "groups")
+    assert progress.line(60.0) == "scores: 0 of 13, running for 60 s"
+    progress.update(1)
+    assert progress.line(101.0) == "scores: 1 of 13, running for 101 s"
+    progress.update(4)
+    assert progress.line(106.0) == "scores: 4 of 13, 0.5 groups/s, 18 s left"
+
+
+def test_work_of_one_piece_says_how_long_it_runs():
+    progress = Progress("rewards of 7 completions")
+    assert re.fullmatch("rewards of 7 completions, running for [0-9]+ s", progress.line(1e9))
+
+
+def test_a_long_batch_speaks_while_it_runs(monkeypatch):
+    heard = threading.Event()
+    texts: list[str] = []
+
+    def hear(text: str, *values: object) -> None:
+        texts.append(text % values)
+        heard.set()
+
+    monkeypatch.setattr(runtime, "_PROGRESS_SEC", 0.01)
+    monkeypatch.setattr(runtime.log, "info", hear)
+    with Progress("scores", 13, "groups"):
+        assert heard.wait(60)
+    assert texts[0].startswith("scores: 0 of 13, running for ")
+
+
+def test_compilation_is_said_before_and_after(caplog):
+    caplog.set_level("INFO", "copg_jax")
+    with Progress("scores", 13, "groups", compiles=True) as progress:
+        progress.update(4)
+        progress.update(8)
+    assert [re.sub("[0-9]+ s$", "_ s", text) for text in caplog.messages] == [
+        "scores: compiling, then 13 groups",
+        "scores: compiled, first 4 in _ s",
+    ]
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])

@@ -100,6 +100,25 @@ def test_a_terminal_gets_a_progress_bar(tmp_path, capsys, monkeypatch):
     assert "step 1/2  loss 1" in output
 
 
+def test_no_bar_shows_while_the_first_step_compiles(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    with MetricsLogger(tmp_path, total_steps=9, log_every=1) as logger:
+        logger.log(0, {"eval/loss": 1.0})
+    assert "0/9 " not in capsys.readouterr().out.replace("step 0/9", "")
+
+
+def test_the_pace_leaves_out_what_was_before_the_first_step(tmp_path, capsys, monkeypatch):
+    clock = iter([100.0, 102.0, 104.0, 106.0])
+    monkeypatch.setattr(tracking.time, "monotonic", lambda: next(clock))
+    with MetricsLogger(tmp_path, total_steps=4, log_every=1) as logger:
+        for step in range(1, 4):
+            logger.log(step, {})
+    first, *others = capsys.readouterr().out.splitlines()
+    assert "s/step" not in first
+    assert [line.split("  ")[1] for line in others] == ["2 s/step"] * 2
+
+
 def test_quiet_prints_nothing(tmp_path, capsys):
     with MetricsLogger(tmp_path, total_steps=1, log_every=1, quiet=True) as logger:
         logger.log(1, {"loss": 1.0})
