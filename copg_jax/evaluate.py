@@ -24,6 +24,7 @@ from copg_jax.data.groups import GroupBatch, TokenGroup
 from copg_jax.infer import one_late
 from copg_jax.models.layout import Shape, pack, pack_by_length
 from copg_jax.rewards.functions import WeightedRewards
+from copg_jax.runtime import Progress, make_pause
 from copg_jax.sampling import Sampler, Samples, row_keys
 
 
@@ -49,6 +50,7 @@ def make_loss_evaluator(
         num_bins=sharding.num_batch_shards(mesh),
         sizes=dataset.shape(),
     )
+    pause, is_compiled = make_pause(mesh), False
 
     def launched(params: Any) -> Iterator[dict[str, Any]]:
         for rows in batches.rows:
@@ -56,10 +58,15 @@ def make_loss_evaluator(
             yield loss_step(params, distributed.place_whole(batch, placement))
 
     def evaluate(params: Any) -> dict[str, float]:
+        nonlocal is_compiled
         totals: dict[str, np.ndarray] = {}
-        for sums in one_late(launched(params)):
-            for name, pair in jax.device_get(sums).items():
-                totals[name] = totals.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
+        with Progress("held-out loss", len(batches.rows), "batches", compiles=not is_compiled) as p:
+            for done, sums in enumerate(one_late(launched(params)), 1):
+                for name, pair in jax.device_get(sums).items():
+                    totals[name] = totals.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
+                p.update(done)
+                is_compiled = True
+                pause()
         return {
             f"eval/{name}": float(total / weight) if weight else float("nan")
             for name, (total, weight) in totals.items()
@@ -116,6 +123,7 @@ class GenerationEvaluator:
         self._config, self._prompts, self._generator = config, prompts, generator
         self._rewards, self._beta = rewards, beta
         self._placement = sharding.batch_sharding(generator.mesh)
+        self._pause, self._is_compiled = make_pause(generator.mesh), False
 
     def __call__(self, params: Any, step: int) -> tuple[dict[str, float], dict[str, str]]:
         """Metrics (`eval/…`) and sample texts of the policy `params` at `step`; see `summarize`."""
@@ -139,12 +147,20 @@ class GenerationEvaluator:
             (rows, *self._launch(params, keys, rows, shape)) for rows, shape in self._plan(finished)
         )
         # Texts and rewards of a batch are made while the device generates the next one.
-        for rows, samples, ref_logp in one_late(launched):
-            present = rows >= 0
-            samples, ref_logp = jax.tree.map(
-                lambda x, present=present: x[present], jax.device_get((samples, ref_logp))
-            )
-            yield self._judge(self._measure(rows[present].tolist(), samples, ref_logp))
+        left, done = len(self._prompts) - len(finished), 0
+        compiles = not self._is_compiled and left > 0
+        with Progress("generation", left, "prompts", compiles=compiles) as progress:
+            for rows, samples, ref_logp in one_late(launched):
+                present = rows >= 0
+                samples, ref_logp = jax.tree.map(
+                    lambda x, present=present: x[present], jax.device_get((samples, ref_logp))
+                )
+                found = self._measure(rows[present].tolist(), samples, ref_logp)
+                self._is_compiled = True
+                done += int(present.sum())
+                progress.update(done)
+                yield self._judge(found)
+                self._pause()
 
     def _plan(self, finished: Collection[int]) -> Iterator[tuple[np.ndarray, Shape]]:
         """Batches of the prompts that are left, [B] each, -1 = none: the same at every evaluation,
@@ -221,9 +237,10 @@ class GenerationEvaluator:
         rows = [self._prompts[g.index].columns for g in found]
         names = sorted({name for row in rows for name in row})
         columns = {name: [row.get(name) for row in rows] for name in names}
-        rewards, _ = self._rewards(
-            [g.prompt for g in found], [g.completion for g in found], columns
-        )
+        with Progress(f"rewards of {len(found)} generations"):
+            rewards, _ = self._rewards(
+                [g.prompt for g in found], [g.completion for g in found], columns
+            )
         penalty = self._config.missing_eos_reward
         return [
             replace(g, reward=float(reward if penalty is None or g.has_eos else penalty))

@@ -46,6 +46,7 @@ class GroupForward:
         self._name, self._params = name, params
         self._num_bins, self._batch_size = sharding.num_batch_shards(mesh), batch_size
         self._shapes, self._placement = ReusedShapes(), sharding.batch_sharding(mesh)
+        self._is_compiled = False
         self._function = jax.jit(
             function,
             in_shardings=(None, self._placement),
@@ -63,14 +64,16 @@ class GroupForward:
         return [np.array([values[i][k] for i, k in of_row], np.float32) for of_row in found]
 
     def _run(self, rows: Sequence[TokenGroup]) -> list[np.ndarray]:
-        progress, done = Progress(self._name, len(rows)), 0
         results: list[np.ndarray] = [np.empty(0, np.float32)] * len(rows)
-        for batch, values in one_late(self._launched(rows)):
-            present = batch >= 0
-            for i, row_values in zip(batch[present], jax.device_get(values)[present], strict=True):
-                results[i] = row_values
-            done += int(present.sum())
-            progress.update(done)
+        done, compiles = 0, not self._is_compiled and len(rows) > 0
+        with Progress(self._name, len(rows), "groups", compiles=compiles) as progress:
+            for batch, values in one_late(self._launched(rows)):
+                present = batch >= 0
+                for i, of_row in zip(batch[present], jax.device_get(values)[present], strict=True):
+                    results[i] = of_row
+                done += int(present.sum())
+                progress.update(done)
+                self._is_compiled = True
         return results
 
     def _launched(self, rows: Sequence[TokenGroup]) -> Iterator[tuple[np.ndarray, Array]]:

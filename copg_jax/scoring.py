@@ -34,6 +34,7 @@ from copg_jax.errors import InputError
 from copg_jax.hf.pretrained import PretrainedModel
 from copg_jax.infer import GroupForward
 from copg_jax.rewards.functions import OWN, WeightedRewards
+from copg_jax.runtime import Progress
 from copg_jax.tracking import MetricsLogger
 
 log = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ def score_dataset(
         resume_step=done or None,
         is_done=set(ends[finished].tolist()).__contains__,
     ) as logger:
-        log.info("scoring %d groups; the first batch waits for compilation", len(dataset) - done)
+        log.info("scoring %d groups", len(dataset) - done)
         spread = _per_completion(dataset)
         for part, (first, end) in enumerate(zip(first_rows, ends.tolist(), strict=True)):
             if finished[part]:
@@ -211,12 +212,13 @@ def _reward_groups(
     }
     if any(row.rewards is not None for row in rows):
         columns[OWN] = [None if row.rewards is None else float(row.rewards[k]) for row, k in cells]
-    total, parts = rewards(
-        [row.prompt for row, _ in cells],
-        [row.completions[k] for row, k in cells],
-        columns,
-        [row.where for row, _ in cells],
-    )
+    with Progress(f"rewards of {len(cells)} completions"):
+        total, parts = rewards(
+            [row.prompt for row, _ in cells],
+            [row.completions[k] for row, k in cells],
+            columns,
+            [row.where for row, _ in cells],
+        )
     cuts = np.cumsum([len(row.completions) for row in rows])[:-1]
     split = {name: np.split(values, cuts) for name, values in parts.items()}
     of_row = [{name: values[i] for name, values in split.items()} for i in range(len(rows))]

@@ -17,9 +17,9 @@ from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from copg_jax.distributed import is_main_process
 from copg_jax.errors import InputError, for_terminal
 from copg_jax.files import GrowingFile, read_json_lines
-from copg_jax.runtime import is_main_process
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class MetricsLogger:
         self._progress = None
         self._console = None if quiet else Console(soft_wrap=True, highlight=False)
         self._last_step = resume_step or 0
-        self._last_time = time.monotonic()
+        self._last_time: float | None = None  # of the first step: what was before is compilation
         if not self._enabled:
             return
         if tensorboard:
@@ -86,10 +86,9 @@ class MetricsLogger:
             )
             self._progress = Progress(*columns, console=self._console)
             self._task = self._progress.add_task(
-                "", total=self._total_steps, completed=self._last_step, pace=""
+                "", total=self._total_steps, completed=self._last_step, pace="", visible=False
             )
             self._progress.start()
-        self._last_time = time.monotonic()
         return self
 
     def __exit__(
@@ -141,16 +140,17 @@ class MetricsLogger:
     ) -> None:
         is_evaluation = any(name.startswith("eval/") for name in numbers)
         due = step % self._log_every == 0 or step >= self._total_steps or is_evaluation
-        pace = ""
-        if due and step > self._last_step:
-            now = time.monotonic()
+        pace, now = "", time.monotonic()
+        if step > self._last_step and self._last_time is None:
+            self._last_step, self._last_time = step, now
+        elif due and step > self._last_step and self._last_time is not None:
             seconds = (now - self._last_time) / (step - self._last_step)
             pace = f"{seconds:.3g} s/{self._unit}"
             if self._progress is None:  # the bar shows the time left itself
                 pace += f"  ETA {_duration(seconds * (self._total_steps - step))}"
             self._last_step, self._last_time = step, now
         if self._progress is not None:
-            self._progress.update(self._task, completed=step)
+            self._progress.update(self._task, completed=step, visible=self._last_time is not None)
             if pace:
                 self._progress.update(self._task, pace=pace)
         if due:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from copg_jax import distributed, runtime, sharding
+from copg_jax import distributed, run_folder, runtime, sharding
 from copg_jax.config.load import run_main
 from copg_jax.config.stages import MAY_DIFFER, EvaluateConfig
 from copg_jax.evaluate import Generation, in_prompt_order, sample_texts, summarize
@@ -36,9 +36,13 @@ _CHECKSUM = "crc32"  # of a line of generations.jsonl
 
 def main(config: EvaluateConfig) -> dict[str, float]:
     """Evaluates one model and returns the averages that evaluation.json holds."""
-    folder = epath.Path(config.output_dir)
     runtime.setup(config.distributed)
-    runtime.check_run_folder(folder, config, may_differ=MAY_DIFFER)
+    with run_folder.claim(config.output_dir, config, may_differ=MAY_DIFFER):
+        return _evaluate(config)
+
+
+def _evaluate(config: EvaluateConfig) -> dict[str, float]:
+    folder = epath.Path(config.output_dir)
     mesh = sharding.make_mesh(config.mesh)
     model = open_model(config.model, mesh)
     reference = config.reference and open_model(config.reference, mesh)
@@ -50,7 +54,7 @@ def main(config: EvaluateConfig) -> dict[str, float]:
         reference=reference,
         logits_chunk=config.logits_chunk,
     )
-    runtime.write_run_header(folder, config, hashes | {"model": model.hash})
+    run_folder.write_run_header(folder, config, hashes | {"model": model.hash})
 
     sizes = config.evaluation.generation
     path = folder / "generations.jsonl"
@@ -66,9 +70,6 @@ def main(config: EvaluateConfig) -> dict[str, float]:
         log_every=1,
         resume_step=len(finished) or None,
     )
-    if params is not None:
-        num_left = sizes.num_prompts - len(finished)
-        log.info("generating for %d prompts; the first batch waits for compilation", num_left)
     # Every process generates and knows the averages; process 0 writes.
     is_main = distributed.is_main_process()
     with GrowingFile(path, map(_line, found)) if is_main else nullcontext() as file, logger:
@@ -90,7 +91,7 @@ def main(config: EvaluateConfig) -> dict[str, float]:
         if is_main:
             write_text(path, "".join(map(_line, found)))
             write_text(averages, json.dumps(_jsonable(metrics), indent=2) + "\n")
-    log.info("wrote %s", averages)
+    log.info("wrote %s and %s", averages, path)
     return metrics
 
 

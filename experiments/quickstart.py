@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from copg_jax import runtime
+from copg_jax import run_folder, runtime
 from copg_jax.config.load import load_config, run_main
 from copg_jax.config.options import option
 from copg_jax.config.sections import require, require_positive, require_seed
@@ -125,10 +125,14 @@ class Stages:
 
 def main(config: QuickstartConfig) -> None:
     """Runs every stage, then summarises."""
-    folder = Path(config.output_dir)
     runtime.setup()
-    runtime.check_run_folder(folder, config)
-    runtime.write_run_header(folder, config, inputs={})
+    with run_folder.claim(config.output_dir, config, may_differ=["output_dir"]):
+        _run_stages(config)
+
+
+def _run_stages(config: QuickstartConfig) -> None:
+    folder = Path(config.output_dir)
+    run_folder.write_run_header(folder, config, inputs={})
     stages = Stages(config)
     stages.head("1/7 Inputs: generated posts and comparisons, and an untrained tiny Llama")
     make_inputs(config, folder)

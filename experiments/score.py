@@ -9,9 +9,10 @@ along need no reward function: those are kept.
 
 import logging
 
+import numpy as np
 from etils import epath
 
-from copg_jax import runtime, scoring, sharding
+from copg_jax import disk, run_folder, runtime, scoring, sharding
 from copg_jax.config.load import run_main
 from copg_jax.config.sections import DataConfig, RewardSpec
 from copg_jax.config.stages import MAY_DIFFER, ScoreConfig
@@ -56,9 +57,13 @@ def own_rewards(data: DataConfig, dataset: GroupDataset) -> list[RewardSpec]:
 
 def main(config: ScoreConfig) -> None:
     """Scores every group of the data set."""
-    folder = epath.Path(config.output_dir)
     runtime.setup(config.distributed)
-    runtime.check_run_folder(folder, config, may_differ=MAY_DIFFER)
+    with run_folder.claim(config.output_dir, config, may_differ=MAY_DIFFER):
+        _score(config)
+
+
+def _score(config: ScoreConfig) -> None:
+    folder = epath.Path(config.output_dir)
     scoring.check_folder(folder)
     mesh = sharding.make_mesh(config.mesh)
     model = open_model(config.reference, mesh)
@@ -66,7 +71,10 @@ def main(config: ScoreConfig) -> None:
     specs = config.rewards or own_rewards(config.data, dataset)
     rewards = WeightedRewards(specs, own=dataset.has_rewards)
     hashes = {"reference": model.hash, "data": dataset.fingerprint}
-    runtime.write_run_header(folder, config, hashes | {"rewards": rewards.fingerprint})
+    run_folder.write_run_header(folder, config, hashes | {"rewards": rewards.fingerprint})
+    num_tokens = int(dataset.num_tokens(np.arange(len(dataset))).sum())
+    # An id has 4 bytes, and its text about as many.
+    disk.warn_of_space(folder, 8 * num_tokens - disk.folder_bytes(folder))
     reference = GroupForward(
         make_seq_logp(model.arch, model.partitioner, chunk=config.logits_chunk),
         model.load_frozen(),

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import os
+import signal
 from functools import partial
 from typing import Any
 
@@ -19,6 +21,7 @@ from copg_jax.evaluate import Generation, GenerationEvaluator, Generator, summar
 from copg_jax.models.forward import make_token_logp
 from copg_jax.models.params import init_params
 from copg_jax.rewards.functions import WeightedRewards
+from copg_jax.runtime import GracefulExit, LeaveRequest
 from copg_jax.sampling import Samples, make_sampler
 from tests.toys import LLAMA, mesh
 
@@ -149,6 +152,27 @@ def generate(on: GenerationEvaluator, params: Any, step: int) -> list[Generation
 def against_itself(sampler, params) -> list[Generation]:
     """Generations of a model whose reference it is."""
     return generate(evaluator(sampler, params), params, 0)
+
+
+def test_a_signal_ends_an_evaluation_after_the_batch_that_runs(sampler, params):
+    found: list[Generation] = []
+    with GracefulExit(), pytest.raises(LeaveRequest, match="SIGTERM"):
+        for batch in evaluator(sampler, batch_size=2).batches(params, 0):
+            found += batch
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert {g.id for g in found} == {"p4"}  # the longest prompt comes first
+
+
+def test_an_evaluation_says_that_it_compiles_once_and_how_long_that_took(sampler, params, caplog):
+    caplog.set_level("INFO", "copg_jax")
+    measured = evaluator(sampler)
+    for step in range(2):
+        generate(measured, params, step)
+    texts = [record.getMessage() for record in caplog.records]
+    assert [text for text in texts if "compil" in text] == [
+        "generation: compiling, then 5 prompts",
+        next(text for text in texts if text.startswith("generation: compiled, first ")),
+    ]
 
 
 def test_the_kl_of_a_model_to_itself_is_zero(against_itself):

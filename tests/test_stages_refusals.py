@@ -1,13 +1,15 @@
 """Bad settings, models and data are refused before anything long begins, with what to change."""
 
 import json
+import os
 import shutil
 
 import pytest
 
+from copg_jax import lock
 from copg_jax.data.tokenizer import load_tokenizer
 from tests.toys import names_all
-from tests.workplace import Workplace, tiny_model
+from tests.workplace import MAINS, Workplace, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +25,22 @@ def workplace(tmp_path_factory) -> Workplace:
 def elsewhere(tmp_path) -> str:
     """Argument for an output folder that is not used yet."""
     return f"output_dir={tmp_path / 'run'}"
+
+
+@pytest.mark.parametrize("stage", MAINS)
+def test_a_folder_that_another_run_is_writing_is_refused_by_every_stage(workplace, stage, tmp_path):
+    with lock.hold(tmp_path):
+        text = workplace.refusal(stage, f"output_dir={tmp_path}")
+    names_all(text, [f"output_dir {tmp_path}", f"process {os.getpid()} on host", "Fix"])
+
+
+@pytest.mark.parametrize("stage", MAINS)
+def test_an_output_folder_in_what_is_read_is_refused_by_every_stage(workplace, stage):
+    inside = workplace.folder / ("sft" if stage != "evaluate" else "policy") / "model" / "run"
+    if stage == "sft":
+        inside = workplace.folder / "base" / "run"
+    names_all(workplace.refusal(stage, f"output_dir={inside}"), [str(inside), "overlaps", ".path"])
+    assert not inside.exists()
 
 
 def test_unknown_and_mistyped_keys_are_named_with_the_one_that_was_meant(workplace, elsewhere):

@@ -76,9 +76,11 @@ def test_without_a_terminal_a_plain_line_comes_every_few_steps(tmp_path, capsys)
 def test_what_is_counted_is_named(tmp_path, capsys):
     with MetricsLogger(tmp_path, total_steps=320, unit="prompt", log_every=1) as logger:
         logger.log(80, {"eval/kl": 0.5})
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("prompt 80/320  eval/kl 0.5  ")
-    assert "s/prompt  ETA " in line
+        logger.log(160, {"eval/kl": 0.5})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "prompt 80/320  eval/kl 0.5"  # no pace: it waited for compilation
+    assert second.startswith("prompt 160/320  eval/kl 0.5  ")
+    assert "s/prompt  ETA " in second
 
 
 def test_evaluation_and_texts_show_at_any_step(tmp_path, capsys):
@@ -96,6 +98,25 @@ def test_a_terminal_gets_a_progress_bar(tmp_path, capsys, monkeypatch):
     output = capsys.readouterr().out
     assert "2/2" in output
     assert "step 1/2  loss 1" in output
+
+
+def test_no_bar_shows_while_the_first_step_compiles(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    with MetricsLogger(tmp_path, total_steps=9, log_every=1) as logger:
+        logger.log(0, {"eval/loss": 1.0})
+    assert "0/9 " not in capsys.readouterr().out.replace("step 0/9", "")
+
+
+def test_the_pace_leaves_out_what_was_before_the_first_step(tmp_path, capsys, monkeypatch):
+    clock = iter([100.0, 102.0, 104.0, 106.0])
+    monkeypatch.setattr(tracking.time, "monotonic", lambda: next(clock))
+    with MetricsLogger(tmp_path, total_steps=4, log_every=1) as logger:
+        for step in range(1, 4):
+            logger.log(step, {})
+    first, *others = capsys.readouterr().out.splitlines()
+    assert "s/step" not in first
+    assert [line.split("  ")[1] for line in others] == ["2 s/step"] * 2
 
 
 def test_quiet_prints_nothing(tmp_path, capsys):

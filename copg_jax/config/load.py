@@ -9,6 +9,7 @@
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -203,10 +204,22 @@ def run_main(main: Callable[[T], object], cls: type[T], *, description: str | No
     """Script entry point: load the config, run `main`, exit.
 
     The exit status is the int that `main` returns, else 0; 2 for bad input (its text on stderr, no
-    traceback); 130 after Ctrl-C.
+    traceback), and where something inside asked for a status of 0; 130 after Ctrl-C.
     """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # for the time of the imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        status = main(load_config(cls, description=description))
+        config = load_config(cls, description=description)
+        try:
+            status = main(config)
+        except SystemExit as error:
+            if error.code:
+                raise
+            raise InputError(
+                "something that the run called ended Python with sys.exit(0), so that the run is "
+                "not complete. Look for sys.exit, exit or quit in the functions that the config "
+                "names and in what they import, and run the same command again."
+            ) from error
     except InputError as error:
         print(f"error: {for_terminal(str(error))}", file=sys.stderr)
         sys.exit(2)

@@ -34,6 +34,10 @@ MAY_DIFFER = (
     "model.attention",
     "reference.attention",
     "batch_size",  # of scoring; that of training is training.batch_size
+    "evaluation.generation.batch_size",  # samples do not depend on it
+    "evaluation.generation.num_texts",
+    "training.eval_every",  # best/ is then the best of the steps that were evaluated
+    "training.save_every",
     "training.log_every",
     "training.tensorboard",
     "training.num_microbatches",

@@ -96,7 +96,11 @@ class Checkpoints:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._manager.close()
+        try:
+            self._manager.close()
+        except Exception:
+            self._manager.close()  # a save that failed is told once; now its threads are ended
+            raise
 
     @property
     def latest_step(self) -> int | None:
@@ -140,6 +144,11 @@ class Checkpoints:
             return
         self._saving = step, facts
         self._manager.save(step, args=ocp.args.StandardSave(state._asdict()))
+
+    def raise_failure(self) -> None:
+        """Raises what a save in the background has failed with; never waits for one."""
+        if not self._manager.is_saving_in_progress():
+            self._manager.wait_until_finished()
 
     def is_evaluated(self, step: int) -> bool:
         """Whether the evaluation due at the newest step, if any, was done when it was saved."""

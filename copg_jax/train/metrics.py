@@ -17,6 +17,7 @@ from etils import epath
 
 from copg_jax import distributed, sharding
 from copg_jax.data.groups import GroupBatch
+from copg_jax.errors import InputError
 from copg_jax.flops import PEAK_TFLOPS
 from copg_jax.tracking import MetricsLogger
 
@@ -24,7 +25,7 @@ UsefulFlops = Callable[[GroupBatch], float]
 """Host batch → floating-point operations that its training step needs."""
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(InputError):
     """The loss or its gradient became NaN or infinite."""
 
 

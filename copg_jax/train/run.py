@@ -8,6 +8,7 @@
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import numpy as np
 import optax
 from etils import epath
 
-from copg_jax import checksums, distributed, flops, inputs, runtime, sharding
+from copg_jax import checksums, disk, distributed, flops, inputs, run_folder, runtime, sharding
 from copg_jax.config.sections import DataConfig
 from copg_jax.config.stages import MAY_DIFFER, TrainConfig
 from copg_jax.data.dataset import GroupDataset
@@ -83,17 +84,23 @@ class _Run:
 def train(config: TrainConfig, stage: Stage) -> None:
     """Runs one training stage, or what is left of it."""
     runtime.setup(config.distributed)
+    with run_folder.claim(config.output_dir, config, may_differ=MAY_DIFFER):
+        _run_stage(config, stage)
+
+
+def _run_stage(config: TrainConfig, stage: Stage) -> None:
     run = _prepare(config, stage)
     generation, hashes = None, {}
     if stage.open_evaluation is not None:
         generation, hashes = stage.open_evaluation(run.model, run.folder)
     # Before a run that is complete says so, too: it may be asked of other inputs.
-    runtime.write_run_header(run.folder, config, run.inputs | hashes)
+    run_folder.write_run_header(run.folder, config, run.inputs | hashes)
     with Checkpoints(run.folder / "checkpoints", best_metric=stage.best_metric) as checkpoints:
         start = checkpoints.latest_step or 0
         if start >= run.num_steps and _is_exported(run, checkpoints):
             log.info("%s: already complete (%d steps)", run.folder, run.num_steps)
             return
+        disk.warn_of_space(run.folder, _bytes_to_write(run, stage.best_metric is not None))
         with MetricsLogger(
             run.folder,
             total_steps=run.num_steps,
@@ -182,7 +189,6 @@ def as_arguments(coefficients: Mapping[str, float]) -> dict[str, np.float32]:
 def _prepare(config: TrainConfig, stage: Stage) -> _Run:
     """Opens model and data and checks that they fit the config, the mesh and each other."""
     folder, training = epath.Path(config.output_dir), config.training
-    runtime.check_run_folder(folder, config, may_differ=MAY_DIFFER)
     mesh = sharding.make_mesh(config.mesh)
     loop.check_batch(training.batch_size, training.num_microbatches, mesh)
     model = open_model(config.model, mesh, head=stage.head, remat=training.remat)
@@ -214,6 +220,18 @@ def _prepare(config: TrainConfig, stage: Stage) -> _Run:
         shapes=abstract_state(optimizer, model.shapes),
         shardings=state_shardings(mesh, optimizer, model.shapes, model.axes),
     )
+
+
+def _bytes_to_write(run: _Run, keeps_best: bool) -> int:
+    """What a run may add to its folder: checkpoints, one of them before an older one is removed,
+    and exports in float32.
+    """
+    state, params = (
+        sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+        for tree in (run.shapes, run.shapes.params)
+    )
+    all_of_them = (3 + keeps_best) * state + (1 + keeps_best) * params
+    return all_of_them - disk.folder_bytes(run.folder)
 
 
 def _stream(run: _Run, start: int) -> GroupStream:
