@@ -215,5 +215,6 @@ def open_evaluation(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
-    generator = Generator(sampler, decode, model.mesh, ref_token_logp)
+    names = f"policy {model.folder}", f"reference {reference and reference.folder}"
+    generator = Generator(sampler, decode, model.mesh, ref_token_logp, *names)
     return GenerationEvaluator(generation, prompts, generator, rewards, beta=beta), hashes

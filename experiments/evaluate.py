@@ -21,6 +21,7 @@ from etils import epath
 from copg_jax import distributed, runtime, sharding
 from copg_jax.config.load import run_main
 from copg_jax.config.stages import MAY_DIFFER, EvaluateConfig
+from copg_jax.errors import InputError
 from copg_jax.evaluate import Generation, in_prompt_order, sample_texts, summarize
 from copg_jax.files import GrowingFile, write_text
 from copg_jax.hf.pretrained import open_model
@@ -85,7 +86,19 @@ def main(config: EvaluateConfig) -> dict[str, float]:
             write_text(path, "".join(map(_line, found)))
             write_text(averages, json.dumps(_jsonable(metrics), indent=2) + "\n")
     log.info("wrote %s", averages)
+    _report_rewards(metrics["eval/dropped_rewards"], total, path)
     return metrics
+
+
+def _report_rewards(num_dropped: float, total: int, path: epath.Path) -> None:
+    """Says how many generations have no reward; none with one is an error."""
+    if num_dropped == total:
+        raise InputError(
+            f"{path}: not one of {total} generations has a reward: each got None. Correct the "
+            "reward function and evaluate into another output_dir."
+        )
+    if num_dropped:
+        log.warning("%d of %d generations have no reward (None): left out", num_dropped, total)
 
 
 def _read(path: epath.Path, num_samples: int) -> list[Generation]:

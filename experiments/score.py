@@ -72,7 +72,7 @@ def main(config: ScoreConfig) -> None:
         model.load_frozen(),
         mesh=mesh,
         batch_size=config.batch_size,
-        name="reference",
+        name=f"reference {model.folder}",
     )
     scoring.score_dataset(
         dataset,

@@ -9,7 +9,6 @@
 """
 
 import sys
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 

@@ -61,7 +61,7 @@ class RewardModel:
             model.load_frozen(),
             mesh=mesh,
             batch_size=batch_size,
-            name="reward model",
+            name=f"reward model {model.folder}",
         )
 
     def __call__(
