@@ -111,9 +111,9 @@ def not_finite(model: str, value: float, where: str, text: str) -> InputError:
         text: the completion.
     """
     return InputError(
-        f"{where}: {model}: wanted a finite number, got {value} for completion {text!r:.80}. Its "
-        "computation overflows, or its weights are not those of a trained model. Fix: dtype=float32 "
-        "for this model, or another model."
+        f"{where}: {model}: wanted a finite number, got {value} for completion {text!r:.80}. "
+        "Its computation overflows, or its weights are not those of a trained model. Fix: "
+        "dtype=float32 for this model, or another model."
     )
 
 

@@ -88,8 +88,8 @@ class PretrainedModel:
         if bad:
             raise InputError(
                 f"{self.folder}: wanted finite weights, got NaN or infinite ones in "
-                f"{', '.join(bad[:4])}{f' and {len(bad) - 4} more' * (len(bad) > 4)}. Fix: copy the "
-                "model again, or take an earlier one of its training."
+                f"{', '.join(bad[:4])}{f' and {len(bad) - 4} more' * (len(bad) > 4)}. Fix: copy "
+                "the model again, or take an earlier one of its training."
             )
         return params
 

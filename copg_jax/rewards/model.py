@@ -47,6 +47,9 @@ class RewardModel:
         dtype: str = "float32",
         max_prompt_tokens: int = 512,
     ):
+        for name, number in (("batch_size", batch_size), ("max_prompt_tokens", max_prompt_tokens)):
+            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+                raise InputError(f"RewardModel: {name} must be an integer >= 1, got {number!r:.80}")
         # All devices, whatever the run's mesh; the weights in as many pieces as are equal.
         width = read_architecture(resolve(path)).hidden_size
         shards = math.gcd(len(jax.devices()), width)
