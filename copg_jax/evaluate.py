@@ -245,7 +245,10 @@ class GenerationEvaluator:
         names = sorted({name for row in rows for name in row})
         columns = {name: [row.get(name) for row in rows] for name in names}
         rewards, _ = self._rewards(
-            [g.prompt for g in found], [g.completion for g in found], columns
+            [g.prompt for g in found],
+            [g.completion for g in found],
+            columns,
+            [self._prompts[g.index].where for g in found],
         )
         penalty = self._config.missing_eos_reward
         return [
