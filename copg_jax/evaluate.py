@@ -115,6 +115,9 @@ class GenerationEvaluator:
         generator: draws completions of them.
         rewards: the reward function.
         beta: β of the reported objective.
+
+    Raises:
+        InputError: a reward function that cannot be called with the columns of the prompts.
     """
 
     def __init__(
@@ -129,6 +132,8 @@ class GenerationEvaluator:
         self._config, self._prompts, self._generator = config, prompts, generator
         self._rewards, self._beta = rewards, beta
         self._placement = sharding.batch_sharding(generator.mesh)
+        self._columns = sorted({name for prompt in prompts for name in prompt.columns})
+        rewards.require_columns(self._columns)
 
     def __call__(self, params: Any, step: int) -> tuple[dict[str, float], dict[str, str]]:
         """Metrics (`eval/…`) and sample texts of the policy `params` at `step`; see `summarize`.
@@ -242,8 +247,7 @@ class GenerationEvaluator:
     def _judge(self, found: list[Generation]) -> list[Generation]:
         """Fills in the rewards."""
         rows = [self._prompts[g.index].columns for g in found]
-        names = sorted({name for row in rows for name in row})
-        columns = {name: [row.get(name) for row in rows] for name in names}
+        columns = {name: [row.get(name) for row in rows] for name in self._columns}
         rewards, _ = self._rewards(
             [g.prompt for g in found],
             [g.completion for g in found],

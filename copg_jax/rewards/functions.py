@@ -11,7 +11,7 @@ import copy
 import hashlib
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -84,19 +84,15 @@ def score_texts(
             than one finite float32 number or None a completion.
     """
     where = where or [f"prompt {prompt!r:.60}" for prompt in prompts]
-    try:
-        if not takes_own(function, required=False):
-            columns = {column: values for column, values in columns.items() if column != OWN}
-        inspect.signature(function).bind(prompts=[], completions=[], **columns)
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"reward function {name}: cannot be called as f(prompts, completions, **columns) with "
-            f"the columns of this data, {sorted(columns)}: {error}"
-        ) from error
+    taken = _taken(function, columns, name)
 
     def call(rows: range) -> Any:
         here = slice(rows.start, rows.stop)
-        own = {column: copy.deepcopy(values[here]) for column, values in columns.items()}
+        own = {
+            column: copy.deepcopy(values[here])
+            for column, values in columns.items()
+            if column in taken
+        }
         texts = {"prompts": list(prompts[here]), "completions": list(completions[here])}
         answer: Any = function(**texts, **own)
         is_array = hasattr(answer, "__array__") and np.ndim(answer) == 1
@@ -108,11 +104,28 @@ def score_texts(
         raise
     except BaseException as error:
         failing = _narrow(call, range(len(completions)))
-        places = dict.fromkeys([where[failing[0]], where[failing[-1]]])
+        ends = dict.fromkeys([where[failing[0]], where[failing[-1]]])
         raise InputError(
-            f"{' to '.join(places)}: reward function {name} failed: {describe(error)}"
+            f"{' to '.join(ends)}: reward function {name} failed: {describe(error)}"
         ) from error
     return _checked(answer, completions, where, name)
+
+
+def _taken(function: RewardFn, columns: Iterable[str], name: str) -> set[str]:
+    """The columns that a function gets: all, but the rows' own rewards only if it takes them.
+
+    Raises:
+        InputError: it cannot be called with them.
+    """
+    taken = {column for column in columns if column != OWN or takes_own(function, required=False)}
+    try:
+        inspect.signature(function).bind(prompts=[], completions=[], **{key: [] for key in taken})
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"reward function {name}: cannot be called as f(prompts, completions, **columns) with "
+            f"the columns of this data, {sorted(taken)}: {error}"
+        ) from error
+    return taken
 
 
 def _checked(
@@ -206,6 +219,11 @@ class WeightedRewards:
             asdict(spec) | {"hash": _fingerprint(spec.function, function)}
             for spec, function in self._parts
         ]
+
+    def require_columns(self, columns: Iterable[str]) -> None:
+        """Raises InputError unless all functions can be called with these columns."""
+        for spec, function in self._parts:
+            _taken(function, columns, spec.function)
 
     def __call__(
         self,
