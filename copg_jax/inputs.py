@@ -286,5 +286,6 @@ def open_evaluation(
         mesh=model.mesh,
     )
     text_of = Encoder(model.tokenizer).completion_text
-    generator = Generator(sampler, text_of, model.mesh, ref_token_logp)
+    names = f"policy {model.folder}", f"reference {reference and reference.folder}"
+    generator = Generator(sampler, text_of, model.mesh, ref_token_logp, *names)
     return GenerationEvaluator(generation, prompts, generator, rewards, beta=beta), hashes

@@ -24,11 +24,14 @@ import numpy as np
 from etils import epath
 
 from copg_jax import distributed
+from copg_jax.config.sections import RewardSpec
 from copg_jax.config.stages import ScoreConfig
 from copg_jax.data import scored
 from copg_jax.data.dataset import GroupDataset
 from copg_jax.data.formats.choice import FORMATS
+from copg_jax.data.formats.texts import TextGroup
 from copg_jax.data.groups import TokenGroup
+from copg_jax.data.reader import GroupReader
 from copg_jax.data.tokenizer import tokenizer_hash
 from copg_jax.errors import InputError
 from copg_jax.hf.pretrained import PretrainedModel
@@ -44,6 +47,37 @@ def check_folder(folder: epath.Path) -> None:
     """Raises InputError where a folder has parts of another format, so that none are added."""
     if scored.is_scored(str(folder)):
         scored.read_side_car(folder)
+
+
+def open_rewards(config: ScoreConfig, dataset: GroupDataset) -> WeightedRewards:
+    """The functions of the config; without any, the rewards that the rows bring along.
+
+    Raises:
+        InputError: no function and rows without rewards, or with human choices alone; a function
+            that needs the rewards of rows that have none.
+    """
+    bare = None
+    if not dataset.has_rewards:
+        where = next(row.where for row in dataset if row.rewards is None)
+        bare = f"the row at {where} has no rewards of its own"
+    if config.rewards:
+        return WeightedRewards(config.rewards, no_own=bare)
+    wanted = "rewards: wanted at least one reward function, got none"
+    name = "name a function, e.g. rewards='[{function: copg_jax.rewards.rouge_l}]'"
+    if bare is not None:
+        raise InputError(
+            f"{wanted}, and {bare}. Fix: {name}; or give every row `rewards`, one for each "
+            "completion."
+        )
+    first = next(iter(GroupReader(config.data)), None)
+    if isinstance(first, TextGroup) and first.is_choice:
+        raise InputError(
+            f"{wanted}, and the rows, such as that at {first.where}, have a human choice and no "
+            f"scores of their own. Fix: {name}; or, to train on the choice as rewards 1 and 0, set "
+            "rewards='[{function: copg_jax.rewards.given}]'."
+        )
+    log.info("no reward function is named: the rewards that the rows bring along are kept")
+    return WeightedRewards([RewardSpec("copg_jax.rewards.given")], no_own=None)
 
 
 def make_side_car(
@@ -142,32 +176,35 @@ def _finish(dataset: GroupDataset, folder: epath.Path, side_car: scored.SideCar)
 
 
 def _per_completion(dataset: GroupDataset) -> set[str]:
-    """Columns that hold, in every row, a list with one entry for each of its completions."""
-
-    def lists(row: TokenGroup) -> set[str]:
+    """Columns that hold, in every row, a list with one entry for each completion, or null."""
+    lists: set[str] = set()
+    others: dict[str, str] = {}  # name to the first row that holds something else
+    for row in dataset if dataset.stats["completions"]["max"] > 1 else ():
         size = len(row.completions if row.kept is None else row.kept)
-        return {n for n, v in row.columns.items() if isinstance(v, list) and len(v) == size}
-
-    found = lists(dataset[0]) if dataset.stats["completions"]["max"] > 1 else set()
-    for row in dataset if found else ():
-        for name in found - lists(row):
-            log.warning(
-                "column %r: at %s not one entry for each completion, as before: functions receive "
-                "the whole list",
-                name,
-                row.where,
-            )
-        found &= lists(row)
-    if found:
-        log.info("columns with one entry for each completion: %s", ", ".join(sorted(found)))
-    return found
+        for name, values in row.columns.items():
+            if isinstance(values, list) and len(values) == size:
+                lists.add(name)
+            elif values is not None:
+                others.setdefault(name, row.where)
+    for name in sorted(lists & others.keys()):
+        log.warning(
+            "column %r: at %s not one entry for each completion, as in other rows: functions "
+            "receive what each row has, whole",
+            name,
+            others[name],
+        )
+    spread = lists - others.keys()
+    if spread:
+        log.info("columns with one entry for each completion: %s", ", ".join(sorted(spread)))
+    return spread
 
 
 def _spread(row: TokenGroup, names: set[str]) -> TokenGroup:
     """A group whose columns of one entry a completion are those of the completions it kept."""
     kept = [True] * len(row.completions) if row.kept is None else row.kept
-    columns = {name: list(compress(row.columns[name], kept)) for name in names}
-    return replace(row, columns=row.columns | columns, kept=None)
+    lists = {name: row.columns.get(name) for name in names}
+    own = {name: list(compress(values, kept)) for name, values in lists.items() if values}
+    return replace(row, columns=row.columns | own, kept=None)
 
 
 def _score_rows(
@@ -204,12 +241,13 @@ def _reward_groups(
 ) -> tuple[list[np.ndarray], list[dict[str, np.ndarray]]]:
     """Total reward and its parts of each group; NaN where a reward is absent."""
     cells = [(row, k) for row in rows for k in range(len(row.completions))]
-    columns: dict[str, list[Any]] = {
-        name: [
-            row.columns[name][k] if name in spread else row.columns.get(name) for row, k in cells
-        ]
-        for name in sorted({name for row in rows for name in row.columns})
-    }
+
+    def entry(row: TokenGroup, k: int, name: str) -> Any:
+        value = row.columns.get(name)
+        return value[k] if name in spread and value is not None else value
+
+    names = sorted({name for row in rows for name in row.columns})
+    columns = {name: [entry(row, k, name) for row, k in cells] for name in names}
     if any(row.rewards is not None for row in rows):
         columns[OWN] = [None if row.rewards is None else float(row.rewards[k]) for row, k in cells]
     with Progress(f"rewards of {len(cells)} completions"):

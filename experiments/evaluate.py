@@ -23,6 +23,7 @@ from etils import epath
 from copg_jax import distributed, run_folder, runtime, sharding
 from copg_jax.config.load import run_main
 from copg_jax.config.stages import MAY_DIFFER, EvaluateConfig
+from copg_jax.errors import InputError
 from copg_jax.evaluate import Generation, in_prompt_order, sample_texts, summarize
 from copg_jax.files import GrowingFile, read_json_lines, write_text
 from copg_jax.hf.pretrained import open_model
@@ -92,7 +93,19 @@ def _evaluate(config: EvaluateConfig) -> dict[str, float]:
             write_text(path, "".join(map(_line, found)))
             write_text(averages, json.dumps(_jsonable(metrics), indent=2) + "\n")
     log.info("wrote %s and %s", averages, path)
+    _report_rewards(metrics["eval/dropped_rewards"], total, path)
     return metrics
+
+
+def _report_rewards(num_dropped: float, total: int, path: epath.Path) -> None:
+    """Says how many generations have no reward; none with one is an error."""
+    if num_dropped == total:
+        raise InputError(
+            f"{path}: not one of {total} generations has a reward: each got None. Correct the "
+            "reward function and evaluate into another output_dir."
+        )
+    if num_dropped:
+        log.warning("%d of %d generations have no reward (None): left out", num_dropped, total)
 
 
 def _read(path: epath.Path, num_samples: int) -> list[Generation]:
@@ -107,7 +120,8 @@ def _read(path: epath.Path, num_samples: int) -> list[Generation]:
     for number, row in enumerate(rows, start=1):
         try:
             checksum = row.pop(_CHECKSUM)
-            generation = Generation(**{k: math.nan if v is None else v for k, v in row.items()})
+            values: dict[str, Any] = {k: math.nan if v is None else v for k, v in row.items()}
+            generation = Generation(**values)
         except (KeyError, TypeError, AttributeError):
             checksum = generation = None
         if generation is None or checksum != _checksum(generation):

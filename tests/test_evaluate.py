@@ -98,6 +98,26 @@ PROMPTS = [
 GENERATION = GenerationConfig(num_prompts=5, num_samples=3, max_new_tokens=6, batch_size=4)
 
 
+def without_columns(prompts: list[str], completions: list[str]) -> list[float]:
+    """Takes no column."""
+    return [0.0] * len(completions)
+
+
+def of_another_column(
+    prompts: list[str], completions: list[str], *, absent: list[float], **columns: Any
+) -> list[float]:
+    """Wants a column that the prompts lack."""
+    return absent
+
+
+@pytest.mark.parametrize("name", ["without_columns", "of_another_column"])
+def test_a_reward_that_does_not_fit_the_columns_is_refused_before_anything_is_generated(name):
+    rewards = WeightedRewards([RewardSpec(f"{__name__}.{name}")])
+    generator = Generator(lambda *_: pytest.fail("generated"), decode, mesh())  # pyright: ignore
+    with pytest.raises(InputError, match=rf"{name}.*\['bonus'\]"):
+        GenerationEvaluator(GENERATION, PROMPTS, generator, rewards, beta=1.0)
+
+
 @pytest.fixture(scope="module")
 def params() -> Any:
     """A model sure enough of EOS that a third of the samples end."""

@@ -205,6 +205,7 @@ class TrainingConfig:
         require_size(self, "batch_size", "num_microbatches")
         require_positive(self, "num_epochs", "max_steps")
         require_positive(self, "eval_every", "save_every", "log_every")
+        require(self, "< 2**63", lambda count: count < 2**63, "num_epochs")
         require_one_of(self, REMATS, "remat")
         if self.batch_size % self.num_microbatches:
             raise InputError(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from copg_jax import checksums, sharding
 from copg_jax.config.sections import ModelConfig
@@ -75,21 +76,39 @@ class PretrainedModel:
             score_key: draws a score head that the folder lacks.
 
         Raises:
-            InputError: weights that have changed since they were written, or that do not fit.
+            InputError: weights that have changed since they were written, that are NaN or infinite,
+                or that do not fit the architecture.
         """
         self.hash  # noqa: B018  (raises where the weights have changed)
-        return load_params(
+        params = load_params(
             self.folder,
             self.arch,
             head=self.head,
             shardings=self.shardings,
             init_missing_score=score_key,
         )
+        finite = jax.jit(_are_finite, out_shardings=sharding.replicated(self.mesh))(params)
+        bad = [
+            jax.tree_util.keystr(path, simple=True, separator=".")
+            for path, is_finite in jax.tree_util.tree_leaves_with_path(jax.device_get(finite))
+            if not is_finite
+        ]
+        if bad:
+            raise InputError(
+                f"{self.folder}: wanted finite weights, got NaN or infinite ones in "
+                f"{', '.join(bad[:4])}{f' and {len(bad) - 4} more' * (len(bad) > 4)}. Fix: copy "
+                "the model again, or take an earlier one of its training."
+            )
+        return params
 
     def load_frozen(self) -> Any:
         """Reads weights that are only read (π_ref, a reward model), into the compute dtype."""
         cast = partial(cast_matrices, self.arch)
         return jax.jit(cast, out_shardings=self.shardings)(self.load())
+
+
+def _are_finite(params: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.isfinite(x).all(), params)
 
 
 def open_model(
@@ -114,7 +133,8 @@ def open_model(
     arch = replace(read_architecture(folder), dtype=section.dtype, remat=remat)
     arch = choose(section.attention, arch, mesh)
     tokenizer = load_tokenizer(folder)
-    num_ids = 1 + max(tokenizer.get_vocab().values())  # some may be left out
+    # Ids may have gaps: their number can be small and the largest too large.
+    num_ids = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
     if num_ids > arch.vocab_size:
         raise InputError(
             f"{folder}: the tokenizer has {num_ids} ids, the model only {arch.vocab_size} "

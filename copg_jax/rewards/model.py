@@ -50,9 +50,9 @@ class RewardModel:
         max_prompt_tokens: int = 512,
     ):
         for name, count in (("batch_size", batch_size), ("max_prompt_tokens", max_prompt_tokens)):
-            if not isinstance(count, int) or count < 1:
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
                 raise InputError(
-                    f"reward model: {name}: wanted a whole number of at least 1, got {count!r}"
+                    f"reward model: {name}: wanted a whole number of at least 1, got {count!r:.80}"
                 )
         # All devices, whatever the run's mesh; the weights in as many pieces as are equal.
         width = read_architecture(resolve(path)).hidden_size
@@ -68,7 +68,7 @@ class RewardModel:
             model.load_frozen(),
             mesh=mesh,
             batch_size=batch_size,
-            name="reward model",
+            name=f"reward model {model.folder}",
         )
 
     def __call__(

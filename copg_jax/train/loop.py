@@ -8,6 +8,7 @@
    step or the batch of an evaluation that runs; the same command goes on from there.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -23,6 +24,8 @@ from copg_jax.tracking import MetricsLogger
 from copg_jax.train.checkpoint import Checkpoints
 from copg_jax.train.metrics import LateMetrics, NonFiniteLoss
 from copg_jax.train.state import TrainState
+
+log = logging.getLogger(__name__)
 
 StepFn = Callable[[int, TrainState, GroupBatch], tuple[TrainState, dict[str, Any]]]
 """(number of the step, from 1, state, placed batch) → (state, metrics)."""
@@ -81,7 +84,10 @@ class EvaluationHook:
             return
         metrics, texts = self._evaluate(state.params, step)
         self._logger.log(step, metrics, text=texts)
-        self.last = step, metrics.get(self._best_metric) if self._best_metric else None
+        value = metrics.get(self._best_metric) if self._best_metric else None
+        if value is not None and not np.isfinite(value):
+            log.warning("step %d: no %s, so that it cannot be the best", step, self._best_metric)
+        self.last = step, value
 
     def leave(self, step: int, state: TrainState) -> None:
         pass

@@ -33,7 +33,9 @@ def _non_finite(
     step: int, ids: list[str], per_group: np.ndarray, folder: epath.Path
 ) -> NonFiniteLoss:
     culprits = [name for name, value in zip(ids, per_group, strict=True) if not np.isfinite(value)]
-    named = ", ".join(culprits[:8]) or "none by its loss alone: the gradient overflowed"
+    named = (
+        ", ".join(culprits[:8]) or "none by its loss alone: their sum or the gradient overflowed"
+    )
     return NonFiniteLoss(
         f"step {step}: the loss or its gradient is not finite. Offending examples: {named}. The "
         f"state from before this step is saved in {folder}; the same command would meet the same "

@@ -207,6 +207,8 @@ def _prepare(config: TrainConfig, stage: Stage) -> _Run:
         inputs.warn_of_overlap(*datasets)
     total = num_steps(len(datasets[0]), training.batch_size, training.num_epochs)
     total = total if training.max_steps is None else min(total, training.max_steps)
+    warmup = optim.warmup_steps(config.optim, total)
+    log.info("%d steps; the learning rate rises over the first %d", total, warmup)
     optimizer = optim.make_optimizer(config.optim)
     return _Run(
         config=config,

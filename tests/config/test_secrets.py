@@ -11,7 +11,7 @@ from copg_jax.config.load import config_differences, load_config, to_yaml
 from copg_jax.config.stages import PolicyConfig, ScoreConfig
 from copg_jax.errors import InputError
 from copg_jax.rewards.functions import WeightedRewards, load_reward
-from copg_jax.runtime import check_run_folder, write_run_header
+from copg_jax.run_folder import check_run_folder, write_run_header
 
 SECRET = "sk-4711"
 ARGUMENTS = (
