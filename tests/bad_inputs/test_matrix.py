@@ -3,7 +3,7 @@
 import pytest
 
 from copg_jax.errors import InputError
-from tests.bad_inputs.ground import Case, Ground
+from tests.bad_inputs.ground import Case
 from tests.bad_inputs.table import SECTIONS
 
 CASES = [
@@ -11,11 +11,6 @@ CASES = [
     for section, cases in SECTIONS.items()
     for case in cases
 ]
-
-
-@pytest.fixture(scope="session")
-def ground(tmp_path_factory) -> Ground:
-    return Ground(tmp_path_factory.mktemp("ground"))
 
 
 @pytest.mark.parametrize("case", CASES)
