@@ -68,11 +68,11 @@ def outcomes(numbers: list[int], folder: Path) -> Iterator[tuple[int, str, str]]
         for number in numbers:
             ours.send(number)
             try:
-                found = ours.recv() if ours.poll(TIMEOUT_SEC) else ("hang", "")
+                how, text = ours.recv() if ours.poll(TIMEOUT_SEC) else ("hang", "")
             except EOFError:
-                found = ("traceback", "the process died")
-            yield number, *found
-            if found[0] == "hang" or not process.is_alive():
+                how, text = "traceback", "the process died"
+            yield number, how, text
+            if how == "hang" or not process.is_alive():
                 return
         ours.send(None)
         process.join()

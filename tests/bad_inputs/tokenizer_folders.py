@@ -32,9 +32,9 @@ def config(name: str, *words: str, **changes: Any) -> Case:
     return Case(name, model(edit_json(CONFIG, **changes)), ("HERE/model", *words))
 
 
-def gone(*names: str) -> Callable[[Path], None]:
+def gone(*names: str) -> Callable[[Path], object]:
     """A folder without these files."""
-    return lambda folder: [(folder / name).unlink() for name in names] and None
+    return lambda folder: [(folder / name).unlink() for name in names]
 
 
 def with_code(name: str, *words: str, **changes: Any) -> Case:
