@@ -324,7 +324,7 @@ def test_a_policy_takes_ln_ref_of_its_own_reference_in_its_own_dtype_only(
         require(str(whole), reference="other")
     source = str(Path(tokenizer.name_or_path).parent / "comparisons.jsonl")
     with pytest.raises(InputError) as caught:
-        require(source)
+        inputs.require_scored_folder(DataConfig(path=source))
     names_all(str(caught.value), [source, "no ref_logp", "run experiments.score"])
 
 

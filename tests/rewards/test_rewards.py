@@ -193,7 +193,7 @@ def test_the_reward_model_gives_the_number_that_its_training_saw(folder, prompt)
     row = {"prompt": prompt, "chosen": TEXTS[0], "rejected": TEXTS[1]}
     group = FormatChoice("auto" if prompt == POST else "text").render(to_group("f:1", row))
     tokens = tokenize_group(group, Encoder(load_tokenizer(folder)), Limits(), Counter())
-    batch = collate([tokens, None], prompt_size=48, num_completions=3, completion_size=40)
+    batch = collate([tokens, None], prompt_size=64, num_completions=3, completion_size=40)
     scores = jax.jit(make_score(arch))(params, batch)
     given = RewardModel(str(folder))([prompt] * 2, TEXTS[:2])
     np.testing.assert_allclose(scores[0, :2], given, atol=1e-5)
