@@ -113,7 +113,7 @@ def of_another_column(
 @pytest.mark.parametrize("name", ["without_columns", "of_another_column"])
 def test_a_reward_that_does_not_fit_the_columns_is_refused_before_anything_is_generated(name):
     rewards = WeightedRewards([RewardSpec(f"{__name__}.{name}")])
-    generator = Generator(lambda *_: pytest.fail("generated"), decode, mesh())  # pyright: ignore
+    generator = Generator(lambda *_: pytest.fail("generated"), decode, mesh())
     with pytest.raises(InputError, match=rf"{name}.*\['bonus'\]"):
         GenerationEvaluator(GENERATION, PROMPTS, generator, rewards, beta=1.0)
 

@@ -23,7 +23,9 @@ from copg_jax.hf.pretrained import open_model
 from copg_jax.hf.weights import save_pretrained
 from copg_jax.models.params import init_params
 from copg_jax.sharding import make_mesh
+from copg_jax.tracking import MetricsLogger
 from copg_jax.train.loop import EvaluationHook
+from copg_jax.train.state import TrainState
 from experiments import evaluate, score, train_policy, train_sft
 from experiments.generated import write_generated
 from tests.toys import LLAMA, names_all
@@ -218,24 +220,13 @@ def test_a_tokenizer_with_an_id_beyond_the_embedding_is_refused(models, tmp_path
     names_all(str(caught.value), wanted)
 
 
-class Silent:
-    """Logs nothing."""
-
-    def log(self, *arguments: Any, **more: Any) -> None:
-        """Nothing."""
-
-
 @pytest.mark.parametrize(("value", "is_said"), [(np.nan, True), (0.5, False)])
-def test_a_step_that_has_no_rank_is_said(value, is_said, caplog):
-    hook = EvaluationHook(
-        TrainingConfig(),
-        3,
-        lambda *_: ({"m": value}, {}),
-        Silent(),
-        "m",  # pyright: ignore
-    )
-    with caplog.at_level(logging.WARNING, "copg_jax"):
-        hook(3, type("State", (), {"params": None})())  # pyright: ignore
+def test_a_step_that_has_no_rank_is_said(value, is_said, tmp_path, caplog):
+    with MetricsLogger(tmp_path, total_steps=3, quiet=True) as logger:
+        found = lambda *_: ({"m": value}, {})
+        hook = EvaluationHook(TrainingConfig(), 3, found, logger, "m")
+        with caplog.at_level(logging.WARNING, "copg_jax"):
+            hook(3, TrainState(step=3, params=None, opt_state=None, halted=False))
     assert ("step 3: no m, so that it cannot be the best" in caplog.text) == is_said
 
 

@@ -242,7 +242,7 @@ class WeightedRewards:
             name = spec.function if spec.function not in parts else f"{spec.function}[{number}]"
             parts[name] = values
             total = total + spec.weight * values
-        for index in np.flatnonzero(np.abs(total) > FLOAT32_MAX):
+        for index in np.flatnonzero(np.abs(total) > FLOAT32_MAX).tolist():
             raise InputError(
                 f"{where[index] if where else f'prompt {prompts[index]!r:.60}'}: the weighted sum "
                 f"of the rewards is {total[index]:.4g}: wanted a finite number of float32. Fix: "
