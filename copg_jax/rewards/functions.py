@@ -101,9 +101,9 @@ def score_texts(
         raise
     except (Exception, SystemExit) as error:
         failing = _narrow(call, range(len(completions)))
-        places = dict.fromkeys([where[failing[0]], where[failing[-1]]])
+        ends = dict.fromkeys([where[failing[0]], where[failing[-1]]])
         raise InputError(
-            f"{' to '.join(places)}: reward function {name} failed: {describe(error)}"
+            f"{' to '.join(ends)}: reward function {name} failed: {describe(error)}"
         ) from error
     return _checked(answer, completions, where, name)
 
