@@ -152,8 +152,9 @@ def _with_names(value: Any, named: Any) -> Any:
         return {key: _with_names(child, named.get(key)) for key, child in value.items()}
     if isinstance(value, list) and isinstance(named, list) and len(value) == len(named):
         return [_with_names(*pair) for pair in zip(value, named, strict=True)]
-    reads = isinstance(value, str) and isinstance(named, str) and _ENVIRONMENT in named
-    return EnvironmentText(value, named) if reads else value
+    if isinstance(value, str) and isinstance(named, str) and _ENVIRONMENT in named:
+        return EnvironmentText(value, named)
+    return value
 
 
 def _with_texts(value: Any, name: str, texts: Mapping[str, str]) -> Any:

@@ -33,6 +33,8 @@ class EnvironmentText(str):
       written: The text with `${oc.env:NAME}` in their place; this is what messages show.
     """
 
+    written: str
+
     def __new__(cls, value: str, written: str = "") -> Self:
         text = super().__new__(cls, value)
         text.written = written

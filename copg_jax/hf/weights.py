@@ -109,7 +109,7 @@ def read_architecture(path: str | Path) -> Architecture:
         raise InputError(f"{file}: transformers refuses it: {error}") from error
     names = {field.name for field in dataclasses.fields(Architecture)}
     sizes = {k: v for k, v in hf.to_dict().items() if k in names - {"rope_scaling", "dtype"}}
-    rope: dict[str, Any] = hf.rope_parameters or {}
+    rope: Mapping[str, Any] = dict(hf.rope_parameters or {})
     try:
         scaling = _read_scaling(rope) if rope.get("rope_type") == "llama3" else None
         rest = {"rope_theta": float(rope["rope_theta"]), "rope_scaling": scaling}

@@ -72,7 +72,7 @@ class RewardModel:
         )
 
     def __call__(
-        self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
+        self, /, prompts: Sequence[str], completions: Sequence[str], **columns: Any
     ) -> list[float | None]:
         """Scores, reward units, one a completion; None for a text that spells EOS."""
         runs = self._group(prompts, completions)
