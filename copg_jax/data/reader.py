@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
 
+from etils import epath
+
 from copg_jax.config.sections import DataConfig
 from copg_jax.data import scored
 from copg_jax.data.formats import tldr
@@ -17,6 +19,7 @@ from copg_jax.data.formats.columns import InvalidRow, TextGroup, detect_schema, 
 from copg_jax.data.groups import TokenGroup
 from copg_jax.data.rows import SIDE_CAR, Row, fingerprint, read_rows, split_family
 from copg_jax.errors import InputError
+from copg_jax.files import bucket_errors
 
 OTHER_SPLIT = "row of another split"
 OTHER_PART = "post of another part"
@@ -41,7 +44,7 @@ class GroupReader:
             hashes = {"tokenizer_hash": tokenizer_hash, "text_format_hash": tldr.format_hash()}
             scored.check_parts(path, scored.verify(path, **hashes))
         else:
-            scored.refuse_bare_parts(path)
+            _refuse_bare_parts(path)
 
     def fingerprint(self) -> str:
         """Hash of everything that decides which groups come out: file contents and the config."""
@@ -107,3 +110,15 @@ class GroupReader:
                 "one schema in a data set. Let data.path name the files of one schema, by a glob "
                 "perhaps."
             )
+
+
+def _refuse_bare_parts(path: str) -> None:
+    """Raises InputError where `path` is the folder of a score run that has lost its side-car."""
+    folder = epath.Path(path)
+    with bucket_errors(path):
+        is_bare = (folder / "inputs.json").exists() and any(folder.glob("part-*.parquet"))
+    if is_bare:
+        raise InputError(
+            f"{folder / SIDE_CAR}: missing, though parts of scored data are there. Fix: run the "
+            "same score command again."
+        )
