@@ -22,6 +22,7 @@ from copg_jax.data.groups import TokenGroup
 from copg_jax.data.rows import InvalidRow, Row, read_rows
 from copg_jax.data.sources import SIDE_CAR, fingerprint, split_family
 from copg_jax.errors import InputError
+from copg_jax.files import bucket_errors
 
 OTHER_SPLIT = "row of another split"
 OTHER_PART = "post of another part"
@@ -57,7 +58,7 @@ class GroupReader:
         """
         config = self._config
         if not scored.is_scored(config.path):
-            scored.refuse_bare_parts(config.path)
+            _refuse_bare_parts(config.path)
             return
         name = scored.read_side_car(epath.Path(config.path)).text_format
         if config.format not in ("auto", name):
@@ -166,3 +167,15 @@ class GroupReader:
                 "one schema in a data set. Let data.path name the files of one schema, by a glob "
                 "perhaps."
             )
+
+
+def _refuse_bare_parts(path: str) -> None:
+    """Raises InputError where `path` is the folder of a score run that has lost its side-car."""
+    folder = epath.Path(path)
+    with bucket_errors(path):
+        is_bare = (folder / "inputs.json").exists() and any(folder.glob("part-*.parquet"))
+    if is_bare:
+        raise InputError(
+            f"{folder / SIDE_CAR}: missing, though parts of scored data are there. Fix: run the "
+            "same score command again."
+        )

@@ -210,18 +210,6 @@ def is_scored(path: str) -> bool:
         return (epath.Path(path) / SIDE_CAR).exists()
 
 
-def refuse_bare_parts(path: str) -> None:
-    """Raises InputError where `path` is the folder of a score run that has lost its side-car."""
-    folder = epath.Path(path)
-    with bucket_errors(path):
-        is_bare = (folder / "inputs.json").exists() and any(folder.glob("part-*.parquet"))
-    if is_bare:
-        raise InputError(
-            f"{folder / SIDE_CAR}: missing, though parts of scored data are there. Fix: run the "
-            "same score command again."
-        )
-
-
 def write_side_car(folder: epath.Path, side_car: SideCar) -> None:
     """Writes the side-car, in place of an earlier one."""
     folder.mkdir(parents=True, exist_ok=True)
