@@ -170,7 +170,7 @@ RUNS = [
     changed("a finished run with other weights",
             damage("model/model.safetensors", lambda old: old[:-4] + b"\0\0\0\0"), "model"),
     changed("a finished run with another tokenizer", damage("model/tokenizer.json", other_blanks),
-            "HERE/run"),
+            "run"),
     changed("a finished run with another seed", lambda here: None, "seed", more=("seed=7",)),
     changed("a finished run without validation", lambda here: None, "validation",
             more=("validation=null",)),
