@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -26,6 +27,7 @@ from tests.bad_inputs.ground import Case, Ground
 from tests.bad_inputs.table import SECTIONS
 
 TIMEOUT_SEC = 60.0
+DIED = "the process died"
 CASES = [(section, case) for section, cases in SECTIONS.items() for case in cases]
 
 
@@ -40,7 +42,7 @@ def outcome(case: Case, ground: Ground, here: Path) -> tuple[str, str]:
     except SystemExit as error:
         return "accepted" if error.code in (0, None) else "traceback", repr(error)
     except BaseException as error:  # what is counted
-        return "traceback", f"{type(error).__name__}: {error}"
+        return "traceback", "".join(traceback.format_exception_only(error))
     return "accepted", ""
 
 
@@ -70,9 +72,9 @@ def outcomes(numbers: list[int], folder: Path) -> Iterator[tuple[int, str, str]]
             try:
                 how, text = ours.recv() if ours.poll(TIMEOUT_SEC) else ("hang", "")
             except EOFError:
-                how, text = "traceback", "the process died"
+                how, text = "traceback", DIED
             yield number, how, text
-            if how == "hang" or not process.is_alive():
+            if how == "hang" or text == DIED:
                 return
         ours.send(None)
         process.join()

@@ -107,7 +107,7 @@ FACTORIES = [
             arguments="{batch_size: 3}"),
     scoring("a reward model that is nowhere", "copg_jax.rewards.RewardModel", "no/such/model",
             arguments="{path: no/such/model}"),
-    scoring("a reward model whose path is a list", "copg_jax.rewards.RewardModel", "path",
+    scoring("a reward model whose path is a list", "copg_jax.rewards.RewardModel", "RewardModel",
             arguments="{path: [5]}"),
 ]  # fmt: skip
 ANSWERS = [
@@ -119,7 +119,7 @@ ANSWERS = [
     answering("a function that ends the process", "leaves", "SystemExit"),
     answering("a function that is cancelled", "is_cancelled", "CancelledError"),
     answering("numbers of another sort", "exact", "Decimal"),
-    scoring("a function to be awaited", f"{OWN}.is_awaited", "is_awaited", "coroutine"),
+    scoring("a function to be awaited", f"{OWN}.is_awaited", "is_awaited"),
     scoring("a reward times its weight beyond float32", f"{OWN}.huge", "comparisons.jsonl:1",
             weight="2"),
     Case("rewards whose sum is beyond float32",
@@ -127,7 +127,7 @@ ANSWERS = [
          ("comparisons.jsonl:1",)),
     Case("no reward for any generation",
          runs("evaluate", f"evaluation.rewards=[{{function: {OWN}.none_at_all}}]"),
-         ("none_at_all",)),
+         ("reward",)),
 ]  # fmt: skip
 MODULES = [
     module("a module with a name that is missing", "x = 1\nreward = not_defined\n", "theirs.py:2"),

@@ -16,7 +16,7 @@ from tests.bad_inputs.ground import (
     write,
 )
 
-CONFIG, INPUTS, GENERATIONS = "run/config.yaml", "run/inputs.json", "run/generations.jsonl"
+CONFIG, INPUTS = "run/config.yaml", "run/inputs.json"
 LONG = "x" * 300
 
 
@@ -150,17 +150,6 @@ def other_blanks(old: bytes) -> bytes:
     return old.replace(b'"add_prefix_space": false', b'"add_prefix_space": true')
 
 
-def generated(name: str, *given: str | bytes) -> Case:
-    """An evaluation goes on with generations that it did not write."""
-    content = b"".join((x.encode() if isinstance(x, str) else x) + b"\n" for x in given)
-    make = lambda ground, here: write(here / GENERATIONS, content)
-    return Case(name, runs("evaluate", make=make), ("generations.jsonl",))
-
-
-WHOLE = (
-    '{"index": 0, "id": "a", "prompt": "p", "completion": "c", "reward": 1.0, "logp": -1.0, '
-    '"ref_logp": null, "kl_k3": null, "length": 2, "has_eos": true}'
-)
 RUNS = [
     changed("a row less in the data of a finished run", damage("rows.jsonl", one_row_less), "data"),
     changed("other words in the data of a finished run", damage("rows.jsonl", other_words), "data"),
@@ -170,7 +159,7 @@ RUNS = [
     changed("a finished run with other weights",
             damage("model/model.safetensors", lambda old: old[:-4] + b"\0\0\0\0"), "model"),
     changed("a finished run with another tokenizer", damage("model/tokenizer.json", other_blanks),
-            "HERE/run"),
+            "run"),
     changed("a finished run with another seed", lambda here: None, "seed", more=("seed=7",)),
     changed("a finished run without validation", lambda here: None, "validation",
             more=("validation=null",)),
@@ -188,14 +177,6 @@ RUNS = [
     state("an inputs.json that is no UTF-8", INPUTS, lambda old: b"\xff" + old),
     state("an inputs.json nested deep", INPUTS, lambda old: b"[" * 10_000),
     state("an inputs.json of another run", INPUTS, lambda old: old.replace(b"0", b"1")),
-    generated("a generation that is null", "null"),
-    generated("a generation that is a list", "[1, 2]"),
-    generated("a generation with other fields", '{"prompt": "p", "text": "c"}'),
-    generated("a generation with a field too many", WHOLE[:-1] + ', "x": 1}', WHOLE),
-    generated("a generation of no prompt", WHOLE.replace('"index": 0', '"index": 99')),
-    generated("a generation with a number that is a text", WHOLE.replace("-1.0", '"low"')),
-    generated("a generation in the midst that is cut", WHOLE[:50], WHOLE),
-    generated("a generation nested deep", "[" * 10_000, WHOLE),
 ]  # fmt: skip
 
 CASES = [*FOLDERS, *OVERLAPS, *RUNS]
