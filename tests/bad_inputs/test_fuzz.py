@@ -20,7 +20,7 @@ from copg_jax.data.dataset import GroupDataset, prepare
 from copg_jax.data.reader import GroupReader
 from copg_jax.data.tokenizer import load_tokenizer, tokenizer_hash
 from copg_jax.errors import InputError
-from copg_jax.runtime import check_run_folder, write_run_header
+from copg_jax.run_folder import check_run_folder, write_run_header
 from copg_jax.tracking import MetricsLogger
 from tests.bad_inputs.ground import write
 
