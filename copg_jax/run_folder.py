@@ -78,13 +78,15 @@ def claim(output_dir: str, config: Any, *, may_differ: Sequence[str] = ()) -> It
 def _held(folder: epath.Path) -> Iterator[None]:
     """Makes and holds the folder, which is left as it was where the run has written nothing."""
     is_new = not folder.exists()
-    with ExitStack() as stack:
-        with _named(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(hold(folder))  # the first file in it: it can be written
-        yield
-    if is_new and not is_remote(folder) and not any(folder.iterdir()):
-        folder.rmdir()
+    try:
+        with ExitStack() as stack:
+            with _named(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(hold(folder))  # the first file in it: it can be written
+            yield
+    finally:
+        if is_new and not is_remote(folder) and folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 @contextmanager
