@@ -171,6 +171,7 @@ class GracefulExit:
     """
 
     _entered: "GracefulExit | None" = None  # signals are the process's, and so is what they asked
+    _before: str | None = None  # the signal that `signals_as_exits` got
 
     def __init__(self) -> None:
         self.requested: str | None = None
@@ -183,6 +184,8 @@ class GracefulExit:
 
     def __enter__(self) -> Self:
         GracefulExit._entered = self
+        # Where Python cannot pass an exception on, as out of a callback, SystemExit was lost.
+        self.requested = GracefulExit._before
         self._previous = _set_handlers(self._handle, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         return self
 
@@ -234,12 +237,14 @@ def signals_as_exits() -> Iterator[None]:
     """In the body, SIGTERM and SIGHUP raise SystemExit, as Ctrl-C raises KeyboardInterrupt."""
 
     def leave(signum: int, frame: FrameType | None) -> None:
+        GracefulExit._before = signal.Signals(signum).name
         raise SystemExit(128 + signum)
 
     previous = _set_handlers(leave, signal.SIGTERM, signal.SIGHUP)
     try:
         yield
     finally:
+        GracefulExit._before = None
         _restore_handlers(previous)
 
 

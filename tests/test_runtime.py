@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from contextlib import suppress
 
 import pytest
 
@@ -81,6 +82,16 @@ def test_compilation_is_said_before_and_after(caplog):
         "scores: compiling, then 13 groups",
         "scores: compiled, first 4 in _ s",
     ]
+
+
+def test_a_signal_whose_exit_was_lost_in_a_callback_is_still_a_request():
+    with runtime.signals_as_exits():
+        with suppress(SystemExit):  # as Python does where an exception has nowhere to go
+            os.kill(os.getpid(), signal.SIGHUP)
+        with GracefulExit() as graceful:
+            assert graceful.exit_code == 129
+    with GracefulExit() as graceful:
+        assert graceful.exit_code == 0
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
