@@ -195,9 +195,10 @@ OTHER_OUTPUT = with_tensor("lm_head.weight", lambda tensors: tensors[EMBEDDINGS]
 FOLDER = lambda folder: [(folder / WEIGHTS).unlink(), (folder / WEIGHTS).mkdir()]
 FILES = [
     Case("new weights beside an older index", model(stale_index), (WEIGHTS, INDEX)),
-    Case("tied embeddings beside another output", model(OTHER_OUTPUT), (WEIGHTS, "lm_head.weight")),
+    Case("tied embeddings beside another output", model(OTHER_OUTPUT),
+         ("HERE/model", "lm_head.weight")),
     Case("rotary frequencies of other positions",
-         model(with_tensor(FREQUENCIES, np.full(2, 9, np.float32))), (WEIGHTS, FREQUENCIES)),
+         model(with_tensor(FREQUENCIES, np.full(2, 9, np.float32))), ("HERE/model", FREQUENCIES)),
     Case("a tensor in two files", model(twice), ("a.safetensors", "b.safetensors")),
     Case("an index of the wrong files", model(wrong_file), (INDEX,)),
     Case("an index with a tensor too many", model(shards(ghost="a.safetensors")), ("ghost",)),
@@ -272,8 +273,6 @@ def reference(name: str, dtype: str, change: Callable[[Path], object] | None, wo
     """A policy is evaluated beside a reference that is another."""
     given = ["reference.path=HERE/m", f"reference.dtype={dtype}"]
     return Case(name, runs("evaluate", *given, make=copied("base", change)), ("HERE/m", word))
-
-
 
 
 def sealed(name: str, file: str, change: Callable[[Path], object], stage: str = "sft") -> Case:
