@@ -180,9 +180,12 @@ class GroupReader:
 
 def _is_contradicted(group: TextGroup) -> bool:
     """Whether the scores of a pair, by which it is learnt, prefer the rejected completion."""
-    if group.chosen is None or group.rewards is None or None in group.rewards:
+    if group.chosen is None or group.rewards is None:
         return False
-    return group.rewards[group.chosen] < max(group.rewards)
+    chosen = group.rewards[group.chosen]
+    return chosen is not None and any(
+        other is not None and chosen < other for other in group.rewards
+    )
 
 
 def _refuse_bare_parts(path: str) -> None:
