@@ -171,7 +171,7 @@ def _parse(text: str) -> _Claim | None:
     """None where it is no claim: a damaged one, which its run mends at the next heartbeat."""
     try:
         return _Claim(**json.loads(text))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
 
 

@@ -63,7 +63,8 @@ def claim(output_dir: str, config: Any, *, may_differ: Sequence[str] = ()) -> It
         InputError: a folder that cannot be written, that overlaps with an input, that another run
             is writing or that another config began.
     """
-    folder = epath.Path(output_dir)
+    with bucket_errors(output_dir):
+        folder = epath.Path(output_dir)
     check_run_folder(folder, config, may_differ=may_differ)  # before anything is written there
     with signals_as_exits(), disk_errors(folder), ExitStack() as stack:
         with distributed.main_first(folder):
@@ -181,7 +182,8 @@ def _check_names(folder: epath.Path) -> None:
     """Refuses a folder where what a run writes has the name of something that it cannot replace."""
     if is_remote(folder):
         return  # objects and folders of a bucket may share a name
-    for name in (*_FOLDERS, *_FILES):
+    parts = [path.name for path in Path(folder).glob("part-*.parquet")]
+    for name in (*_FOLDERS, *_FILES, *parts):
         path = Path(folder) / name
         wanted = "a folder" if name in _FOLDERS else "a file"
         is_wanted = path.is_dir() if name in _FOLDERS else path.is_file()
@@ -237,7 +239,7 @@ def _check_same_run(path: epath.Path, resolved: str, may_differ: Sequence[str]) 
     try:
         text = path.read_text(encoding="utf-8")
         previous = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(
             f"{path}: wanted the config of an earlier run, could not read it ({error}). Fix: "
             f"restore it, or {_new_run(path.parent)}."

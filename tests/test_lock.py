@@ -222,7 +222,7 @@ def test_a_run_waits_for_one_that_comes_after_it_to_give_up(folder, quick, monke
     thread.join()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "\0" * 64, '{"pid": 1}', "\x80"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\0" * 64, '{"pid": 1}', "\x80", "[" * 9999])
 def test_a_damaged_claim_is_taken_over_once_it_stands_still(folder, quick, text):
     write_claim(folder).write_bytes(text.encode("latin-1"))
     with lock.hold(folder):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from copg_jax import checksums
 from copg_jax.config.load import load_config
 from copg_jax.config.sections import MeshConfig, ModelConfig, TrainingConfig
 from copg_jax.config.stages import EvaluateConfig, PolicyConfig, ScoreConfig, SFTConfig
@@ -214,6 +215,7 @@ def test_a_tokenizer_with_an_id_beyond_the_embedding_is_refused(models, tmp_path
     last = max(vocab, key=vocab.get)
     vocab[last] += 7  # as many tokens as before, with a gap
     path.write_text(json.dumps(tokens))
+    (folder / checksums.NAME).unlink()  # changed on purpose
     with pytest.raises(InputError) as caught:
         open_model(ModelConfig(str(folder)), make_mesh(MeshConfig(1)), head="score")
     wanted = [str(folder), f"{arch.vocab_size + 7} ids", f"only {arch.vocab_size}"]

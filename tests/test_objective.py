@@ -229,11 +229,12 @@ def test_a_path_that_leads_to_no_function_is_refused_with_the_form_of_one_that_d
     names_all(str(caught.value), ["loss.name", repr(path), *parts])
 
 
-def test_an_error_inside_a_user_s_module_is_shown_as_it_is(tmp_path, monkeypatch):
+def test_an_error_inside_a_user_s_module_is_named_with_its_line(tmp_path, monkeypatch):
     (tmp_path / "broken_losses.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(InputError) as caught:
         find_objective(LossConfig("broken_losses.mine"))
+    names_all(str(caught.value), ["broken_losses.mine", "ZeroDivisionError", "broken_losses.py:1"])
 
 
 def test_functions_without_a_signature_are_refused(monkeypatch):

@@ -182,15 +182,6 @@ def test_completions_beyond_the_positions_of_the_model_are_refused(
     names_all(text, ["max_new_tokens", f"at most {most}, got {tokens}", "114 tokens", "4096"])
 
 
-@pytest.mark.parametrize("argument", ["batch_size", "max_prompt_tokens"])
-@pytest.mark.parametrize("value", ["0", "-3", "2.5", "many"])
-def test_sizes_of_a_reward_model_are_whole_numbers(workplace, elsewhere, argument, value):
-    model = f"{{path: {workplace.folder / 'base'}, {argument}: {value}}}"
-    rewards = f"rewards=[{{function: copg_jax.rewards.RewardModel, arguments: {model}}}]"
-    text = workplace.refusal("score", elsewhere, rewards)
-    names_all(text, ["reward model", argument, "at least 1", value])
-
-
 def test_a_refused_run_leaves_no_config_behind(workplace, elsewhere, tmp_path):
     workplace.refusal("reward", elsewhere, f"data.path={workplace.posts}")
     assert not (tmp_path / "run" / "config.yaml").exists()

@@ -185,8 +185,9 @@ def prepare(
         if isinstance(rows, GroupReader):
             stats |= {"rows": rows.rows_read, "text_format": rows.text_format}
         if stats["kept"] == 0:
+            source = rows.source if isinstance(rows, GroupReader) else path
             raise InputError(
-                f"The data set is empty: nothing was kept.\n{format_stats(stats)}\nCheck "
+                f"{source}: the data set is empty: nothing was kept.\n{format_stats(stats)}\nCheck "
                 "data.path, data.split and data.part."
             )
         part.replace(path)

@@ -20,13 +20,14 @@ from copg_jax.data.formats.texts import TextGroup
 from copg_jax.data.formats.tldr import post_fraction
 from copg_jax.data.groups import TokenGroup
 from copg_jax.data.rows import InvalidRow, Row, read_rows
-from copg_jax.data.sources import SIDE_CAR, fingerprint, split_family
+from copg_jax.data.sources import SIDE_CAR, describe_files, fingerprint, split_family
 from copg_jax.errors import InputError
 from copg_jax.files import bucket_errors
 
 OTHER_SPLIT = "row of another split"
 OTHER_PART = "post of another part"
 REJECTED = "rejected completion left out: only the chosen one is learnt"
+CONTRADICTED = "chosen has the lower score"
 
 
 class GroupReader:
@@ -51,6 +52,12 @@ class GroupReader:
         self.rows_read = 0
         self._first: tuple[str, str] | None = None
         self._make: Callable[[str, Row], TextGroup | TokenGroup | str] = self._text_group
+
+    @property
+    def source(self) -> str:
+        """Where the data is, for messages: its path and files."""
+        path = self._config.path
+        return f"{path} ({describe_files(path, self._config.split)})"
 
     def check_ids(self, tokenizer_hash: str) -> None:
         """Raises InputError where the data has ids, and they are not this tokenizer's, not as they
@@ -156,6 +163,8 @@ class GroupReader:
             schema = detect_schema(where, row)
             scores = " with scores" * ("chosen" in schema.fields and not group.is_choice)
             self._check_one_schema(where, schema.name + scores)
+            if _is_contradicted(group):
+                self.changed[CONTRADICTED] += 1
         return group
 
     def _check_one_schema(self, where: str, name: str) -> None:
@@ -167,6 +176,16 @@ class GroupReader:
                 "one schema in a data set. Let data.path name the files of one schema, by a glob "
                 "perhaps."
             )
+
+
+def _is_contradicted(group: TextGroup) -> bool:
+    """Whether the scores of a pair, by which it is learnt, prefer the rejected completion."""
+    if group.chosen is None or group.rewards is None:
+        return False
+    chosen = group.rewards[group.chosen]
+    return chosen is not None and any(
+        other is not None and chosen < other for other in group.rewards
+    )
 
 
 def _refuse_bare_parts(path: str) -> None:

@@ -7,6 +7,7 @@
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from glob import glob, has_magic
@@ -64,7 +65,7 @@ def find_files(path: str, split: str = "train") -> list[Path]:
     if place.is_file():
         files = [place]
     elif place.is_dir():
-        found = [file for file in place.rglob("*") if file.suffix in SUFFIXES and file.is_file()]
+        found = [file for file in place.rglob("*") if file.suffix in SUFFIXES and not file.is_dir()]
         if (place / SIDE_CAR).exists():
             found = list(place.glob("part-*.parquet"))
         files = _of_split(place, _data_of(place, found), split)
@@ -78,6 +79,11 @@ def find_files(path: str, split: str = "train") -> list[Path]:
         if file.suffix not in SUFFIXES:
             raise InputError(
                 f"{file}: unknown file type '{file.suffix}'. Wanted one of {', '.join(SUFFIXES)}."
+            )
+        if not file.exists():
+            raise InputError(
+                f"{file}: wanted a file, got a link to {os.readlink(file)}, which is not there. "
+                "Restore that file, or remove the link."
             )
     _require_one_format(files)
     return files
@@ -103,8 +109,8 @@ def fingerprint(path: str, *, split: str = "train", revision: str | None = None)
         digest.update(repr((path, split, revision)).encode())
         return digest.hexdigest()
     for file in find_files(path, split):
-        digest.update(f"{file.name}:{file.stat().st_size}\n".encode())
         try:
+            digest.update(f"{file.name}:{file.stat().st_size}\n".encode())
             with file.open("rb") as stream:
                 while block := stream.read(1 << 20):
                     digest.update(block)

@@ -100,6 +100,11 @@ class Encoder:
         if bare != rules:
             self._bare = tokenizers.Tokenizer.from_str(json.dumps(bare))
         self._anchor: list[int] = self._ids(self._bare, "a")
+        if not self._anchor:
+            raise InputError(
+                f"{name}: the tokenizer makes no token of the text 'a', and would leave out what "
+                "it does not know. Take one that knows every text, or has an unk_token."
+            )
         self._anchor_text: str = self._decode(self._anchor)
 
     def _find_prefix(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -54,6 +54,11 @@ class SafetensorsFolder:
         self._shapes: dict[str, tuple[int, ...]] = {}
         for file in sorted(files):
             self._open(file)
+        for name in self._weight_map.keys() - self._file_of.keys():
+            raise InputError(
+                f"{folder / self._weight_map[name]}: wanted {name}, which {INDEX_NAME} says is in "
+                "it, got no tensor of that name. Fix: copy the folder again."
+            )
 
     def _open(self, file: Path) -> None:
         try:

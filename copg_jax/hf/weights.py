@@ -330,8 +330,10 @@ def params_hash(folder: str | Path) -> str:
     """
     digest = hashlib.sha256()
     wanted = checksums.sealed_sums(folder, fix=RESTORE)
-    for file in sorted([Path(folder) / "config.json", *Path(folder).glob("*.safetensors")]):
-        found = checksums.file_sum(file)
+    sealed = [Path(folder) / name for name in wanted if name.endswith(".safetensors")]
+    weights = {*Path(folder).glob("*.safetensors"), *sealed}
+    for file in sorted([Path(folder) / "config.json", *weights]):
+        found = checksums.file_sum(file, fix=RESTORE)
         checksums.expect_sum(file, found, wanted.get(file.name, found), fix=RESTORE)
         digest.update(file.name.encode() + bytes.fromhex(found))
     return digest.hexdigest()

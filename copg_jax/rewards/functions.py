@@ -41,8 +41,10 @@ def load_reward(spec: RewardSpec) -> RewardFn:
     try:
         plain = lambda value: str(value) if isinstance(value, str) else value
         function = function(**map_leaves(plain, spec.arguments)) if spec.arguments else function
-    except (InputError, KeyboardInterrupt):
+    except KeyboardInterrupt:
         raise
+    except InputError as error:
+        raise InputError(f"reward function {spec.function!r}: {error}") from error
     except BaseException as error:
         what = "arguments do not fit" if isinstance(error, TypeError) else "its factory failed"
         raise InputError(f"reward function {spec.function!r}: {what}: {describe(error)}") from error

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from copg_jax.config.sections import Limits, MeshConfig, ModelConfig
+from copg_jax.config.sections import DTYPES, Limits, MeshConfig, ModelConfig
 from copg_jax.data import groups
 from copg_jax.data.formats.choice import format_of_prompt
 from copg_jax.data.formats.texts import TextGroup
@@ -51,9 +51,9 @@ class RewardModel:
     ):
         for name, count in (("batch_size", batch_size), ("max_prompt_tokens", max_prompt_tokens)):
             if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-                raise InputError(
-                    f"reward model: {name}: wanted a whole number of at least 1, got {count!r:.80}"
-                )
+                raise InputError(f"{name}: wanted a whole number of at least 1, got {count!r:.80}")
+        if dtype not in DTYPES:
+            raise InputError(f"dtype: wanted one of {', '.join(DTYPES)}, got {dtype!r:.80}")
         # All devices, whatever the run's mesh; the weights in as many pieces as are equal.
         width = read_architecture(resolve(path)).hidden_size
         shards = math.gcd(len(jax.devices()), width)

@@ -69,12 +69,15 @@ def measure(
         profile: folder for a profiler trace of the steps in a row.
 
     Raises:
-        InputError: too few steps, or a batch that cannot be cut over the mesh.
+        InputError: too few steps, a batch that cannot be cut over the mesh, or no folder to be made
+            for the trace.
         RuntimeError: the loss became NaN or infinite: what was timed is no training.
     """
     if num_steps < 1 or num_warmup < 1:
         raise InputError(f"--steps and --warmup must be >= 1, got {num_steps} and {num_warmup}")
     check_batch(batch_size, num_microbatches, mesh)
+    if profile is not None:
+        _make_folder(profile)
     num_bins = sharding.num_batch_shards(mesh) * num_microbatches
     batches = make_batches(workload, batch_size, num_bins, num_warmup + 2 * num_steps)
     traces: list[int] = []
@@ -100,6 +103,17 @@ def measure(
         "num_traces": len(traces),
         "peak_device_bytes": peak_device_bytes(),
     }
+
+
+def _make_folder(profile: Path) -> None:
+    """Raises InputError, before anything is compiled, where a trace could not be written."""
+    try:
+        profile.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--profile {profile}: wanted a folder that can be written, got {error}. Fix: give "
+            "another one."
+        ) from error
 
 
 def _rates(

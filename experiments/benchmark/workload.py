@@ -9,7 +9,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -73,8 +73,7 @@ def write_workload(path: Path, *, num_pairs: int, seed: int = 0) -> None:
     def draw(size: int) -> list[int]:
         return rng.integers(10, _VOCAB_SIZE, size).tolist()
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
+    with _opened(path) as file:
         for _ in range(num_pairs):
             prompt = length(340, 100, 64, 512)
             completions = [length(36, 11, 8, 64) for _ in range(2)]
@@ -85,6 +84,21 @@ def write_workload(path: Path, *, num_pairs: int, seed: int = 0) -> None:
                 "rewards": rewards,
             }
             file.write(json.dumps(row) + "\n")
+
+
+def _opened(path: Path) -> TextIO:
+    """A new file.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"--out {path}: wanted a file that can be written, got {error}. Fix: give another one."
+        ) from error
 
 
 class Workload(GroupDataset):
@@ -132,20 +146,20 @@ def read_workload(path: Path, *, vocab_size: int) -> Workload:
             f"--workload {path}: wanted a file of JSON lines, got nothing there. Write one with "
             f"`python -m experiments.benchmark workload --pairs 256 --out {path}`."
         )
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:  # decoded line by line, so that a bad one has its number
         found = [_group(f"{path}:{i}", line, vocab_size) for i, line in enumerate(lines, start=1)]
     if not found:
         raise InputError(f"--workload {path}: wanted at least one row, got an empty file.")
     return Workload(found)
 
 
-def _group(where: str, line: str, vocab_size: int) -> TokenGroup:
+def _group(where: str, line: bytes, vocab_size: int) -> TokenGroup:
     try:
         row: dict[str, Any] = json.loads(line)
         prompt = np.asarray(row["prompt_ids"])
         completions = tuple(np.asarray(ids) for ids in row["completion_ids"])
         rewards = np.asarray(row["rewards"], np.float32)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"{where}: wanted a JSON object with prompt_ids (list of ids), completion_ids (list of "
             f"lists of ids) and rewards (list of numbers), got {line[:60]!r} ({error!r})"

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import load_file, save_file
 
+from copg_jax import checksums
 from copg_jax.config.load import load_config
 from copg_jax.data.tokenizer import load_tokenizer
 from copg_jax.hf import weights
@@ -161,15 +162,25 @@ def parquet(stage: str, *columns: tuple[str, Any]) -> Act:
 # --- models ---
 
 
-def model(change: Callable[[Path], object], stage: str = "sft", *more: str) -> Act:
-    """Runs a stage on a copy of the base model, HERE/model, after a change of it."""
+def model(change: Callable[[Path], object], stage: str = "sft", *, is_sealed: bool = False) -> Act:
+    """Runs a stage on a copy of the base model, HERE/model, after a change of it.
+
+    Unless `is_sealed`, the checksums go too, as they do where a user changes a model on purpose.
+    """
     name = "reference" if stage == "score" else "model"
 
     def make(ground: Ground, here: Path) -> None:
         shutil.copytree(ground.base, here / "model")
         change(here / "model")
+        if not is_sealed:
+            unseal(here / "model")
 
-    return runs(stage, f"{name}.path=HERE/model", *more, make=make)
+    return runs(stage, f"{name}.path=HERE/model", make=make)
+
+
+def unseal(folder: Path) -> None:
+    """Removes the checksums of a model's folder."""
+    (folder / checksums.NAME).unlink()
 
 
 def edit_json(name: str, **changes: Any) -> Callable[[Path], None]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from copg_jax import checksums
 from tests.bad_inputs.ground import (
     Act,
     Case,
@@ -20,6 +21,7 @@ from tests.bad_inputs.ground import (
     model,
     put,
     runs,
+    unseal,
     write,
 )
 
@@ -193,9 +195,10 @@ OTHER_OUTPUT = with_tensor("lm_head.weight", lambda tensors: tensors[EMBEDDINGS]
 FOLDER = lambda folder: [(folder / WEIGHTS).unlink(), (folder / WEIGHTS).mkdir()]
 FILES = [
     Case("new weights beside an older index", model(stale_index), (WEIGHTS, INDEX)),
-    Case("tied embeddings beside another output", model(OTHER_OUTPUT), (WEIGHTS, "lm_head.weight")),
+    Case("tied embeddings beside another output", model(OTHER_OUTPUT),
+         ("HERE/model", "lm_head.weight")),
     Case("rotary frequencies of other positions",
-         model(with_tensor(FREQUENCIES, np.full(2, 9, np.float32))), (WEIGHTS, FREQUENCIES)),
+         model(with_tensor(FREQUENCIES, np.full(2, 9, np.float32))), ("HERE/model", FREQUENCIES)),
     Case("a tensor in two files", model(twice), ("a.safetensors", "b.safetensors")),
     Case("an index of the wrong files", model(wrong_file), (INDEX,)),
     Case("an index with a tensor too many", model(shards(ghost="a.safetensors")), ("ghost",)),
@@ -253,6 +256,7 @@ def copied(name: str, change: Callable[[Path], object] | None = None) -> Act:
         shutil.copytree(getattr(ground, name), here / "m")
         if change is not None:
             change(here / "m")
+            unseal(here / "m")
 
     return make
 
@@ -271,6 +275,25 @@ def reference(name: str, dtype: str, change: Callable[[Path], object] | None, wo
     return Case(name, runs("evaluate", *given, make=copied("base", change)), ("HERE/m", word))
 
 
+def sealed(name: str, file: str, change: Callable[[Path], object], stage: str = "sft") -> Case:
+    """A file that its folder's checksums name as another."""
+    act = model(change, stage, is_sealed=True)
+    return Case(name, act, (f"HERE/model/{file}", checksums.NAME))
+
+
+SEALED = [
+    sealed("a sealed config that was changed", CONFIG, edit_json(CONFIG, rms_norm_eps=0.5)),
+    sealed("sealed weights that were changed", WEIGHTS,
+           damage(WEIGHTS, lambda old: old[:-4] + b"\0\0\0\0")),
+    sealed("sealed weights that are gone", WEIGHTS, shards()),
+    sealed("a sealed tokenizer that is gone", "tokenizer.json",
+           lambda folder: (folder / "tokenizer.json").unlink(), "score"),
+    sealed("checksums cut short", checksums.NAME,
+           damage(checksums.NAME, lambda old: old[: len(old) // 2])),
+    sealed("checksums of something else", checksums.NAME,
+           put(checksums__json='{"files": {"config.json": "0"}, "facts": {}}')),
+    sealed("checksums that were edited", checksums.NAME, edit_json(checksums.NAME, files={})),
+]  # fmt: skip
 PLACES = [
     Case("NaN in weights that score", model(spoilt(NORM, NAN), "score"), ("HERE/model",)),
     Case("infinity in weights that score", model(spoilt(NORM, INF), "score"), ("HERE/model",)),
@@ -285,7 +308,9 @@ PLACES = [
          runs("sft", "model.path=HERE/m",
               make=copied("reward_model", edit_json(CONFIG, tie_word_embeddings=False))),
          ("HERE/m", "lm_head.weight")),
-    Case("an empty folder", runs("sft", "model.path=HERE"), ("HERE", CONFIG)),
+    Case("an empty folder",
+         runs("sft", "model.path=HERE/m", make=lambda ground, here: (here / "m").mkdir()),
+         ("HERE/m", CONFIG)),
     Case("a file as a model", runs("sft", "model.path=HERE/m/config.json", make=copied("base")),
          ("HERE/m/config.json",)),
     Case("a folder that is not there", runs("score", "reference.path=HERE/nowhere"), ("nowhere",)),
@@ -294,4 +319,4 @@ PLACES = [
     reference("a reference in another dtype", "bfloat16", None, "dtype"),
 ]  # fmt: skip
 
-CASES = [*CONFIGS, *FILES, *PLACES]
+CASES = [*CONFIGS, *FILES, *SEALED, *PLACES]

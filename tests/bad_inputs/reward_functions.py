@@ -50,7 +50,7 @@ def with_column(column: str, *words: str, function: str = "copg_jax.rewards.leng
     """Rows with a column of a name that functions know for something else."""
     row = {"prompt": "Say a.", "chosen": "a", "rejected": "b", column: "x"}
     act = rows("score", *[row] * 9, more=[f"rewards=[{{function: {function}}}]"])
-    return Case(f"a column named {column}", linked(act), (column, *words))
+    return Case(f"a column named {column}", act, (column, *words))
 
 
 def linked(act: Act) -> Act:
@@ -136,11 +136,10 @@ MODULES = [
     module("a module in another encoding", "# coding: nowhere\nreward = 1\n", "theirs"),
     module("a module without the function", "def rewrad(): ...\n", "theirs"),
 ]
-JUDGE = "copg_jax.rewards.RewardModel, arguments: {path: HERE/m}"
 COLUMNS = [
     with_column("prompts", "length"),
     with_column("completions", "rows.jsonl:1"),
-    with_column("self", "RewardModel", function=JUDGE),
+    with_column("self", "judge", function=f"{OWN}.judge"),
 ]
 
 CASES = [*NAMES, *FACTORIES, *ANSWERS, *MODULES, *COLUMNS]

@@ -32,7 +32,7 @@ COMPARISON = {
     "choice": 1,
 }
 SCORES = GOOD_PAIR | {"score_chosen": 1, "score_rejected": 0}
-PATH = "data.path=HERE"
+PATH = "data.path=HERE/data"
 
 
 def line(name: str, second: Any, *words: str, first: Any = GOOD, stage: str = "sft") -> Case:
@@ -50,7 +50,13 @@ def field(name: str, row: dict[str, Any], words: str, first: Any = None) -> Case
 
 def read(name: str, make: Any, *words: str, path: str = PATH, stage: str = "sft") -> Case:
     """A file or folder that a stage cannot read."""
-    return Case(name, runs(stage, *path.split(" "), make=make), words)
+
+    def make_data(ground: Ground, here: Path) -> None:
+        (here / "data").mkdir()
+        if make is not None:
+            make(ground, here / "data")
+
+    return Case(name, runs(stage, *path.split(" "), make=make_data), words)
 
 
 def only(*given: Any, stage: str, name: str, words: tuple[str, ...], more: Any = ()) -> Case:
@@ -209,6 +215,9 @@ FILES = [
          "rows.json", path=f"{PATH}/rows.json"),
     read("an object over many lines", files(rows__json=json.dumps({"rows": [GOOD]}, indent=1)),
          "rows.json:1", path=f"{PATH}/rows.json"),
+    read("a folder with a link to nothing",
+         lambda *place: [files(more__jsonl=NINE)(*place), link_to_nothing(*place)],
+         "rows.jsonl", "gone.jsonl"),
     read("a link to nothing", link_to_nothing, "rows.jsonl", path=f"{PATH}/rows.jsonl"),
     read("half a Parquet file", cut_parquet(0.5), "rows.parquet", path=f"{PATH}/rows.parquet"),
     read("an empty Parquet file", cut_parquet(0), "rows.parquet", path=f"{PATH}/rows.parquet"),
@@ -220,8 +229,8 @@ FILES = [
          path=f"{PATH}/rows.jsonl"),
     read("a pattern that fits nothing", files(a__txt=b""), "*.jsonl", path=f"{PATH}/*.jsonl"),
     read("a pattern that fits no data", files(rows__csv=b"a"), "rows.csv", path=f"{PATH}/rows.*"),
-    read("a folder that is not there", None, "HERE/nowhere", path=f"{PATH}/nowhere"),
-    read("a path with a line break", None, "HERE/a", path=f"{PATH}/a\n/b"),
+    read("a folder that is not there", None, "HERE/data/nowhere", path=f"{PATH}/nowhere"),
+    read("a path with a line break", None, "HERE/data/a", path=f"{PATH}/a\n/b"),
     Case("Parquet without the columns", parquet("sft", ("text", ["a"] * 9)), ("rows.parquet:1",)),
     Case("Parquet with numbers for prompts",
          parquet("sft", ("prompt", [1] * 9), ("completion", ["a"] * 9)),

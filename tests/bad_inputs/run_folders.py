@@ -87,6 +87,7 @@ FOLDERS = [
     taken("inputs.json", is_folder=True, stage="reward"),
     taken("scored.json", is_folder=True, stage="score"),
     taken("part-00000.parquet", is_folder=True, stage="score"),
+    taken("part-00017.parquet", is_folder=True, stage="score"),
     taken("evaluation.json", is_folder=True, stage="evaluate"),
     taken("generations.jsonl", is_folder=True, stage="evaluate"),
     linked("model", "elsewhere"),

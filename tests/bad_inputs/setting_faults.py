@@ -134,10 +134,10 @@ STAGES = [
             "evaluation={data: {path: HERE/rows.jsonl}}",
             "evaluation.generation.num_prompts=1",
             "evaluation.rewards=[{function: copg_jax.rewards.length}]",
-            "evaluation.generation.max_new_tokens=2048",
+            "evaluation.generation.max_new_tokens=4092",
             make=files(rows__jsonl='{"prompt": "Say a.", "completion": "a"}\n'),
         ),
-        ("max_new_tokens",),
+        ("max_new_tokens", "4091"),
     ),
     *(
         Case(

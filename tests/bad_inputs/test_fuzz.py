@@ -12,6 +12,7 @@ from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from copg_jax.checksums import read_record
 from copg_jax.config.load import load_config
 from copg_jax.config.sections import DataConfig
 from copg_jax.config.stages import SFTConfig
@@ -139,8 +140,9 @@ def read_tokens(folder: Path, tokenizer: Any) -> None:
 def begin(folder: Path, tokenizer: Any) -> None:
     """As a run does at its start."""
     check_run_folder(folder, CONFIG)
-    write_run_header(folder, CONFIG, {"data": "1", "model": "2"})
-    assert json.loads((folder / "inputs.json").read_text()) == {"data": "1", "model": "2"}
+    inputs = {"data": "1", "model": "2"}
+    write_run_header(folder, CONFIG, inputs)
+    assert read_record(folder / "inputs.json", fix="") == inputs
 
 
 def log_on(folder: Path, tokenizer: Any) -> None:
@@ -165,7 +167,7 @@ def whole(ground, tokenizer, tmp_path_factory) -> Path:
     """A folder for each reader, in which all is well."""
     folder = tmp_path_factory.mktemp("whole")
     shutil.copytree(ground.scored, folder, dirs_exist_ok=True)
-    for name in ("config.yaml", "inputs.json"):
+    for name in ("config.yaml", "inputs.json", "metrics.jsonl"):
         (folder / name).unlink()
     begin(folder, tokenizer)
     shutil.copy(ground.posts, folder / "rows.jsonl")

@@ -5,7 +5,7 @@ import pytest
 from copg_jax.config.sections import TEXT_FORMATS, DataConfig
 from copg_jax.data.formats.choice import FORMATS
 from copg_jax.data.formats.tldr import NEWS
-from copg_jax.data.reader import OTHER_PART, OTHER_SPLIT, REJECTED, GroupReader
+from copg_jax.data.reader import CONTRADICTED, OTHER_PART, OTHER_SPLIT, REJECTED, GroupReader
 from copg_jax.data.rows import InvalidRow
 from copg_jax.errors import InputError
 
@@ -171,7 +171,46 @@ def test_of_a_preference_the_chosen_completion_alone_is_learnt_and_the_others_co
     groups = list(reader)
     assert [group.completions for group in groups] == [(wanted,)] * 2
     assert [group.rewards for group in groups] == [None] * 2
-    assert reader.changed == {REJECTED: 2}
+    assert reader.changed[REJECTED] == 2
+
+
+@pytest.mark.parametrize("chosen_only", [False, True])
+@pytest.mark.parametrize(
+    ("scores", "count"),
+    [
+        ({"score_chosen": 1.0, "score_rejected": 2.0}, 2),
+        ({"rewards": [-1, 0]}, 2),
+        ({"score_chosen": 1.0, "score_rejected": 1.0}, 0),
+        ({"score_chosen": None, "score_rejected": 2.0}, 0),
+        ({"rewards": [2, 1]}, 0),
+        ({}, 0),
+    ],
+)
+def test_pairs_whose_scores_contradict_the_choice_are_counted(
+    write_lines, scores, count, chosen_only
+):
+    row = TEXT | scores
+    reader = GroupReader(DataConfig(path=write_lines(row, row)), chosen_only=chosen_only)
+    assert len(list(reader)) == 2
+    assert reader.changed[CONTRADICTED] == count
+
+
+@pytest.mark.parametrize(
+    "nulls",
+    [
+        {"score_chosen": None, "score_rejected": None},
+        {"chosen_reward": None, "rejected_reward": None},
+        {"rewards": [None, None]},
+    ],
+)
+def test_a_pair_with_two_null_scores_has_no_rewards_and_is_of_the_schema_of_its_neighbours(
+    write_lines, nulls
+):
+    given = {name: [2, 1] if name == "rewards" else 1.0 for name in nulls}
+    path = write_lines(TEXT | given, TEXT | nulls)
+    first, second = GroupReader(DataConfig(path=path))
+    assert None not in first.rewards
+    assert second.rewards == (None, None)
 
 
 def test_of_scored_groups_nothing_is_chosen_but_completions_without_rewards_are_all_good(

@@ -229,13 +229,15 @@ def test_what_is_no_function_that_can_be_called_is_refused_when_it_is_opened(
     names_all(str(caught.value), [f"{__name__}.{name}", "wanted a function", shown])
 
 
-@pytest.mark.parametrize("arguments", [{"batch_size": 0}, {"max_prompt_tokens": -3}])
-def test_sizes_of_a_reward_model_are_checked_before_it_is_read(arguments):
+@pytest.mark.parametrize("value", [0, -3, 2.5, "many", True])
+@pytest.mark.parametrize("name", ["batch_size", "max_prompt_tokens"])
+def test_sizes_of_a_reward_model_are_checked_before_it_is_read(name, value):
+    arguments = {name: value}
     spec = RewardSpec("copg_jax.rewards.RewardModel", {"path": "no/such/folder"} | arguments)
-    ((name, value),) = arguments.items()
     with pytest.raises(InputError) as caught:
         load_reward(spec)
-    names_all(str(caught.value), [f"{name} must be an integer >= 1", str(value)])
+    wanted = ["RewardModel", f"{name}: wanted a whole number of at least 1", repr(value)]
+    names_all(str(caught.value), wanted)
 
 
 def huge(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:

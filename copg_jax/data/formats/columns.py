@@ -113,12 +113,15 @@ def _comparison_row(where: str, row: Row) -> TextGroup | str:
 def _pair_row(where: str, row: Row) -> TextGroup:
     texts = tuple(_text(where, row, name) for name in ("chosen", "rejected"))
     kinds = [[form.format(side) for side in ("chosen", "rejected")] for form in PAIR_SCORES]
+    nulls = [names for names in kinds if all(name in row for name in names)]
     kinds = [names for names in kinds if any(row.get(name) is not None for name in names)]
     if len(kinds) + (row.get("rewards") is not None) > 1:
         found = [name for names in (*kinds, ["rewards"]) for name in names if name in row]
         detail = f"fields {found}: wanted the scores of a pair once."
         raise InvalidRow(where, "scores more than once", detail)
-    scores = {name: _typed(where, row, name, object) for names in kinds for name in names}
+    # Nulls alone are scores too: those of a pair that was given none.
+    used_names = (kinds or nulls)[:1]
+    scores = {name: _typed(where, row, name, object) for names in used_names for name in names}
     rewards = _rewards(where, row, len(texts)) or _numbers(where, scores)
     used = ("prompt", "chosen", "rejected", "rewards")
     group = _prompt_row(where, row, texts, rewards or (1.0, 0.0), used=used)

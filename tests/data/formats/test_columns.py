@@ -78,9 +78,10 @@ def test_scores_of_a_pair_are_its_rewards_and_a_margin_is_none(names, prompt):
     assert group.rewards == (7, 7.5) and not group.is_choice
     scores[names.format("chosen")] = None
     assert read("f:1", pair | scores).rewards == (None, 7.5)
-    for row in (pair, pair | dict.fromkeys(scores)):
-        group = read("f:1", row)
-        assert group.rewards == (1.0, 0.0) and group.is_choice
+    unscored = read("f:1", pair | dict.fromkeys(scores))
+    assert unscored.rewards == (None, None) and not unscored.is_choice
+    group = read("f:1", pair)
+    assert group.rewards == (1.0, 0.0) and group.is_choice
 
 
 def test_a_choice_is_told_from_scores_that_look_like_one(comparison_row, prompt):
