@@ -44,7 +44,7 @@ def require_seed(config: Any) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A pretrained Llama and how to compute with it."""
+    """A pretrained model and how to compute with it."""
 
     path: str = option(help="Hugging Face folder or hub id (safetensors)")
     revision: str | None = option(None, "hub revision; a commit pins the weights")

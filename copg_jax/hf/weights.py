@@ -1,14 +1,14 @@
 """Hugging Face model folders: read and write, without torch and without pickle.
 
 1. `resolve` finds a local folder, or downloads one of a bucket or the hub.
-2. `read_architecture` turns config.json into an Architecture, or says why it cannot.
+2. `read_architecture` turns config.json into an Architecture, or says why it cannot
+   (`families`).
 3. `load_params` reads safetensors (one file or sharded) into float32 leaves, shard by shard.
 4. `save_pretrained` writes a folder that `transformers` loads with the same logits or rewards.
 5. `params_hash` identifies a folder's weights.
 """
 
 import copy
-import dataclasses
 import hashlib
 import json
 import os
@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 from copg_jax import distributed
 from copg_jax.errors import InputError
 from copg_jax.files import is_remote, local_copy
+from copg_jax.hf.families import to_architecture, to_config
 from copg_jax.hf.names import HfTensor, assemble, check_fit, hf_tensors, to_hf
 from copg_jax.hf.tensor_files import (
     INDEX_NAME,
@@ -34,7 +35,7 @@ from copg_jax.hf.tensor_files import (
     SafetensorsFolder,
     write_safetensors,
 )
-from copg_jax.models.params import Architecture, Params, RopeScaling
+from copg_jax.models.params import Architecture, Params
 
 _SNAPSHOT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
@@ -72,55 +73,35 @@ def resolve(path_or_id: str, revision: str | None = None) -> Path:
     return Path(snapshot)
 
 
-def read_architecture(path: str | Path) -> Architecture:
-    """Read config.json of a Llama folder.
+def config_json(folder: str | Path) -> dict[str, Any]:
+    """Reads config.json of a model folder.
 
     Raises:
-        InputError: the file is missing or broken, or describes something this model cannot do.
+        InputError: the file is missing, or no JSON object.
     """
-    file = Path(path) / "config.json"
+    file = Path(folder) / "config.json"
     try:
         raw = json.loads(file.read_text())
     except OSError as error:
         raise InputError(f"{file}: wanted a Hugging Face config.json, got {error}") from error
     except ValueError as error:
         raise InputError(f"{file}: wanted JSON, got {error}") from error
-    if not isinstance(raw, dict) or raw.get("model_type") != "llama":
-        got = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
-        raise InputError(f"{file}: model_type: wanted 'llama', got {got!r}; use a Llama checkpoint")
+    if not isinstance(raw, dict):
+        raise InputError(f"{file}: wanted a JSON object, got a {type(raw).__name__}")
+    return raw
+
+
+def read_architecture(path: str | Path) -> Architecture:
+    """Reads config.json of a model folder; the families are those of `families.FAMILIES`.
+
+    Raises:
+        InputError: the file is missing or broken, or describes something this decoder cannot do.
+    """
+    raw = config_json(path)
     try:
-        hf = transformers.LlamaConfig.from_dict(raw)
-    except Exception as error:  # the validation of transformers has its own exception types
-        raise InputError(f"{file}: transformers refuses it: {error}") from error
-    unsupported = {
-        "hidden_act": (hf.hidden_act, "silu"),
-        "attention_bias": (hf.attention_bias, False),
-        "mlp_bias": (hf.mlp_bias, False),
-        "quantization_config": (raw.get("quantization_config"), None),
-    }
-    for field, (got, wanted) in unsupported.items():
-        if got != wanted:
-            raise InputError(f"{file}: {field}: wanted {wanted!r}, got {got!r}, not supported")
-    names = {field.name for field in dataclasses.fields(Architecture)}
-    sizes = {k: v for k, v in hf.to_dict().items() if k in names - {"rope_scaling", "dtype"}}
-    rope_theta, rope_scaling = _read_rope(hf.rope_parameters or {}, file)
-    try:
-        return Architecture(**{**sizes, "rope_theta": rope_theta, "rope_scaling": rope_scaling})
+        return to_architecture(raw)
     except InputError as error:
-        raise InputError(f"{file}: {error}") from error
-
-
-def _read_rope(rope: Mapping[str, Any], file: Path) -> tuple[float, RopeScaling | None]:
-    kind = rope.get("rope_type", "default")
-    if kind not in ("default", "llama3"):
-        raise InputError(
-            f"{file}: rope_type: wanted 'default' or 'llama3', got {kind!r}, not supported"
-        )
-    if kind == "default":
-        return float(rope["rope_theta"]), None
-    fields = {field.name for field in dataclasses.fields(RopeScaling)}
-    scaling = RopeScaling(**{name: value for name, value in rope.items() if name in fields})
-    return float(rope["rope_theta"]), scaling
+        raise InputError(f"{Path(path) / 'config.json'}: {error}") from error
 
 
 def load_params(
@@ -167,6 +148,7 @@ def save_pretrained(
     *,
     head: str,
     tokenizer: transformers.PreTrainedTokenizerBase,
+    source: str | Path | None = None,
     max_shard_bytes: int = 4 << 30,
 ) -> None:
     """Write config.json, safetensors (float32) and tokenizer; config.json, which comes last, marks
@@ -178,10 +160,19 @@ def save_pretrained(
         folder: target; replaced where it is a model folder already.
         arch: sizes of the model.
         params: tree of `init_params`, any sharding.
-        head: "lm" -> LlamaForCausalLM, "score" -> LlamaForSequenceClassification of one label.
+        head: "lm" -> the family's ForCausalLM, "score" -> ForSequenceClassification of one label.
         tokenizer: gives BOS, EOS and padding ids; saved beside the weights.
+        source: folder that the model came from; what its config.json says besides is kept.
         max_shard_bytes: size at which the next safetensors file begins.
     """
+    special = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": _pad_id(tokenizer),
+    }
+    config = to_config(
+        arch, head=head, special=special, source=config_json(source) if source else {}
+    )
     folder = epath.Path(folder)
     temporary = folder.with_name(f".{folder.name}.tmp")
     with distributed.main_first(folder.parent):
@@ -199,7 +190,7 @@ def save_pretrained(
             if distributed.is_main_process():
                 folder.rmtree(missing_ok=True)
                 temporary.rename(folder)
-                _save_small(hf_config(arch, head=head, tokenizer=tokenizer), folder)
+                _save_small(config, folder)
     finally:
         if distributed.is_main_process():
             temporary.rmtree(missing_ok=True)
@@ -224,36 +215,11 @@ def _check_replaceable(folder: epath.Path) -> None:
         )
 
 
-def hf_config(
-    arch: Architecture, *, head: str, tokenizer: transformers.PreTrainedTokenizerBase
-) -> transformers.LlamaConfig:
-    """The transformers config of a model; `rope_parameters` in the form of transformers 5."""
-    sizes = dataclasses.asdict(arch)
-    for ours in ("dtype", "attention", "remat", "rope_theta", "rope_scaling"):
-        del sizes[ours]
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": arch.rope_theta}
-    if arch.rope_scaling is not None:
-        rope |= {"rope_type": "llama3", **dataclasses.asdict(arch.rope_scaling)}
-    names = {"lm": "LlamaForCausalLM", "score": "LlamaForSequenceClassification"}
-    fields = {
-        **sizes,
-        "rope_parameters": rope,
-        "architectures": [names[head]],
-        "dtype": "float32",
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": _pad_id(tokenizer),
-    }
-    if head == "score":
-        fields["num_labels"] = 1
-    return transformers.LlamaConfig.from_dict(fields)
-
-
 def _pad_id(tokenizer: transformers.PreTrainedTokenizerBase) -> Any:
     """The id of a special token to pad with that is not EOS; None where there is no such token.
 
-    LlamaForSequenceClassification reads the last token that differs from pad_token_id: with
-    padding equal to EOS it would read the token before the EOS. Without pad_token_id it takes
+    ForSequenceClassification of transformers reads the last token that differs from pad_token_id:
+    with padding equal to EOS it would read the token before the EOS. Without pad_token_id it takes
     batches of one text and refuses larger ones. An ordinary token is no substitute: as padding it
     would count as special, and decoding would leave it out of texts.
     """

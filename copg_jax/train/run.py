@@ -280,5 +280,6 @@ def _export(run: _Run, name: str, params: Any) -> None:
         params,
         head=run.model.head,
         tokenizer=run.model.tokenizer,
+        source=run.model.folder,
     )
     log.info("wrote %s", run.folder / name)
