@@ -59,13 +59,8 @@ def open_data(
         )
     log.info("%s: %s\n%s", name, section.path, format_stats(dataset.stats))
     prompt, _, completion = dataset.shape(multiple=1)
-    if prompt + completion > model.arch.max_position_embeddings:
-        raise InputError(
-            f"{section.path}: prompts of up to {prompt} and completions of up to {completion} "
-            f"tokens, but {model.folder} was made for {model.arch.max_position_embeddings} "
-            "positions (max_position_embeddings). Fix: lower data.max_prompt_tokens or "
-            "data.max_completion_tokens."
-        )
+    fix = "lower data.max_prompt_tokens or data.max_completion_tokens"
+    model.require_room(section.path, prompt, completion, fix=fix)
     return dataset
 
 
@@ -181,14 +176,20 @@ def open_evaluation(
         The evaluation, and hashes of what it reads by name.
 
     Raises:
-        InputError: fewer different prompts than asked for, unusable rewards, or a reference that
-            cannot be compared with the policy.
+        InputError: fewer different prompts than asked for, no room for what is generated,
+            unusable rewards, or a reference that cannot be compared with the policy.
     """
     if reference is not None:
         require_comparable(model, reference)
     generation = section.generation
     dataset = open_data(section.data, model, folder, "prompts")
     prompts = _first_prompts(dataset, generation.num_prompts, section.data.path)
+    model.require_room(
+        "evaluation.generation",
+        max(len(group.prompt_tokens) for group in prompts),
+        generation.max_new_tokens,
+        fix="lower evaluation.data.max_prompt_tokens or evaluation.generation.max_new_tokens",
+    )
     rewards = WeightedRewards(section.rewards)
     hashes = {"evaluation.data": dataset.fingerprint, "evaluation.rewards": rewards.fingerprint}
     ref_token_logp = None

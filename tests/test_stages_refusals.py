@@ -1,5 +1,6 @@
 """Bad settings, models and data are refused before anything long begins, with what to change."""
 
+import json
 import shutil
 
 import pytest
@@ -70,6 +71,33 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(workplace, elsewher
     tiny_model(tmp_path / "small", load_tokenizer(workplace.folder / "base"), 300)
     text = workplace.refusal("sft", elsewhere, f"model.path={tmp_path / 'small'}")
     names_all(text, [str(tmp_path / "small"), "400 ids", "300", "vocab_size in config.json", "Fix"])
+
+
+@pytest.mark.parametrize(
+    ("stage", "window", "parts"),
+    [
+        ("sft", 100, ["sft.jsonl", "data.max_prompt_tokens"]),
+        ("score", 100, ["comparisons.jsonl", "data.max_prompt_tokens"]),
+        (
+            "evaluate",
+            400,
+            ["evaluation.generation", "completions of up to 395", "max_new_tokens"],
+        ),
+    ],
+)
+def test_a_window_that_is_shorter_than_the_data_is_refused_with_both_numbers(
+    workplace, elsewhere, tmp_path, stage, window, parts
+):
+    model = tmp_path / "mistral"
+    shutil.copytree(workplace.folder / "base", model)
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "mistral", "sliding_window": window}
+    (model / "config.json").write_text(json.dumps(config))
+    paths = [f"{name}.path={model}" for name in ("model", "reference")]
+    paths = {"sft": paths[:1], "score": paths[1:]}.get(stage, paths)
+    longer = ["evaluation.generation.max_new_tokens=395"] if stage == "evaluate" else []
+    text = workplace.refusal(stage, elsewhere, *paths, *longer)
+    names_all(text, [*parts, str(model), f"sliding_window={window}", "Fix"])
 
 
 def test_fewer_prompts_than_asked_for_are_refused(workplace, elsewhere):

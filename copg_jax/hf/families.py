@@ -74,13 +74,14 @@ def to_architecture(raw: Mapping[str, Any]) -> Architecture:
         if (got := getattr(hf, field, wanted)) != wanted:
             raise InputError(f"{field}: wanted {wanted!r}, got {got!r}, not supported")
     rope_theta, rope_scaling = _read_rope(hf.rope_parameters or {})
-    rotary = getattr(hf, "no_rope_layers", None)  # in spite of its name, 1 = with rotary positions
+    # In spite of the field's name, 1 is a layer with rotary positions.
+    rotary = hf.no_rope_layers[: hf.num_hidden_layers] if _knows(hf, "no_rope_layers") else None
     return Architecture(
         **{name: getattr(hf, name) for name in _SIZES},
         head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // max(hf.num_attention_heads, 1),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
-        rotary_layers=rotary and tuple(map(bool, rotary[: hf.num_hidden_layers])),
+        rotary_layers=None if rotary is None else tuple(map(bool, rotary)),
         sliding_window=_read_window(hf),
         model_type=family,
         **FAMILIES[family],
@@ -120,7 +121,8 @@ def _read_rope(rope: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         )
     if (part := rope.get("partial_rotary_factor")) not in (None, 1):
         raise InputError(f"partial_rotary_factor: wanted 1, got {part!r}, not supported")
-    if not isinstance(rope.get("rope_theta"), int | float):
+    nested = any(isinstance(value, Mapping) for value in rope.values())
+    if nested or not isinstance(rope.get("rope_theta"), int | float):
         raise InputError(f"rope_parameters: wanted one rope_theta for all layers, got {dict(rope)}")
     if kind == "default":
         return float(rope["rope_theta"]), None

@@ -62,6 +62,23 @@ class PretrainedModel:
         """Hash of the weights and config on disk."""
         return params_hash(self.folder)
 
+    def require_room(self, where: str, prompt: int, completion: int, *, fix: str) -> None:
+        """Raises InputError unless it computes sequences of so many tokens.
+
+        Args:
+            where: what has them; begins the message.
+            prompt: most tokens of a prompt.
+            completion: most tokens of a completion.
+            fix: what makes them shorter.
+        """
+        most, field = self.arch.most_tokens
+        if prompt + completion > most:
+            raise InputError(
+                f"{where}: prompts of up to {prompt} and completions of up to {completion} tokens, "
+                f"{prompt + completion} together, but {self.folder} has {field}={most}, and longer "
+                f"sequences are not supported. Fix: {fix}."
+            )
+
     def load(self, *, score_key: jax.Array | None = None) -> Any:
         """Reads the float32 weights into their shards.
 
@@ -94,8 +111,9 @@ def open_model(
         remat: what a backward pass recomputes; one of `REMATS`.
 
     Raises:
-        InputError: no such folder, not a Llama, a tokenizer with more ids than the model has, a
-            mesh that does not divide it, or an attention that cannot run there.
+        InputError: no such folder, a model that this decoder cannot compute, a tokenizer with more
+            ids than the model has, a mesh that does not divide it, or an attention that cannot run
+            there.
     """
     folder = resolve(section.path, section.revision)
     arch = replace(read_architecture(folder), dtype=section.dtype, remat=remat)

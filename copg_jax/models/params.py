@@ -95,6 +95,16 @@ class Architecture:
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
 
+    @property
+    def most_tokens(self) -> tuple[int, str]:
+        """How long a sequence may be, and the field that says so.
+
+        Attention here sees all that came before, which inside a window is what a window does.
+        """
+        limits = ("max_position_embeddings", "sliding_window")
+        found = [(getattr(self, name), name) for name in limits]
+        return min((most, name) for most, name in found if most is not None)
+
 
 class ParamSpec(NamedTuple):
     """Shape, logical axis names (one a dimension; None = never sharded) and initialiser."""

@@ -4,6 +4,7 @@ Weights come from RandomState, whose stream NumPy guarantees for ever, so that g
 need to carry them. Names, shapes and config keys are spelled out here a second time on purpose.
 """
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -194,6 +195,12 @@ def group_of(tokens: np.ndarray, cut: int, length: np.ndarray | None = None) -> 
         reward=np.zeros((b, 1), np.float32),
         ref_logp=np.zeros((b, 1), np.float32),
     )
+
+
+def deeper(arch: Architecture, num_layers: int) -> Architecture:
+    """The architecture with so many layers, of the same kinds in turn."""
+    flags = arch.rotary_layers and (arch.rotary_layers * num_layers)[:num_layers]
+    return dataclasses.replace(arch, num_hidden_layers=num_layers, rotary_layers=flags)
 
 
 def shape_of(
