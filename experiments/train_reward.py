@@ -2,7 +2,7 @@
 
     python -m experiments.train_reward configs/tldr.yaml configs/sizes/llama2_7b.yaml
 
-Writes metrics.jsonl, checkpoints/ and model/, which `LlamaForSequenceClassification` (num_labels=1)
+Writes metrics.jsonl, checkpoints/ and model/, which `AutoModelForSequenceClassification` (one label)
 loads.
 """
 

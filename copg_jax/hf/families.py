@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import (
 from copg_jax.errors import InputError
 from copg_jax.models.params import Architecture, RopeScaling
 
-FAMILIES: Mapping[str, Mapping[str, bool]] = {
+FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "llama": {},
     "mistral": {},
     "qwen2": {"qkv_bias": True},
@@ -102,7 +102,7 @@ def _refuse_two_ropes(raw: Mapping[str, Any]) -> None:
     """`rope_scaling` and `rope_theta` are the form of transformers 4, `rope_parameters` of 5."""
     old, new = raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}
     if isinstance(old, dict) and isinstance(new, dict):
-        old = {"rope_theta": raw.get("rope_theta"), **old}
+        old = {"rope_theta": raw.get("rope_theta"), "rope_type": old.get("type"), **old}
         for name in old.keys() & new.keys():
             if old[name] is not None and old[name] != new[name]:
                 raise InputError(

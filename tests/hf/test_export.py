@@ -32,7 +32,8 @@ def _export(folder: Path, kind: str, head: str) -> tuple[Architecture, Params, P
     params = init_params(arch, jax.random.key(0), head=head)
     noise = np.random.default_rng(0)  # on norms and biases too
     params = jax.tree.map(
-        lambda x: 5 * x + 0.1 * noise.standard_normal(x.shape, np.float32), params
+        lambda x: (x if x.ndim < 2 else 5 * x) + 0.1 * noise.standard_normal(x.shape, np.float32),
+        params,
     )
     weights.save_pretrained(
         folder / "model", arch, params, head=head, tokenizer=tiny.tokenizer(), source=source
@@ -58,8 +59,7 @@ def test_torch_gives_the_logits_of_an_exported_language_model(
         wanted = model(torch.tensor(tokens, dtype=torch.long)).logits[:, 4:-1].numpy()
     hidden = tiny.predictive(arch, params, tiny.group_of(tokens, 5))[:, 0]
     ours = tiny.logits(hidden, Decoder(arch).output_matrix(params))
-    # Float32 has seven digits, and untied logits of these weights reach a hundred.
-    np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(ours, wanted, atol=1e-4)
 
 
 @kinds

@@ -120,6 +120,13 @@ def test_both_forms_of_rotary_settings_mean_the_same(kind: str):
             },
             ["rope_type", "'default'", "'linear'"],
         ),
+        (
+            {
+                "rope_scaling": {"type": "default"},
+                "rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4},
+            },
+            ["rope_type", "'default'", "'llama3'"],
+        ),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["rope_theta"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),
     ],
