@@ -88,8 +88,9 @@ class Architecture:
                 f"rotary_layers: wanted one value for each of {self.num_hidden_layers} layers, "
                 f"got {len(self.rotary_layers)}"
             )
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise InputError(f"sliding_window must be positive, got {self.sliding_window}")
+        window = self.sliding_window
+        if window is not None and not (isinstance(window, int) and window > 0):
+            raise InputError(f"sliding_window must be a positive integer or null, got {window!r}")
         choices = {"dtype": DTYPES, "attention": ATTENTIONS, "remat": REMATS}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
