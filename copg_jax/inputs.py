@@ -60,7 +60,7 @@ def open_data(
     log.info("%s: %s\n%s", name, section.path, format_stats(dataset.stats))
     prompt, _, completion = dataset.shape(multiple=1)
     fix = "lower data.max_prompt_tokens or data.max_completion_tokens"
-    model.require_room(section.path, prompt, completion, fix=fix)
+    model.require_context(section.path, prompt, completion, fix=fix)
     return dataset
 
 
@@ -176,7 +176,7 @@ def open_evaluation(
         The evaluation, and hashes of what it reads by name.
 
     Raises:
-        InputError: fewer different prompts than asked for, no room for what is generated,
+        InputError: fewer different prompts than asked for, too long a completion to generate,
             unusable rewards, or a reference that cannot be compared with the policy.
     """
     if reference is not None:
@@ -184,7 +184,7 @@ def open_evaluation(
     generation = section.generation
     dataset = open_data(section.data, model, folder, "prompts")
     prompts = _first_prompts(dataset, generation.num_prompts, section.data.path)
-    model.require_room(
+    model.require_context(
         "evaluation.generation",
         max(len(group.prompt_tokens) for group in prompts),
         generation.max_new_tokens,

@@ -62,7 +62,7 @@ class PretrainedModel:
         """Hash of the weights and config on disk."""
         return params_hash(self.folder)
 
-    def require_room(self, where: str, prompt: int, completion: int, *, fix: str) -> None:
+    def require_context(self, where: str, prompt: int, completion: int, *, fix: str) -> None:
         """Raises InputError unless it computes sequences of so many tokens.
 
         Args:

@@ -107,7 +107,7 @@ class RewardModel:
             alone = [[i] for i in run] if len(run) > 1 else []
             return [found for one in alone for found in self._tokenize(one, prompts, completions)]
         assert isinstance(tokens, TokenGroup)  # nothing is dropped under these limits
-        self._model.require_room(
+        self._model.require_context(
             f"reward model: {text.where}",
             len(tokens.prompt_tokens),
             max(map(len, tokens.completion_tokens)),

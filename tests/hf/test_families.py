@@ -171,9 +171,9 @@ def test_sequences_longer_than_a_window_or_the_positions_are_refused_with_the_nu
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     model = PretrainedModel(arch, tiny.tokenizer(), tmp_path, "lm", mesh)
     with pytest.raises(InputError) as caught:
-        model.require_room("posts.jsonl", 14, 7, fix="shorter texts")
+        model.require_context("posts.jsonl", 14, 7, fix="shorter texts")
     names_all(str(caught.value), ["posts.jsonl", str(tmp_path), *parts])
-    assert model.require_room("posts.jsonl", 9, 7, fix="shorter texts") is None
+    assert model.require_context("posts.jsonl", 9, 7, fix="shorter texts") is None
 
 
 @pytest.mark.parametrize("head", ["lm", "score"])
