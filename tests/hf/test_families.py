@@ -40,7 +40,7 @@ def test_every_family_has_a_tiny_checkpoint():
     ("kind", "wanted"),
     [
         ("llama2", {}),
-        ("mistral", {"sliding_window": 32}),
+        ("mistral", {"sliding_window": 20}),
         ("qwen2", {"qkv_bias": True, "head_dim": 8}),
         ("qwen3", {"qk_norm": True, "head_dim": 16}),
         ("qwen3_tied", {"qk_norm": True, "head_dim": 6}),
