@@ -14,7 +14,7 @@ from copg_jax.errors import InputError
 from copg_jax.hf import weights
 from copg_jax.hf.families import FAMILIES, to_architecture
 from copg_jax.hf.pretrained import PretrainedModel
-from copg_jax.models.params import Architecture, RopeScaling, init_params
+from copg_jax.models.params import Architecture, RopeScaling, abstract_params, init_params
 from copg_jax.sharding import make_mesh
 from tests.models import tiny
 from tests.toys import LLAMA, names_all
@@ -52,6 +52,33 @@ def test_what_is_particular_to_a_family_is_a_field(kind: str, wanted: dict[str, 
     particular = ("qkv_bias", "qk_norm", "rotary_layers", "sliding_window")
     plain = {name: getattr(LLAMA, name) for name in particular} | {"head_dim": 8}
     assert {name: getattr(arch, name) for name in plain} == plain | wanted
+
+
+# vocabulary, width, MLP, layers, heads, key-value heads, tied or not; what else its config says
+_PUBLISHED = {
+    "mistral": (
+        (32000, 4096, 14336, 32, 32, 8, False),
+        {"sliding_window": 4096, "max_position_embeddings": 32768},
+        7_241_732_096,  # Mistral-7B-v0.1
+    ),
+    "qwen2": (
+        (152064, 3584, 18944, 28, 28, 4, False),
+        {"use_sliding_window": False, "sliding_window": 131072},
+        7_615_616_512,  # Qwen2.5-7B
+    ),
+    "qwen3": ((151936, 1024, 3072, 28, 16, 8, True), {"head_dim": 128}, 596_049_920),  # 0.6B
+    "smollm3": ((128256, 2048, 11008, 36, 16, 4, True), {}, 3_075_098_624),  # SmolLM3-3B
+}
+
+
+@pytest.mark.parametrize("model_type", _PUBLISHED)
+def test_published_models_have_their_published_number_of_parameters(model_type: str):
+    values, others, wanted = _PUBLISHED[model_type]
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    names += ("num_attention_heads", "num_key_value_heads", "tie_word_embeddings")
+    sizes = dict(zip(names, values, strict=True))
+    arch = to_architecture({"model_type": model_type, **sizes, **others})
+    assert sum(leaf.size for leaf in jax.tree.leaves(abstract_params(arch))) == wanted
 
 
 def test_smollm3_has_rotary_positions_in_three_layers_of_four_where_its_config_says_nothing():
