@@ -51,7 +51,9 @@ def tiny_model(folder: Path, tokenizer: Any, vocab_size: int, model: Architectur
     """Writes a random model with a tokenizer."""
     model = replace(model, vocab_size=vocab_size, intermediate_size=16, tie_word_embeddings=True)
     params = init_params(model, jax.random.key(0))
-    hf_weights.save_pretrained(folder, model, params, head="lm", tokenizer=tokenizer)
+    hf_weights.save_pretrained(
+        folder, model, params, head="lm", tokenizer=tokenizer, source={"note": "of the base"}
+    )
 
 
 class Workplace:

@@ -60,9 +60,9 @@ _CLASS_NAMES = {
     "lm": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "score": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 }
-# Of a source, what an export says in another form, or what was true of the source alone.
+# Of a source, what an export says in another form, what was true of it alone, and names of code.
 _NOT_KEPT = {"rope_theta", "rope_scaling", "torch_dtype", "auto_map", "_name_or_path"}
-_NOT_KEPT |= {"num_labels", "id2label", "label2id"}
+_NOT_KEPT |= {"num_labels", "id2label", "label2id", "attn_implementation"}
 _HOW = ("dtype", "attention", "remat")  # fields of `Architecture` that no config.json knows
 
 

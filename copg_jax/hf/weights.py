@@ -187,7 +187,7 @@ def save_pretrained(
             padded = copy.deepcopy(tokenizer)  # the caller's tokenizer stays as it is
             if (pad_id := _pad_id(tokenizer)) is not None:
                 padded.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
-            _save_small(padded, temporary)
+            _save_tokenizer(padded, temporary)
             (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     try:
         _write_weights(temporary, hf_tensors(arch, head=head), params, max_shard_bytes)
@@ -201,10 +201,10 @@ def save_pretrained(
             temporary.rmtree(missing_ok=True)
 
 
-def _save_small(part: Any, folder: epath.Path) -> None:
-    """Saves a tokenizer or config of transformers, which only knows files of this machine."""
+def _save_tokenizer(tokenizer: Any, folder: epath.Path) -> None:
+    """Saves a tokenizer of transformers, which only knows files of this machine."""
     with tempfile.TemporaryDirectory() as local:
-        part.save_pretrained(local)
+        tokenizer.save_pretrained(local)
         for file in Path(local).iterdir():
             (folder / file.name).write_bytes(file.read_bytes())
 
