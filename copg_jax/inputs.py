@@ -16,7 +16,7 @@ from etils import epath
 
 from copg_jax import distributed
 from copg_jax.config.load import config_differences
-from copg_jax.config.sections import DataConfig, GenerationConfig
+from copg_jax.config.sections import DataConfig
 from copg_jax.config.stages import PolicyEvaluationConfig
 from copg_jax.data import scored
 from copg_jax.data.dataset import GroupDataset, data_key, format_stats, is_prepared, prepare
@@ -73,13 +73,8 @@ def open_data(
         )
     _report(dataset, section, name)
     prompt, _, completion = dataset.shape(multiple=1)
-    if prompt + completion > model.arch.max_position_embeddings:
-        raise InputError(
-            f"{section.path}: prompts of up to {prompt} and completions of up to {completion} "
-            f"tokens, but {model.folder} was made for {model.arch.max_position_embeddings} "
-            "positions (max_position_embeddings). Fix: lower data.max_prompt_tokens or "
-            "data.max_completion_tokens."
-        )
+    fix = "lower data.max_prompt_tokens or data.max_completion_tokens"
+    model.require_context(section.path, prompt, completion, fix=fix)
     return dataset
 
 
@@ -219,20 +214,6 @@ def _first_prompts(dataset: GroupDataset, num_prompts: int, path: str) -> list[T
     )
 
 
-def _require_positions(
-    prompts: list[TokenGroup], generation: GenerationConfig, model: PretrainedModel
-) -> None:
-    longest = max(len(group.prompt_tokens) for group in prompts)
-    most = model.arch.max_position_embeddings
-    if longest + generation.max_new_tokens > most:
-        raise InputError(
-            f"evaluation.generation.max_new_tokens: wanted at most {max(most - longest, 0)}, got "
-            f"{generation.max_new_tokens}: with prompts of up to {longest} tokens, completions go "
-            f"beyond the {most} positions (max_position_embeddings) that {model.folder} was made "
-            "for. Fix: lower it, or evaluation.data.max_prompt_tokens."
-        )
-
-
 def open_evaluation(
     section: PolicyEvaluationConfig,
     model: PretrainedModel,
@@ -256,15 +237,20 @@ def open_evaluation(
         The evaluation, and hashes of what it reads by name.
 
     Raises:
-        InputError: fewer different prompts than asked for, unusable rewards, or a reference that
-            cannot be compared with the policy.
+        InputError: fewer different prompts than asked for, too long a completion to generate,
+            unusable rewards, or a reference that cannot be compared with the policy.
     """
     if reference is not None:
         require_comparable(model, reference)
     generation = section.generation
     dataset = open_data(section.data, model, folder, "prompts")
     prompts = _first_prompts(dataset, generation.num_prompts, section.data.path)
-    _require_positions(prompts, generation, model)
+    model.require_context(
+        "evaluation.generation",
+        max(len(group.prompt_tokens) for group in prompts),
+        generation.max_new_tokens,
+        fix="lower evaluation.data.max_prompt_tokens or evaluation.generation.max_new_tokens",
+    )
     rewards = WeightedRewards(section.rewards)
     hashes = {"evaluation.data": dataset.fingerprint, "evaluation.rewards": rewards.fingerprint}
     ref_token_logp = None

@@ -32,6 +32,8 @@ LOGICAL_TO_MESH: Mapping[str, str | tuple[str, ...]] = {
     "vocab": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
+    "q_width": "tensor",
+    "kv_width": "tensor",
     "mlp": "tensor",
 }
 """Logical axes that are cut; any other (`layers`, `head_dim`, None) is whole on every device."""

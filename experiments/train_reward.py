@@ -2,8 +2,8 @@
 
     python -m experiments.train_reward configs/tldr.yaml configs/sizes/llama2_7b.yaml
 
-Writes metrics.jsonl, checkpoints/ and model/, which `LlamaForSequenceClassification` (num_labels=1)
-loads.
+Writes metrics.jsonl, checkpoints/ and model/, which `AutoModelForSequenceClassification` loads (one
+label).
 """
 
 from copg_jax.config.load import run_main

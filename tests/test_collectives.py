@@ -31,6 +31,9 @@ ARCH = Architecture(
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=16,
+    qkv_bias=True,
+    qk_norm=True,
+    rotary_layers=(True, False),
 )
 B, P, K, C = 48, 40, 2, 24
 

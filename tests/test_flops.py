@@ -21,6 +21,8 @@ LLAMA2_7B = Architecture(
     num_key_value_heads=32,
     head_dim=128,
 )
+# What families have and Llama has not: it costs no products.
+EVERYTHING = {"qkv_bias": True, "qk_norm": True, "rotary_layers": (True, False, True)}
 
 
 def of_one_group(arch: Architecture, prompt: int, *completions: int, **options: Any) -> float:
@@ -32,8 +34,11 @@ def test_llama2_7b_on_a_mean_tldr_pair_costs_16_2_tflop():
     assert of_one_group(LLAMA2_7B, 343, 34, 34) == pytest.approx(16.2e12, rel=0.005)
 
 
+@pytest.mark.parametrize("particular", [{}, EVERYTHING], ids=["llama", "everything"])
 @pytest.mark.parametrize("training", [True, False])
-def test_the_count_is_that_of_xla_for_a_plain_model_on_one_sequence(training: bool):
+def test_the_count_is_that_of_xla_for_a_plain_model_on_one_sequence(
+    training: bool, particular: dict[str, Any]
+):
     arch = Architecture(
         vocab_size=1024,
         hidden_size=256,
@@ -42,6 +47,7 @@ def test_the_count_is_that_of_xla_for_a_plain_model_on_one_sequence(training: bo
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=32,
+        **particular,
     )
     prompt, completion = 24, 8
 

@@ -7,7 +7,10 @@ import jax
 import pytest
 
 from tests.runs import assert_same_evaluation, assert_same_scores, assert_same_training
+from tests.toys import LLAMA, RELATIVES
 from tests.workplace import DATA, Workplace
+
+FAMILIES = {"llama": LLAMA, **RELATIVES}
 
 STAGES: dict[str, Callable[[Path, Path], None]] = {
     "sft": assert_same_training,
@@ -61,9 +64,9 @@ class Pipeline(Workplace):
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory) -> Pipeline:
-    """All stages run in order on one device."""
-    found = Pipeline(tmp_path_factory.mktemp("meshes"))
+def pipeline(request: pytest.FixtureRequest, tmp_path_factory) -> Pipeline:
+    """All stages run in order on one device, by a model of a family."""
+    found = Pipeline(tmp_path_factory.mktemp("meshes"), FAMILIES[request.param])
     with pytest.MonkeyPatch.context() as patch:
         first = jax.devices()[:1]
         patch.setattr(jax, "devices", lambda *arguments: first)
@@ -74,7 +77,13 @@ def pipeline(tmp_path_factory) -> Pipeline:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "sizes", [(1, 8, 1), (1, 4, 2), (2, 2, 2)], ids=lambda sizes: "x".join(map(str, sizes))
+    ("pipeline", "sizes"),
+    [
+        *(("llama", sizes) for sizes in ((1, 8, 1), (1, 4, 2), (2, 2, 2))),
+        *((family, (2, 2, 2)) for family in RELATIVES),
+    ],
+    indirect=["pipeline"],
+    ids=lambda value: value if isinstance(value, str) else "x".join(map(str, value)),
 )
 def test_every_stage_on_eight_devices_equals_one_device(pipeline, tmp_path, sizes):
     mesh = [f"mesh.{name}={n}" for name, n in zip(("data", "fsdp", "tensor"), sizes, strict=True)]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from copg_jax import distributed, inputs, sharding
+from copg_jax import checksums, distributed, inputs, sharding
 from copg_jax.config import stages as config
 from copg_jax.config.load import load_config
 from copg_jax.config.options import option
@@ -101,6 +101,14 @@ def test_the_reward_stage_leaves_a_sequence_classifier(workplace):
         folder / "model", hf_weights.read_architecture(folder / "model"), head="score"
     )
     assert loaded["score"].shape == (16,)
+
+
+@pytest.mark.parametrize("export", ["sft/model", "reward/model", "policy/model", "policy/best"])
+def test_an_export_says_what_the_config_of_the_model_that_it_began_with_said(workplace, export):
+    assert json.loads((workplace.folder / export / "config.json").read_text())["note"] == (
+        "of the base"
+    )
+    assert checksums.check(workplace.folder / export, fix="") == {}
 
 
 def test_the_scored_folder_says_where_its_numbers_come_from(workplace):

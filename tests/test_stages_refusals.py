@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from copg_jax import lock
+from copg_jax import checksums, lock
 from copg_jax.data.tokenizer import load_tokenizer
 from tests.toys import names_all
 from tests.workplace import MAINS, Workplace, tiny_model
@@ -89,6 +89,34 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(workplace, elsewher
     tiny_model(tmp_path / "small", load_tokenizer(workplace.folder / "base"), 300)
     text = workplace.refusal("sft", elsewhere, f"model.path={tmp_path / 'small'}")
     names_all(text, [str(tmp_path / "small"), "400 ids", "300", "vocab_size in config.json", "Fix"])
+
+
+@pytest.mark.parametrize(
+    ("stage", "window", "parts"),
+    [
+        ("sft", 100, ["sft.jsonl", "data.max_prompt_tokens"]),
+        ("score", 100, ["comparisons.jsonl", "data.max_prompt_tokens"]),
+        (
+            "evaluate",
+            400,
+            ["evaluation.generation", "completions of up to 395", "max_new_tokens"],
+        ),
+    ],
+)
+def test_a_window_that_is_shorter_than_the_data_is_refused_with_both_numbers(
+    workplace, elsewhere, tmp_path, stage, window, parts
+):
+    model = tmp_path / "mistral"
+    shutil.copytree(workplace.folder / "base", model)
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "mistral", "sliding_window": window}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / checksums.NAME).unlink()
+    paths = [f"{name}.path={model}" for name in ("model", "reference")]
+    paths = {"sft": paths[:1], "score": paths[1:]}.get(stage, paths)
+    longer = ["evaluation.generation.max_new_tokens=395"] if stage == "evaluate" else []
+    text = workplace.refusal(stage, elsewhere, *paths, *longer)
+    names_all(text, [*parts, str(model), f"sliding_window={window}", "Fix"])
 
 
 def test_fewer_prompts_than_asked_for_are_refused(workplace, elsewhere):
@@ -179,7 +207,8 @@ def test_completions_beyond_the_positions_of_the_model_are_refused(
 ):
     setting = f"evaluation.generation.max_new_tokens={tokens}"
     text = workplace.refusal("evaluate", elsewhere, setting, f"evaluation.{LENGTH}")
-    names_all(text, ["max_new_tokens", f"at most {most}, got {tokens}", "114 tokens", "4096"])
+    names_all(text, ["max_new_tokens", f"up to {tokens} tokens", f"at most {most}", "up to 114"])
+    names_all(text, ["max_position_embeddings=4096", str(workplace.folder), "Fix"])
 
 
 def test_a_refused_run_leaves_no_config_behind(workplace, elsewhere, tmp_path):

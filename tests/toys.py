@@ -1,10 +1,12 @@
-"""A toy training problem (no model, so that nothing takes long to compile) and a tiny Llama.
+"""A toy training problem (no model, so that nothing takes long to compile), a tiny Llama and its
+relatives.
 
 The toy loss draws eight numbers to the rewards of the data: loss = (mean(w) - R)^2 summed over the
 present completions. It reaches every part of step, loop and checkpoint that a real one does.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -32,6 +34,14 @@ LLAMA = Architecture(
     head_dim=4,
     remat="none",
 )
+RELATIVES = {
+    "mistral": replace(LLAMA, model_type="mistral", sliding_window=1024),
+    "qwen2": replace(LLAMA, model_type="qwen2", qkv_bias=True),
+    "qwen3": replace(LLAMA, model_type="qwen3", qk_norm=True, head_dim=8),
+    "smollm3": replace(LLAMA, model_type="smollm3", rotary_layers=(True, False)),
+}
+# One model with all that the others have, which no family has.
+EVERYTHING = replace(LLAMA, qkv_bias=True, qk_norm=True, rotary_layers=(True, False))
 AXES = {"w": ("embed",)}
 
 

@@ -13,7 +13,7 @@ from copg_jax.data.tokenizer import load_tokenizer
 from copg_jax.errors import InputError
 from copg_jax.files import read_json_lines
 from copg_jax.hf import weights as hf_weights
-from copg_jax.models.params import init_params
+from copg_jax.models.params import Architecture, init_params
 from experiments import evaluate, score, train_policy, train_reward, train_sft
 from experiments.generated import write_generated
 from tests.reads import recorded_reads
@@ -47,11 +47,13 @@ def held_out(fraction: float, *sections: str) -> list[str]:
     ]
 
 
-def tiny_model(folder: Path, tokenizer: Any, vocab_size: int) -> None:
-    """Writes a random Llama with a tokenizer."""
-    model = replace(LLAMA, vocab_size=vocab_size, intermediate_size=16, tie_word_embeddings=True)
+def tiny_model(folder: Path, tokenizer: Any, vocab_size: int, model: Architecture = LLAMA) -> None:
+    """Writes a random model with a tokenizer."""
+    model = replace(model, vocab_size=vocab_size, intermediate_size=16, tie_word_embeddings=True)
     params = init_params(model, jax.random.key(0))
-    hf_weights.save_pretrained(folder, model, params, head="lm", tokenizer=tokenizer)
+    hf_weights.save_pretrained(
+        folder, model, params, head="lm", tokenizer=tokenizer, source={"note": "of the base"}
+    )
 
 
 class Workplace:
@@ -61,12 +63,12 @@ class Workplace:
       reads: stage to the fields of its config that its first run read.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, model: Architecture = LLAMA) -> None:
         self.folder = folder
         self.reads: dict[str, set[str]] = {}
         write_generated(folder / "data", num_posts=40, num_comparisons=48, seed=0, vocab_size=400)
         tokenizer = load_tokenizer(folder / "data" / "tokenizer")
-        tiny_model(folder / "base", tokenizer, len(tokenizer))
+        tiny_model(folder / "base", tokenizer, len(tokenizer), model)
         self.posts = folder / "data" / "sft.jsonl"
         self.comparisons = folder / "data" / "comparisons.jsonl"
 

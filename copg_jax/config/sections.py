@@ -73,7 +73,7 @@ def require_seed(config: Any) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A pretrained Llama and how to compute with it."""
+    """A pretrained model and how to compute with it."""
 
     path: str = option(help="Hugging Face folder or hub id (safetensors)")
     revision: str | None = option(None, "hub revision; a commit pins the weights")
@@ -173,7 +173,9 @@ class OptimConfig:
     b1: float = option(0.9, "Adam's first-moment decay")
     b2: float = option(0.999, "Adam's second-moment decay")
     eps: float = option(1e-8, "Adam's denominator offset")
-    weight_decay: float = option(0.0, "decoupled weight decay (the paper uses none)")
+    weight_decay: float = option(
+        0.0, "decoupled weight decay, of norms and biases too (the paper uses none)"
+    )
     clip_norm: float | None = option(None, "clip the global gradient norm; null = no clipping")
 
     def __post_init__(self):

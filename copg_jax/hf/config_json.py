@@ -1,11 +1,12 @@
-"""config.json of a Llama folder: checked field by field, and reduced to what a model is made of.
+"""config.json of a model folder: read, and reduced to checked fields that decide something.
 
 transformers fills in what is missing. It sees nothing else of the file: some fields it takes on
 trust (of `num_labels` it builds a table of that size), others name code (`auto_map`).
+What the fields of a family mean is said in `families`.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ _Check = tuple[str, Callable[[Any], bool]]  # what is wanted, and whether a valu
 _ADAPTER = "adapter_config.json"
 
 
-def _whole(most: int) -> _Check:
-    is_one = lambda x: isinstance(x, int) and not isinstance(x, bool) and 1 <= x <= most
-    return f"a whole number from 1 to {most}", is_one
+def _whole(most: int, least: int = 1) -> _Check:
+    is_one = lambda x: isinstance(x, int) and not isinstance(x, bool) and least <= x <= most
+    return f"a whole number from {least} to {most}", is_one
 
 
 def _number(least: float, most: float = FLOAT32_MAX) -> _Check:
@@ -38,7 +39,19 @@ def _only(*values: Any) -> _Check:
     return f"{wanted} (others are not supported)", is_one
 
 
+def _is(kind: type, wanted: str) -> _Check:
+    return wanted, lambda x: isinstance(x, kind)
+
+
 _SIZE = _whole(2**31 - 1)
+_FLAG = _is(bool, "true or false")
+_LIST_OR_NULL = _or_null(_is(list, "a list"))
+_FLAT_OR_NULL = _or_null(
+    (
+        "an object, the same for all layers",
+        lambda x: isinstance(x, dict) and not any(isinstance(item, dict) for item in x.values()),
+    )
+)
 _FIELDS: dict[str, _Check] = {
     "vocab_size": _SIZE,
     "hidden_size": _SIZE,
@@ -49,10 +62,22 @@ _FIELDS: dict[str, _Check] = {
     "head_dim": _or_null(_SIZE),
     "max_position_embeddings": _SIZE,
     "rms_norm_eps": _number(FLOAT32_MIN, 1.0),
-    "tie_word_embeddings": ("true or false", lambda x: isinstance(x, bool)),
+    "tie_word_embeddings": _FLAG,
     "rope_theta": _number(FLOAT32_MIN),
-    "rope_scaling": _or_null(("an object", lambda x: isinstance(x, dict))),
-    "rope_parameters": _or_null(("an object", lambda x: isinstance(x, dict))),
+    "rope_scaling": _FLAT_OR_NULL,
+    "rope_parameters": _FLAT_OR_NULL,
+}
+_OF_SOME_FAMILIES: dict[str, _Check] = {
+    "sliding_window": _or_null(_SIZE),
+    "use_sliding_window": _FLAG,
+    "max_window_layers": _whole(2**31 - 1, least=0),
+    "layer_types": _LIST_OR_NULL,
+    "no_rope_layers": _LIST_OR_NULL,
+    "no_rope_layer_interval": _SIZE,
+}
+_ITEMS: dict[str, _Check] = {  # of lists
+    "layer_types": _only("full_attention", "sliding_attention"),
+    "no_rope_layers": _only(0, 1),
 }
 _ROPE: dict[str, _Check] = {
     "rope_type": _only("default", "llama3"),
@@ -64,28 +89,24 @@ _ROPE: dict[str, _Check] = {
     "original_max_position_embeddings": _SIZE,
     "partial_rotary_factor": _only(1.0, None),
 }
-_UNSUPPORTED: dict[str, _Check] = {
+_UNSUPPORTED: dict[str, _Check] = {  # unless it is a field of the family
     "hidden_act": _only("silu"),
     "attention_bias": _only(False),
     "mlp_bias": _only(False),
-    "quantization_config": _only(None),
     "sliding_window": _only(None),
+    "no_rope_layers": _only(None),
     "partial_rotary_factor": _only(1.0, None),
 }
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Reads and checks config.json.
-
-    Returns:
-        The fields that decide the architecture, of those that are there.
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """Reads config.json as it is; see `check_fields`.
 
     Raises:
-        InputError: no such file, no Llama, an adapter without its model, or a field that has
-            another type or range, or asks for what this model cannot do.
+        InputError: no such file, no JSON object, or an adapter without its model.
     """
-    file = folder / "config.json"
-    if (folder / _ADAPTER).exists():
+    file = Path(folder) / "config.json"
+    if (file.parent / _ADAPTER).exists():
         raise InputError(
             f"{folder}: wanted a whole model, got an adapter ({_ADAPTER}), which has to be merged "
             "into its base model first: with peft, PeftModel.from_pretrained(base, adapter)."
@@ -97,38 +118,101 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{file}: wanted a Hugging Face config.json, got {error}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: wanted JSON, got {error}") from error
-    if not isinstance(raw, dict) or raw.get("model_type") != "llama":
-        got = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
-        raise InputError(
-            f"{file}: model_type: wanted 'llama', got {got!r:.80}; use a Llama checkpoint"
-        )
-    _check(raw, _FIELDS | _UNSUPPORTED, f"{file}: ")
+    if not isinstance(raw, dict):
+        raise InputError(f"{file}: wanted a JSON object, got a {type(raw).__name__}")
+    return raw
+
+
+def check_fields(raw: Mapping[str, Any], of_family: Collection[str]) -> dict[str, Any]:
+    """Checks the fields of a config.json.
+
+    Args:
+        raw: what `read_config` gave.
+        of_family: fields that its family has beside those of all families.
+
+    Returns:
+        The fields that decide the architecture, of those that are there.
+
+    Raises:
+        InputError: a field that has another type or range, that contradicts another one, or that
+            asks for what no model here can do. It begins with the field.
+    """
+    _refuse_quantised(raw)
+    fields = _FIELDS | {name: _OF_SOME_FAMILIES[name] for name in of_family}
+    _check(raw, _UNSUPPORTED | fields)
+    for name in _ITEMS.keys() & of_family:
+        _check_list(raw, name)
     for name in ("rope_scaling", "rope_parameters"):
-        _check(raw.get(name) or {}, _ROPE, f"{file}: {name}.")
-    _check_end(raw, file)
+        _check(raw.get(name) or {}, _ROPE, f"{name}.")
+    _refuse_two_ropes(raw)
+    _check_end(raw)
     width, heads = raw.get("hidden_size"), raw.get("num_attention_heads")
-    if width and heads and width % heads:
+    if width and heads and width % heads and not raw.get("head_dim"):
         raise InputError(
-            f"{file}: hidden_size: wanted a multiple of num_attention_heads, which is {heads}, got "
-            f"{width}"
+            f"hidden_size: wanted a multiple of num_attention_heads, which is {heads}, or a "
+            f"head_dim beside it, got {width}"
         )
-    return {name: raw[name] for name in _FIELDS if name in raw}
+    return {name: raw[name] for name in fields if name in raw}
 
 
-def _check(values: Mapping[str, Any], checks: Mapping[str, _Check], where: str) -> None:
+def _check(values: Mapping[str, Any], checks: Mapping[str, _Check], where: str = "") -> None:
     for name, (wanted, holds) in checks.items():
         if name in values and not holds(values[name]):
             raise InputError(f"{where}{name}: wanted {wanted}, got {_got(values[name])}")
 
 
-def _check_end(raw: Mapping[str, Any], file: Path) -> None:
+def _check_list(raw: Mapping[str, Any], name: str) -> None:
+    """Raises InputError for a list with other items, or without one for each layer."""
+    values, layers = raw.get(name), raw.get("num_hidden_layers", 0)
+    if values is not None:
+        items = {f"{name}[{i}]": item for i, item in enumerate(values)}
+        _check(items, dict.fromkeys(items, _ITEMS[name]))
+        if len(values) < layers:
+            raise InputError(
+                f"{name}: wanted one value for each of {layers} layers, got {len(values)}"
+            )
+
+
+def _refuse_quantised(raw: Mapping[str, Any]) -> None:
+    for field in ("quantization_config", "compression_config"):
+        if (found := raw.get(field)) is not None:
+            method = found.get("quant_method", found) if isinstance(found, dict) else found
+            raise InputError(
+                f"{field}: wanted weights in float32, bfloat16 or float16, got a checkpoint "
+                f"quantised by {_got(method)}. Fix: the checkpoint that it was made from"
+            )
+
+
+def _refuse_two_ropes(raw: Mapping[str, Any]) -> None:
+    """`rope_theta` and `rope_scaling` are the form of transformers 4, `rope_parameters` of 5."""
+    new, old = raw.get("rope_parameters"), raw.get("rope_scaling")
+    if not new:
+        return
+    base = {"rope_theta": raw.get("rope_theta")}
+    new = base | _with_type(new)
+    for name, value in (base | _with_type(old or {})).items() if old else base.items():
+        if value is not None and new.get(name) != value:
+            raise InputError(
+                f"rope_parameters: {name} is {_got(new.get(name))}, but {_got(value)} in the older "
+                "form, rope_theta and rope_scaling. Fix: leave one of the two"
+            )
+
+
+def _with_type(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """With `rope_type`, which is `type` in old configs, and "default" where nothing is said."""
+    return {"rope_type": rope.get("type", "default")} | {
+        k: v for k, v in rope.items() if k != "type"
+    }
+
+
+def _check_end(raw: Mapping[str, Any]) -> None:
     """Raises InputError for an end-of-sequence token that the vocabulary does not have."""
     ids, size = raw.get("eos_token_id"), raw.get("vocab_size", 2**31)
     for number in ids if isinstance(ids, list) else [ids]:
         is_id = isinstance(number, int) and not isinstance(number, bool) and 0 <= number < size
         if number is not None and not is_id:
             raise InputError(
-                f"{file}: eos_token_id: wanted ids below vocab_size, which is {size}, or null, got "
+                f"eos_token_id: wanted ids below vocab_size, which is {size}, or null, got "
                 f"{_got(ids)}"
             )
 

@@ -160,9 +160,10 @@ def _open(path: str | Path) -> Any:
 
 
 def _architecture(metadata: _Metadata, tied: bool) -> Architecture:
-    hint = "only plain Llama models are supported"
+    hint = "of other models load the Hugging Face folder"
     metadata.require("general.architecture", ["llama"], None, hint)
     metadata.require("llama.expert_count", [0], 0, hint)
+    metadata.require("llama.attention.sliding_window", [0], 0, hint)
     metadata.require(
         "llama.rope.scaling.type", ["none"], "none", "load the Hugging Face folder instead"
     )

@@ -1,6 +1,6 @@
 """Where each Hugging Face tensor lives in our parameter tree, and its shape on either side.
 
-1. `hf_tensors` names every tensor of a Hugging Face Llama and points at its leaf (and layer).
+1. `hf_tensors` names every tensor of a Hugging Face folder and points at its leaf (and layer).
 2. `to_hf` turns one leaf of one layer into the Hugging Face matrix [out, in].
 3. `check_fit` compares a checkpoint with the table and reports every difference at once;
    `check_ignored` looks at what is there and not read.
@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from copg_jax.errors import InputError
 from copg_jax.models.decoder import inverse_frequencies
 from copg_jax.models.params import (
+    LAYER_PARAMS,
     Architecture,
     Params,
     ParamSpec,
@@ -27,17 +28,6 @@ from copg_jax.models.params import (
     param_specs,
 )
 
-_LAYER_NAMES = {
-    "input_layernorm": "input_layernorm",
-    "q_proj": "self_attn.q_proj",
-    "k_proj": "self_attn.k_proj",
-    "v_proj": "self_attn.v_proj",
-    "o_proj": "self_attn.o_proj",
-    "post_attention_layernorm": "post_attention_layernorm",
-    "gate_proj": "mlp.gate_proj",
-    "up_proj": "mlp.up_proj",
-    "down_proj": "mlp.down_proj",
-}
 _TOP_NAMES = {
     "embed_tokens": "model.embed_tokens.weight",
     "norm": "model.norm.weight",
@@ -77,7 +67,7 @@ class TensorSource(Protocol):
 
 
 def hf_tensors(arch: Architecture, *, head: str) -> dict[str, HfTensor]:
-    """Every tensor name of a Hugging Face Llama and where it lies in our tree, in file order."""
+    """Every tensor name of a Hugging Face folder and where it lies in our tree, in file order."""
     specs = param_specs(arch, head=head)
     tensors = {
         _TOP_NAMES["embed_tokens"]: HfTensor("embed_tokens", None, None, specs["embed_tokens"])
@@ -85,7 +75,7 @@ def hf_tensors(arch: Architecture, *, head: str) -> dict[str, HfTensor]:
     layers = [(stack, i) for stack, size in layer_stacks(arch).items() for i in range(size)]
     for number, (stack, layer) in enumerate(layers):
         for leaf, spec in layer_specs(arch).items():
-            name = f"model.layers.{number}.{_LAYER_NAMES[leaf]}.weight"
+            name = f"model.layers.{number}.{LAYER_PARAMS[leaf].hf_name}"
             tensors[name] = HfTensor(leaf, stack, layer, spec)
     for leaf in ("norm", "lm_head", "score"):
         if leaf in specs:

@@ -1,5 +1,6 @@
 """A model from a Hugging Face folder: all but its weights, which are read into their shards."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from copg_jax import checksums, sharding
 from copg_jax.config.sections import ModelConfig
 from copg_jax.data.tokenizer import load_tokenizer
 from copg_jax.errors import InputError
+from copg_jax.hf.config_json import read_config
 from copg_jax.hf.weights import (
     RESTORE,
     load_params,
@@ -32,11 +34,14 @@ from copg_jax.sharding import Partitioner
 
 @dataclass(frozen=True)
 class PretrainedModel:
-    """An architecture with its tokenizer, the folder of its weights, and where each weight lies."""
+    """An architecture with its tokenizer, the folder of its weights and the config.json there, and
+    where each weight lies.
+    """
 
     arch: Architecture
     tokenizer: Any
     folder: Path
+    config: Mapping[str, Any]
     head: str
     mesh: jax.sharding.Mesh
 
@@ -68,6 +73,24 @@ class PretrainedModel:
     def hash(self) -> str:
         """Hash of the weights and config on disk, which are compared with their checksums."""
         return params_hash(self.folder)
+
+    def require_context(self, where: str, prompt: int, completion: int, *, fix: str) -> None:
+        """Raises InputError unless it computes sequences of so many tokens.
+
+        Args:
+            where: what has them; begins the message.
+            prompt: most tokens of a prompt.
+            completion: most tokens of a completion.
+            fix: what makes them shorter.
+        """
+        most, field = self.arch.most_tokens
+        if prompt + completion > most:
+            raise InputError(
+                f"{where}: prompts of up to {prompt} and completions of up to {completion} tokens, "
+                f"{prompt + completion} together, but {self.folder} has {field}={most}, and longer "
+                "sequences are not supported; behind such prompts completions of at most "
+                f"{max(most - prompt, 0)} have room. Fix: {fix}."
+            )
 
     def load(self, *, score_key: jax.Array | None = None) -> Any:
         """Reads the float32 weights into their shards.
@@ -123,9 +146,9 @@ def open_model(
         remat: what a backward pass recomputes; one of `REMATS`.
 
     Raises:
-        InputError: no such folder, files changed since they were written, not a Llama, a tokenizer
-            with more ids than the model has, a mesh that does not divide it, or an attention that
-            cannot run there.
+        InputError: no such folder, files changed since they were written, a model that this decoder
+            cannot compute, a tokenizer with more ids than the model has, a mesh that does not
+            divide it, or an attention that cannot run there.
     """
     folder = resolve(section.path, section.revision)
     if checksums.is_sealed(folder):  # the weights are looked at when they are hashed
@@ -141,6 +164,6 @@ def open_model(
             "(vocab_size in config.json): they do not belong together. Fix: use the tokenizer "
             "files that came with these weights."
         )
-    model = PretrainedModel(arch, tokenizer, folder, head, mesh)
+    model = PretrainedModel(arch, tokenizer, folder, read_config(folder), head, mesh)
     model.shardings  # noqa: B018  (raises where the mesh does not divide the model)
     return model

@@ -1,14 +1,14 @@
 """Hugging Face model folders: read and write, without torch and without pickle.
 
 1. `resolve` finds a local folder, or downloads one of a bucket or the hub.
-2. `read_architecture` turns config.json into an Architecture, or says why it cannot.
+2. `read_architecture` turns config.json into an Architecture, or says why it cannot
+   (`families`).
 3. `load_params` reads safetensors (one file or sharded) into float32 leaves, shard by shard.
 4. `save_pretrained` writes a folder that `transformers` loads with the same logits or rewards.
 5. `params_hash` identifies a folder's weights.
 """
 
 import copy
-import dataclasses
 import hashlib
 import json
 import os
@@ -28,6 +28,7 @@ from copg_jax import checksums, distributed
 from copg_jax.errors import InputError
 from copg_jax.files import is_remote, local_copy
 from copg_jax.hf.config_json import read_config
+from copg_jax.hf.families import to_architecture, to_config
 from copg_jax.hf.names import (
     HfTensor,
     assemble,
@@ -42,7 +43,7 @@ from copg_jax.hf.tensor_files import (
     SafetensorsFolder,
     write_safetensors,
 )
-from copg_jax.models.params import Architecture, Params, RopeScaling
+from copg_jax.models.params import Architecture, Params
 
 _MARKS = {"config.json", "tokenizer_config.json"}
 _WRITTEN = (  # beside these, into a model's folder
@@ -95,40 +96,17 @@ def resolve(path_or_id: str, revision: str | None = None) -> Path:
     return Path(snapshot)
 
 
-def read_architecture(path: str | Path) -> Architecture:
-    """Read config.json of a Llama folder.
+def read_architecture(folder: str | Path) -> Architecture:
+    """Reads config.json of a model folder; the families are those of `families.FAMILIES`.
 
     Raises:
-        InputError: the file is missing or broken, or describes something this model cannot do.
+        InputError: the file is missing or broken, or describes something this decoder cannot do.
     """
-    file = Path(path) / "config.json"
-    raw = read_config(Path(path))
+    raw = read_config(folder)
     try:
-        hf = transformers.LlamaConfig.from_dict(raw)
-    except Exception as error:  # the validation of transformers has its own exception types
-        raise InputError(f"{file}: transformers refuses it: {error}") from error
-    names = {field.name for field in dataclasses.fields(Architecture)}
-    sizes = {k: v for k, v in hf.to_dict().items() if k in names - {"rope_scaling", "dtype"}}
-    rope: Mapping[str, Any] = dict(hf.rope_parameters or {})
-    try:
-        scaling = _read_scaling(rope) if rope.get("rope_type") == "llama3" else None
-        rest = {"rope_theta": float(rope["rope_theta"]), "rope_scaling": scaling}
-        return Architecture(**{**sizes, **rest})
+        return to_architecture(raw)
     except InputError as error:
-        raise InputError(f"{file}: {error}") from error
-
-
-def _read_scaling(rope: Mapping[str, Any]) -> RopeScaling:
-    names = [field.name for field in dataclasses.fields(RopeScaling)]
-    if missing := [name for name in names if name not in rope]:
-        raise InputError(f"rope_scaling: wanted {', '.join(names)}, got no {', '.join(missing)}")
-    scaling = RopeScaling(**{name: rope[name] for name in names})
-    if not scaling.low_freq_factor < scaling.high_freq_factor:
-        raise InputError(
-            "rope_scaling: wanted low_freq_factor < high_freq_factor, got "
-            f"{scaling.low_freq_factor} and {scaling.high_freq_factor}"
-        )
-    return scaling
+        raise InputError(f"{Path(folder) / 'config.json'}: {error}") from error
 
 
 def load_params(
@@ -176,6 +154,7 @@ def save_pretrained(
     *,
     head: str,
     tokenizer: transformers.PreTrainedTokenizerBase,
+    source: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 4 << 30,
 ) -> None:
     """Write config.json, safetensors (float32), tokenizer and, last, the checksums of these, which
@@ -187,10 +166,17 @@ def save_pretrained(
         folder: target; replaced where it is a model folder already.
         arch: sizes of the model.
         params: tree of `init_params`, any sharding.
-        head: "lm" -> LlamaForCausalLM, "score" -> LlamaForSequenceClassification of one label.
+        head: "lm" -> the family's ForCausalLM, "score" -> ForSequenceClassification of one label.
         tokenizer: gives BOS, EOS and padding ids; saved beside the weights.
+        source: config.json of the folder that the model came from; what it says besides is kept.
         max_shard_bytes: size at which the next safetensors file begins.
     """
+    special = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": _pad_id(tokenizer),
+    }
+    config = to_config(arch, head=head, special=special, source=source or {})
     folder = epath.Path(folder)
     temporary = folder.with_name(f".{folder.name}.tmp")
     with distributed.main_first(folder.parent):
@@ -201,8 +187,8 @@ def save_pretrained(
             padded = copy.deepcopy(tokenizer)  # the caller's tokenizer stays as it is
             if (pad_id := _pad_id(tokenizer)) is not None:
                 padded.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
-            _save_small(padded, temporary)
-            _save_small(hf_config(arch, head=head, tokenizer=tokenizer), temporary)
+            _save_tokenizer(padded, temporary)
+            (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     try:
         _write_weights(temporary, hf_tensors(arch, head=head), params, max_shard_bytes)
         with distributed.main_first(folder / checksums.NAME):
@@ -215,10 +201,10 @@ def save_pretrained(
             temporary.rmtree(missing_ok=True)
 
 
-def _save_small(part: Any, folder: epath.Path) -> None:
-    """Saves a tokenizer or config of transformers, which only knows files of this machine."""
+def _save_tokenizer(tokenizer: Any, folder: epath.Path) -> None:
+    """Saves a tokenizer of transformers, which only knows files of this machine."""
     with tempfile.TemporaryDirectory() as local:
-        part.save_pretrained(local)
+        tokenizer.save_pretrained(local)
         for file in Path(local).iterdir():
             (folder / file.name).write_bytes(file.read_bytes())
 
@@ -235,36 +221,11 @@ def _check_replaceable(folder: epath.Path) -> None:
         )
 
 
-def hf_config(
-    arch: Architecture, *, head: str, tokenizer: transformers.PreTrainedTokenizerBase
-) -> transformers.LlamaConfig:
-    """The transformers config of a model; `rope_parameters` in the form of transformers 5."""
-    sizes = dataclasses.asdict(arch)
-    for ours in ("dtype", "attention", "remat", "rope_theta", "rope_scaling"):
-        del sizes[ours]
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": arch.rope_theta}
-    if arch.rope_scaling is not None:
-        rope |= {"rope_type": "llama3", **dataclasses.asdict(arch.rope_scaling)}
-    names = {"lm": "LlamaForCausalLM", "score": "LlamaForSequenceClassification"}
-    fields = {
-        **sizes,
-        "rope_parameters": rope,
-        "architectures": [names[head]],
-        "dtype": "float32",
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": _pad_id(tokenizer),
-    }
-    if head == "score":
-        fields["num_labels"] = 1
-    return transformers.LlamaConfig.from_dict(fields)
-
-
 def _pad_id(tokenizer: transformers.PreTrainedTokenizerBase) -> Any:
     """The id of a special token to pad with that is not EOS; None where there is no such token.
 
-    LlamaForSequenceClassification reads the last token that differs from pad_token_id: with
-    padding equal to EOS it would read the token before the EOS. Without pad_token_id it takes
+    ForSequenceClassification of transformers reads the last token that differs from pad_token_id:
+    with padding equal to EOS it would read the token before the EOS. Without pad_token_id it takes
     batches of one text and refuses larger ones. An ordinary token is no substitute: as padding it
     would count as special, and decoding would leave it out of texts.
     """

@@ -1,1 +1,1 @@
-"""Llama in Flax NNX behind pure functions on nested dicts of arrays, and its file formats."""
+"""Llama and its relatives in Flax NNX, behind pure functions on nested dicts of arrays."""

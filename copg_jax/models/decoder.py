@@ -1,4 +1,4 @@
-"""The decoder, Llama's, as pure functions on nested dicts of arrays.
+"""The decoder, of Llama and its relatives, as pure functions on nested dicts of arrays.
 
 1. `rotary_angles` and `rotate` apply rotary positions (Hugging Face convention: halves, not pairs).
 2. `DecoderLayer` is one layer; who sees whom is decided by the attention that it is given.
@@ -93,19 +93,31 @@ def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
     return rotated.astype(x.dtype)
 
 
+def _turn_if(is_rotary: jax.Array, rotation: Rotation) -> Rotation:
+    """The rotation, or one by no angle."""
+    cos, sin = rotation
+    return jnp.where(is_rotary, cos, 1.0), jnp.where(is_rotary, sin, 0.0)
+
+
 class DecoderLayer(nnx.Module):
-    """One decoder layer; its matrices are in the compute dtype, its norm scales in float32."""
+    """One decoder layer; its matrices are in the compute dtype, its norm scales and biases in
+    float32.
+    """
 
     def __init__(self, arch: Architecture, rngs: nnx.Rngs):
         def param(name: str) -> nnx.Param[jax.Array]:
             return nnx.Param(specs[name].init(rngs.params(), specs[name].shape, jnp.float32))
 
+        def optional(name: str) -> nnx.Param[jax.Array] | None:
+            return param(name) if name in specs else None
+
         specs = layer_specs(arch)
         self.eps = arch.rms_norm_eps
         self.input_layernorm = param("input_layernorm")
-        self.q_proj = param("q_proj")
-        self.k_proj = param("k_proj")
-        self.v_proj = param("v_proj")
+        self.q_proj, self.q_bias = param("q_proj"), optional("q_bias")
+        self.k_proj, self.k_bias = param("k_proj"), optional("k_bias")
+        self.v_proj, self.v_bias = param("v_proj"), optional("v_bias")
+        self.q_norm, self.k_norm = optional("q_norm"), optional("k_norm")
         self.o_proj = param("o_proj")
         self.post_attention_layernorm = param("post_attention_layernorm")
         self.gate_proj = param("gate_proj")
@@ -131,29 +143,45 @@ class DecoderLayer(nnx.Module):
         Returns:
             The new x [B, U, D] and `extra` (cache columns, or None) as `attend` gave it.
         """
-        keep = partial(checkpoint_name, name=PROJECTED)
         normed = rms_norm(x, self.input_layernorm[...], self.eps)
-        k = keep(rotate(_project(normed, self.k_proj), rotation))
-        v = keep(_project(normed, self.v_proj))
+        k = self._place(_project(normed, self.k_proj, self.k_bias), self.k_norm, rotation)
+        v = _keep(_project(normed, self.v_proj, self.v_bias))
         x, rotation = jax.tree.map(read, (x, rotation))
         normed = rms_norm(x, self.input_layernorm[...], self.eps)
-        q = keep(rotate(_project(normed, self.q_proj), rotation))
+        q = self._place(_project(normed, self.q_proj, self.q_bias), self.q_norm, rotation)
         mixed, extra = attend(q, k, v)
         # One merged contraction axis: over (h, e) XLA transposes the weights at every decode step.
         mixed = mixed.reshape(*mixed.shape[:2], -1)
         o_proj = self.o_proj[...].reshape(mixed.shape[-1], -1)
-        x = keep(x + linear(mixed, o_proj))
+        x = _keep(x + linear(mixed, o_proj))
 
         normed = rms_norm(x, self.post_attention_layernorm[...], self.eps)
         gate = _project(normed, self.gate_proj)
         up = _project(normed, self.up_proj)
         return x + _project(jax.nn.silu(gate) * up, self.down_proj), extra
 
+    def _place(
+        self, heads: jax.Array, norm: nnx.Param[jax.Array] | None, rotation: Rotation
+    ) -> jax.Array:
+        """Queries or keys, normed where there is a norm, at their positions: [B, T, heads, Hd]."""
+        if norm is None:
+            return _keep(rotate(heads, rotation))
+        # What is stored is what the norm's gradient reads: the rest costs no product to redo.
+        return rotate(rms_norm(_keep(heads), norm[...], self.eps), rotation)
 
-def _project(x: jax.Array, weight: nnx.Param[jax.Array]) -> jax.Array:
-    """[B, T, D], [D, ...] → [B, T, ...]."""
+
+_keep = partial(checkpoint_name, name=PROJECTED)
+
+
+def _project(
+    x: jax.Array, weight: nnx.Param[jax.Array], bias: nnx.Param[jax.Array] | None = None
+) -> jax.Array:
+    """[B, T, D], [D, ...] and the bias [size of ...] → [B, T, ...]."""
     matrix = weight[...]
-    return linear(x, matrix.reshape(len(matrix), -1)).reshape(*x.shape[:-1], *matrix.shape[1:])
+    y = linear(x, matrix.reshape(len(matrix), -1))
+    if bias is not None:
+        y = (y + jnp.broadcast_to(bias[...], y.shape)).astype(y.dtype)
+    return y.reshape(*x.shape[:-1], *matrix.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -187,7 +215,7 @@ class Decoder:
         attend: Attend,
         slices: tuple[Any, ...] = (),
     ) -> tuple[jax.Array, Any]:
-        """Runs a stack of layers, each recomputed in the backward pass as `arch.remat` says.
+        """Runs all layers but the last, each recomputed in the backward pass as `arch.remat` says.
 
         Args:
             stack: weights with a leading axis of layers.
@@ -203,7 +231,7 @@ class Decoder:
         # Inside a scan the barrier against common-subexpression elimination is not needed.
         policy = REMAT_POLICIES[self.arch.remat]
         layer_step = jax.checkpoint(layer_step, policy=policy, prevent_cse=False)
-        return jax.lax.scan(layer_step, x, (stack, slices))
+        return jax.lax.scan(layer_step, x, (stack, self._rotary_flags(slice(None, -1)), slices))
 
     def last_layer(
         self,
@@ -219,7 +247,8 @@ class Decoder:
 
         Its backward pass comes first of all, so nothing is gained by recomputing it.
         """
-        inputs = jax.tree.map(lambda leaf: jnp.squeeze(leaf, axis=0), (stack, slices))
+        inputs = stack, self._rotary_flags(slice(-1, None)), slices
+        inputs = jax.tree.map(lambda leaf: jnp.squeeze(leaf, axis=0), inputs)
         x, extra = self._layer_step(rotation, attend, read)(x, inputs)
         return x, jax.tree.map(lambda leaf: leaf[None], extra)
 
@@ -227,24 +256,30 @@ class Decoder:
         """The norm after the last layer."""
         return rms_norm(x, params["norm"], self.arch.rms_norm_eps)
 
+    def _rotary_flags(self, layers: slice) -> jax.Array | None:
+        """Which of these layers have rotary positions, bool [l]; None = all layers of the model."""
+        flags = self.arch.rotary_layers
+        return None if flags is None else jnp.asarray(flags[layers])
+
     def _layer_step(
         self,
         rotation: Rotation,
         attend: Attend,
         read: Callable[[jax.Array], jax.Array] = lambda tokens: tokens,
     ) -> Callable[..., tuple[jax.Array, Any]]:
-        """One layer as a function (x, (weights, slices)) → (x, extra)."""
+        """One layer as a function (x, (weights, rotary flag, slices)) → (x, extra)."""
         graph, specs = _layer_graph(self.arch), layer_specs(self.arch)
         gather = self.partitioner.gather_weight
 
         def layer_step(x, inputs):
-            weights, slices = inputs
+            weights, is_rotary, slices = inputs
             weights = {
                 name: gather(cast_matrix(self.arch, specs[name].axes, weight), specs[name].axes)
                 for name, weight in weights.items()
             }
             layer = nnx.merge(graph, weights)
-            x, extra = layer(x, rotation, lambda q, k, v: attend(q, k, v, *slices), read)
+            turn = rotation if is_rotary is None else _turn_if(is_rotary, rotation)
+            x, extra = layer(x, turn, lambda q, k, v: attend(q, k, v, *slices), read)
             return self.partitioner.constrain_residual(x), extra
 
         return layer_step

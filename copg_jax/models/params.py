@@ -1,8 +1,9 @@
 """The parameters of the decoder: its architecture and the one table that describes each of them.
 
-1. `Architecture` holds the sizes, with Hugging Face names, and how to compute with them.
-2. `param_specs` gives shape, logical axes and initialiser of each parameter: the only such table.
-3. `init_params`, `abstract_params`, `logical_axes` and `cast_matrices` read it.
+1. `Architecture` holds the sizes, what is particular to a family, and how to compute with them.
+2. `LAYER_PARAMS` is the one table of a layer's parameters: Hugging Face name, logical axes,
+   initialiser, and the field of `Architecture` that asks for it; `param_specs` adds the others.
+3. `init_params`, `abstract_params`, `logical_axes` and `cast_matrices` read them.
 """
 
 import dataclasses
@@ -32,10 +33,20 @@ class RopeScaling:
     high_freq_factor: float
     original_max_position_embeddings: int
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, int | float) or not value > 0:
+                raise InputError(f"rope_scaling: {name} must be a positive number, got {value!r}")
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise InputError(
+                f"rope_scaling: high_freq_factor ({self.high_freq_factor}) must be above "
+                f"low_freq_factor ({self.low_freq_factor})"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """Sizes of a Llama (Hugging Face names), then compute dtype, attention, rematerialisation."""
+    """Sizes (Hugging Face names), what families differ in, and how to compute."""
 
     vocab_size: int
     hidden_size: int
@@ -49,6 +60,11 @@ class Architecture:
     rope_scaling: RopeScaling | None = None
     max_position_embeddings: int = 4096
     tie_word_embeddings: bool = False
+    model_type: str = "llama"  # of files, see `hf.families`: no computation reads it
+    qkv_bias: bool = False
+    qk_norm: bool = False  # a norm of each head's queries and keys
+    rotary_layers: tuple[bool, ...] | None = None  # which layers have rotary positions; None = all
+    sliding_window: int | None = None  # tokens that one sees at most; no sequence may be longer
     dtype: str = "float32"
     attention: str = "xla"  # what computes prompts, see `kernels.choose`
     remat: str = "full"  # what the backward pass recomputes, see `decoder.REMAT_POLICIES`
@@ -67,10 +83,28 @@ class Architecture:
             raise InputError(f"num_hidden_layers must be at least 2, got {self.num_hidden_layers}")
         if self.head_dim % 2:
             raise InputError(f"head_dim must be even for rotary positions, got {self.head_dim}")
+        if self.rotary_layers is not None and len(self.rotary_layers) != self.num_hidden_layers:
+            raise InputError(
+                f"rotary_layers: wanted one value for each of {self.num_hidden_layers} layers, "
+                f"got {len(self.rotary_layers)}"
+            )
+        window = self.sliding_window
+        if window is not None and not (isinstance(window, int) and window > 0):
+            raise InputError(f"sliding_window must be a positive integer or null, got {window!r}")
         choices = {"dtype": DTYPES, "attention": ATTENTIONS, "remat": REMATS}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+
+    @property
+    def most_tokens(self) -> tuple[int, str]:
+        """How long a sequence may be, and the field that says so.
+
+        Attention here sees all that came before, which inside a window is what a window does.
+        """
+        limits = ("max_position_embeddings", "sliding_window")
+        found = [(getattr(self, name), name) for name in limits]
+        return min((most, name) for most, name in found if most is not None)
 
 
 class ParamSpec(NamedTuple):
@@ -81,6 +115,35 @@ class ParamSpec(NamedTuple):
     init: Callable[..., jax.Array]
 
 
+class LayerParam(NamedTuple):
+    """A parameter of every layer, or of the layers of some architectures."""
+
+    hf_name: str  # after "model.layers.<number>."
+    axes: tuple[str, ...]  # logical
+    init: Callable[..., jax.Array]
+    asked_by: str | None = None  # field of `Architecture`; None = every layer has it
+
+
+_NORMAL, _ONES, _ZEROS = initializers.normal(0.02), initializers.ones, initializers.zeros
+_QUERY, _KEY = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
+LAYER_PARAMS: dict[str, LayerParam] = {
+    "input_layernorm": LayerParam("input_layernorm.weight", ("embed",), _ONES),
+    "q_proj": LayerParam("self_attn.q_proj.weight", _QUERY, _NORMAL),
+    "q_bias": LayerParam("self_attn.q_proj.bias", ("q_width",), _ZEROS, "qkv_bias"),
+    "k_proj": LayerParam("self_attn.k_proj.weight", _KEY, _NORMAL),
+    "k_bias": LayerParam("self_attn.k_proj.bias", ("kv_width",), _ZEROS, "qkv_bias"),
+    "v_proj": LayerParam("self_attn.v_proj.weight", _KEY, _NORMAL),
+    "v_bias": LayerParam("self_attn.v_proj.bias", ("kv_width",), _ZEROS, "qkv_bias"),
+    "q_norm": LayerParam("self_attn.q_norm.weight", ("head_dim",), _ONES, "qk_norm"),
+    "k_norm": LayerParam("self_attn.k_norm.weight", ("head_dim",), _ONES, "qk_norm"),
+    "o_proj": LayerParam("self_attn.o_proj.weight", ("heads", "head_dim", "embed"), _NORMAL),
+    "post_attention_layernorm": LayerParam("post_attention_layernorm.weight", ("embed",), _ONES),
+    "gate_proj": LayerParam("mlp.gate_proj.weight", ("embed", "mlp"), _NORMAL),
+    "up_proj": LayerParam("mlp.up_proj.weight", ("embed", "mlp"), _NORMAL),
+    "down_proj": LayerParam("mlp.down_proj.weight", ("mlp", "embed"), _NORMAL),
+}
+
+
 def layer_specs(arch: Architecture) -> dict[str, ParamSpec]:
     """Parameters of one layer, without the leading `layers` axis."""
     sizes = {
@@ -88,26 +151,14 @@ def layer_specs(arch: Architecture) -> dict[str, ParamSpec]:
         "heads": arch.num_attention_heads,
         "kv_heads": arch.num_key_value_heads,
         "head_dim": arch.head_dim,
+        "q_width": arch.num_attention_heads * arch.head_dim,
+        "kv_width": arch.num_key_value_heads * arch.head_dim,
         "mlp": arch.intermediate_size,
     }
-    axes = {
-        "input_layernorm": ("embed",),
-        "q_proj": ("embed", "heads", "head_dim"),
-        "k_proj": ("embed", "kv_heads", "head_dim"),
-        "v_proj": ("embed", "kv_heads", "head_dim"),
-        "o_proj": ("heads", "head_dim", "embed"),
-        "post_attention_layernorm": ("embed",),
-        "gate_proj": ("embed", "mlp"),
-        "up_proj": ("embed", "mlp"),
-        "down_proj": ("mlp", "embed"),
-    }
     return {
-        name: ParamSpec(
-            tuple(sizes[axis] for axis in dims),
-            dims,
-            initializers.ones if len(dims) == 1 else initializers.normal(0.02),
-        )
-        for name, dims in axes.items()
+        name: ParamSpec(tuple(sizes[axis] for axis in param.axes), param.axes, param.init)
+        for name, param in LAYER_PARAMS.items()
+        if param.asked_by is None or getattr(arch, param.asked_by)
     }
 
 
@@ -131,9 +182,8 @@ def param_specs(arch: Architecture, *, head: str = "lm") -> dict[str, Any]:
     if head not in HEADS:
         raise InputError(f"head must be one of {HEADS}, got {head!r}")
     vocab, embed = arch.vocab_size, arch.hidden_size
-    normal = initializers.normal(0.02)
     specs: dict[str, Any] = {
-        "embed_tokens": ParamSpec((vocab, embed), ("vocab", "embed"), normal),
+        "embed_tokens": ParamSpec((vocab, embed), ("vocab", "embed"), _NORMAL),
         **{
             stack: {
                 name: ParamSpec((size, *spec.shape), ("layers", *spec.axes), spec.init)
@@ -141,17 +191,19 @@ def param_specs(arch: Architecture, *, head: str = "lm") -> dict[str, Any]:
             }
             for stack, size in layer_stacks(arch).items()
         },
-        "norm": ParamSpec((embed,), ("embed",), initializers.ones),
+        "norm": ParamSpec((embed,), ("embed",), _ONES),
     }
     if head == "score":
         specs["score"] = ParamSpec((embed,), ("embed",), initializers.normal((embed + 1) ** -0.5))
     elif not arch.tie_word_embeddings:
-        specs["lm_head"] = ParamSpec((embed, vocab), ("embed", "vocab"), normal)
+        specs["lm_head"] = ParamSpec((embed, vocab), ("embed", "vocab"), _NORMAL)
     return specs
 
 
 def init_params(arch: Architecture, key: jax.Array, *, head: str = "lm") -> Params:
-    """Draw float32 parameters: N(0, 0.02) matrices, unit norms, score head of std 1/sqrt(D+1)."""
+    """Draw float32 parameters: N(0, 0.02) matrices, unit norms, zero biases, score head of std
+    1/sqrt(D+1).
+    """
     specs, tree = jax.tree.flatten(param_specs(arch, head=head), is_leaf=_is_spec)
     keys = jax.random.split(key, len(specs))
     return jax.tree.unflatten(
@@ -172,7 +224,8 @@ def logical_axes(arch: Architecture, *, head: str = "lm") -> Params:
 def cast_matrices(arch: Architecture, params: Params) -> Params:
     """Cast the matrices to the compute dtype, which the forward pass does where it gathers them.
 
-    Vectors (norm scales, score head) are used in float32 and stay, so that no result changes.
+    Vectors (norm scales, biases, score head) are used in float32 and stay, so that no result
+    changes.
     """
     head = "score" if "score" in params else "lm"
     axes, cast = logical_axes(arch, head=head), partial(cast_matrix, arch)

@@ -35,7 +35,7 @@ class RewardModel:
     format `text`, as `data.format=auto` reads them in training.
 
     Args:
-        path: folder or hub id that `LlamaForSequenceClassification` (num_labels=1) could load.
+        path: folder or hub id that `AutoModelForSequenceClassification` (num_labels=1) could load.
         batch_size: groups per forward pass.
         dtype: compute dtype.
         max_prompt_tokens: longer TL;DR prompts are cut as in training, so this is the limit it was
@@ -60,6 +60,7 @@ class RewardModel:
         mesh = make_mesh(MeshConfig(data=-1, fsdp=shards))
         model = open_model(ModelConfig(path, dtype=dtype), mesh, head="score")
         self.fingerprint = model.hash
+        self._model = model
         self._encoder = Encoder(model.tokenizer)
         # Every completion gets a reward, however long it is.
         self._limits = Limits(max_prompt_tokens, max_completion_tokens=1 << 30)
@@ -115,4 +116,10 @@ class RewardModel:
             alone = [[i] for i in run] if len(run) > 1 else []
             return [found for one in alone for found in self._tokenize(one, prompts, completions)]
         assert isinstance(tokens, TokenGroup)  # nothing is dropped under these limits
+        self._model.require_context(
+            f"reward model: {text.where}",
+            len(tokens.prompt_tokens),
+            max(map(len, tokens.completion_tokens)),
+            fix="shorter completions, or the reward function's argument max_prompt_tokens",
+        )
         return [(tokens, run)]

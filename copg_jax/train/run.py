@@ -321,5 +321,6 @@ def _export(run: _Run, name: str, params: Any) -> None:
         params,
         head=run.model.head,
         tokenizer=run.model.tokenizer,
+        source=run.model.config,
     )
     log.info("wrote %s", run.folder / name)

@@ -66,7 +66,7 @@ FIELDS = [
     ("rms_norm_eps", "small"),
     ("tie_word_embeddings", "yes"),
     ("model_type", ["llama"]),
-    ("model_type", "mistral"),
+    ("model_type", "gpt2"),
 ]
 
 

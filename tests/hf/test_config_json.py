@@ -1,4 +1,7 @@
-"""config.json of models: what decides something is checked field by field, the rest is not read."""
+"""config.json of models: what decides something is checked field by field, the rest is not read.
+
+What holds for the fields of all families is shown with a Llama; the fuzz is of every family.
+"""
 
 import json
 from pathlib import Path
@@ -10,7 +13,10 @@ from hypothesis import strategies as st
 
 from copg_jax.errors import InputError
 from copg_jax.hf import weights
+from copg_jax.hf.config_json import read_config
+from copg_jax.hf.families import FAMILIES, to_architecture, to_config
 from tests.models import tiny
+from tests.toys import names_all
 
 BASE = tiny.KINDS["llama3"]
 ROPE = BASE["rope_scaling"]
@@ -68,7 +74,7 @@ def test_a_size_is_a_whole_number_above_zero(tmp_path, field, value):
         ("num_hidden_layers", 10**9, "from 1 to 10000, got 1000000000"),
         ("num_hidden_layers", 1, "at least 2"),
         ("vocab_size", 10**12, "from 1 to 2147483647, got 1000000000000"),
-        ("hidden_size", 33, "wanted a multiple of num_attention_heads, which is 4, got 33"),
+        ("hidden_size", 33, "num_attention_heads, which is 4, or a head_dim beside it, got 33"),
         ("num_attention_heads", 5, "wanted a multiple of num_attention_heads, which is 5"),
         ("num_key_value_heads", 0, "or null, got 0"),
         ("num_key_value_heads", 3, "must be a multiple of num_key_value_heads (3)"),
@@ -89,13 +95,13 @@ def test_a_size_is_a_whole_number_above_zero(tmp_path, field, value):
         ("partial_rotary_factor", 0.5, "got 0.5"),
         ("attention_bias", 0, "wanted false (others are not supported), got 0"),
         ("hidden_act", None, 'wanted "silu"'),
-        ("rope_scaling", [], "wanted an object or null, got []"),
+        ("rope_scaling", [], "wanted an object, the same for all layers or null, got []"),
         ("rope_scaling", ROPE | {"factor": 0}, "rope_scaling.factor: wanted a number from 1"),
         ("rope_scaling", ROPE | {"factor": "8"}, "rope_scaling.factor"),
         ("rope_scaling", ROPE | {"rope_type": []}, "rope_scaling.rope_type"),
         ("rope_scaling", ROPE | {"rope_type": "yarn"}, "rope_scaling.rope_type"),
         ("rope_scaling", {"type": "linear", "factor": 2.0}, "rope_scaling.type"),
-        ("rope_scaling", ROPE | {"high_freq_factor": 1.0}, "low_freq_factor < high_freq_factor"),
+        ("rope_scaling", ROPE | {"high_freq_factor": 1.0}, "must be above low_freq_factor (1.0)"),
         ("rope_parameters", {"rope_theta": None}, "rope_parameters.rope_theta"),
         ("eos_token_id", 61, "wanted ids below vocab_size, which is 61, or null, got 61"),
         ("eos_token_id", [1, -1], "got [1, -1]"),
@@ -107,6 +113,48 @@ def test_what_means_nothing_here_is_refused_with_field_and_value(tmp_path, field
     assert text.startswith(str(tmp_path / "config.json"))
     assert field in text
     assert wanted in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value", "wanted"),
+    [
+        ("mistral", "sliding_window", 0, "a whole number from 1 to 2147483647 or null, got 0"),
+        ("mistral", "sliding_window", "4096", "or null, got '4096'"),
+        ("mistral", "sliding_window", float("nan"), "or null, got nan"),
+        ("mistral", "num_key_value_heads", 3, "must be a multiple of num_key_value_heads (3)"),
+        ("mistral", "head_dim", 7, "even rotary dimension"),
+        ("mistral", "hidden_size", 33, "which is 4, or a head_dim beside it, got 33"),
+        ("qwen2", "sliding_window", -1, "or null, got -1"),
+        ("qwen2", "use_sliding_window", None, "true or false, got None"),
+        ("qwen2", "use_sliding_window", 1, "true or false, got 1"),
+        ("qwen2", "max_window_layers", -1, "a whole number from 0 to 2147483647, got -1"),
+        ("qwen2", "max_window_layers", "28", "got '28'"),
+        ("qwen2", "attention_bias", True, "wanted false (others are not supported), got True"),
+        ("qwen3", "head_dim", 0, "or null, got 0"),
+        ("qwen3", "attention_bias", True, "wanted false (others are not supported), got True"),
+        ("qwen3", "layer_types", "full_attention", "a list or null, got 'full_attention'"),
+        ("qwen3", "layer_types", ["full_attention", 3], "layer_types[1]: wanted"),
+        (
+            "qwen3",
+            "layer_types",
+            ["full_attention"],
+            "wanted one value for each of 2 layers, got 1",
+        ),
+        ("qwen3", "eos_token_id", 61, "wanted ids below vocab_size, which is 61, or null, got 61"),
+        ("smollm3", "no_rope_layers", {}, "a list or null, got {}"),
+        ("smollm3", "no_rope_layers", [1, 0, 1, True], "no_rope_layers[3]: wanted 0 or 1"),
+        ("smollm3", "no_rope_layers", [1, 0, 2, 0], "no_rope_layers[2]: wanted 0 or 1"),
+        ("smollm3", "no_rope_layers", [1, 0], "wanted one value for each of 4 layers, got 2"),
+        ("smollm3", "no_rope_layers", [], "wanted one value for each of 4 layers, got 0"),
+        ("smollm3", "no_rope_layer_interval", 0, "a whole number from 1 to 2147483647, got 0"),
+        ("smollm3", "mlp_bias", True, "wanted false (others are not supported), got True"),
+    ],
+)
+def test_what_means_nothing_in_a_family_is_refused_too(tmp_path, kind, field, value, wanted):
+    write(tmp_path, json.dumps(tiny.KINDS[kind] | {field: value}))
+    with pytest.raises(InputError) as caught:
+        weights.read_architecture(tmp_path)
+    names_all(str(caught.value), [str(tmp_path / "config.json"), field, wanted])
 
 
 def test_what_says_nothing_about_the_architecture_is_not_read(tmp_path):
@@ -155,20 +203,29 @@ ODD = st.one_of(
     st.floats(),
     st.text(max_size=8),
     st.lists(st.integers(), max_size=2),
+    st.lists(st.integers(0, 1), min_size=2, max_size=4),
+    st.lists(st.sampled_from(["full_attention", "sliding_attention"]), min_size=2, max_size=4),
     st.dictionaries(st.sampled_from([*ROPE, "type", "rope_theta", "x"]), st.floats() | st.none()),
 )
-FIELDS = st.sampled_from(sorted({*BASE, *IDLE, "head_dim", "rope_parameters", "sliding_window"}))
+OF_FAMILY = {config["model_type"]: config for config in tiny.KINDS.values()}
+OF_ALL = {*BASE, *IDLE, "head_dim", "rope_parameters", "sliding_window", "partial_rotary_factor"}
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(st.dictionaries(FIELDS, ODD, min_size=1, max_size=3), st.sets(FIELDS, max_size=2))
-def test_any_config_is_read_or_is_an_input_error(tmp_path_factory, changes, left_out):
-    raw = {name: value for name, value in (BASE | changes).items() if name not in left_out}
+@pytest.mark.parametrize("model_type", FAMILIES)
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_config_is_read_or_is_an_input_error(tmp_path_factory, model_type, data):
+    base = OF_FAMILY[model_type]
+    fields = st.sampled_from(sorted({*OF_ALL, *base, *FAMILIES[model_type].fields}))
+    changes = data.draw(st.dictionaries(fields, ODD, min_size=1, max_size=3))
+    left_out = data.draw(st.sets(fields, max_size=2))
+    raw = {k: v for k, v in (base | changes).items() if k not in {"model_type", *left_out}}
+    raw |= {"model_type": model_type}
     folder = write(tmp_path_factory.getbasetemp(), json.dumps(raw))
     try:
         arch = weights.read_architecture(folder)
     except InputError as error:
         assert str(folder / "config.json") in str(error)
-    else:  # and what is read can be written
-        again = weights.hf_config(arch, head="lm", tokenizer=tiny.tokenizer())
-        assert again.vocab_size == arch.vocab_size
+    else:  # and what is read can be written, whatever else stands there
+        config = to_config(arch, head="score", special={}, source=read_config(folder))
+        assert to_architecture(json.loads(json.dumps(config))) == arch

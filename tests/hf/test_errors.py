@@ -4,6 +4,7 @@ import functools
 import json
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -166,10 +167,20 @@ def test_a_truncated_file_is_named(folder: Path) -> None:
         _load(folder)
 
 
-def test_integer_weights_are_refused(folder: Path) -> None:
-    name = "model.norm.weight"
-    _edit_tensors(folder, lambda tensors: tensors.update({name: np.zeros(32, np.int8)}))
-    with pytest.raises(InputError, match=r"model.norm.weight.*I8.*quantised"):
+@pytest.mark.parametrize(
+    ("name", "dtype", "said"),
+    [
+        ("model.norm.weight", np.int8, "I8"),
+        ("model.layers.0.self_attn.q_proj.qweight", np.int32, "I32"),  # GPTQ, AWQ
+        ("model.layers.0.mlp.up_proj.weight", np.uint8, "U8"),  # bitsandbytes
+        ("model.layers.0.mlp.up_proj.weight", ml_dtypes.float8_e4m3fn, "F8_E4M3"),
+    ],
+)
+def test_quantised_weights_are_refused_where_their_config_does_not_say_so(
+    folder: Path, name: str, dtype: type, said: str
+) -> None:
+    _edit_tensors(folder, lambda tensors: tensors.update({name: np.zeros(32, dtype)}))
+    with pytest.raises(InputError, match=rf"{name}.*{said}.*quantised"):
         _load(folder)
 
 

@@ -12,10 +12,11 @@ import transformers
 from copg_jax.hf import weights
 from copg_jax.models.decoder import Decoder
 from copg_jax.models.forward import make_score
-from copg_jax.models.params import Architecture, init_params
+from copg_jax.models.params import Architecture, Params, init_params
 from tests.models import record_golden, tiny
 
 pytestmark = pytest.mark.oracle("torch")
+kinds = pytest.mark.parametrize("kind", tiny.KINDS)
 
 
 @pytest.fixture
@@ -24,10 +25,20 @@ def torch() -> ModuleType:
     return importlib.import_module("torch")
 
 
-def _arch(**changes) -> Architecture:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return Architecture(vocab_size=tiny.VOCAB, **{**sizes, **heads, **changes})
+def _export(folder: Path, kind: str, head: str) -> tuple[Architecture, Params, Path]:
+    """A model that was drawn anew, and the folder that it is exported to."""
+    source = tiny.write_checkpoint(folder / "source", kind)
+    arch = weights.read_architecture(source)
+    params = init_params(arch, jax.random.key(0), head=head)
+    noise = np.random.default_rng(0)  # on norms and biases too
+    params = jax.tree.map(
+        lambda x: (x if x.ndim < 2 else 5 * x) + 0.1 * noise.standard_normal(x.shape, np.float32),
+        params,
+    )
+    weights.save_pretrained(
+        folder / "model", arch, params, head=head, tokenizer=tiny.tokenizer(), source=source
+    )
+    return arch, params, folder / "model"
 
 
 def _our_rewards(arch, params, rows, lengths):
@@ -36,16 +47,13 @@ def _our_rewards(arch, params, rows, lengths):
     return jax.jit(make_score(arch))(params, group)[:, 0]
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@kinds
 def test_torch_gives_the_logits_of_an_exported_language_model(
-    tied: bool, tmp_path: Path, torch: ModuleType
+    kind: str, tmp_path: Path, torch: ModuleType
 ) -> None:
-    arch = _arch(tie_word_embeddings=tied)
-    params = init_params(arch, jax.random.key(0))
-    params = jax.tree.map(lambda x: x if x.ndim < 2 else 5 * x, params)
-    folder = tmp_path / "model"
-    weights.save_pretrained(folder, arch, params, head="lm", tokenizer=tiny.tokenizer())
+    arch, params, folder = _export(tmp_path, kind, "lm")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert type(model).__name__ == tiny.class_name(kind, "lm")
     tokens, _ = record_golden.inputs()
     with torch.no_grad():
         wanted = model(torch.tensor(tokens, dtype=torch.long)).logits[:, 4:-1].numpy()
@@ -54,30 +62,29 @@ def test_torch_gives_the_logits_of_an_exported_language_model(
     np.testing.assert_allclose(ours, wanted, atol=1e-4)
 
 
+@kinds
 def test_torch_gives_the_rewards_of_an_exported_reward_model(
-    tmp_path: Path, torch: ModuleType
+    kind: str, tmp_path: Path, torch: ModuleType
 ) -> None:
-    arch = _arch()
-    params = init_params(arch, jax.random.key(0), head="score")
+    arch, params, folder = _export(tmp_path, kind, "score")
     tokens, lengths = record_golden.inputs()
     rows = record_golden.padded(tokens, lengths)
-    folder = tmp_path / "model"
-    weights.save_pretrained(folder, arch, params, head="score", tokenizer=tiny.tokenizer())
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
-    assert type(model).__name__ == "LlamaForSequenceClassification"
+    assert type(model).__name__ == tiny.class_name(kind, "score")
     with torch.no_grad():
         wanted = model(torch.tensor(rows, dtype=torch.long)).logits[:, 0].numpy()
     np.testing.assert_allclose(_our_rewards(arch, params, rows, lengths), wanted, atol=1e-4)
 
 
-def test_we_run_what_transformers_saves(tmp_path: Path) -> None:
-    tiny.write_checkpoint(tmp_path / "in", "llama3", "score")
-    model = transformers.LlamaForSequenceClassification.from_pretrained(tmp_path / "in")
-    model.save_pretrained(tmp_path / "out", max_shard_size="20KB")
+@kinds
+def test_we_run_what_transformers_saves(kind: str, tmp_path: Path) -> None:
+    tiny.write_checkpoint(tmp_path / "in", kind, "score")
+    auto = transformers.AutoModelForSequenceClassification
+    auto.from_pretrained(tmp_path / "in").save_pretrained(tmp_path / "out", max_shard_size="20KB")
     assert (tmp_path / "out" / weights.INDEX_NAME).is_file()
     arch = weights.read_architecture(tmp_path / "out")
     params = weights.load_params(tmp_path / "out", arch, head="score")
     tokens, lengths = record_golden.inputs()
     rows = record_golden.padded(tokens, lengths)
-    golden = np.load(record_golden.FOLDER / "llama3.npz")["rewards"]
+    golden = np.load(record_golden.FOLDER / f"{kind}.npz")["rewards"]
     np.testing.assert_allclose(_our_rewards(arch, params, rows, lengths), golden, atol=1e-4)

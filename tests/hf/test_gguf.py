@@ -42,6 +42,8 @@ def _write_gguf(path: Path, kind: str = "smollm2", **metadata) -> None:
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
+    if "window" in metadata:
+        writer.add_sliding_window(metadata.pop("window"))
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_tokenizer_model("gpt2")
@@ -109,7 +111,11 @@ def test_text_is_split_as_llama_cpp_splits_it(text: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"architecture": "gpt2"}, "general.architecture"), ({"pre": "qwen2"}, "tokenizer.ggml.pre")],
+    [
+        *(({"architecture": name}, "general.architecture") for name in ("gpt2", "qwen2", "qwen3")),
+        ({"pre": "qwen2"}, "tokenizer.ggml.pre"),
+        ({"window": 4}, "llama.attention.sliding_window: wanted 0, got 4"),
+    ],
 )
 def test_files_of_another_kind_are_refused_by_key(change, named, tmp_path: Path) -> None:
     _write_gguf(tmp_path / "file.gguf", **change)

@@ -1,6 +1,7 @@
 """Tiny random groups shared by the tests of the model."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -10,27 +11,48 @@ from copg_jax.data.groups import GroupBatch
 from copg_jax.models.params import Architecture, Params, init_params
 from tests.models import tiny
 
+LLAMA = Architecture(
+    vocab_size=tiny.VOCAB,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+)
+# A model that has all that one family has and another has not stands for all of them.
+PARTICULAR = {
+    "everything": {"qkv_bias": True, "qk_norm": True, "rotary_layers": (False, True)},
+    "llama": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+    "smollm3": {"rotary_layers": (True, False)},
+}
+_AS_PARAMS = [
+    pytest.param(name, marks=() if name == "everything" else pytest.mark.slow)
+    for name in PARTICULAR
+]
 
-@pytest.fixture(scope="session")
-def arch() -> Architecture:
+
+@pytest.fixture(scope="session", params=_AS_PARAMS)
+def arch(request: pytest.FixtureRequest) -> Architecture:
     """Grouped-query attention, untied."""
-    return Architecture(
-        vocab_size=tiny.VOCAB,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=6,
-    )
+    return replace(LLAMA, **PARTICULAR[request.param])
 
 
 @pytest.fixture(scope="session")
 def params(arch: Architecture) -> Params:
     """Weights large enough for attention to matter, embeddings of size 1 for good conditioning."""
     drawn = init_params(arch, jax.random.key(1))
+    noise = np.random.default_rng(1)
+
+    def in_layers(name: str, leaf: jax.Array) -> jax.Array:
+        if name in ("q_norm", "k_norm") or name.endswith("bias"):
+            return leaf + 0.3 * noise.standard_normal(leaf.shape, np.float32)
+        return leaf if leaf.ndim == 2 else 10 * leaf
+
     stacks = {
-        stack: {name: leaf if leaf.ndim == 2 else 10 * leaf for name, leaf in drawn[stack].items()}
+        stack: {name: in_layers(name, leaf) for name, leaf in drawn[stack].items()}
         for stack in ("layers", "last_layer")
     }
     return {**drawn, "embed_tokens": 50 * drawn["embed_tokens"], **stacks}

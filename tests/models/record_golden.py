@@ -5,13 +5,17 @@
 """
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from tests.models import tiny
 
 FOLDER = Path(__file__).with_name("golden")
+PROMPT = 5  # ids of a prompt; what follows is the completion
+NEW_TOKENS = 6
 
 
 def inputs() -> tuple[np.ndarray, np.ndarray]:
@@ -28,22 +32,61 @@ def padded(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return rows
 
 
+def sketch(gradients: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Four random projections of each tensor of a gradient, in the order of their names: [n, 4]."""
+    return np.stack(
+        [
+            np.random.RandomState(3).standard_normal((4, value.size)) @ value.ravel()
+            for _, value in sorted(gradients.items())
+        ]
+    )
+
+
 def record(kind: str, folder: Path) -> dict[str, np.ndarray]:
-    """Logits [3, 14, V] and rewards [3] of one kind, by torch."""
+    """What torch gives for one kind.
+
+    Returns:
+        logits: [3, 14, V].
+        logp: ln π of each completion, [3]; lengths are those of `inputs`.
+        gradients: `sketch` of the gradient of SFT, the mean of −ln π over completion tokens.
+        greedy: the ids that follow the first `lengths` ids of each row, [3, NEW_TOKENS].
+        rewards: [3].
+    """
     import torch
     import transformers
 
     tokens, lengths = inputs()
     lm_folder = tiny.write_checkpoint(folder / "lm", kind)
     rm_folder = tiny.write_checkpoint(folder / "score", kind, "score")
-    lm = transformers.LlamaForCausalLM.from_pretrained(lm_folder, attn_implementation="eager")
-    rm = transformers.LlamaForSequenceClassification.from_pretrained(rm_folder)
+    auto: Any = transformers.AutoModelForCausalLM
+    lm = auto.from_pretrained(lm_folder, attn_implementation="eager")
+    rm = transformers.AutoModelForSequenceClassification.from_pretrained(rm_folder)
+    ids = torch.tensor(tokens, dtype=torch.long)
+    logits = lm(ids).logits
+    logp = torch.log_softmax(logits[:, PROMPT - 1 : -1], -1)
+    logp = torch.gather(logp, -1, ids[:, PROMPT:, None])[..., 0]
+    in_completion = (
+        torch.arange(ids.shape[1] - PROMPT)[None] < torch.tensor(lengths)[:, None] - PROMPT
+    )
+    logp = torch.where(in_completion, logp, 0.0).sum(-1)
+    (-logp.sum() / in_completion.sum()).backward()
+    gradients = {name: value.grad.numpy() for name, value in lm.named_parameters()}
     with torch.no_grad():
-        logits = lm(torch.tensor(tokens, dtype=torch.long)).logits
         rows = torch.tensor(padded(tokens, lengths), dtype=torch.long)
         mask = torch.arange(rows.shape[1])[None] < torch.tensor(lengths)[:, None]
         rewards = rm(rows, attention_mask=mask.long()).logits[:, 0]
-    return {"logits": logits.numpy(), "rewards": rewards.numpy()}
+        options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": None}
+        greedy = [
+            lm.generate(row[None, :length], **options)[0, length:]
+            for row, length in zip(ids, lengths.tolist(), strict=True)
+        ]
+    return {
+        "logits": logits.detach().numpy(),
+        "logp": logp.detach().numpy(),
+        "gradients": sketch(gradients),
+        "greedy": torch.stack(greedy).numpy(),
+        "rewards": rewards.numpy(),
+    }
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Decoding with the two-part cache is the training computation, one token at a time."""
 
-import dataclasses
 import functools
 import math
 import re
@@ -81,7 +80,7 @@ def test_a_step_transposes_no_prompt(arch, params, make_group, num_samples):
 
 
 def test_a_loop_of_steps_works_in_the_donated_cache(arch, params, make_group):
-    arch = dataclasses.replace(arch, num_hidden_layers=8)
+    arch = tiny.deeper(arch, 8)
     params = init_params(arch, jax.random.key(0))
     decoder = Decoder(arch)
     group = make_group([64] * 4, [[6, 6]] * 4, p=64)

@@ -188,7 +188,7 @@ def test_completions_of_a_group_do_not_see_each_other(arch, params, make_group):
 
 
 def test_rematerialisation_does_not_change_gradients(arch, make_group):
-    deep = dataclasses.replace(arch, num_hidden_layers=4)  # a loop of three
+    deep = tiny.deeper(arch, 4)  # a loop of three
     drawn = init_params(deep, jax.random.key(1))
     params = jax.tree.map(lambda x: x if x.ndim == 2 else 4 * x, drawn)
     group = make_group(*SHAPES[1])
@@ -205,7 +205,7 @@ def test_rematerialisation_does_not_change_gradients(arch, make_group):
 
 
 def test_full_rematerialisation_needs_less_memory_than_none(arch, params, make_group):
-    deep = dataclasses.replace(arch, num_hidden_layers=8)
+    deep = tiny.deeper(arch, 8)
     group = make_group([32] * 4, [[8, 8]] * 4, p=32, c=8)
     memory = {}
     for remat in ("none", "full"):

@@ -26,7 +26,7 @@ from copg_jax.sharding import Partitioner
 from experiments.matmuls import matmul_flops
 from experiments.planning.topology import open_topology
 from tests import toys
-from tests.models import dense
+from tests.models import dense, tiny
 
 
 @jax.custom_vjp
@@ -116,7 +116,7 @@ def test_a_fused_kernel_on_any_mesh_computes_the_same(anywhere, sizes):
 
 def _gradient(mesh, **change):
     """Of the log-probabilities of a batch."""
-    arch = dataclasses.replace(toys.LLAMA, **change)
+    arch = dataclasses.replace(toys.EVERYTHING, **change)
     batch = toys.in_bins(toys.group_batch(np.ones((8, 2))), sharding.num_batch_shards(mesh))
     params = init_params(arch, jax.random.key(0))
     shardings = sharding.shardings(mesh, logical_axes(arch), params)
@@ -224,9 +224,12 @@ def test_all_policies_but_full_store_what_attention_mixed(
     assert (stored in text) == (remat != "full"), text
 
 
-def test_each_policy_multiplies_more_than_the_one_before_but_dots_which_stores_every_product():
+@pytest.mark.parametrize("model", [toys.LLAMA, toys.EVERYTHING], ids=["llama", "everything"])
+def test_each_policy_multiplies_more_than_the_one_before_but_dots_which_stores_every_product(
+    model,
+):
     def count(remat):
-        arch = dataclasses.replace(toys.LLAMA, num_hidden_layers=4, remat=remat)
+        arch = dataclasses.replace(tiny.deeper(model, 4), remat=remat)
         batch = toys.in_bins(toys.group_batch(np.ones((2, 2))), 1)
         loss = lambda params: make_seq_logp(arch)(params, batch).sum()
         return matmul_flops(jax.jit(jax.grad(loss)).trace(abstract_params(arch)).jaxpr)

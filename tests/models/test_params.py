@@ -40,6 +40,9 @@ def test_score_head_is_drawn_with_the_published_scale():
         ({"hidden_size": 0}, "hidden_size"),
         ({"dtype": "float16"}, "dtype"),
         ({"remat": "some"}, "remat"),
+        ({"rotary_layers": (True,)}, "rotary_layers"),
+        ({"sliding_window": 0}, "sliding_window"),
+        ({"sliding_window": "all"}, "sliding_window"),
     ],
 )
 def test_impossible_sizes_are_refused_by_name(arch, change, field):

@@ -1,9 +1,10 @@
-"""Tiny Llamas of every supported kind, written as the checkpoints that the world publishes.
+"""Tiny models of every supported family, written as the checkpoints that the world publishes.
 
 Weights come from RandomState, whose stream NumPy guarantees for ever, so that golden arrays do not
 need to carry them. Names, shapes and config keys are spelled out here a second time on purpose.
 """
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -50,6 +51,11 @@ _SCALING = {  # frequencies 1, 0.1, 0.01, 0.001 fall on both sides of, and into,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+_LLAMA_ONLY = ("attention_bias", "rope_scaling")
+_RELATIVE = {name: value for name, value in _BASE.items() if name not in _LLAMA_ONLY} | {
+    "rms_norm_eps": 1e-6,
+    "num_key_value_heads": 2,
+}
 KINDS = {
     "llama2": _BASE,
     "llama3": _BASE | {"num_key_value_heads": 2, "rope_scaling": _SCALING},
@@ -64,7 +70,51 @@ KINDS = {
         "rope_theta": 100000.0,
         "tie_word_embeddings": True,
     },
+    # Its window holds the longest text of the tests, and no token more.
+    "mistral": _RELATIVE | {"model_type": "mistral", "sliding_window": 20},
+    "qwen2": _RELATIVE
+    | {
+        "model_type": "qwen2",
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+        "sliding_window": 4,
+        "max_window_layers": 1,
+    },
+    "qwen3": _RELATIVE
+    | {
+        "model_type": "qwen3",
+        "head_dim": 16,
+        "rope_theta": 1000000.0,
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "sliding_window": None,
+    },
+    "qwen3_tied": _RELATIVE
+    | {"model_type": "qwen3", "head_dim": 6, "tie_word_embeddings": True, "num_hidden_layers": 3},
+    "smollm3": _RELATIVE
+    | {
+        "model_type": "smollm3",
+        "num_hidden_layers": 4,
+        "rope_theta": 2000000.0,
+        "tie_word_embeddings": True,
+        "no_rope_layers": [1, 0, 1, 0],
+        "use_sliding_window": False,
+    },
 }
+_CLASSES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "smollm3": "SmolLM3",
+}
+_HEADS = {"lm": "ForCausalLM", "score": "ForSequenceClassification"}
+
+
+def class_name(kind: str, head: str) -> str:
+    """The class of transformers that such a checkpoint names."""
+    return _CLASSES[KINDS[kind]["model_type"]] + _HEADS[head]
 
 
 def hf_tensors(kind: str, head: str) -> dict[str, np.ndarray]:
@@ -89,22 +139,28 @@ def hf_tensors(kind: str, head: str) -> dict[str, np.ndarray]:
                 "mlp.down_proj": (d, f),
             }.items()
         }
+        attention = f"model.layers.{i}.self_attn"
+        if c["model_type"] == "qwen2":
+            widths = {"q": q, "k": kv, "v": kv}
+            shapes |= {f"{attention}.{name}_proj.bias": (w,) for name, w in widths.items()}
+        if c["model_type"] == "qwen3":
+            shapes |= {f"{attention}.{name}_norm.weight": (head_dim,) for name in "qk"}
     if head == "score":
         shapes["score.weight"] = (1, d)
     elif not c["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (VOCAB, d)
     draw = np.random.RandomState(list(KINDS).index(kind))
     return {
-        name: (len(shape) == 1) + 0.2 * draw.standard_normal(shape).astype(np.float32)
+        name: (len(shape) == 1 and "bias" not in name)
+        + 0.2 * draw.standard_normal(shape).astype(np.float32)
         for name, shape in shapes.items()
     }
 
 
 def write_checkpoint(folder: Path, kind: str, head: str = "lm", dtype: type = np.float32) -> Path:
     """Write config.json (the form of transformers 4) and model.safetensors."""
-    names = {"lm": "LlamaForCausalLM", "score": "LlamaForSequenceClassification"}
     labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}} if head == "score" else {}
-    config = KINDS[kind] | {"architectures": [names[head]]} | labels
+    config = KINDS[kind] | {"architectures": [class_name(kind, head)]} | labels
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     tensors = {name: value.astype(dtype) for name, value in hf_tensors(kind, head).items()}
@@ -139,6 +195,12 @@ def group_of(tokens: np.ndarray, cut: int, length: np.ndarray | None = None) -> 
         reward=np.zeros((b, 1), np.float32),
         ref_logp=np.zeros((b, 1), np.float32),
     )
+
+
+def deeper(arch: Architecture, num_layers: int) -> Architecture:
+    """The architecture with so many layers, of the same kinds in turn."""
+    flags = arch.rotary_layers and (arch.rotary_layers * num_layers)[:num_layers]
+    return dataclasses.replace(arch, num_hidden_layers=num_layers, rotary_layers=flags)
 
 
 def shape_of(
@@ -214,9 +276,17 @@ def _plain_row(arch: Architecture, params: Params, tokens: jax.Array) -> jax.Arr
         stacks = params["layers"], params["last_layer"]
         w = {name: jnp.concatenate([s[name] for s in stacks])[i] for name in stacks[0]}
         y = norm(x, w["input_layernorm"])
-        q = rotary(jnp.tensordot(y, w["q_proj"], 1))
-        k = jnp.repeat(rotary(jnp.tensordot(y, w["k_proj"], 1)), repeats, axis=1)
-        v = jnp.repeat(jnp.tensordot(y, w["v_proj"], 1), repeats, axis=1)
+        q, k, v = (jnp.tensordot(y, w[f"{name}_proj"], 1) for name in "qkv")
+        if "q_bias" in w:
+            q, k, v = (
+                x + w[f"{name}_bias"].reshape(1, *x.shape[1:])
+                for name, x in zip("qkv", (q, k, v), strict=True)
+            )
+        if "q_norm" in w:
+            q, k = norm(q, w["q_norm"][None]), norm(k, w["k_norm"][None])
+        if arch.rotary_layers is None or arch.rotary_layers[i]:
+            q, k = rotary(q), rotary(k)
+        k, v = jnp.repeat(k, repeats, axis=1), jnp.repeat(v, repeats, axis=1)
         scores = jnp.einsum("qhe,khe->hqk", q, k) / arch.head_dim**0.5
         future = jnp.triu(jnp.ones(scores.shape[1:], bool), 1)[None]
         weights = jax.nn.softmax(jnp.where(future, -jnp.inf, scores), -1)

@@ -24,6 +24,7 @@ from tests import toys
 from tests.models import tiny
 
 LLAMA2_7B = ["configs/tldr.yaml", "configs/sizes/llama2_7b.yaml"]
+SLOW = pytest.mark.slow
 FIELDS = [field.name for field in dataclasses.fields(Plan)]
 
 
@@ -43,8 +44,14 @@ def config_of(stage: str, architecture: Path, *arguments: str) -> Any:
     return load_config(STAGES[stage], [*needed, *arguments])
 
 
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "llama3" else pytest.param(kind, marks=SLOW) for kind in tiny.KINDS]
+)
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_step_of_every_stage_is_traced_with_its_shardings(stage: str, architecture: Path):
+def test_the_step_of_every_stage_is_traced_with_its_shardings(
+    stage: str, kind: str, architecture: Path
+):
+    (architecture / "config.json").write_text(json.dumps(tiny.KINDS[kind]))
     config = config_of(stage, architecture)
     mesh = sharding.make_mesh(sharding.MeshConfig())
     program = make_program(config, open_architecture(config.model), mesh)

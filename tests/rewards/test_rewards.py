@@ -1,6 +1,8 @@
 """Reward functions: what a spec may name, what a function may answer, and the shipped ones."""
 
+import json
 import math
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from copg_jax import rewards
+from copg_jax import checksums, rewards
 from copg_jax.config.sections import Limits, RewardSpec
 from copg_jax.data.formats.choice import FormatChoice
 from copg_jax.data.formats.columns import to_group
@@ -182,6 +184,21 @@ def test_the_reward_model_uses_all_devices_where_their_number_does_not_divide_it
         6
     }
     np.testing.assert_allclose(model(PROMPTS, TEXTS), together, atol=1e-5)
+
+
+@pytest.mark.parametrize("field", ["sliding_window", "max_position_embeddings"])
+def test_a_text_longer_than_the_reward_model_sees_is_refused_with_the_numbers(
+    folder, tmp_path, field
+):
+    shutil.copytree(folder, tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mistral", "sliding_window": None, field: 12}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "m" / checksums.NAME).unlink()
+    model = RewardModel(str(tmp_path / "m"))
+    with pytest.raises(InputError) as caught:
+        model(["A short prompt"], ["one summary " * 9])
+    names_all(str(caught.value), ["reward model", "A short prompt", f"{field}=12", "Fix"])
 
 
 @pytest.mark.parametrize(

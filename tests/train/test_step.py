@@ -24,6 +24,7 @@ from copg_jax.train import state as train_state
 from copg_jax.train.optim import make_optimizer
 from copg_jax.train.step import make_loss_step, make_train_step
 from tests.toys import (
+    EVERYTHING,
     LLAMA,
     Toy,
     assert_trees_equal,
@@ -70,20 +71,22 @@ def make_language_loss(partitioner: Partitioner) -> LossFn:
 
 def make_score_loss(partitioner: Partitioner) -> LossFn:
     """Bradley–Terry on the tiny reward model."""
-    return objective.make_bradley_terry_loss(make_score(LLAMA, partitioner))
+    return objective.make_bradley_terry_loss(make_score(EVERYTHING, partitioner))
 
 
 HEADS: dict[str, tuple[Callable[[Partitioner], LossFn], dict[str, float]]] = {
     "lm": (make_language_loss, {"beta": 0.1}),
     "score": (make_score_loss, {}),
 }
+ARCHITECTURES = {"lm": LLAMA, "score": EVERYTHING}
 
 
 def one_step(head: str, sizes: tuple[int, ...], num_microbatches: int) -> Any:
     """One step of plain gradient descent, so that the change of parameters is the gradient."""
     on, optimizer = mesh(*sizes), optax.sgd(1.0)
     make_loss, coefficients = HEADS[head]
-    axes, shapes = logical_axes(LLAMA, head=head), abstract_params(LLAMA, head=head)
+    arch = ARCHITECTURES[head]
+    axes, shapes = logical_axes(arch, head=head), abstract_params(arch, head=head)
     layout = train_state.state_shardings(on, optimizer, shapes, axes)
     rng = np.random.default_rng(7)
     host = jax.tree.map(lambda s: 0.3 * rng.normal(size=s.shape).astype(np.float32), shapes)
