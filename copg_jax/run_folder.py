@@ -13,7 +13,7 @@ import platform
 import posixpath
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from glob import glob, has_magic
 from importlib import metadata
 from pathlib import Path, PurePath
@@ -79,13 +79,16 @@ def claim(output_dir: str, config: Any, *, may_differ: Sequence[str] = ()) -> It
 def _held(folder: epath.Path) -> Iterator[None]:
     """Makes and holds the folder, which is left as it was where the run has written nothing."""
     is_new = not folder.exists()
-    with ExitStack() as stack:
-        with _named(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(hold(folder))  # the first file in it: it can be written
-        yield
-    if is_new and not is_remote(folder) and not any(folder.iterdir()):
-        folder.rmdir()
+    try:
+        with ExitStack() as stack:
+            with _named(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(hold(folder))  # the first file in it: it can be written
+            yield
+    finally:
+        if is_new and not is_remote(folder):
+            with suppress(OSError):  # which says that it holds something
+                Path(folder).rmdir()
 
 
 @contextmanager
