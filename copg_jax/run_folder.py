@@ -13,7 +13,7 @@ import platform
 import posixpath
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from glob import glob, has_magic
 from importlib import metadata
 from pathlib import Path, PurePath
@@ -86,8 +86,9 @@ def _held(folder: epath.Path) -> Iterator[None]:
                 stack.enter_context(hold(folder))  # the first file in it: it can be written
             yield
     finally:
-        if is_new and not is_remote(folder) and folder.exists() and not any(folder.iterdir()):
-            folder.rmdir()
+        if is_new and not is_remote(folder):
+            with suppress(OSError):  # which says that it holds something
+                Path(folder).rmdir()
 
 
 @contextmanager
