@@ -140,8 +140,9 @@ def check_fields(raw: Mapping[str, Any], of_family: Collection[str]) -> dict[str
     _refuse_quantised(raw)
     fields = _FIELDS | {name: _OF_SOME_FAMILIES[name] for name in of_family}
     _check(raw, _UNSUPPORTED | fields)
-    for name in _ITEMS.keys() & of_family:
-        _check_list(raw, name)
+    for name in of_family:
+        if name in _ITEMS:
+            _check_list(raw, name)
     for name in ("rope_scaling", "rope_parameters"):
         _check(raw.get(name) or {}, _ROPE, f"{name}.")
     _refuse_two_ropes(raw)
@@ -188,13 +189,13 @@ def _refuse_two_ropes(raw: Mapping[str, Any]) -> None:
     new, old = raw.get("rope_parameters"), raw.get("rope_scaling")
     if not new:
         return
-    base = {"rope_theta": raw.get("rope_theta")}
-    new = base | _with_type(new)
-    for name, value in (base | _with_type(old or {})).items() if old else base.items():
-        if value is not None and new.get(name) != value:
+    theta = {"rope_theta": raw.get("rope_theta")}
+    older, newer = theta | (_with_type(old) if old else {}), theta | _with_type(new)
+    for name, value in older.items():
+        if value is not None and newer.get(name) != value:
             raise InputError(
-                f"rope_parameters: {name} is {_got(new.get(name))}, but {_got(value)} in the older "
-                "form, rope_theta and rope_scaling. Fix: leave one of the two"
+                f"rope_parameters: {name} is {_got(newer.get(name))}, but {_got(value)} in the "
+                "older form, rope_theta and rope_scaling. Fix: leave one of the two"
             )
 
 

@@ -111,9 +111,10 @@ def _read_rope(rope: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
 
 def _read_window(hf: PreTrainedConfig) -> int | None:
     """How many tokens a token of a windowed layer sees, or None where no layer has a window."""
-    if "sliding_attention" in getattr(hf, "layer_types", ["sliding_attention"]):
-        return getattr(hf, "sliding_window", None)
-    return None
+    kinds = getattr(hf, "layer_types", None)  # None: a family whose layers are all of one kind
+    if kinds is not None and "sliding_attention" not in kinds:
+        return None
+    return getattr(hf, "sliding_window", None)
 
 
 def to_config(
