@@ -16,7 +16,7 @@ ATTENTIONS = ("xla", "splash", "cudnn")
 ATTENTION_CHOICES = ("auto", *ATTENTIONS)
 DISTRIBUTED_MODES = ("auto", "on", "off")
 REMATS = ("none", "dots", "mlp", "full")
-POLICY_LOSSES = ("copg", "dpo", "ipo", "pg", "rloo")
+POLICY_LOSSES = ("copg", "dpo", "ipo", "pg", "rloo", "opmd", "oapl", "asymre")
 
 
 def require(config: Any, wanted: str, holds: Callable[[Any], bool], *names: str) -> None:
