@@ -155,7 +155,7 @@ def topr_objective(
         The surrogate, of which only the gradient means something; [...].
 
     Note:
-        `GroupBatch` has no ln µ, so that no stage trains with this.
+        Scored rows may hold ln µ, but `GroupBatch` does not, so that no stage trains with this.
     """
     chex.assert_equal_shape([logp, mu_logp, reward])
     mask = losses.present(mask, logp)

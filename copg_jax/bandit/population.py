@@ -4,11 +4,12 @@ them ends.
 1. `GRADIENTS`: the expected ascent direction of each algorithm, as coefficients on ∇ln π(a) (from
    `gradients.py`), `group_coefficients`: that of any loss on groups of k, by enumeration;
 2. `logit_gradient`: those coefficients as a direction for softmax logits;
-3. `fixed_point`: where the flow d(logits)/dt = direction settles;
+3. `fixed_point`: where the flow d(logits)/dt = direction settles, `end_of`: for an algorithm;
 4. `flow_spectrum`: whether it attracts.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -199,6 +200,22 @@ def fixed_point(
 
     flat, _ = jax.lax.scan(step, logits.reshape(-1), jnp.geomspace(1.0, 1e8, num_steps))
     return jax.nn.log_softmax(flat.reshape(shape), axis=-1)
+
+
+@partial(jax.jit, static_argnames="coefficients")
+def end_of(coefficients: Coefficients, bandit: Bandit) -> Array:
+    """Where the expected updates of an algorithm lead from π_ref; ln π, [..., A].
+
+    Args:
+        coefficients: one of `GRADIENTS`, or another function of (ln π, bandit); compiled once.
+        bandit: the problem.
+    """
+
+    def follow(logits: Array) -> Array:
+        log_policy = jax.nn.log_softmax(logits, axis=-1)
+        return logit_gradient(coefficients(log_policy, bandit), log_policy, bandit)
+
+    return fixed_point(follow, jnp.log(bandit.ref))
 
 
 def flow_spectrum(direction_fn: Callable[[Array], Array], logits: Array) -> Array:

@@ -36,18 +36,10 @@ def sampled_from(mu) -> Bandit:
     return exact.make_bandit([2.5, 2.0, 1.0], mu1=mu, mu2=mu, beta=0.5)
 
 
-def end_of(coefficients, bandit: Bandit) -> jax.Array:
-    """Where the expected update leads from π_ref; (ln π, bandit) → coefficients."""
-
-    def follow(logits):
-        log_policy = jax.nn.log_softmax(logits)
-        return population.logit_gradient(coefficients(log_policy, bandit), log_policy, bandit)
-
-    return jax.jit(lambda z: population.fixed_point(follow, z))(jnp.log(bandit.ref))
-
-
 def distance(coefficients, bandit: Bandit) -> jax.Array:
-    return exact.total_variation(end_of(coefficients, bandit), exact.optimal_policy(bandit))
+    return exact.total_variation(
+        population.end_of(coefficients, bandit), exact.optimal_policy(bandit)
+    )
 
 
 @pytest.mark.parametrize("name", DISTANCES)
@@ -128,14 +120,14 @@ def test_asymre_without_kl_ends_at_its_closed_form(mu, delta_v):
         tau = (low + high) / 2
         low, high = (tau, high) if jnp.maximum(a - tau, 0).sum() > -delta_v else (low, tau)
     without_kl = bandit._replace(beta=jnp.asarray(0.0))
-    end = end_of(functools.partial(population.asymre, delta_v=delta_v), without_kl)
+    end = population.end_of(functools.partial(population.asymre, delta_v=delta_v), without_kl)
     np.testing.assert_allclose(jnp.exp(end), jnp.maximum(a - tau, 0) / -delta_v, atol=1e-6)
 
 
 def test_topr_on_positive_rewards_ends_at_mu_weighted_by_reward():
     for mu in (UNIFORM, OTHER):
         bandit = sampled_from(mu)
-        end = end_of(functools.partial(population.topr, baseline=0.0), bandit)
+        end = population.end_of(functools.partial(population.topr, baseline=0.0), bandit)
         weighted = bandit.mu1 * bandit.reward
         np.testing.assert_allclose(jnp.exp(end), weighted / weighted.sum(), atol=1e-9)
         assert exact.total_variation(end, exact.optimal_policy(bandit)) > 0.2
@@ -146,5 +138,5 @@ def test_topr_about_the_mean_reward_ends_at_what_beats_it():
     for mu, expected in ((UNIFORM, [0.8, 0.2, 0.0]), (OTHER, [0.46939, 0.53061, 0.0])):
         bandit = sampled_from(mu)
         baseline = (bandit.mu1 * bandit.reward).sum()
-        end = end_of(functools.partial(population.topr, baseline=baseline), bandit)
+        end = population.end_of(functools.partial(population.topr, baseline=baseline), bandit)
         np.testing.assert_allclose(jnp.exp(end), expected, atol=1e-5)
