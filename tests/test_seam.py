@@ -95,17 +95,15 @@ def train(loss_fn: Any, num_steps: int, **numbers: float) -> tuple[Any, list[dic
 
 
 ARGUMENTS = {"pg": {"baseline": 0.5}, "asymre": {"delta_v": -0.1}}
-OBJECTIVES = {
-    name: find_objective(LossConfig(name, arguments=ARGUMENTS.get(name, {})))
-    for name in POLICY_LOSSES
-}
+CONFIGS = {name: LossConfig(name, arguments=ARGUMENTS.get(name, {})) for name in POLICY_LOSSES}
+OBJECTIVES = {name: find_objective(config) for name, config in CONFIGS.items()}
 
 
 @pytest.mark.parametrize("name", [*OBJECTIVES, "squared_residual"])
 def test_a_model_that_is_no_llama_trains_under_every_policy_loss(name):
     objective = OBJECTIVES.get(name, squared_residual)
-    more = ARGUMENTS.get(name, {})
-    _, trace = train(make_policy_loss(seq_logp, objective), 300, beta=0.5, **more)
+    numbers = {"beta": 0.5, **ARGUMENTS.get(name, {})}
+    _, trace = train(make_policy_loss(seq_logp, objective), 300, **numbers)
     assert trace[0]["rewards/margins"] == 0 and trace[-1]["rewards/margins"] > 0.2
     if name not in ("pg", "rloo", "asymre"):  # surrogates, whose value means nothing
         assert trace[-1]["loss"] < trace[0]["loss"] - 0.1
