@@ -36,6 +36,7 @@ from copg_jax.sharding import replicated
 _ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _VISIBLE_SEC = 90.0  # by then any network file system shows what another host has written
 _LONGEST_MS = 24 * 3600 * 1000  # a process that has died ends the others long before
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")
 _turns = itertools.count()
 
 
@@ -234,7 +235,7 @@ def _join(member: _Member, timeout_sec: float) -> None:
             f"{member.count} processes to meet at the coordinator {member.address} (process 0), "
             "and they did not. Fix: start every process, with the same address and number of "
             "processes; see that process 0 lives and that its port can be reached from here; or "
-            "distributed=off for a run of this process alone.",
+            f"distributed=off for a run of this process alone.{_proxy_hint(member)}",
             file=sys.stderr,
             flush=True,
         )
@@ -254,12 +255,29 @@ def _join(member: _Member, timeout_sec: float) -> None:
     except (RuntimeError, ValueError) as error:
         raise InputError(
             f"distributed: process {member.index} of {member.count} could not join at "
-            f"{member.address}: {error}"
+            f"{member.address}: {error}{_proxy_hint(member)}"
         ) from error
     finally:
         timer.cancel()
     # JAX catches SIGTERM for a service that nothing here reads, and a scoring run would outlive it.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _proxy_hint(member: _Member) -> str:
+    """Names the variables that send the connection to the coordinator to a proxy."""
+    host = member.address.rpartition(":")[0].strip("[]")
+    proxies = [name for name in os.environ if name.lower() in _PROXIES and os.environ[name]]
+    exceptions = {name: os.environ.get(name, "") for name in ("no_proxy", "NO_PROXY")}
+    listed = {
+        entry.strip().lstrip(".") for text in exceptions.values() for entry in text.split(",")
+    }
+    is_excepted = any(entry and (host == entry or host.endswith("." + entry)) for entry in listed)
+    if not proxies or is_excepted or "*" in listed:
+        return ""
+    return (
+        f" {', '.join(proxies)} is set here, and no_proxy does not name {host}: the connection may "
+        f"go to that proxy. Fix: export no_proxy={host} in every process, or unset {proxies[0]}."
+    )
 
 
 def _wait_until(is_there: Callable[[], bool], path: Any) -> None:

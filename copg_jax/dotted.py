@@ -23,12 +23,14 @@ def find(path: str, what: str, example: str) -> Callable[..., Any]:
         example: a path that would do, for messages.
 
     Raises:
-        InputError: no such module or attribute, or not callable.
+        InputError: no such module or attribute, an import that fails or exits, or not callable.
     """
     module_name, _, name = path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a module of the user's may do anything, `sys.exit(0)` too
         raise InputError(
             f"{what} {path!r}: wanted the dotted path of a callable, such as {example!r} (a module "
             f"of your own must be on PYTHONPATH); {describe(error)}"
@@ -46,4 +48,17 @@ def describe(error: BaseException) -> str:
         for frame in frames
         if not frame.filename.startswith(_NOT_THE_USERS) and "-packages" not in frame.filename
     ]
-    return f"{type(error).__name__}: {error}{own[-1] if own else ''}"
+    try:
+        text = str(error)
+    except Exception as of_text:  # of a class of the user's own
+        text = f"(its text fails: {type(of_text).__name__})"
+    return f"{type(error).__name__}{': ' * bool(text)}{text}{own[-1] if own else ''}"
+
+
+def shown(value: Any) -> str:
+    """The beginning of how a value is written, and its type; of any value."""
+    try:
+        text = f"{value!r:.80}"
+    except Exception:  # an integer of 5,000 digits, or a class of the user's own
+        text = "a value that cannot be written"
+    return f"{text} ({type(value).__name__})"

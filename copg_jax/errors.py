@@ -1,4 +1,8 @@
-"""The one exception for bad input: what was wanted, what was got, how to fix it."""
+"""The one exception for bad input: what was wanted, what was got, how to fix it; and how text that
+is not ours comes to a terminal.
+"""
+
+import unicodedata
 
 
 class InputError(ValueError):
@@ -7,3 +11,12 @@ class InputError(ValueError):
     The text says what was wanted, what was got and how to fix it, and names the file and line or
     the field. Scripts print it without a traceback and exit with status 2.
     """
+
+
+def for_terminal(text: str) -> str:
+    """The text with its control characters written out, so that none acts on a terminal."""
+    kept = "\n\t"
+    return "".join(
+        repr(sign)[1:-1] if unicodedata.category(sign) == "Cc" and sign not in kept else sign
+        for sign in text
+    )

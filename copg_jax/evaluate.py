@@ -21,9 +21,11 @@ from copg_jax import distributed, sharding
 from copg_jax.config.sections import GenerationConfig
 from copg_jax.data.dataset import GroupDataset
 from copg_jax.data.groups import GroupBatch, TokenGroup
-from copg_jax.infer import one_late
+from copg_jax.errors import InputError
+from copg_jax.infer import not_finite, one_late
 from copg_jax.models.layout import Shape, pack, pack_by_length
 from copg_jax.rewards.functions import WeightedRewards
+from copg_jax.runtime import Progress, make_pause
 from copg_jax.sampling import Sampler, Samples, row_keys
 
 
@@ -41,6 +43,8 @@ def make_loss_evaluator(
         dataset: held-out groups.
         batch_size: groups per forward pass.
         mesh: the device mesh.
+
+    The function that is returned raises InputError where the loss of a batch is not finite.
     """
     placement = sharding.batch_sharding(mesh)
     batches = pack(
@@ -49,17 +53,31 @@ def make_loss_evaluator(
         num_bins=sharding.num_batch_shards(mesh),
         sizes=dataset.shape(),
     )
+    pause, is_compiled = make_pause(mesh), False
 
-    def launched(params: Any) -> Iterator[dict[str, Any]]:
+    def launched(params: Any) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
         for rows in batches.rows:
             batch = batches.collate([None if row < 0 else dataset[row] for row in rows])
-            yield loss_step(params, distributed.place_whole(batch, placement))
+            yield rows, loss_step(params, distributed.place_whole(batch, placement))
 
     def evaluate(params: Any) -> dict[str, float]:
+        nonlocal is_compiled
         totals: dict[str, np.ndarray] = {}
-        for sums in one_late(launched(params)):
-            for name, pair in jax.device_get(sums).items():
-                totals[name] = totals.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
+        with Progress("held-out loss", len(batches.rows), "batches", compiles=not is_compiled) as p:
+            for done, (rows, sums) in enumerate(one_late(launched(params)), 1):
+                sums = jax.device_get(sums)
+                if not np.isfinite(sums["loss"]).all():
+                    named = ", ".join(dataset[row].where for row in rows[rows >= 0][:8])
+                    raise InputError(
+                        "validation: the loss of these rows, or of some of them, is not finite: "
+                        f"{named}. Fix: look at them; train with a lower optim.learning_rate or "
+                        "optim.clip_norm in a new output_dir."
+                    )
+                for name, pair in sums.items():
+                    totals[name] = totals.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
+                p.update(done)
+                is_compiled = True
+                pause()
         return {
             f"eval/{name}": float(total / weight) if weight else float("nan")
             for name, (total, weight) in totals.items()
@@ -91,6 +109,8 @@ class Generator(NamedTuple):
     decode: Callable[[Any], str]  # ids without the end token → text
     mesh: jax.sharding.Mesh
     ref_token_logp: Callable[[GroupBatch], Array] | None = None  # nats, [B, K, C]; None = no KL
+    policy: str = "policy"  # their names, for messages
+    reference: str = "reference"
 
 
 class GenerationEvaluator:
@@ -102,6 +122,9 @@ class GenerationEvaluator:
         generator: draws completions of them.
         rewards: the reward function.
         beta: β of the reported objective.
+
+    Raises:
+        InputError: a reward function that cannot be called with the columns of the prompts.
     """
 
     def __init__(
@@ -116,9 +139,16 @@ class GenerationEvaluator:
         self._config, self._prompts, self._generator = config, prompts, generator
         self._rewards, self._beta = rewards, beta
         self._placement = sharding.batch_sharding(generator.mesh)
+        self._pause, self._is_compiled = make_pause(generator.mesh), False
+        self._columns = sorted({name for prompt in prompts for name in prompt.columns})
+        rewards.require_columns(self._columns)
 
     def __call__(self, params: Any, step: int) -> tuple[dict[str, float], dict[str, str]]:
-        """Metrics (`eval/…`) and sample texts of the policy `params` at `step`; see `summarize`."""
+        """Metrics (`eval/…`) and sample texts of the policy `params` at `step`; see `summarize`.
+
+        Raises:
+            InputError: ln π or ln π_ref that is not finite, or a reward function that misbehaves.
+        """
         found = in_prompt_order(g for batch in self.batches(params, step) for g in batch)
         return summarize(found, beta=self._beta), sample_texts(found, self._config)
 
@@ -139,12 +169,20 @@ class GenerationEvaluator:
             (rows, *self._launch(params, keys, rows, shape)) for rows, shape in self._plan(finished)
         )
         # Texts and rewards of a batch are made while the device generates the next one.
-        for rows, samples, ref_logp in one_late(launched):
-            present = rows >= 0
-            samples, ref_logp = jax.tree.map(
-                lambda x, present=present: x[present], jax.device_get((samples, ref_logp))
-            )
-            yield self._judge(self._measure(rows[present].tolist(), samples, ref_logp))
+        left, done = len(self._prompts) - len(finished), 0
+        compiles = not self._is_compiled and left > 0
+        with Progress("generation", left, "prompts", compiles=compiles) as progress:
+            for rows, samples, ref_logp in one_late(launched):
+                present = rows >= 0
+                samples, ref_logp = jax.tree.map(
+                    lambda x, present=present: x[present], jax.device_get((samples, ref_logp))
+                )
+                found = self._measure(rows[present].tolist(), samples, ref_logp)
+                self._is_compiled = True
+                done += int(present.sum())
+                progress.update(done)
+                yield self._judge(found)
+                self._pause()
 
     def _plan(self, finished: Collection[int]) -> Iterator[tuple[np.ndarray, Shape]]:
         """Batches of the prompts that are left, [B] each, -1 = none: the same at every evaluation,
@@ -196,16 +234,22 @@ class GenerationEvaluator:
             for k in range(self._config.num_samples):
                 n, has_eos = int(samples.length[b, k]), bool(samples.has_eos[b, k])
                 logp = np.asarray(samples.token_logp[b, k, :n], np.float64)
+                text = self._generator.decode(samples.tokens[b, k, : n - has_eos])
                 log_ratio = np.full(n, np.nan)
+                if not np.isfinite(logp).all():
+                    raise not_finite(self._generator.policy, logp.sum(), prompt.where, text)
                 if ref_token_logp is not None:
-                    log_ratio = logp - ref_token_logp[b, k, :n].astype(np.float64)
-                ids = samples.tokens[b, k, : n - has_eos]
+                    ref_logp = ref_token_logp[b, k, :n].astype(np.float64)
+                    if not np.isfinite(ref_logp).all():
+                        name = self._generator.reference
+                        raise not_finite(name, ref_logp.sum(), prompt.where, text)
+                    log_ratio = logp - ref_logp
                 found.append(
                     Generation(
                         index=index,
                         id=prompt.id,
                         prompt=prompt.prompt,
-                        completion=self._generator.decode(ids),
+                        completion=text,
                         reward=np.nan,
                         logp=float(logp.sum()),
                         ref_logp=float((logp - log_ratio).sum()),
@@ -219,11 +263,14 @@ class GenerationEvaluator:
     def _judge(self, found: list[Generation]) -> list[Generation]:
         """Fills in the rewards."""
         rows = [self._prompts[g.index].columns for g in found]
-        names = sorted({name for row in rows for name in row})
-        columns = {name: [row.get(name) for row in rows] for name in names}
-        rewards, _ = self._rewards(
-            [g.prompt for g in found], [g.completion for g in found], columns
-        )
+        columns = {name: [row.get(name) for row in rows] for name in self._columns}
+        with Progress(f"rewards of {len(found)} generations"):
+            rewards, _ = self._rewards(
+                [g.prompt for g in found],
+                [g.completion for g in found],
+                columns,
+                [self._prompts[g.index].where for g in found],
+            )
         penalty = self._config.missing_eos_reward
         return [
             replace(g, reward=float(reward if penalty is None or g.has_eos else penalty))

@@ -4,10 +4,12 @@
 2. What has to be a local file (memory maps, tokenizers, safetensors) is read from a `local_copy`,
    and lies in a `scratch_folder` where a run makes it.
 3. A `GrowingFile` is written line by line; objects of a bucket cannot grow.
+4. `read_json_lines` is what reads JSON Lines that a run wrote.
 """
 
 import fcntl
 import hashlib
+import json
 import os
 import posixpath
 import shutil
@@ -15,7 +17,7 @@ import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from etils import epath
 from fsspec import AbstractFileSystem
@@ -119,6 +121,21 @@ def write_text(path: epath.PathLike, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     temporary.replace(path)
+
+
+def read_json_lines(path: epath.PathLike) -> Iterator[tuple[str, Any]]:
+    """Lines of a JSON Lines file, without their ends, and their values; ("", None) for a line that
+    is no JSON, such as one that was cut short.
+    """
+    # Not `splitlines`: a text may hold other characters that end a line, which JSON keeps.
+    for line in epath.Path(path).read_bytes().split(b"\n"):
+        try:
+            # Decoded line by line: the last one may be cut inside a character.
+            text = line.decode()
+            if text.strip():
+                yield text, json.loads(text)
+        except (ValueError, RecursionError):
+            yield "", None
 
 
 class GrowingFile:

@@ -13,6 +13,7 @@ from jax import Array
 
 from copg_jax import distributed, sharding
 from copg_jax.data.groups import TokenGroup
+from copg_jax.errors import InputError
 from copg_jax.models.forward import BatchFn
 from copg_jax.models.layout import ReusedShapes, pack_by_length
 from copg_jax.runtime import Progress
@@ -31,7 +32,7 @@ class GroupForward:
         params: its parameters, already in their shards.
         mesh: the device mesh.
         batch_size: groups per call, rounded up to a multiple of data·fsdp.
-        name: what is computed, for the progress of long calls.
+        name: the model, for progress and messages, e.g. "reference /models/a".
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class GroupForward:
         self._name, self._params = name, params
         self._num_bins, self._batch_size = sharding.num_batch_shards(mesh), batch_size
         self._shapes, self._placement = ReusedShapes(), sharding.batch_sharding(mesh)
+        self._is_compiled = False
         self._function = jax.jit(
             function,
             in_shardings=(None, self._placement),
@@ -57,20 +59,32 @@ class GroupForward:
 
         What occurs several times is computed once: groups with the same prompt are merged, equal
         completions of it too.
+
+        Raises:
+            InputError: a value that is not finite; names the model and the completion.
         """
         merged, found = _merge(rows)
         values = self._run(merged)
+        for row, of_row in zip(rows, found, strict=True):
+            for text, (i, k) in zip(row.completions, of_row, strict=True):
+                if not np.isfinite(values[i][k]):
+                    raise not_finite(self._name, values[i][k], row.where, text)
         return [np.array([values[i][k] for i, k in of_row], np.float32) for of_row in found]
 
     def _run(self, rows: Sequence[TokenGroup]) -> list[np.ndarray]:
-        progress, done = Progress(self._name, len(rows)), 0
-        results: list[np.ndarray] = [np.empty(0, np.float32)] * len(rows)
-        for batch, values in one_late(self._launched(rows)):
-            present = batch >= 0
-            for i, row_values in zip(batch[present], jax.device_get(values)[present], strict=True):
-                results[i] = row_values
-            done += int(present.sum())
-            progress.update(done)
+        """Values of each group; those after a batch with one that is not finite stay 0."""
+        results = [np.zeros(len(row.completion_tokens), np.float32) for row in rows]
+        done, compiles = 0, not self._is_compiled and len(rows) > 0
+        with Progress(self._name, len(rows), "groups", compiles=compiles) as progress:
+            for batch, values in one_late(self._launched(rows)):
+                present = batch >= 0
+                for i, of_row in zip(batch[present], jax.device_get(values)[present], strict=True):
+                    results[i] = of_row[: len(results[i])]
+                if not all(np.isfinite(results[i]).all() for i in batch[present]):
+                    break
+                done += int(present.sum())
+                progress.update(done)
+                self._is_compiled = True
         return results
 
     def _launched(self, rows: Sequence[TokenGroup]) -> Iterator[tuple[np.ndarray, Array]]:
@@ -88,6 +102,22 @@ class GroupForward:
                 shape = self._shapes.fit(packed.shape, groups, num_batches=total)
                 placed = distributed.place_whole(shape.collate(groups), self._placement)
                 yield batch, self._function(self._params, placed)
+
+
+def not_finite(model: str, value: float, where: str, text: str) -> InputError:
+    """The error of a number of a model of ours that is NaN or infinite.
+
+    Args:
+        model: its part and its folder.
+        value: the number.
+        where: `file:line` of the row.
+        text: the completion.
+    """
+    return InputError(
+        f"{where}: {model}: wanted a finite number, got {value} for completion {text!r:.80}. "
+        "Its computation overflows, or its weights are not those of a trained model. Fix: "
+        "dtype=float32 for this model, or another model."
+    )
 
 
 def one_late(items: Iterable[Item]) -> Iterator[Item]:

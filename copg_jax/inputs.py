@@ -16,13 +16,14 @@ from etils import epath
 
 from copg_jax import distributed
 from copg_jax.config.load import config_differences
-from copg_jax.config.sections import DataConfig
+from copg_jax.config.sections import DataConfig, GenerationConfig
 from copg_jax.config.stages import PolicyEvaluationConfig
 from copg_jax.data import scored
 from copg_jax.data.dataset import GroupDataset, data_key, format_stats, is_prepared, prepare
-from copg_jax.data.groups import TokenGroup
+from copg_jax.data.groups import REPEATED, TokenGroup
 from copg_jax.data.reader import GroupReader
-from copg_jax.data.tokenizer import tokenizer_hash
+from copg_jax.data.sources import describe_files
+from copg_jax.data.tokenizer import Encoder, tokenizer_hash
 from copg_jax.errors import InputError
 from copg_jax.evaluate import GenerationEvaluator, Generator
 from copg_jax.files import is_remote, scratch_folder
@@ -38,11 +39,24 @@ _UNREADABLE = "unreadable: "  # before what a process says instead of the key of
 
 
 def open_data(
-    section: DataConfig, model: PretrainedModel, folder: epath.Path, name: str
+    section: DataConfig,
+    model: PretrainedModel,
+    folder: epath.Path,
+    name: str,
+    *,
+    chosen_only: bool = False,
 ) -> GroupDataset:
-    """Tokenises a data set into `folder`/tokens (once) and logs what was kept, cut and dropped."""
+    """Tokenises a data set into `folder`/tokens (once) and logs what was kept, cut and dropped.
+
+    Args:
+        section: the data.
+        model: whose tokenizer and sizes count.
+        folder: output folder of the run.
+        name: of the file and in the log.
+        chosen_only: see `GroupReader`.
+    """
     path = scratch_folder(folder, jax.process_index()) / "tokens" / f"{name}.arrow"
-    rows, vocab_size = GroupReader(section), model.arch.vocab_size
+    rows, vocab_size = GroupReader(section, chosen_only=chosen_only), model.arch.vocab_size
     turn: AbstractContextManager[None] = nullcontext()
     if jax.process_count() > 1:
         try:
@@ -57,7 +71,7 @@ def open_data(
         dataset = prepare(
             rows, model.tokenizer, path=path, limits=section.limits, vocab_size=vocab_size
         )
-    log.info("%s: %s\n%s", name, section.path, format_stats(dataset.stats))
+    _report(dataset, section, name)
     prompt, _, completion = dataset.shape(multiple=1)
     if prompt + completion > model.arch.max_position_embeddings:
         raise InputError(
@@ -67,6 +81,23 @@ def open_data(
             "data.max_completion_tokens."
         )
     return dataset
+
+
+def _report(dataset: GroupDataset, section: DataConfig, name: str) -> None:
+    """Logs which files were read, as what, and what became of their rows."""
+    path, stats = section.path, dataset.stats
+    log.info("%s: %s, %s", name, path, describe_files(path, section.split))
+    by = "its first row" if section.format == "auto" else "data.format"
+    by = "how it was scored" if scored.is_scored(path) else by
+    log.info("%s: text format '%s', by %s\n%s", name, stats["text_format"], by, format_stats(stats))
+    if repeated := stats["changed"].get(REPEATED):
+        log.warning(
+            "%s: in %d of %d rows every completion begins with the prompt, so that models see it "
+            "twice. Where rows hold whole dialogues, take the prompt off their completions.",
+            name,
+            repeated,
+            stats["kept"],
+        )
 
 
 def _require_same(key: str, path: str) -> None:
@@ -112,14 +143,44 @@ def require_rewards(dataset: GroupDataset, *, at_least: int) -> None:
         )
 
 
-def require_scored(section: DataConfig, model: PretrainedModel, dataset: GroupDataset) -> None:
-    """Raises InputError unless the data was scored with this reference model, in this dtype."""
+def require_preferences(section: DataConfig) -> None:
+    """Raises InputError, before the data is read, where its first row prefers no completion."""
+    first = next(iter(GroupReader(section)), None)
+    if first is not None and first.rewards is None:
+        raise InputError(
+            f"{first.where}: wanted two or more completions with a human choice or rewards, got "
+            f"{len(first.completions)} without. Fix: let data.path name rows with `prompt`, "
+            "`chosen` and `rejected`, or with `completions` and `rewards`."
+        )
+
+
+def require_differences(section: DataConfig, dataset: GroupDataset) -> None:
+    """Raises InputError where no group has two different rewards, from which a loss would learn."""
+    for group in dataset:
+        given = group.rewards[~np.isnan(group.rewards)] if group.rewards is not None else []
+        if len(given) and min(given) < max(given):
+            return
+    raise InputError(
+        f"data.path {section.path}: wanted groups with different rewards, got {len(dataset)} in "
+        "each of which all completions are equally good: there is nothing to learn. Fix: other "
+        "data, or score with another reward function."
+    )
+
+
+def require_scored_folder(section: DataConfig) -> None:
+    """Raises InputError, before the data is read, unless it was scored."""
     if not scored.is_scored(section.path):
         raise InputError(
             f"data.path {section.path}: wanted a folder that experiments.score wrote; other data "
             "has no ref_logp, the log-probabilities under the reference. Fix: run "
             "experiments.score on it and point data.path at the folder that writes."
         )
+
+
+def require_same_reference(
+    section: DataConfig, model: PretrainedModel, dataset: GroupDataset
+) -> None:
+    """Raises InputError unless the data was scored with this reference model, in this dtype."""
     scored.verify(section.path, reference_hash=model.hash, reference_dtype=model.arch.dtype)
     require_rewards(dataset, at_least=2)
 
@@ -158,6 +219,20 @@ def _first_prompts(dataset: GroupDataset, num_prompts: int, path: str) -> list[T
     )
 
 
+def _require_positions(
+    prompts: list[TokenGroup], generation: GenerationConfig, model: PretrainedModel
+) -> None:
+    longest = max(len(group.prompt_tokens) for group in prompts)
+    most = model.arch.max_position_embeddings
+    if longest + generation.max_new_tokens > most:
+        raise InputError(
+            f"evaluation.generation.max_new_tokens: wanted at most {max(most - longest, 0)}, got "
+            f"{generation.max_new_tokens}: with prompts of up to {longest} tokens, completions go "
+            f"beyond the {most} positions (max_position_embeddings) that {model.folder} was made "
+            "for. Fix: lower it, or evaluation.data.max_prompt_tokens."
+        )
+
+
 def open_evaluation(
     section: PolicyEvaluationConfig,
     model: PretrainedModel,
@@ -189,6 +264,7 @@ def open_evaluation(
     generation = section.generation
     dataset = open_data(section.data, model, folder, "prompts")
     prompts = _first_prompts(dataset, generation.num_prompts, section.data.path)
+    _require_positions(prompts, generation, model)
     rewards = WeightedRewards(section.rewards)
     hashes = {"evaluation.data": dataset.fingerprint, "evaluation.rewards": rewards.fingerprint}
     ref_token_logp = None
@@ -209,11 +285,7 @@ def open_evaluation(
         temperature=generation.sampling_temperature,
         mesh=model.mesh,
     )
-
-    def decode(ids: np.ndarray) -> str:
-        return model.tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-
-    generator = Generator(sampler, decode, model.mesh, ref_token_logp)
+    text_of = Encoder(model.tokenizer).completion_text
+    names = f"policy {model.folder}", f"reference {reference and reference.folder}"
+    generator = Generator(sampler, text_of, model.mesh, ref_token_logp, *names)
     return GenerationEvaluator(generation, prompts, generator, rewards, beta=beta), hashes

@@ -2,71 +2,97 @@
 
 1. `setup`: logging, the persistent compilation cache, and the other processes of the run;
    `check_platform` for the accelerator that was asked for, `keep_freed_memory` for steps on CPUs.
-2. `check_run_folder` and `write_run_header`: the resolved config and the versions, on disk before
-   any work, and never over those of another run.
-3. `GracefulExit`: SIGTERM and SIGINT become a flag that the loop reads between two steps.
+2. `Progress`: how far a long piece of work is.
+3. Signals: `signals_as_exits` ends a run in order; in a `GracefulExit` they become a flag that the
+   loop reads between two steps, and a long evaluation between two batches (`make_pause`).
 """
 
 import ctypes
-import json
 import logging
 import os
-import platform
 import signal
-import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from importlib import metadata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 import jax
-import yaml
-from etils import epath
 
-import copg_jax
 from copg_jax import distributed
-from copg_jax.config.load import config_differences, to_yaml
-from copg_jax.distributed import is_main_process
 from copg_jax.errors import InputError
-from copg_jax.files import bucket_errors, write_text
 
 log = logging.getLogger(__name__)
 
-_PROGRESS_SEC = 15.0
+_PROGRESS_SEC = 30.0
 _MALLOPT = {  # of malloc.h
     -4: 0,  # M_MMAP_MAX: take large pieces from the heap
     -1: 2**31 - 1,  # M_TRIM_THRESHOLD: leave what is free at its end
     -8: 1,  # M_ARENA_MAX: one heap for all threads; others cannot hold large pieces
 }
 
-RECORDED_PACKAGES = (
-    "jax jaxlib flax optax orbax-checkpoint grain numpy transformers tokenizers datasets"
-)
-
 
 class Progress:
-    """Logs how far a long piece of work is, at most every 15 seconds; silent where it is short.
+    """Says every 30 seconds how far a long piece of work is; silent where it is short.
+
+    A context manager. From the second update on a line has the rate and the time left, without what
+    the first one took, which often is compilation.
 
     Args:
       name: What is done.
-      total: Number of items.
+      total: Number of items; None where the work is one piece.
+      unit: What an item is.
+      compiles: Whether the first items wait for compilation: its begin and end are said.
     """
 
-    def __init__(self, name: str, total: int) -> None:
-        self._name, self._total = name, total
-        self._start = self._last = time.monotonic()
+    def __init__(
+        self, name: str, total: int | None = None, unit: str = "items", *, compiles: bool = False
+    ) -> None:
+        self._name, self._total, self._unit, self._compiles = name, total, unit, compiles
+        self._start = time.monotonic()
+        self._first: tuple[int, float] | None = None  # items and time of the first update
+        self._done = 0
+        self._ended = threading.Event()
+
+    def __enter__(self) -> Self:
+        if self._compiles:
+            log.info("%s: compiling, then %s %s", self._name, self._total, self._unit)
+        threading.Thread(target=self._say, name="progress", daemon=True).start()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._ended.set()
 
     def update(self, done: int) -> None:
         """Note that `done` items are finished."""
-        now = time.monotonic()
-        if now - self._last >= _PROGRESS_SEC and done:
-            self._last = now
-            left = (now - self._start) / done * (self._total - done)
-            log.info("%s: %d of %d, %.0f s left", self._name, done, self._total, left)
+        self._done = done
+        if self._first is None and done:
+            self._first = done, time.monotonic()
+            if self._compiles:
+                seconds = self._first[1] - self._start
+                log.info("%s: compiled, first %d in %.0f s", self._name, done, seconds)
+
+    def line(self, now: float) -> str:
+        """How far it is at a time of `time.monotonic`."""
+        text = self._name if self._total is None else f"{self._name}: {self._done} of {self._total}"
+        if self._first is None or self._done == self._first[0] or self._total is None:
+            return f"{text}, running for {now - self._start:.0f} s"
+        rate = (self._done - self._first[0]) / (now - self._first[1])
+        left = (self._total - self._done) / rate
+        return f"{text}, {rate:.3g} {self._unit}/s, {left:.0f} s left"
+
+    def _say(self) -> None:
+        while not self._ended.wait(_PROGRESS_SEC):
+            log.info("%s", self.line(time.monotonic()))
 
 
 def setup(mode: str = "off") -> None:
@@ -128,12 +154,23 @@ def keep_freed_memory() -> None:
             mallopt(option, value)
 
 
-class GracefulExit:
-    """Turns SIGTERM and SIGINT into a flag: the loop saves and leaves after the current step.
+class LeaveRequest(Exception):
+    """The run was told to leave: raised between two batches of an evaluation, or two steps."""
 
-    `requested` is None, "SIGTERM" or "SIGINT". A second signal ends the process at once.
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(signal.Signals(exit_code - 128).name)
+        self.exit_code = exit_code
+
+
+class GracefulExit:
+    """Turns SIGTERM, SIGINT and SIGHUP into a flag: the loop saves and leaves after the current
+    step, or the current batch of an evaluation.
+
+    `requested` is None or the name of a signal. A second signal ends the process at once.
     Outside the `with` block the previous handlers are back.
     """
+
+    _entered: "GracefulExit | None" = None  # signals are the process's, and so is what they asked
 
     def __init__(self) -> None:
         self.requested: str | None = None
@@ -141,12 +178,12 @@ class GracefulExit:
 
     @property
     def exit_code(self) -> int:
-        """0 when nothing was requested, else the shell's 128 + signal: 143 or 130."""
+        """0 when nothing was requested, else the shell's 128 + signal, such as 143 or 130."""
         return 128 + signal.Signals[self.requested] if self.requested else 0
 
     def __enter__(self) -> Self:
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            self._previous[signum] = signal.signal(signum, self._handle)
+        GracefulExit._entered = self
+        self._previous = _set_handlers(self._handle, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         return self
 
     def __exit__(
@@ -155,8 +192,8 @@ class GracefulExit:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
+        GracefulExit._entered = None
+        _restore_handlers(self._previous)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         # os.write and os._exit: neither allocates locks nor waits for threads of a pending save.
@@ -164,128 +201,57 @@ class GracefulExit:
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"\nsecond signal: exit\n")
             os._exit(128 + signum)
         self.requested = signal.Signals(signum).name
-        message = f"\n{self.requested}: saving after this step; send it again to exit at once\n"
+        message = (
+            f"\n{self.requested}: saving after this step or this batch of an evaluation; send it "
+            "again to exit at once\n"
+        )
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, message.encode())
 
 
-def check_run_folder(
-    output_dir: epath.PathLike, config: Any, *, may_differ: Sequence[str] = ()
-) -> None:
-    """Refuse the folder of another run, before any work; a folder with the same config is resumed.
+def make_pause(mesh: jax.sharding.Mesh) -> Callable[[], None]:
+    """Builds what a long evaluation calls between two batches, in every process equally often.
 
-    Args:
-      output_dir: Folder of the run; need not exist.
-      config: Config dataclass of the run.
-      may_differ: Dotted prefixes that do not define the run, such as "log_every" or "evaluation".
-
-    Raises:
-      InputError: The folder holds a run with another config, is no folder, or cannot be reached.
+    It raises `LeaveRequest` once a signal came to any process, inside a `GracefulExit`.
     """
-    output_dir = epath.Path(output_dir)
-    with bucket_errors(output_dir):  # also where nothing is there yet
-        is_file = output_dir.exists() and not output_dir.is_dir()
-    if is_file:
-        raise InputError(
-            f"output_dir {output_dir}: wanted a folder, got a file; "
-            "give another output_dir or remove the file"
-        )
-    if (output_dir / "config.yaml").exists():
-        _check_same_run(output_dir / "config.yaml", to_yaml(config), may_differ)
+    host_max, asked = distributed.make_host_max(mesh), [0]
 
-
-def write_run_header(output_dir: epath.PathLike, config: Any, inputs: Mapping[str, str]) -> None:
-    """Write config.yaml, versions.json and inputs.json into `output_dir`; process 0 writes them.
-
-    Called once the inputs are known to be good, so that a typo in them does not claim the folder.
-
-    Args:
-      output_dir: Folder of the run; made when absent.
-      config: Config dataclass of the run.
-      inputs: Name to hash of the models, data and rewards that the run reads. A file may change
-        while its path, and so the config, stays the same.
-
-    Raises:
-      InputError: The run began with other inputs, or processes do not share `output_dir`.
-    """
-    output_dir = epath.Path(output_dir)
-    path = output_dir / "inputs.json"
-    with distributed.main_first(path):
-        if not is_main_process():
+    def pause() -> None:
+        entered = GracefulExit._entered
+        if entered is None:
             return
-        if path.exists():
-            _check_same_inputs(path, inputs)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_text(output_dir / "config.yaml", to_yaml(config))
-        write_text(output_dir / "versions.json", json.dumps(_versions(), indent=2) + "\n")
-        write_text(path, json.dumps(dict(inputs), indent=2) + "\n")
+        asked.append(host_max(entered.exit_code))
+        # Of several processes the answer to the question before, which the device has by now.
+        exit_code = int(asked[-1] if jax.process_count() == 1 else asked[-2])
+        del asked[:-1]
+        if exit_code:
+            raise LeaveRequest(exit_code)
+
+    return pause
 
 
-def _check_same_inputs(path: epath.Path, inputs: Mapping[str, str]) -> None:
-    previous = json.loads(path.read_text(encoding="utf-8"))
-    changed = [name for name in inputs if previous.get(name) != inputs[name]]
-    if changed:
-        raise InputError(
-            f"output_dir {path.parent} holds a run that began with another content of: "
-            f"{', '.join(changed)} (hashes in {path.name}); going on would mix the two. Fix: set "
-            f"another output_dir, delete {path.parent} to start over, or restore what it began with"
-        )
+@contextmanager
+def signals_as_exits() -> Iterator[None]:
+    """In the body, SIGTERM and SIGHUP raise SystemExit, as Ctrl-C raises KeyboardInterrupt."""
 
+    def leave(signum: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + signum)
 
-def _check_same_run(path: epath.Path, resolved: str, may_differ: Sequence[str]) -> None:
+    previous = _set_handlers(leave, signal.SIGTERM, signal.SIGHUP)
     try:
-        previous = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(
-            f"{path}: wanted the config of an earlier run, could not read it ({error}); "
-            "give another output_dir or delete this folder"
-        ) from error
-    # Both sides are read back from YAML, so that 1e-06 and 1.0e-06 are the same number.
-    differences = [
-        line
-        for line in config_differences(previous or {}, yaml.safe_load(resolved))
-        if not any(_is_under(line.split(": ", 1)[0], prefix) for prefix in may_differ)
-    ]
-    if differences:
-        raise InputError(
-            f"output_dir {path.parent} holds another run; its config differs (theirs -> yours):\n  "
-            + "\n  ".join(differences)
-            + f"\nFix: set another output_dir, or delete {path.parent} to start over"
-        )
+        yield
+    finally:
+        _restore_handlers(previous)
 
 
-def _is_under(name: str, prefix: str) -> bool:
-    return name == prefix or name.startswith((prefix + ".", prefix + "["))
+def _set_handlers(handler: Any, *signums: signal.Signals) -> dict[signal.Signals, Any]:
+    """Sets handlers and returns those before; an ignored SIGHUP (nohup) stays ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}  # Python takes signals in its main thread only
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    wanted = [signum for signum in signums if signum != signal.SIGHUP or not ignored]
+    return {signum: signal.signal(signum, handler) for signum in wanted}
 
 
-def _versions() -> dict[str, Any]:
-    versions: dict[str, Any] = {
-        "copg_jax": copg_jax.__version__,
-        "git_commit": _git_commit(),
-        "python": platform.python_version(),
-    }
-    for package in RECORDED_PACKAGES.split():
-        versions[package] = metadata.version(package)
-    versions["platform"] = jax.default_backend()
-    versions["device_kind"] = jax.devices()[0].device_kind
-    versions["device_count"] = jax.device_count()
-    versions["process_count"] = jax.process_count()
-    return versions
-
-
-def _git_commit() -> str | None:
-    """Commit of the source tree, with "+changes" when tracked files differ; None outside git."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return None
-    try:
-        commit = _git(root, "rev-parse", "HEAD")
-        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return commit + ("+changes" if changed else "")
-
-
-def _git(root: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(root), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-    return done.stdout.strip()
+def _restore_handlers(previous: dict[signal.Signals, Any]) -> None:
+    for signum, handler in previous.items():
+        signal.signal(signum, handler)

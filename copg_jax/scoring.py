@@ -3,7 +3,7 @@
 Both are constants of training, so computing them here leaves training with one model and no reward
 function.
 
-1. Groups are taken part by part; parts that are on disk already are skipped.
+1. Groups are taken part by part; parts that are on disk already, as they were written, are skipped.
 2. The reward function sees the texts, the reference model the tokens: a completion that is there
    several times in one part is computed once, one that is in several parts once in each.
 3. Each part is written whole or not at all; the side-car that makes the folder usable comes last.
@@ -24,16 +24,20 @@ import numpy as np
 from etils import epath
 
 from copg_jax import distributed
+from copg_jax.config.sections import RewardSpec
 from copg_jax.config.stages import ScoreConfig
 from copg_jax.data import scored
 from copg_jax.data.dataset import GroupDataset
-from copg_jax.data.formats import tldr
+from copg_jax.data.formats.choice import FORMATS
+from copg_jax.data.formats.texts import TextGroup
 from copg_jax.data.groups import TokenGroup
+from copg_jax.data.reader import GroupReader
 from copg_jax.data.tokenizer import tokenizer_hash
 from copg_jax.errors import InputError
 from copg_jax.hf.pretrained import PretrainedModel
 from copg_jax.infer import GroupForward
 from copg_jax.rewards.functions import OWN, WeightedRewards
+from copg_jax.runtime import Progress
 from copg_jax.tracking import MetricsLogger
 
 log = logging.getLogger(__name__)
@@ -45,14 +49,48 @@ def check_folder(folder: epath.Path) -> None:
         scored.read_side_car(folder)
 
 
+def open_rewards(config: ScoreConfig, dataset: GroupDataset) -> WeightedRewards:
+    """The functions of the config; without any, the rewards that the rows bring along.
+
+    Raises:
+        InputError: no function and rows without rewards, or with human choices alone; a function
+            that needs the rewards of rows that have none.
+    """
+    bare = None
+    if not dataset.has_rewards:
+        where = next(row.where for row in dataset if row.rewards is None)
+        bare = f"the row at {where} has no rewards of its own"
+    if config.rewards:
+        return WeightedRewards(config.rewards, no_own=bare)
+    wanted = "rewards: wanted at least one reward function, got none"
+    name = "name a function, e.g. rewards='[{function: copg_jax.rewards.rouge_l}]'"
+    if bare is not None:
+        raise InputError(
+            f"{wanted}, and {bare}. Fix: {name}; or give every row `rewards`, one for each "
+            "completion."
+        )
+    first = next(iter(GroupReader(config.data)), None)
+    if isinstance(first, TextGroup) and first.is_choice:
+        raise InputError(
+            f"{wanted}, and the rows, such as that at {first.where}, have a human choice and no "
+            f"scores of their own. Fix: {name}; or, to train on the choice as rewards 1 and 0, set "
+            "rewards='[{function: copg_jax.rewards.given}]'."
+        )
+    log.info("no reward function is named: the rewards that the rows bring along are kept")
+    return WeightedRewards([RewardSpec("copg_jax.rewards.given")], no_own=None)
+
+
 def make_side_car(
-    config: ScoreConfig, reference: PretrainedModel, rewards: WeightedRewards
+    config: ScoreConfig,
+    reference: PretrainedModel,
+    rewards: WeightedRewards,
+    dataset: GroupDataset,
 ) -> scored.SideCar:
     """What a scored folder is made of, before its first part is written."""
     return scored.SideCar(
         tokenizer_hash=tokenizer_hash(reference.tokenizer),
-        text_format=tldr.NAME,
-        text_format_hash=tldr.format_hash(),
+        text_format=dataset.stats["text_format"],
+        text_format_hash=FORMATS[dataset.stats["text_format"]].hash,
         reference_hash=reference.hash,
         reference_dtype=reference.arch.dtype,
         rewards=rewards.provenance,
@@ -84,25 +122,36 @@ def score_dataset(
         InputError: a reward function that misbehaves; finished parts stay.
     """
     first_rows = range(0, len(dataset), part_size)
-    parts = scored.finished_parts(folder)
-    finished = distributed.from_main(np.isin(np.arange(len(first_rows)), parts))
     with distributed.main_first(folder / scored.SIDE_CAR):
         if distributed.is_main_process():
+            side_car = replace(side_car, parts=scored.whole_parts(folder))
             scored.write_side_car(folder, side_car)
-    done = min(int(finished.sum()) * part_size, len(dataset))
+    names = [scored.part_name(part) for part in range(len(first_rows))]
+    finished = distributed.from_main(np.isin(names, list(side_car.parts)))
+    ends = np.minimum(np.add(first_rows, part_size), len(dataset))
+    done = int((ends - first_rows)[finished].sum())
     with MetricsLogger(
-        folder, total_steps=len(dataset), unit="group", log_every=1, resume_step=done or None
+        folder,
+        total_steps=len(dataset),
+        unit="group",
+        log_every=1,
+        resume_step=done or None,
+        is_done=set(ends[finished].tolist()).__contains__,
     ) as logger:
-        log.info("scoring %d groups; the first batch waits for compilation", len(dataset) - done)
+        log.info("scoring %d groups", len(dataset) - done)
         spread = _per_completion(dataset)
-        for part, first in enumerate(first_rows):
+        for part, (first, end) in enumerate(zip(first_rows, ends.tolist(), strict=True)):
             if finished[part]:
                 continue
-            rows = [dataset[i] for i in range(first, min(first + part_size, len(dataset)))]
-            logger.log(
-                first + len(rows), _score_part(folder, part, rows, spread, rewards, reference)
-            )
+            rows = [dataset[i] for i in range(first, end)]
+            groups, metrics = _score_rows(rows, spread, rewards, reference)
+            # Before the part: what is finished has its line.
+            logger.log(end, metrics)
             logger.sync()
+            if distributed.is_main_process():
+                written = scored.write_part(folder, part, groups)
+                side_car = replace(side_car, parts=side_car.parts | written)
+                scored.write_side_car(folder, side_car)
     with distributed.main_first(folder):
         if distributed.is_main_process():
             _finish(dataset, folder, side_car)
@@ -127,43 +176,44 @@ def _finish(dataset: GroupDataset, folder: epath.Path, side_car: scored.SideCar)
 
 
 def _per_completion(dataset: GroupDataset) -> set[str]:
-    """Columns that hold, in every row, a list with one entry for each of its completions."""
-
-    def lists(row: TokenGroup) -> set[str]:
+    """Columns that hold, in every row, a list with one entry for each completion, or null."""
+    lists: set[str] = set()
+    others: dict[str, str] = {}  # name to the first row that holds something else
+    for row in dataset if dataset.stats["completions"]["max"] > 1 else ():
         size = len(row.completions if row.kept is None else row.kept)
-        return {n for n, v in row.columns.items() if isinstance(v, list) and len(v) == size}
-
-    found = lists(dataset[0]) if dataset.stats["completions"]["max"] > 1 else set()
-    for row in dataset if found else ():
-        for name in found - lists(row):
-            log.warning(
-                "column %r: at %s not one entry for each completion, as before: functions receive "
-                "the whole list",
-                name,
-                row.where,
-            )
-        found &= lists(row)
-    if found:
-        log.info("columns with one entry for each completion: %s", ", ".join(sorted(found)))
-    return found
+        for name, values in row.columns.items():
+            if isinstance(values, list) and len(values) == size:
+                lists.add(name)
+            elif values is not None:
+                others.setdefault(name, row.where)
+    for name in sorted(lists & others.keys()):
+        log.warning(
+            "column %r: at %s not one entry for each completion, as in other rows: functions "
+            "receive what each row has, whole",
+            name,
+            others[name],
+        )
+    spread = lists - others.keys()
+    if spread:
+        log.info("columns with one entry for each completion: %s", ", ".join(sorted(spread)))
+    return spread
 
 
 def _spread(row: TokenGroup, names: set[str]) -> TokenGroup:
     """A group whose columns of one entry a completion are those of the completions it kept."""
     kept = [True] * len(row.completions) if row.kept is None else row.kept
-    columns = {name: list(compress(row.columns[name], kept)) for name in names}
-    return replace(row, columns=row.columns | columns, kept=None)
+    lists = {name: row.columns.get(name) for name in names}
+    own = {name: list(compress(values, kept)) for name, values in lists.items() if values}
+    return replace(row, columns=row.columns | own, kept=None)
 
 
-def _score_part(
-    folder: epath.Path,
-    part: int,
+def _score_rows(
     rows: Sequence[TokenGroup],
     spread: set[str],
     rewards: WeightedRewards,
     reference: GroupForward,
-) -> dict[str, float]:
-    """Scores and writes one part; returns its metrics."""
+) -> tuple[list[scored.ScoredGroup], dict[str, float]]:
+    """Scores the groups of a part; with metrics."""
     begin = time.perf_counter()
     rows = [_spread(row, spread) for row in rows]
     totals, parts = _reward_groups(rewards, rows, spread)
@@ -173,12 +223,10 @@ def _score_part(
         scored.ScoredGroup(replace(row, rewards=total, ref_logps=ref_logp), of_row)
         for row, total, ref_logp, of_row in zip(rows, totals, ref_logps, parts, strict=True)
     ]
-    if distributed.is_main_process():
-        scored.write_part(folder, part, groups)
     seconds = time.perf_counter() - begin
     values = np.concatenate(totals)
     kept = values[~np.isnan(values)]
-    return {
+    return groups, {
         "reward/mean": float(kept.mean()) if len(kept) else math.nan,
         "reward/std": float(kept.std()) if len(kept) else math.nan,
         "reward/dropped": len(values) - len(kept),
@@ -193,20 +241,22 @@ def _reward_groups(
 ) -> tuple[list[np.ndarray], list[dict[str, np.ndarray]]]:
     """Total reward and its parts of each group; NaN where a reward is absent."""
     cells = [(row, k) for row in rows for k in range(len(row.completions))]
-    columns: dict[str, list[Any]] = {
-        name: [
-            row.columns[name][k] if name in spread else row.columns.get(name) for row, k in cells
-        ]
-        for name in sorted({name for row in rows for name in row.columns})
-    }
+
+    def entry(row: TokenGroup, k: int, name: str) -> Any:
+        value = row.columns.get(name)
+        return value[k] if name in spread and value is not None else value
+
+    names = sorted({name for row in rows for name in row.columns})
+    columns = {name: [entry(row, k, name) for row, k in cells] for name in names}
     if any(row.rewards is not None for row in rows):
         columns[OWN] = [None if row.rewards is None else float(row.rewards[k]) for row, k in cells]
-    total, parts = rewards(
-        [row.prompt for row, _ in cells],
-        [row.completions[k] for row, k in cells],
-        columns,
-        [row.where for row, _ in cells],
-    )
+    with Progress(f"rewards of {len(cells)} completions"):
+        total, parts = rewards(
+            [row.prompt for row, _ in cells],
+            [row.completions[k] for row, k in cells],
+            columns,
+            [row.where for row, _ in cells],
+        )
     cuts = np.cumsum([len(row.completions) for row in rows])[:-1]
     split = {name: np.split(values, cuts) for name, values in parts.items()}
     of_row = [{name: values[i] for name, values in split.items()} for i in range(len(rows))]

@@ -6,9 +6,10 @@
 """
 
 import json
+import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,9 +17,11 @@ from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from copg_jax.errors import InputError
-from copg_jax.files import GrowingFile
-from copg_jax.runtime import is_main_process
+from copg_jax.distributed import is_main_process
+from copg_jax.errors import InputError, for_terminal
+from copg_jax.files import GrowingFile, read_json_lines
+
+log = logging.getLogger(__name__)
 
 FILE_NAME = "metrics.jsonl"
 
@@ -35,6 +38,7 @@ class MetricsLogger:
       quiet: No console output.
       resume_step: Last step already done, None for a fresh start. Lines of later steps are removed
         first, so that an interrupted and resumed run leaves the file of an uninterrupted one.
+      is_done: Whether a step is done, where steps are not done in their order; its line stays.
 
     Raises:
       InputError: TensorBoard was asked for and is not installed.
@@ -50,6 +54,7 @@ class MetricsLogger:
         tensorboard: bool = False,
         quiet: bool = False,
         resume_step: int | None = None,
+        is_done: Callable[[int], bool] | None = None,
     ) -> None:
         self._total_steps, self._unit = total_steps, unit
         self._log_every = log_every
@@ -59,13 +64,16 @@ class MetricsLogger:
         self._progress = None
         self._console = None if quiet else Console(soft_wrap=True, highlight=False)
         self._last_step = resume_step or 0
-        self._last_time = time.monotonic()
+        self._last_time: float | None = None  # of the first step: what was before is compilation
         if not self._enabled:
             return
         if tensorboard:
             self._writer = _tensorboard_writer(epath.Path(output_dir), resume_step)
         path = epath.Path(output_dir) / FILE_NAME
-        self._file = GrowingFile(path, _kept_lines(path, resume_step))
+        kept: list[str] = []
+        if (last := resume_step) is not None:
+            kept = _kept_lines(path, is_done or (lambda step: step <= last))
+        self._file = GrowingFile(path, kept)
 
     def __enter__(self) -> Self:
         if self._enabled and self._console is not None and self._console.is_terminal:
@@ -78,10 +86,9 @@ class MetricsLogger:
             )
             self._progress = Progress(*columns, console=self._console)
             self._task = self._progress.add_task(
-                "", total=self._total_steps, completed=self._last_step, pace=""
+                "", total=self._total_steps, completed=self._last_step, pace="", visible=False
             )
             self._progress.start()
-        self._last_time = time.monotonic()
         return self
 
     def __exit__(
@@ -133,16 +140,17 @@ class MetricsLogger:
     ) -> None:
         is_evaluation = any(name.startswith("eval/") for name in numbers)
         due = step % self._log_every == 0 or step >= self._total_steps or is_evaluation
-        pace = ""
-        if due and step > self._last_step:
-            now = time.monotonic()
+        pace, now = "", time.monotonic()
+        if step > self._last_step and self._last_time is None:
+            self._last_step, self._last_time = step, now
+        elif due and step > self._last_step and self._last_time is not None:
             seconds = (now - self._last_time) / (step - self._last_step)
             pace = f"{seconds:.3g} s/{self._unit}"
             if self._progress is None:  # the bar shows the time left itself
                 pace += f"  ETA {_duration(seconds * (self._total_steps - step))}"
             self._last_step, self._last_time = step, now
         if self._progress is not None:
-            self._progress.update(self._task, completed=step)
+            self._progress.update(self._task, completed=step, visible=self._last_time is not None)
             if pace:
                 self._progress.update(self._task, pace=pace)
         if due:
@@ -151,20 +159,20 @@ class MetricsLogger:
             parts += [pace] if pace and self._progress is None else []
             console.print("  ".join(parts), markup=False)
         for name, value in text.items():
-            console.print(f"  {name}: {value}", markup=False)
+            console.print(f"  {name}: {for_terminal(value)}", markup=False, emoji=False)
 
 
-def _kept_lines(path: epath.Path, resume_step: int | None) -> list[str]:
-    """The lines up to `resume_step` without one that was cut short; none when it is None."""
-    kept = []
-    if resume_step is not None and path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                step = json.loads(line)["step"]
-            except (ValueError, KeyError, TypeError):
-                continue
-            if step <= resume_step:
-                kept.append(line + "\n")
+def _kept_lines(path: epath.Path, is_done: Callable[[int], bool]) -> list[str]:
+    """The lines of steps that are done; says how many are no lines of a log, which are left out."""
+    kept, foreign = [], 0
+    for line, row in read_json_lines(path) if path.exists() else ():
+        step = row.get("step") if isinstance(row, dict) else None
+        if not isinstance(step, int):
+            foreign += 1
+        elif is_done(step):
+            kept.append(line + "\n")
+    if foreign:
+        log.warning("%s: %d lines are cut short or foreign and are left out", path, foreign)
     return kept
 
 

@@ -7,6 +7,9 @@ figure1.png, off_policy.png, regret.csv and summary.json to `output_dir`.
 import csv
 import dataclasses
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -17,6 +20,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from copg_jax import run_folder
 from copg_jax.bandit import exact, population, train
 from copg_jax.config.load import run_main
 from experiments.studies import off_policy, regret_figure
@@ -38,6 +42,15 @@ def train_seeds(config: train.BanditConfig) -> np.ndarray:
     """Regret over training, [seeds, steps + 1, algorithms]."""
     keys = jax.random.split(jax.random.key(config.seed), config.num_seeds)
     return np.asarray(jax.jit(jax.vmap(train.make_train(config)))(keys))
+
+
+@contextmanager
+def said(what: str) -> Iterator[None]:
+    """Says that something begins, and how long it took; each of these is one compiled call."""
+    print(f"{what} ...", flush=True)
+    begin = time.perf_counter()
+    yield
+    print(f"{what}: {time.perf_counter() - begin:.0f} s", flush=True)
 
 
 def write_csv(path: Path, regret: np.ndarray) -> None:
@@ -73,18 +86,25 @@ def write_off_policy(path: Path, bandit: exact.Bandit) -> None:
 
 def main(config: train.BanditConfig) -> None:
     """Runs the experiment of a config."""
-    output = Path(config.output_dir)
+    with run_folder.claim(config.output_dir, config):
+        _run(config, Path(config.output_dir))
+
+
+def _run(config: train.BanditConfig, output: Path) -> None:
     with jax.enable_x64(True):
         bandit = train.bandit_from_config(config)
-        ends = fixed_point_regrets(bandit)
-        short = train_seeds(config)
-        long = train_seeds(
-            dataclasses.replace(
-                config, num_epochs=config.long_num_epochs, num_seeds=config.long_num_seeds
+        with said(f"fixed points of {len(ALGORITHMS)} algorithms"):
+            ends = fixed_point_regrets(bandit)
+        with said(f"training {len(ALGORITHMS)} algorithms, {config.num_seeds} seeds"):
+            short = train_seeds(config)
+        with said(f"the same for longer, {config.long_num_seeds} seeds"):
+            long = train_seeds(
+                dataclasses.replace(
+                    config, num_epochs=config.long_num_epochs, num_seeds=config.long_num_seeds
+                )
             )
-        )
-        output.mkdir(parents=True, exist_ok=True)
-        write_off_policy(output / "off_policy.png", bandit)
+        with said("ends of losses on data of other samplers"):
+            write_off_policy(output / "off_policy.png", bandit)
         summary = {
             "pi_star": np.exp(exact.optimal_policy(bandit)).tolist(),
             "J_star": float(exact.optimal_value(bandit)),

@@ -5,12 +5,14 @@
 
 Writes evaluation.json (the averages) and generations.jsonl (every completion with its numbers). An
 interrupted evaluation goes on with the prompts it has not done; generations.jsonl is in batch order
-while it grows and in the order of the prompts at the end.
+while it grows and in the order of the prompts at the end. Each of its lines carries a checksum, so
+that damage is found, and all done again.
 """
 
 import json
 import logging
 import math
+import zlib
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -18,23 +20,30 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from copg_jax import distributed, runtime, sharding
+from copg_jax import distributed, run_folder, runtime, sharding
 from copg_jax.config.load import run_main
 from copg_jax.config.stages import MAY_DIFFER, EvaluateConfig
+from copg_jax.errors import InputError
 from copg_jax.evaluate import Generation, in_prompt_order, sample_texts, summarize
-from copg_jax.files import GrowingFile, write_text
+from copg_jax.files import GrowingFile, read_json_lines, write_text
 from copg_jax.hf.pretrained import open_model
 from copg_jax.inputs import open_evaluation
 from copg_jax.tracking import MetricsLogger
 
 log = logging.getLogger("copg_jax.evaluate")  # a script's own name is __main__
 
+_CHECKSUM = "crc32"  # of a line of generations.jsonl
+
 
 def main(config: EvaluateConfig) -> dict[str, float]:
     """Evaluates one model and returns the averages that evaluation.json holds."""
-    folder = epath.Path(config.output_dir)
     runtime.setup(config.distributed)
-    runtime.check_run_folder(folder, config, may_differ=MAY_DIFFER)
+    with run_folder.claim(config.output_dir, config, may_differ=MAY_DIFFER):
+        return _evaluate(config)
+
+
+def _evaluate(config: EvaluateConfig) -> dict[str, float]:
+    folder = epath.Path(config.output_dir)
     mesh = sharding.make_mesh(config.mesh)
     model = open_model(config.model, mesh)
     reference = config.reference and open_model(config.reference, mesh)
@@ -46,7 +55,7 @@ def main(config: EvaluateConfig) -> dict[str, float]:
         reference=reference,
         logits_chunk=config.logits_chunk,
     )
-    runtime.write_run_header(folder, config, hashes | {"model": model.hash})
+    run_folder.write_run_header(folder, config, hashes | {"model": model.hash})
 
     sizes = config.evaluation.generation
     path = folder / "generations.jsonl"
@@ -62,49 +71,74 @@ def main(config: EvaluateConfig) -> dict[str, float]:
         log_every=1,
         resume_step=len(finished) or None,
     )
-    if params is not None:
-        num_left = sizes.num_prompts - len(finished)
-        log.info("generating for %d prompts; the first batch waits for compilation", num_left)
     # Every process generates and knows the averages; process 0 writes.
     is_main = distributed.is_main_process()
     with GrowingFile(path, map(_line, found)) if is_main else nullcontext() as file, logger:
         for batch in evaluator.batches(params, step=0, finished=finished):
-            if file is not None:
-                file.write("".join(map(_line, batch)))
-                file.sync()
             found = in_prompt_order([*found, *batch])
+            # Before the generations: what is finished has its line.
             logger.log(
                 len(found) // sizes.num_samples,
                 summarize(found, beta=config.beta),
                 text=sample_texts(found, sizes) if len(found) == total else None,
             )
+            logger.sync()
+            if file is not None:
+                file.write("".join(map(_line, batch)))
+                file.sync()
     metrics = summarize(found, beta=config.beta)
     averages = folder / "evaluation.json"
     with distributed.main_first(averages):
         if is_main:
             write_text(path, "".join(map(_line, found)))
             write_text(averages, json.dumps(_jsonable(metrics), indent=2) + "\n")
-    log.info("wrote %s", averages)
+    log.info("wrote %s and %s", averages, path)
+    _report_rewards(metrics["eval/dropped_rewards"], total, path)
     return metrics
 
 
+def _report_rewards(num_dropped: float, total: int, path: epath.Path) -> None:
+    """Says how many generations have no reward; none with one is an error."""
+    if num_dropped == total:
+        raise InputError(
+            f"{path}: not one of {total} generations has a reward: each got None. Correct the "
+            "reward function and evaluate into another output_dir."
+        )
+    if num_dropped:
+        log.warning("%d of %d generations have no reward (None): left out", num_dropped, total)
+
+
 def _read(path: epath.Path, num_samples: int) -> list[Generation]:
-    """What an interrupted evaluation has generated: whole prompts, without a line cut short."""
+    """What an interrupted evaluation has generated: whole prompts, without a line cut short.
+
+    Nothing where a line is damaged: a prompt done again in another batch is the same to rounding
+    only.
+    """
+    rows = [row for _, row in read_json_lines(path)] if path.exists() else []
+    rows = rows[:-1] if rows and rows[-1] is None else rows  # cut short
     found: list[Generation] = []
-    # Not `splitlines`: a completion may hold other characters that end a line, which JSON keeps.
-    # The last line may be cut inside a character.
-    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+    for number, row in enumerate(rows, start=1):
         try:
-            row: dict[str, Any] = json.loads(line)
-        except ValueError:
-            break
-        values: dict[str, Any] = {k: math.nan if v is None else v for k, v in row.items()}
-        found.append(Generation(**values))
+            checksum = row.pop(_CHECKSUM)
+            values: dict[str, Any] = {k: math.nan if v is None else v for k, v in row.items()}
+            generation = Generation(**values)
+        except (KeyError, TypeError, AttributeError):
+            checksum = generation = None
+        if generation is None or checksum != _checksum(generation):
+            log.warning("%s:%d: damaged, or not of this version: all is done again", path, number)
+            return []
+        found.append(generation)
     return found[: len(found) // num_samples * num_samples]
 
 
 def _line(generation: Generation) -> str:
-    return json.dumps(_jsonable(asdict(generation)), ensure_ascii=False) + "\n"
+    row = _jsonable(asdict(generation)) | {_CHECKSUM: _checksum(generation)}
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _checksum(generation: Generation) -> str:
+    """CRC-32 of the values as JSON."""
+    return f"{zlib.crc32(json.dumps(_jsonable(asdict(generation))).encode()):08x}"
 
 
 def _jsonable(values: dict[str, Any]) -> dict[str, Any]:

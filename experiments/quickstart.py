@@ -19,10 +19,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from copg_jax import runtime
+from copg_jax import run_folder, runtime
 from copg_jax.config.load import load_config, run_main
 from copg_jax.config.options import option
-from copg_jax.config.sections import require_seed
+from copg_jax.config.sections import require, require_positive, require_seed
 from copg_jax.config.stages import (
     EvaluateConfig,
     PolicyConfig,
@@ -78,6 +78,10 @@ class QuickstartConfig:
 
     def __post_init__(self):
         require_seed(self)
+        require_positive(self, "num_posts", "num_comparisons")
+        require(self, "at least 259, as there are bytes", lambda size: size >= 259, "vocab_size")
+        require(self, "a multiple of 8", lambda size: size > 0 and size % 8 == 0, "hidden_size")
+        require(self, ">= 2", lambda layers: layers >= 2, "num_layers")
         factors = {factor for factor in self.beta_factors if factor > 0}
         if len(factors) != len(self.beta_factors) or not 1 <= len(factors) <= 4:
             raise InputError(
@@ -121,10 +125,14 @@ class Stages:
 
 def main(config: QuickstartConfig) -> None:
     """Runs every stage, then summarises."""
-    folder = Path(config.output_dir)
     runtime.setup()
-    runtime.check_run_folder(folder, config)
-    runtime.write_run_header(folder, config, inputs={})
+    with run_folder.claim(config.output_dir, config, may_differ=["output_dir"]):
+        _run_stages(config)
+
+
+def _run_stages(config: QuickstartConfig) -> None:
+    folder = Path(config.output_dir)
+    run_folder.write_run_header(folder, config, inputs={})
     stages = Stages(config)
     stages.head("1/7 Inputs: generated posts and comparisons, and an untrained tiny Llama")
     make_inputs(config, folder)

@@ -10,8 +10,16 @@ generation reward).
 """
 
 from copg_jax.config.load import run_main
+from copg_jax.config.sections import BY_DIFFERENCES, DataConfig
 from copg_jax.config.stages import PolicyConfig
-from copg_jax.inputs import open_evaluation, require_scored
+from copg_jax.data.dataset import GroupDataset
+from copg_jax.hf.pretrained import PretrainedModel
+from copg_jax.inputs import (
+    open_evaluation,
+    require_differences,
+    require_same_reference,
+    require_scored_folder,
+)
 from copg_jax.models.forward import make_seq_logp
 from copg_jax.objective import find_coefficients, find_objective, make_policy_loss
 from copg_jax.train.run import Stage, train
@@ -20,6 +28,12 @@ from copg_jax.train.run import Stage, train
 def main(config: PolicyConfig) -> None:
     """Trains the SFT model with the loss named in `loss.name`."""
     objective, evaluation = find_objective(config.loss), config.evaluation
+
+    def check_data(section: DataConfig, model: PretrainedModel, dataset: GroupDataset) -> None:
+        require_same_reference(section, model, dataset)
+        if config.loss.name in BY_DIFFERENCES:
+            require_differences(section, dataset)
+
     train(
         config,
         Stage(
@@ -28,7 +42,8 @@ def main(config: PolicyConfig) -> None:
                 make_seq_logp(model.arch, model.partitioner, chunk=config.logits_chunk), objective
             ),
             coefficients=find_coefficients(config.loss),
-            check_data=require_scored,
+            check_section=require_scored_folder,
+            check_data=check_data,
             open_evaluation=evaluation
             and (
                 lambda model, folder: open_evaluation(

@@ -7,11 +7,20 @@ loads.
 """
 
 from copg_jax.config.load import run_main
+from copg_jax.config.sections import DataConfig
 from copg_jax.config.stages import RewardModelConfig
-from copg_jax.inputs import require_rewards
+from copg_jax.data.dataset import GroupDataset
+from copg_jax.hf.pretrained import PretrainedModel
+from copg_jax.inputs import require_differences, require_preferences, require_rewards
 from copg_jax.models.forward import make_score
 from copg_jax.objective import make_bradley_terry_loss
 from copg_jax.train.run import Stage, train
+
+
+def check_data(section: DataConfig, _model: PretrainedModel, dataset: GroupDataset) -> None:
+    """Raises InputError unless there are pairs, and choices among them."""
+    require_rewards(dataset, at_least=2)
+    require_differences(section, dataset)
 
 
 def main(config: RewardModelConfig) -> None:
@@ -23,7 +32,8 @@ def main(config: RewardModelConfig) -> None:
             make_loss=lambda model: make_bradley_terry_loss(
                 make_score(model.arch, model.partitioner)
             ),
-            check_data=lambda _section, _model, dataset: require_rewards(dataset, at_least=2),
+            check_section=require_preferences,
+            check_data=check_data,
         ),
     )
 

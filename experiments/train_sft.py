@@ -2,7 +2,8 @@
 
     python -m experiments.train_sft configs/tldr.yaml configs/sizes/llama2_7b.yaml
 
-Writes metrics.jsonl, checkpoints/ and model/, a Hugging Face folder.
+Writes metrics.jsonl, checkpoints/ and model/, a Hugging Face folder. Of preferences it learns the
+chosen completions.
 """
 
 from copg_jax.config.load import run_main
@@ -21,6 +22,7 @@ def main(config: SFTConfig) -> None:
             make_loss=lambda model: make_nll_loss(
                 make_seq_logp(model.arch, model.partitioner, chunk=config.logits_chunk)
             ),
+            chosen_only=True,
         ),
     )
 

@@ -32,6 +32,7 @@ EIGHT_DEVICES = (
     "test_files.py",
     "test_infer.py",
     "test_meshes.py",
+    "test_run_folder.py",
     "test_runtime.py",
     "test_sampling.py",
     "test_scoring.py",

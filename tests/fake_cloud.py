@@ -14,6 +14,36 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).parents[1]
+# What a shell would split, expand or run.
+HOSTILE = [
+    "a b",
+    " ",
+    "",
+    "it's",
+    'say "x"',
+    ";touch ran",
+    "$(touch ran)",
+    "`touch ran`",
+    "&& touch ran",
+    "| touch ran",
+    ">ran",
+    "$HOME",
+    "${HOME}",
+    "*",
+    "?[a-z]",
+    "~",
+    "{a,b}",
+    "!!",
+    "#x",
+    "a\\b",
+    "a\\",
+    "two\nlines",
+    "\ttab",
+    "-x",
+    "--",
+    "é\u2028日本",
+    "$'\\x41'",
+]
 SCRIPTS = [ROOT / "launch_tpu.sh", ROOT / "experiments" / "tpu_worker.sh"]
 BASH, ENV = str(shutil.which("bash")), str(shutil.which("env"))
 
@@ -67,7 +97,8 @@ VENV_PYTHON = """#!/bin/bash
 case "$1 $2" in
   "-c "*) echo py312 ;;
   "-m pip") echo "$@" >>~/pip ;;
-  *) echo "$JAX_PLATFORMS" >~/platforms && printf '%s\\n' "$@" >~/arguments && . "$CLOUD/train" ;;
+  *) echo "$JAX_PLATFORMS" >~/platforms && printf '%s\\n' "$@" >~/arguments &&
+    printf '%s\\0' "$@" >~/words && . "$CLOUD/train" ;;
 esac
 """
 

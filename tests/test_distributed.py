@@ -206,6 +206,34 @@ def test_a_coordinator_that_does_not_answer_is_named_with_the_time_waited_and_so
         )
 
 
+@pytest.mark.parametrize("name", ["http_proxy", "HTTPS_PROXY", "all_proxy"])
+@pytest.mark.parametrize(
+    ("no_proxy", "is_named"),
+    [(None, True), ("localhost,.other", True), ("x, node.cluster", False), (".cluster", False)],
+)
+def test_a_proxy_between_the_processes_is_named_where_they_do_not_meet(
+    alone, name, no_proxy, is_named
+):
+    for variable in list(os.environ):
+        if variable.lower().endswith("_proxy"):
+            alone.delenv(variable)
+    alone.setenv(name, "http://user:secret@proxy:3128")
+    if no_proxy:
+        alone.setenv("no_proxy", no_proxy)
+    for variable, value in zip(NAMES, ("node.cluster:1234", "2", "1"), strict=True):
+        alone.setenv(variable, value)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("deadline exceeded")
+
+    alone.setattr(jax.distributed, "initialize", refuse)
+    text = refusal("on")
+    names_all(text, ["node.cluster:1234", "deadline exceeded"])
+    assert (f"{name} is set here, and no_proxy does not name node.cluster" in text) == is_named
+    assert ("export no_proxy=node.cluster" in text) == is_named
+    assert "secret" not in text
+
+
 def test_without_a_cluster_auto_runs_alone_and_on_refuses(alone):
     assert distributed.start("auto") == 0
     names_all(refusal("on"), ["distributed=on", "SLURM", *NAMES, "distributed=off"])

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import os
+import signal
 from functools import partial
 from typing import Any
 
@@ -19,6 +21,7 @@ from copg_jax.evaluate import Generation, GenerationEvaluator, Generator, summar
 from copg_jax.models.forward import make_token_logp
 from copg_jax.models.params import init_params
 from copg_jax.rewards.functions import WeightedRewards
+from copg_jax.runtime import GracefulExit, LeaveRequest
 from copg_jax.sampling import Samples, make_sampler
 from tests.toys import LLAMA, mesh
 
@@ -28,8 +31,8 @@ EOS = 3
 def generation(prompt: str, reward: float, **numbers: Any) -> Generation:
     """A generation with small defaults."""
     values = {"logp": -4.0, "ref_logp": -5.0, "kl_k3": 0.5, "length": 4, "has_eos": True}
-    values |= {"completion": ""} | numbers
-    return Generation(index=0, id=prompt, prompt=prompt, reward=reward, **values)
+    values |= {"completion": "", "index": 0} | numbers
+    return Generation(id=prompt, prompt=prompt, reward=reward, **values)
 
 
 def test_averages_are_those_by_hand_with_prompts_as_observations():
@@ -95,6 +98,26 @@ PROMPTS = [
 GENERATION = GenerationConfig(num_prompts=5, num_samples=3, max_new_tokens=6, batch_size=4)
 
 
+def without_columns(prompts: list[str], completions: list[str]) -> list[float]:
+    """Takes no column."""
+    return [0.0] * len(completions)
+
+
+def of_another_column(
+    prompts: list[str], completions: list[str], *, absent: list[float], **columns: Any
+) -> list[float]:
+    """Wants a column that the prompts lack."""
+    return absent
+
+
+@pytest.mark.parametrize("name", ["without_columns", "of_another_column"])
+def test_a_reward_that_does_not_fit_the_columns_is_refused_before_anything_is_generated(name):
+    rewards = WeightedRewards([RewardSpec(f"{__name__}.{name}")])
+    generator = Generator(lambda *_: pytest.fail("generated"), decode, mesh())
+    with pytest.raises(InputError, match=rf"{name}.*\['bonus'\]"):
+        GenerationEvaluator(GENERATION, PROMPTS, generator, rewards, beta=1.0)
+
+
 @pytest.fixture(scope="module")
 def params() -> Any:
     """A model sure enough of EOS that a third of the samples end."""
@@ -149,6 +172,27 @@ def generate(on: GenerationEvaluator, params: Any, step: int) -> list[Generation
 def against_itself(sampler, params) -> list[Generation]:
     """Generations of a model whose reference it is."""
     return generate(evaluator(sampler, params), params, 0)
+
+
+def test_a_signal_ends_an_evaluation_after_the_batch_that_runs(sampler, params):
+    found: list[Generation] = []
+    with GracefulExit(), pytest.raises(LeaveRequest, match="SIGTERM"):
+        for batch in evaluator(sampler, batch_size=2).batches(params, 0):
+            found += batch
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert {g.id for g in found} == {"p4"}  # the longest prompt comes first
+
+
+def test_an_evaluation_says_that_it_compiles_once_and_how_long_that_took(sampler, params, caplog):
+    caplog.set_level("INFO", "copg_jax")
+    measured = evaluator(sampler)
+    for step in range(2):
+        generate(measured, params, step)
+    texts = [record.getMessage() for record in caplog.records]
+    assert [text for text in texts if "compil" in text] == [
+        "generation: compiling, then 5 prompts",
+        next(text for text in texts if text.startswith("generation: compiled, first ")),
+    ]
 
 
 def test_the_kl_of_a_model_to_itself_is_zero(against_itself):
@@ -270,13 +314,32 @@ def test_an_interrupted_evaluation_goes_on_with_the_other_prompts_on_another_mes
 
 
 def test_what_was_written_is_read_again_up_to_the_last_whole_prompt(tmp_path):
-    rows = [generation(id, 1.0, completion=f"two\u2028lines\n{id}") for id in "aabb"]
+    rows = [
+        generation(id, 1.0, completion=f"two\u2028lines\n{id}", index=index)
+        for id, index in zip("aabb", (0, 0, 1, 1), strict=True)
+    ]
     lines = [experiments.evaluate._line(row) for row in rows]
     path = tmp_path / "generations.jsonl"
     for text, num_read in (("".join(lines), 4), ("".join(lines)[:-3], 2), ("".join(lines[:3]), 2)):
         path.write_text(text, encoding="utf-8")
         assert experiments.evaluate._read(epath.Path(path), 2) == rows[:num_read]
     assert experiments.evaluate._read(epath.Path(tmp_path / "none"), 2) == []
+
+
+@pytest.mark.parametrize("change", ["a number", "a foreign line", "a key", "not JSON"])
+def test_a_damaged_generation_is_not_averaged_but_all_done_again(tmp_path, caplog, change):
+    rows = [generation("a", 1.25), generation("b", 2.0, index=1)]
+    lines = [experiments.evaluate._line(row) for row in rows]
+    lines[0] = {
+        "a number": lines[0].replace("1.25", "1.75"),
+        "a foreign line": '{"a": null}\n',
+        "a key": lines[0].replace('"reward"', '"rewarf"'),
+        "not JSON": lines[0].replace("{", "", 1),
+    }[change]
+    path = tmp_path / "generations.jsonl"
+    path.write_text("".join(lines))
+    assert experiments.evaluate._read(epath.Path(path), 1) == []
+    assert "generations.jsonl:1: damaged" in caplog.text
 
 
 def test_places_without_a_prompt_generate_nothing(sampler, params):

@@ -15,12 +15,13 @@ from etils import epath
 from copg_jax import files
 from copg_jax.config.load import load_config
 from copg_jax.data import scored
-from copg_jax.data.rows import find_files, read_rows
+from copg_jax.data.rows import read_rows
+from copg_jax.data.sources import find_files
 from copg_jax.errors import InputError
 from copg_jax.files import GrowingFile, local_copy
 from copg_jax.hf import weights as hf_weights
 from copg_jax.models.params import init_params
-from copg_jax.runtime import check_run_folder, write_run_header
+from copg_jax.run_folder import check_run_folder, write_run_header
 from copg_jax.tracking import MetricsLogger
 from copg_jax.train import run as training
 from copg_jax.train.checkpoint import Checkpoints

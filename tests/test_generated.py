@@ -46,7 +46,7 @@ def test_the_same_seed_writes_the_same_files(folder, tmp_path):
 
 def test_the_rows_read_as_openai_s_and_are_short(folder, tmp_path):
     tokenizer = load_tokenizer(folder / "tokenizer")
-    assert len(tokenizer) <= 640 and Encoder(tokenizer).bos_id == tokenizer.bos_token_id
+    assert len(tokenizer) <= 640 and Encoder(tokenizer).prefix == [tokenizer.bos_token_id]
     for name, count in (("sft", 1), ("comparisons", 2)):
         config = DataConfig(path=str(folder / f"{name}.jsonl"))
         dataset = prepare(

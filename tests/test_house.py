@@ -14,6 +14,8 @@ PACKAGE = Path(copg_jax.__file__).parent
 MAY_SKIP = {
     "data/conftest.py": "real TL;DR rows",
     "models/test_kernels.py": "an NVIDIA GPU",
+    "test_disk.py": "the right to mount a small disk",
+    "test_run_folder.py": "Linux",
     "test_run_gpu.py": "a machine without a GPU",
     "test_runtime.py": "Linux",
 }
@@ -59,6 +61,15 @@ def test_a_test_skips_for_an_oracle_or_for_what_no_package_brings():
         if isinstance(node, ast.Attribute) and node.attr in skips and name != "conftest.py"
     }
     assert found == set(MAY_SKIP)
+
+
+def test_who_reads_json_never_splits_it_at_what_ends_a_line_elsewhere():
+    """JSON Lines end in a newline; `splitlines` ends them inside of texts as well."""
+    helpers = {name: tree for name, tree in trees(TESTS) if not Path(name).stem.startswith("test_")}
+    scripts = dict(trees(PACKAGE.parent / "experiments"))
+    for name, tree in (*trees(PACKAGE), *scripts.items(), *helpers.items()):
+        attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        assert not attributes >= {"loads", "splitlines"}, name
 
 
 def test_the_files_that_the_session_treats_in_another_way_exist():

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from tests.fake_cloud import ROOT, FakeCloud
+from tests.fake_cloud import HOSTILE, ROOT, FakeCloud
 
 SLICE = ["pod", "v5litepod-16", "us-west4-a"]
 TRAIN = ["python", "-m", "experiments.train_policy", "configs/a b.yaml", "rewards=[{f: 'x'}]"]
@@ -48,6 +48,16 @@ def test_it_creates_waits_copies_installs_and_runs(pod):
         installed = (pod.home(worker) / "pip").read_text().split()
         assert installed[-4:] == ["--constraint", "constraints/py312.txt", "--editable", ".[tpu]"]
     assert remains(result)
+
+
+def test_no_shell_on_the_way_reads_the_arguments(pod):
+    wanted = ["-m", "experiments.train_policy", *(f"x={text}" for text in HOSTILE), *HOSTILE]
+    result = pod.launch(*SLICE, "--", "python", *wanted)
+    assert result.status == 0, result.err
+    for worker in (0, 1):
+        assert (pod.home(worker) / "words").read_text().split("\0")[:-1] == wanted
+        assert list(pod.home(worker).rglob("ran")) == []
+    assert list(pod.tree.rglob("ran")) == []
 
 
 def test_only_the_log_of_worker_0_is_shown(pod):

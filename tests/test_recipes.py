@@ -84,6 +84,6 @@ def test_the_row_format_of_the_recipe_is_read_once_it_is_in_its_place(monkeypatc
         columns.to_group("rows.jsonl:1", row)
     monkeypatch.setattr(columns, "SCHEMAS", (schema, *columns.SCHEMAS))
     group = columns.to_group("rows.jsonl:1", row)
-    assert group.completions == (" on its way", " wait", " no")
+    assert group.completions == ("on its way", "wait", "no")
     assert group.rewards == (0.0, -1.0, -2.0)
     assert group.columns == {}

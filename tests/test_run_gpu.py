@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from experiments.quickstart import QuickstartConfig
+from tests.fake_cloud import HOSTILE
 from tests.workplace import MAINS
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "run_gpu.sh"
@@ -24,6 +25,7 @@ STAGES["experiments.quickstart"] = QuickstartConfig
 
 FAKE = """#!/bin/bash
 printf '%s\\n' "${0##*/}" "$@"
+printf '%s\\0' "$@" >"$RECORD.arguments"
 env | grep -E '^(XLA|JAX)_' >"$RECORD"
 """
 
@@ -36,10 +38,14 @@ def run(tmp_path):
         (tmp_path / name).chmod(0o755)
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "XLA_", "JAX_"))}
 
-    def run(*arguments, **extra):
+    def run(*arguments, cwd=None, **extra):
         env = clean | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RECORD": f"{tmp_path}/env"}
         done = subprocess.run(
-            ["bash", SCRIPT, *arguments], env=env | extra, capture_output=True, text=True
+            ["bash", SCRIPT, *arguments],
+            env=env | extra,
+            cwd=cwd,
+            capture_output=True,
+            text=True,
         )
         record = tmp_path / "env"
         seen = record.read_text().splitlines() if record.exists() else []
@@ -57,6 +63,17 @@ def test_one_node_is_one_process_with_the_arguments_as_given(run):
     done, _ = run(*RUN)
     assert done.returncode == 0
     assert done.stdout.splitlines() == ["python", "-m", *RUN]
+
+
+@pytest.mark.parametrize("job", [{}, SAME, SAME | {"SLURM_STEP_NUM_TASKS": "8"}])
+def test_no_shell_reads_the_arguments(run, tmp_path, job):
+    wanted = ["experiments.train_policy", *(f"x={text}" for text in HOSTILE), *HOSTILE]
+    done, _ = run(*wanted, **job, cwd=tmp_path)
+    assert done.returncode == 0
+    got = (tmp_path / "env.arguments").read_text().split("\0")
+    start = got.index("experiments.train_policy")
+    assert got[start : start + len(wanted)] == wanted
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_slurm_job_starts_one_process_a_gpu_and_insists_on_distributed(run):

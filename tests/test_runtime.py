@@ -1,36 +1,18 @@
-"""The process around a run: what is written first, which folder is refused, how signals end it."""
+"""The process around a run: its memory, its device, how far it is, how signals end it."""
 
-import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
-from dataclasses import dataclass, replace
-from importlib import metadata
+import threading
 
-import jax
 import pytest
 
 from copg_jax import runtime
-from copg_jax.config.load import load_config
-from copg_jax.config.options import option, section
 from copg_jax.errors import InputError
-from copg_jax.runtime import GracefulExit, check_run_folder, write_run_header
-
-
-@dataclass(frozen=True)
-class Optim:
-    learning_rate: float = 1e-6
-
-
-@dataclass(frozen=True)
-class Config:
-    beta: float = 0.1
-    log_every: int = 10
-    tags: list[str] = option([])
-    optim: Optim = section(Optim)
-
+from copg_jax.runtime import GracefulExit, Progress
 
 _FAULTS = """
 import resource, sys
@@ -59,83 +41,49 @@ def test_memory_of_one_step_is_kept_for_the_next_where_all_is_computed_on_cpus()
     assert mapped >= 32 > 4 * kept
 
 
-def test_the_header_holds_the_resolved_config_and_the_versions(tmp_path):
-    folder = tmp_path / "runs" / "a"
-    write_run_header(folder, Config(beta=0.3), {})
-    assert load_config(Config, [str(folder / "config.yaml")]) == Config(beta=0.3)
-    versions = json.loads((folder / "versions.json").read_text())
-    assert versions["jax"] == jax.__version__
-    assert versions["transformers"] == metadata.version("transformers")
-    assert versions["device_count"] == 8
-    assert versions["platform"] == "cpu"
-    assert versions["device_kind"]
-    names = ["config.yaml", "inputs.json", "versions.json"]
-    assert sorted(path.name for path in folder.iterdir()) == names
+def test_progress_has_a_rate_and_the_time_left_from_the_second_update_on(monkeypatch):
+    clock = iter([0.0, 100.0])  # of the start and of the first update, which compiled
+    monkeypatch.setattr(runtime.time, "monotonic", lambda: next(clock))
+    progress = Progress("scores", 13, "groups")
+    assert progress.line(60.0) == "scores: 0 of 13, running for 60 s"
+    progress.update(1)
+    assert progress.line(101.0) == "scores: 1 of 13, running for 101 s"
+    progress.update(4)
+    assert progress.line(106.0) == "scores: 4 of 13, 0.5 groups/s, 18 s left"
 
 
-def test_a_run_that_began_with_another_content_is_refused(tmp_path):
-    write_run_header(tmp_path, Config(), {"data": "a", "model": "b"})
-    write_run_header(tmp_path, Config(), {"data": "a", "model": "b"})
-    with pytest.raises(InputError, match=r"another content of: model \(.*another output_dir"):
-        write_run_header(tmp_path, Config(), {"data": "a", "model": "c"})
+def test_work_of_one_piece_says_how_long_it_runs():
+    progress = Progress("rewards of 7 completions")
+    assert re.fullmatch("rewards of 7 completions, running for [0-9]+ s", progress.line(1e9))
 
 
-def test_the_same_config_resumes(tmp_path):
-    write_run_header(tmp_path, Config(), {})
-    before = (tmp_path / "config.yaml").read_text()
-    check_run_folder(tmp_path, Config())
-    write_run_header(tmp_path, Config(), {})
-    assert (tmp_path / "config.yaml").read_text() == before
+def test_a_long_batch_speaks_while_it_runs(monkeypatch):
+    heard = threading.Event()
+    texts: list[str] = []
+
+    def hear(text: str, *values: object) -> None:
+        texts.append(text % values)
+        heard.set()
+
+    monkeypatch.setattr(runtime, "_PROGRESS_SEC", 0.01)
+    monkeypatch.setattr(runtime.log, "info", hear)
+    with Progress("scores", 13, "groups"):
+        assert heard.wait(60)
+    assert texts[0].startswith("scores: 0 of 13, running for ")
 
 
-def test_the_folder_of_another_run_is_refused_with_differences_and_fixes(tmp_path):
-    write_run_header(tmp_path, Config(), {})
-    other = Config(beta=0.3, log_every=5, optim=Optim(2e-5))
-    with pytest.raises(InputError) as caught:
-        check_run_folder(tmp_path, other, may_differ=["log_every"])
-    text = str(caught.value)
-    assert "beta: 0.1 -> 0.3" in text
-    assert "optim.learning_rate: 1e-06 -> 2e-05" in text
-    assert "log_every" not in text
-    assert "another output_dir, or delete" in text
-    assert load_config(Config, [str(tmp_path / "config.yaml")]) == Config()
+def test_compilation_is_said_before_and_after(caplog):
+    caplog.set_level("INFO", "copg_jax")
+    with Progress("scores", 13, "groups", compiles=True) as progress:
+        progress.update(4)
+        progress.update(8)
+    assert [re.sub("[0-9]+ s$", "_ s", text) for text in caplog.messages] == [
+        "scores: compiling, then 13 groups",
+        "scores: compiled, first 4 in _ s",
+    ]
 
 
-@pytest.mark.parametrize("prefix", ["optim", "optim.learning_rate"])
-def test_fields_that_may_differ_do_not_make_another_run(tmp_path, prefix):
-    write_run_header(tmp_path, Config(), {})
-    changed = replace(Config(), optim=Optim(2e-5))
-    check_run_folder(tmp_path, changed, may_differ=[prefix])
-    write_run_header(tmp_path, changed, {})
-    assert load_config(Config, [str(tmp_path / "config.yaml")]) == changed
-
-
-def test_a_prefix_ends_at_a_dot(tmp_path):
-    write_run_header(tmp_path, Config(), {})
-    with pytest.raises(InputError, match=r"optim\.learning_rate"):
-        check_run_folder(tmp_path, Config(optim=Optim(1.0)), may_differ=["opt"])
-
-
-def test_an_unreadable_earlier_config_is_refused(tmp_path):
-    (tmp_path / "config.yaml").write_text("a: [1\n")
-    with pytest.raises(InputError, match="could not read it"):
-        check_run_folder(tmp_path, Config())
-
-
-def test_an_output_dir_that_is_a_file_is_refused(tmp_path):
-    path = tmp_path / "run"
-    path.write_text("")
-    with pytest.raises(InputError, match="wanted a folder, got a file"):
-        check_run_folder(path, Config())
-
-
-def test_only_process_0_writes_the_header(tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime, "is_main_process", lambda: False)
-    write_run_header(tmp_path / "run", Config(), {})
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
 def test_a_signal_becomes_a_flag_and_an_exit_code(name, code):
     previous = signal.getsignal(signal.Signals[name])
     with GracefulExit() as graceful:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +16,11 @@ import pytest
 from etils import epath
 
 from copg_jax import inputs, scoring
+from copg_jax.checksums import file_sum
 from copg_jax.config.sections import DataConfig, RewardSpec
 from copg_jax.data import scored
 from copg_jax.data.dataset import GroupDataset, prepare
-from copg_jax.data.formats import tldr
+from copg_jax.data.formats.choice import FORMATS
 from copg_jax.data.groups import TokenGroup
 from copg_jax.data.reader import GroupReader
 from copg_jax.data.tokenizer import Encoder, load_tokenizer, tokenizer_hash
@@ -120,7 +122,7 @@ def contents(folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def side_car(tokenizer) -> scored.SideCar:
     """Of data that this tokenizer encoded."""
-    hashes = {"tokenizer_hash": tokenizer_hash(tokenizer), "text_format_hash": tldr.format_hash()}
+    hashes = {"tokenizer_hash": tokenizer_hash(tokenizer), "text_format_hash": FORMATS["tldr"].hash}
     return scored.SideCar(
         text_format="tldr",
         reference_hash="reference",
@@ -183,6 +185,9 @@ def test_scoring_a_scored_folder_keeps_its_ids_ends_and_origins(
             row["has_eos"], row["origin"] = [True, False], [1, 2]
             row["completion_token_ids"][1].pop()
         pq.write_table(pa.Table.from_pylist(rows, scored.SCHEMA), path)
+    parts = {path.name: file_sum(path) for path in folder.glob("part-*.parquet")}
+    whole_side_car = scored.read_side_car(epath.Path(folder))
+    scored.write_side_car(epath.Path(folder), replace(whole_side_car, parts=parts))
     monkeypatch.setattr(Encoder, "encode_completion", None)
     samples = tokenized(tokenizer, str(folder), tmp_path / "samples.arrow")
     score(samples, tmp_path / "again", side_car)
@@ -202,7 +207,7 @@ def test_interrupted_and_resumed_scoring_is_uninterrupted_scoring(
     failing_call.append(2)
     with pytest.raises(InputError, match="down"):
         score(dataset, tmp_path, side_car)
-    assert scored.finished_parts(tmp_path) == [0]
+    assert list(scored.whole_parts(epath.Path(tmp_path))) == ["part-00000.parquet"]
     with pytest.raises(InputError, match="interrupted after 1 parts"):
         scored.verify(tmp_path, reference_hash="reference")
     failing_call.clear()
@@ -213,19 +218,60 @@ def test_interrupted_and_resumed_scoring_is_uninterrupted_scoring(
     scored.verify(tmp_path, reference_hash="reference", reference_dtype="float32")
 
 
+@pytest.mark.parametrize("part", [0, 2])
+def test_a_part_and_its_line_in_the_log_are_never_apart(
+    whole, dataset, side_car, tmp_path, monkeypatch, part
+):
+    write_part = scored.write_part
+
+    def ended(folder: Any, index: int, groups: Any) -> Any:
+        if index == part:
+            raise KeyboardInterrupt
+        return write_part(folder, index, groups)
+
+    monkeypatch.setattr(scored, "write_part", ended)
+    with pytest.raises(KeyboardInterrupt):
+        score(dataset, tmp_path, side_car)
+    monkeypatch.undo()
+    score(dataset, tmp_path, side_car)
+    assert contents(tmp_path) == contents(whole)
+
+
+@pytest.mark.parametrize("change", ["one bit", "gone"])
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_damaged_part_alone_is_scored_again_and_named(
+    whole, dataset, side_car, tmp_path, caplog, change, complete
+):
+    shutil.copytree(whole, tmp_path / "s")
+    folder = epath.Path(tmp_path / "s")
+    if not complete:
+        scored.write_side_car(folder, replace(scored.read_side_car(folder), complete=False))
+    path = folder / "part-00001.parquet"
+    raw = bytearray(path.read_bytes())
+    raw[60] ^= 1
+    path.write_bytes(raw) if change == "one bit" else path.unlink()
+    calls.clear()
+    score(dataset, tmp_path / "s", side_car)
+    assert calls == [20] and "part-00001.parquet" in caplog.text
+    (parts, log), (wanted, wanted_log) = contents(tmp_path / "s"), contents(whole)
+    assert parts == wanted
+    assert [row["step"] for row in log] == [10, 24, 20]  # in the order in which they were done
+    assert sorted(log, key=lambda row: row["step"]) == wanted_log
+
+
 def test_in_a_bucket_the_metrics_of_finished_parts_are_there_while_the_next_is_scored(
     dataset, side_car, monkeypatch
 ):
     make_bucket(monkeypatch)
     folder, found = epath.Path("gs://b/scored"), []
-    score_part = scoring._score_part
+    score_rows = scoring._score_rows
 
-    def watched(*arguments: Any) -> dict[str, float]:
+    def watched(*arguments: Any) -> Any:
         path = folder / "metrics.jsonl"
         found.append(len(path.read_text().splitlines()) if path.exists() else 0)
-        return score_part(*arguments)
+        return score_rows(*arguments)
 
-    monkeypatch.setattr(scoring, "_score_part", watched)
+    monkeypatch.setattr(scoring, "_score_rows", watched)
     score(dataset, folder, side_car)
     assert found == [0, 1, 2]
 
@@ -257,7 +303,7 @@ def test_a_policy_takes_ln_ref_of_its_own_reference_in_its_own_dtype_only(
 ):
     def require(path: str, dtype: str = "float32", reference: str = "reference") -> None:
         model: Any = SimpleNamespace(hash=reference, arch=SimpleNamespace(dtype=dtype))
-        inputs.require_scored(DataConfig(path=path), model, back)
+        inputs.require_same_reference(DataConfig(path=path), model, back)
 
     back = tokenized(tokenizer, str(whole), tmp_path / "back.arrow")
     require(str(whole))
@@ -278,7 +324,7 @@ def test_a_policy_takes_ln_ref_of_its_own_reference_in_its_own_dtype_only(
         require(str(whole), reference="other")
     source = str(Path(tokenizer.name_or_path).parent / "comparisons.jsonl")
     with pytest.raises(InputError) as caught:
-        require(source)
+        inputs.require_scored_folder(DataConfig(path=source))
     names_all(str(caught.value), [source, "no ref_logp", "run experiments.score"])
 
 

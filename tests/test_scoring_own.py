@@ -179,8 +179,19 @@ def test_a_column_that_stops_having_one_entry_a_completion_goes_whole_and_is_sai
     run(model, tmp_path, rows, f"rewards=[{{function: {__name__}.by_column}}]")
     assert seen["tags"] == [tag for tag in tags for _ in range(2)]
     assert seen["labels"][:4] == [[1, 2, 3], [1, 2, 3], [1, 2], [1, 2]]
-    (said,) = [line for line in capfd.readouterr().err.splitlines() if "WARNING" in line]
-    names_all(said, ["'tags'", "rows.jsonl:3", "whole"])
+    said = [line for line in capfd.readouterr().err.splitlines() if "WARNING" in line]
+    names_all(said[0], ["'labels'", "rows.jsonl:1", "whole"])
+    names_all(said[1], ["'tags'", "rows.jsonl:3", "whole"])
+
+
+def test_a_row_with_null_for_a_column_of_one_entry_a_completion_has_null_for_each(model, tmp_path):
+    rows = k_way(scores=[OWN[0], None, OWN[2], OWN[3]], late=[None, [1, 2], None, [3, 4]])
+    got = run(model, tmp_path, rows, f"rewards=[{{function: {__name__}.by_column}}]")
+    assert seen["late"] == [None, None, 1, 2, None, None, 3, 4]
+    wanted = [[None, None] if own is None else list(own) for own in (OWN[0], None, OWN[2], OWN[3])]
+    for row, scores in zip(got, wanted, strict=True):
+        assert row["reward"] == (scores if scores[0] is None else pytest.approx(scores))
+    assert [json.loads(row["columns"])["late"] for row in got] == [None, [1, 2], None, [3, 4]]
 
 
 @pytest.mark.parametrize(
@@ -192,7 +203,8 @@ def test_rows_without_rewards_and_no_function_are_refused_with_the_fix(rows, mod
     text = refusal(model, tmp_path, rows)
     place = "rows.jsonl:3" if "rewards" in rows[0] else "rows.jsonl:1"
     names_all(text, ["rewards", "got none", place, "copg_jax.rewards.rouge_l", "`rewards`"])
-    assert GIVEN in refusal(model, tmp_path / ".", rows, f"rewards=[{{function: {GIVEN}}}]")
+    text = refusal(model, tmp_path / ".", rows, f"rewards=[{{function: {GIVEN}}}]")
+    names_all(text, [GIVEN, place, "brings along"])
     assert not list(tmp_path.glob("scored/part-*"))
 
 
@@ -237,7 +249,7 @@ def test_an_evaluation_cannot_take_rewards_that_completions_bring_along(
     arguments += [f"evaluation.rewards=[{{function: {function}}}]"]
     with pytest.raises(InputError) as caught:
         evaluate.main(load_config(EvaluateConfig, arguments))
-    names_all(str(caught.value), [function, "generated", "Name another function"])
+    names_all(str(caught.value), [function, "a model generates", "name another function"])
 
 
 def needs_them(

@@ -1,12 +1,15 @@
 """Bad settings, models and data are refused before anything long begins, with what to change."""
 
+import json
+import os
 import shutil
 
 import pytest
 
+from copg_jax import lock
 from copg_jax.data.tokenizer import load_tokenizer
 from tests.toys import names_all
-from tests.workplace import Workplace, tiny_model
+from tests.workplace import MAINS, Workplace, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +25,22 @@ def workplace(tmp_path_factory) -> Workplace:
 def elsewhere(tmp_path) -> str:
     """Argument for an output folder that is not used yet."""
     return f"output_dir={tmp_path / 'run'}"
+
+
+@pytest.mark.parametrize("stage", MAINS)
+def test_a_folder_that_another_run_is_writing_is_refused_by_every_stage(workplace, stage, tmp_path):
+    with lock.hold(tmp_path):
+        text = workplace.refusal(stage, f"output_dir={tmp_path}")
+    names_all(text, [f"output_dir {tmp_path}", f"process {os.getpid()} on host", "Fix"])
+
+
+@pytest.mark.parametrize("stage", MAINS)
+def test_an_output_folder_in_what_is_read_is_refused_by_every_stage(workplace, stage):
+    inside = workplace.folder / ("sft" if stage != "evaluate" else "policy") / "model" / "run"
+    if stage == "sft":
+        inside = workplace.folder / "base" / "run"
+    names_all(workplace.refusal(stage, f"output_dir={inside}"), [str(inside), "overlaps", ".path"])
+    assert not inside.exists()
 
 
 def test_unknown_and_mistyped_keys_are_named_with_the_one_that_was_meant(workplace, elsewhere):
@@ -80,17 +99,111 @@ def test_fewer_prompts_than_asked_for_are_refused(workplace, elsewhere):
 
 def test_data_without_choices_trains_no_reward_model(workplace, elsewhere):
     text = workplace.refusal("reward", elsewhere, f"data.path={workplace.posts}")
-    names_all(text, ["wanted 2 or more completions", "got at most 1", "missing", "comparisons"])
+    names_all(text, [f"{workplace.posts}:", "wanted two or more completions", "got 1", "`chosen`"])
 
 
-def test_data_that_was_not_scored_trains_no_policy(workplace, elsewhere):
-    text = workplace.refusal("policy", elsewhere, f"data.path={workplace.comparisons}")
-    names_all(text, [str(workplace.comparisons), "no ref_logp", "experiments.score"])
+@pytest.mark.parametrize(
+    "row", [{"prompt": "p"}, {"prompt": "p", "completion": "c"}, "of another kind", "comparisons"]
+)
+def test_data_that_was_not_scored_trains_no_policy(workplace, elsewhere, tmp_path, row):
+    path = workplace.comparisons if row == "comparisons" else tmp_path / "rows.jsonl"
+    if row != "comparisons":
+        path.write_text(json.dumps(row) + "\n")
+    text = workplace.refusal("policy", elsewhere, f"data.path={path}")
+    names_all(text, [str(path), "no ref_logp", "experiments.score"])
+    assert not (tmp_path / "run").exists()  # not even tokens
+
+
+@pytest.mark.parametrize(
+    ("stage", "row", "parts"),
+    [
+        ("reward", {"completion": "c"}, ["got 1 without", "`chosen` and `rejected`"]),
+        ("reward", {"completions": ["a", "b"]}, ["got 2 without", "`rewards`"]),
+        ("score", {}, ["['completions'] are missing", "Known schemas", "chosen, rejected"]),
+        ("sft", {}, ["['completions'] are missing", "prompt, completion"]),
+        (
+            "sft",
+            {"completions": ["a", "b", "c"], "rewards": [1, 2, 3]},
+            ["got 3 completions with rewards", "Fix", "`completion`"],
+        ),
+    ],
+)
+def test_rows_that_a_stage_cannot_mean_are_named_with_what_it_wants(
+    workplace, elsewhere, tmp_path, stage, row, parts
+):
+    path = tmp_path / "rows.jsonl"
+    path.write_text((json.dumps({"prompt": "p"} | row) + "\n") * 8)
+    settings = ["data.holdout_fraction=0", "data.part=all", f"data.path={path}"]
+    names_all(workplace.refusal(stage, elsewhere, *settings), [f"{path}:1", *parts])
+
+
+LENGTH = "rewards=[{function: copg_jax.rewards.length}]"
+
+
+@pytest.fixture(scope="module")
+def ties(workplace):
+    """Rows of which every one has equally good completions, and a folder of them, scored."""
+    path = workplace.folder / "ties.jsonl"
+    rows = [
+        {"prompt": f"Post {i}:", "completions": [f" good {i}", f" fine {i}"], "rewards": [i, i]}
+        for i in range(24)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    whole = ["data.part=all", "data.holdout_fraction=0"]
+    workplace.run("score", f"data.path={path}", *whole, "rewards=[]")
+    return path
+
+
+def test_a_reward_model_is_not_trained_on_ties_alone(workplace, elsewhere, ties):
+    text = workplace.refusal("reward", elsewhere, f"data.path={ties}", "training.max_steps=1")
+    names_all(text, [str(ties), "different rewards", "nothing to learn", "Fix"])
+
+
+@pytest.mark.parametrize("loss", ["copg", "dpo", "ipo", "rloo"])
+def test_a_policy_is_not_trained_on_ties_alone(workplace, elsewhere, ties, loss):
+    text = workplace.refusal("policy", elsewhere, f"loss.name={loss}", "data.part=all",
+                             "data.holdout_fraction=0")  # fmt: skip
+    names_all(text, [str(workplace.folder / "score"), "got 24 in each", "nothing to learn"])
+
+
+@pytest.mark.parametrize("weights", [["0"], ["0.0", "-0"]])
+def test_rewards_that_all_weigh_nothing_are_refused(workplace, elsewhere, weights):
+    specs = [f"{{function: copg_jax.rewards.length, weight: {weight}}}" for weight in weights]
+    text = workplace.refusal("score", elsewhere, f"rewards=[{', '.join(specs)}]")
+    names_all(text, ["rewards: wanted a weight other than 0"])
+
+
+@pytest.mark.parametrize(("tokens", "most"), [(10**12, 3982), (4096, 3982), (3983, 3982)])
+def test_completions_beyond_the_positions_of_the_model_are_refused(
+    workplace, elsewhere, tokens, most
+):
+    setting = f"evaluation.generation.max_new_tokens={tokens}"
+    text = workplace.refusal("evaluate", elsewhere, setting, f"evaluation.{LENGTH}")
+    names_all(text, ["max_new_tokens", f"at most {most}, got {tokens}", "114 tokens", "4096"])
+
+
+@pytest.mark.parametrize("argument", ["batch_size", "max_prompt_tokens"])
+@pytest.mark.parametrize("value", ["0", "-3", "2.5", "many"])
+def test_sizes_of_a_reward_model_are_whole_numbers(workplace, elsewhere, argument, value):
+    model = f"{{path: {workplace.folder / 'base'}, {argument}: {value}}}"
+    rewards = f"rewards=[{{function: copg_jax.rewards.RewardModel, arguments: {model}}}]"
+    text = workplace.refusal("score", elsewhere, rewards)
+    names_all(text, ["reward model", argument, "at least 1", value])
 
 
 def test_a_refused_run_leaves_no_config_behind(workplace, elsewhere, tmp_path):
     workplace.refusal("reward", elsewhere, f"data.path={workplace.posts}")
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_sft_on_preferences_says_that_it_learns_the_chosen_alone(
+    workplace, elsewhere, capfd, tmp_path
+):
+    comparisons = [f"data.path={workplace.comparisons}", "data.max_rows=9", "validation=null"]
+    workplace.run("sft", elsewhere, *comparisons, "training.max_steps=1")
+    assert "9 x rejected completion left out" in capfd.readouterr().err
+    stats = json.loads((tmp_path / "run" / "tokens" / "train.json").read_text())["stats"]
+    assert stats["completions"]["max"] == 1 and stats["with_rewards"] == 0
 
 
 def test_validation_on_rows_that_are_trained_on_is_said(workplace, elsewhere, capsys):

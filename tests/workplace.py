@@ -1,6 +1,5 @@
 """A folder with everything that the stages need, on a tiny model, and their arguments there."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from copg_jax.config import stages as config
 from copg_jax.config.load import load_config
 from copg_jax.data.tokenizer import load_tokenizer
 from copg_jax.errors import InputError
+from copg_jax.files import read_json_lines
 from copg_jax.hf import weights as hf_weights
 from copg_jax.models.params import init_params
 from experiments import evaluate, score, train_policy, train_reward, train_sft
@@ -144,5 +144,4 @@ class Workplace:
 
     def metrics(self, name: str) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl of the run in the folder of this name."""
-        text = (self.folder / name / "metrics.jsonl").read_text()
-        return [json.loads(line) for line in text.splitlines()]
+        return [row for _, row in read_json_lines(self.folder / name / "metrics.jsonl")]

@@ -55,8 +55,11 @@ class BanditConfig:
             raise InputError(
                 f"batch_size: wanted at most num_pairs ({self.num_pairs}), got {self.batch_size}."
             )
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise InputError(f"learning_rate: wanted a positive number, got {self.learning_rate}.")
+        for name in ("learning_rate", "beta"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise InputError(f"{name}: wanted a positive number, got {getattr(self, name)}.")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed: wanted one in [0, 2**32), got {self.seed}.")
 
 
 def bandit_from_config(config: BanditConfig) -> Bandit:

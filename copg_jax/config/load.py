@@ -7,9 +7,9 @@
 3. Build the dataclasses from the inside out; a range error from `__post_init__` gets its path.
 """
 
-import dataclasses
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,19 +20,25 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from copg_jax.config.schema import (
+    EnvironmentText,
+    as_stored,
     as_written,
     field_types,
     find_problems,
     iter_fields,
     join,
     leaves,
+    map_leaves,
     section_class,
 )
 from copg_jax.config.settings import SHARED, Settings
 from copg_jax.config.stages import STAGES
-from copg_jax.errors import InputError
+from copg_jax.errors import InputError, for_terminal
 
 T = TypeVar("T")
+_MOST_READS = 1000
+_ENVIRONMENT = "${oc.env:"
+_UNESCAPED = re.compile(r"(?<!\\)" + re.escape(_ENVIRONMENT))
 _INTERPOLATION = re.compile(r"\$\{([\w.\[\]]+)\}")  # an innermost one, of a name
 
 
@@ -86,19 +92,46 @@ def _merge(cls: type, settings: Settings) -> tuple[dict[str, Any], dict[str, Any
         raw = _plain(OmegaConf.merge(schema, *settings.layers))
         raw[SHARED] = _plain(OmegaConf.merge({}, *settings.shared))
         _require_all(cls, raw)
+        _require_few_reads(raw, settings.where)
         texts = _with_texts(raw, "", settings.texts)
         resolved = as_written(cls, _resolve(raw), _resolve(texts))
-        if problems := list(find_problems(cls, resolved, settings.where, root=cls)):
+        named = _resolve(map_leaves(_escape, texts))
+        shown = _with_names(resolved, named)
+        if problems := list(find_problems(cls, shown, settings.where, root=cls)):
             raise InputError("\n".join(problems))
-        resolved = _plain(OmegaConf.merge(schema, resolved))
+        resolved = _with_names(_plain(OmegaConf.merge(schema, resolved)), named)
     except (OmegaConfBaseException, RecursionError, TypeError) as error:  # such as an absent key
         name, text = getattr(error, "full_key", None) or "", str(error).splitlines()[0]
         place = f"{settings.where.get(name, 'config')}: {name}: " if name else "config: "
         fix = "set it in one of the files or on the command line"
         fix += ", as those of configs/sizes and configs/losses do" * ("shared." in text)
+        fix = "export it before the run" if "Environment variable" in text else fix
         raise InputError(f"{place}{text}; {fix}") from error
     _require_all(cls, resolved)
     return raw, resolved
+
+
+def _require_few_reads(raw: Mapping[str, Any], where: Mapping[str, str]) -> None:
+    """Refuses values that read values that read values, until no machine can hold the result."""
+    written = dict(leaves(raw))
+    counts: dict[str, int] = {}
+
+    def count(name: str) -> int:
+        """How many values are read for this one, or all below it, through others too."""
+        if name not in counts:
+            counts[name] = 0  # meanwhile; OmegaConf refuses a circle
+            inside = (f"{name}.", f"{name}[")
+            names = [name] if name in written else [n for n in written if n.startswith(inside)]
+            reads = [read for n in names for read in _INTERPOLATION.findall(str(written[n]))]
+            counts[name] = sum(1 + count(read) for read in reads)
+        return counts[name]
+
+    for name in written:
+        if count(name) > _MOST_READS:
+            raise InputError(
+                f"{where.get(name, 'config')}: {name}: wanted at most {_MOST_READS} values read as "
+                f"${{...}}, also through each other, got {count(name)}"
+            )
 
 
 def _resolve(raw: dict[str, Any]) -> dict[str, Any]:
@@ -106,6 +139,22 @@ def _resolve(raw: dict[str, Any]) -> dict[str, Any]:
     tree = OmegaConf.create(raw)
     nodes = {key: tree[key] for key in raw if key != SHARED}
     return {key: _plain(x, True) if OmegaConf.is_config(x) else x for key, x in nodes.items()}
+
+
+def _escape(value: Any) -> Any:
+    """A text that resolves to the names of environment variables, not to their values."""
+    return _UNESCAPED.sub(r"\\\g<0>", value) if isinstance(value, str) else value
+
+
+def _with_names(value: Any, named: Any) -> Any:
+    """Plain values with every text that reads the environment as an `EnvironmentText`."""
+    if isinstance(value, dict) and isinstance(named, dict):
+        return {key: _with_names(child, named.get(key)) for key, child in value.items()}
+    if isinstance(value, list) and isinstance(named, list) and len(value) == len(named):
+        return [_with_names(*pair) for pair in zip(value, named, strict=True)]
+    if isinstance(value, str) and isinstance(named, str) and _ENVIRONMENT in named:
+        return EnvironmentText(value, named)
+    return value
 
 
 def _with_texts(value: Any, name: str, texts: Mapping[str, str]) -> Any:
@@ -134,14 +183,14 @@ def _require_all(cls: type, values: Mapping[str, Any]) -> None:
 
 
 def to_yaml(config: Any) -> str:
-    """The resolved config as YAML, keys in the order of the dataclass fields."""
-    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+    """The resolved config as YAML, keys in the order of the dataclass fields; see `as_stored`."""
+    return OmegaConf.to_yaml(OmegaConf.create(as_stored(config)))
 
 
 def config_differences(a: Any, b: Any) -> list[str]:
     """Fields that differ between two configs, as "optim.learning_rate: 1e-06 -> 2e-05"."""
     left, right = (
-        dict(leaves(config if isinstance(config, Mapping) else dataclasses.asdict(config)))
+        dict(leaves(config if isinstance(config, Mapping) else as_stored(config)))
         for config in (a, b)
     )
     names = list(left) + [name for name in right if name not in left]
@@ -156,12 +205,24 @@ def run_main(main: Callable[[T], object], cls: type[T], *, description: str | No
     """Script entry point: load the config, run `main`, exit.
 
     The exit status is the int that `main` returns, else 0; 2 for bad input (its text on stderr, no
-    traceback); 130 after Ctrl-C.
+    traceback), and where something inside asked for a status of 0; 130 after Ctrl-C.
     """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # for the time of the imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        status = main(load_config(cls, description=description))
+        config = load_config(cls, description=description)
+        try:
+            status = main(config)
+        except SystemExit as error:
+            if error.code:
+                raise
+            raise InputError(
+                "something that the run called ended Python with sys.exit(0), so that the run is "
+                "not complete. Look for sys.exit, exit or quit in the functions that the config "
+                "names and in what they import, and run the same command again."
+            ) from error
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {for_terminal(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -3,6 +3,7 @@
 1. `iter_fields` walks the dataclass and its sections: the lines of `--help`.
 2. `find_problems` walks plain values beside it: unknown fields with a did-you-mean, wrong types.
 3. `as_written` gives every `str` field the text of its value.
+4. `as_stored` gives plain values as files keep them: what the environment gave, by its name.
 """
 
 import dataclasses
@@ -12,8 +13,8 @@ import json
 import os
 import types
 import typing
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Self
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -23,6 +24,24 @@ PATHS = ("path", "output_dir")
 """Names of what is a path wherever it stands, in the arguments of a reward too."""
 FLOAT32_MIN, FLOAT32_MAX = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 """Sizes of a number that is neither 0 nor infinite on a device."""
+
+
+class EnvironmentText(str):
+    """A text that environment variables are part of, which may be a secret.
+
+    Attributes:
+      written: The text with `${oc.env:NAME}` in their place; this is what messages show.
+    """
+
+    written: str
+
+    def __new__(cls, value: str, written: str = "") -> Self:
+        text = super().__new__(cls, value)
+        text.written = written
+        return text
+
+    def __repr__(self) -> str:
+        return repr(self.written)
 
 
 class FieldInfo(NamedTuple):
@@ -119,21 +138,59 @@ def as_written(hint: Any, value: Any, text: Any) -> Any:
       text: The same with the text of each scalar.
     """
     hint = _required(hint, value)
-    item = (typing.get_args(hint) or [Any])[-1]
     if isinstance(value, dict):
-        hints = field_types(hint) if dataclasses.is_dataclass(hint) else {}  # pyright: ignore
-        hints |= dict.fromkeys(PATHS, os.PathLike)
+        hints = _hints_below(hint, value)
         texts = text if isinstance(text, dict) else {}
         return {
-            key: as_written(hints.get(key, item), child, texts.get(key, child))
+            key: as_written(hints[key], child, texts.get(key, child))
             for key, child in value.items()
         }
     if isinstance(value, list):
+        item = (typing.get_args(hint) or [Any])[-1]
         texts = text if isinstance(text, list) and len(text) == len(value) else value
         return [as_written(item, *pair) for pair in zip(value, texts, strict=True)]
     if value is None or hint not in (str, os.PathLike):
         return value
     return os.path.expanduser(str(text)) if hint is os.PathLike else str(text)
+
+
+def as_stored(config: Any) -> dict[str, Any]:
+    """Plain values of a config or section, as a file may keep them.
+
+    Of texts from the environment, paths and what stands below `Any` (arguments of rewards) are kept
+    as they are written: they may be secrets, and may change between two runs of one config.
+    Anything else decides what is computed and is kept as it is.
+    """
+    return _stored(type(config), dataclasses.asdict(config))
+
+
+def _stored(hint: Any, value: Any) -> Any:
+    hint = _required(hint, value)
+    if isinstance(value, dict):
+        hints = _hints_below(hint, value)
+        return {key: _stored(hints[key], child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_stored((typing.get_args(hint) or [Any])[-1], child) for child in value]
+    if isinstance(value, EnvironmentText):
+        return value.written if hint in (Any, os.PathLike) else str(value)
+    return value
+
+
+def _hints_below(hint: Any, value: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Type of each value of a section or dictionary; that of a path is PathLike."""
+    item = (typing.get_args(hint) or [Any])[-1]
+    hints = field_types(hint) if dataclasses.is_dataclass(hint) else {}  # pyright: ignore
+    hints |= dict.fromkeys(PATHS, os.PathLike)
+    return {key: hints.get(key, item) for key in value}
+
+
+def map_leaves(change: Callable[[Any], Any], value: Any) -> Any:
+    """Nested dictionaries and lists with every leaf changed."""
+    if isinstance(value, dict):
+        return {key: map_leaves(change, child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [map_leaves(change, child) for child in value]
+    return change(value)
 
 
 def join(prefix: str, name: str) -> str:
@@ -155,8 +212,8 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 def _fault(hint: Any, value: Any) -> str | None:
     """None for a value of this type, else what is wanted beside the type."""
-    if isinstance(value, str) and "${" in value:
-        return None  # judged once it is resolved
+    if hint is Any or (isinstance(value, str) and "${" in value):
+        return None  # anything will do, or it is judged once it is resolved
     hint = _required(hint, value)
     if (origin := typing.get_origin(hint)) in (list, dict):
         if not isinstance(value, origin):
@@ -165,7 +222,8 @@ def _fault(hint: Any, value: Any) -> str | None:
         faults = [_fault(typing.get_args(hint)[-1], item) for item in items]
         return next((fault for fault in faults if fault is not None), None)
     try:
-        value = OmegaConf.merge(_schema_of(hint), {"value": value}).value
+        plain = str(value) if isinstance(value, str) else value
+        value = OmegaConf.merge(_schema_of(hint), {"value": plain}).value
     except (OmegaConfBaseException, OverflowError):
         return ""
     is_number = hint is not float or value == 0 or FLOAT32_MIN <= abs(value) <= FLOAT32_MAX
@@ -222,7 +280,8 @@ def _is_optional(hint: Any) -> bool:
 
 
 def _got(value: Any) -> str:
-    return "nothing" if value is None else f"{value!r:.200} ({type(value).__name__})"
+    kind = "str" if isinstance(value, str) else type(value).__name__
+    return "nothing" if value is None else f"{value!r:.200} ({kind})"
 
 
 def _place(name: str, where: Mapping[str, str]) -> str:

@@ -4,6 +4,7 @@ Defaults are the paper's settings. A range that a single value can violate is ch
 depends on a model, a device or the data is checked where it is used.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,7 +17,10 @@ ATTENTIONS = ("xla", "splash", "cudnn")
 ATTENTION_CHOICES = ("auto", *ATTENTIONS)
 DISTRIBUTED_MODES = ("auto", "on", "off")
 REMATS = ("none", "dots", "mlp", "full")
+TEXT_FORMATS = ("auto", "tldr", "text")
 POLICY_LOSSES = ("copg", "dpo", "ipo", "pg", "rloo", "opmd", "oapl", "asymre")
+BY_DIFFERENCES = ("copg", "dpo", "ipo", "rloo")
+"""Losses whose gradient is 0 at the reference where all rewards of each group are equal."""
 
 
 def require(config: Any, wanted: str, holds: Callable[[Any], bool], *names: str) -> None:
@@ -32,9 +36,34 @@ def require_positive(config: Any, *names: str) -> None:
     require(config, ">= 1", lambda count: count >= 1, *names)
 
 
+def require_size(config: Any, *names: str) -> None:
+    """Raises InputError unless each of these counts of what is computed at once is in range."""
+    require(config, "in [1, 2**20]", lambda count: 1 <= count <= 2**20, *names)
+
+
 def require_one_of(config: Any, choices: Sequence[str], *names: str) -> None:
     """Raises InputError unless each of these fields is one of the choices."""
     require(config, f"one of {', '.join(choices)}", choices.__contains__, *names)
+
+
+_CREDENTIALS = re.compile(  # user:password@, ?token=
+    r"//[^/@]*:[^/@]*@|[?&][^/=&]*(token|key|sig|secret|pass|cred|auth)[^/=&]*=", re.IGNORECASE
+)
+
+
+def require_path(name: str, path: str) -> None:
+    """Raises InputError for an empty path, and for a URL with a password or token in it, which
+    logs, side-cars and messages would show.
+    """
+    if not path.strip():
+        raise InputError(f"{name} must be a path, got an empty text")
+    scheme, _, rest = path.partition("://")
+    if rest and _CREDENTIALS.search(f"//{rest}"):
+        raise InputError(
+            f"{name} must be a URL without password or token, got one with, of {scheme}://: give "
+            "them in the file or environment variables of its client, such as "
+            "GOOGLE_APPLICATION_CREDENTIALS or AWS_SECRET_ACCESS_KEY"
+        )
 
 
 def require_seed(config: Any) -> None:
@@ -54,6 +83,7 @@ class ModelConfig:
     )
 
     def __post_init__(self):
+        require_path("path", self.path)
         require_one_of(self, DTYPES, "dtype")
         require_one_of(self, ATTENTION_CHOICES, "attention")
 
@@ -95,6 +125,11 @@ class DataConfig:
         "train", "hub split, or the files or rows of this split where they name one"
     )
     revision: str | None = option(None, "hub revision; a commit pins the contents")
+    format: str = option(
+        "auto",
+        "tldr (posts in their frame), text (prompt and completion, byte for byte) or auto, which "
+        "the first row decides",
+    )
     max_prompt_tokens: int = option(512, "longer posts are cut at a newline until the prompt fits")
     max_completion_tokens: int = option(
         192, "longer completions (EOS included) are dropped and counted"
@@ -107,9 +142,11 @@ class DataConfig:
     max_rows: int | None = option(None, "stop after this many rows of the part")
 
     def __post_init__(self) -> None:
+        require_path("path", self.path)
         names = ("max_prompt_tokens", "max_completion_tokens", "max_rows")
         require(self, "at least 1", lambda count: count >= 1, *names)
         require(self, "in [0, 1)", lambda share: 0 <= share < 1, "holdout_fraction")
+        require_one_of(self, TEXT_FORMATS, "format")
         require_one_of(self, ("all", "train", "validation"), "part")
         require_one_of(self, ("error", "drop"), "invalid_rows")
         if self.part == "validation" and self.holdout_fraction == 0.0:
@@ -165,8 +202,10 @@ class TrainingConfig:
     tensorboard: bool = option(False, "also write TensorBoard files (needs the tensorboard extra)")
 
     def __post_init__(self):
-        require_positive(self, "batch_size", "num_microbatches", "num_epochs", "max_steps")
+        require_size(self, "batch_size", "num_microbatches")
+        require_positive(self, "num_epochs", "max_steps")
         require_positive(self, "eval_every", "save_every", "log_every")
+        require(self, "< 2**63", lambda count: count < 2**63, "num_epochs")
         require_one_of(self, REMATS, "remat")
         if self.batch_size % self.num_microbatches:
             raise InputError(
@@ -189,7 +228,7 @@ class LossConfig:
         if self.name not in POLICY_LOSSES and "." not in self.name:
             raise InputError(
                 f"name must be one of {', '.join(POLICY_LOSSES)}, or the dotted path of a function "
-                f"such as my_module.my_loss, got '{self.name}'"
+                f"such as my_module.my_loss, got {self.name!r}"
             )
         if not self.beta > 0:
             raise InputError(
@@ -209,6 +248,10 @@ class RewardSpec:
         {}, "if given, the path names a factory that is called with these and returns the function"
     )
     weight: float = option(1.0, "factor of this reward in the sum")
+
+    def __post_init__(self):
+        if isinstance(path := self.arguments.get("path"), str):
+            require_path("arguments: path", path)
 
 
 @dataclass(frozen=True)
@@ -231,6 +274,7 @@ class GenerationConfig:
     seed: int = option(0, "seed of the sampling; the step is folded in")
 
     def __post_init__(self):
-        require_positive(self, "num_prompts", "num_samples", "max_new_tokens", "batch_size")
+        require_size(self, "num_samples", "batch_size")
+        require_positive(self, "num_prompts", "max_new_tokens")
         require(self, ">= 0", lambda n: n >= 0, "sampling_temperature", "num_texts")
         require_seed(self)

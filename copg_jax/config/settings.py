@@ -35,7 +35,10 @@ from copg_jax.errors import InputError
 
 SHARED = "shared"
 _READ = re.compile(r"\$\{(" + SHARED + r"\.[\w.]*)")
+_INNERMOST = re.compile(r"\$\{[^${}:]*\}")  # reads a value
+_RESOLVER = re.compile(r"\$\{([^{}:]*):")
 _MOST_KEYS, _DEEPEST = 10_000, 32  # aliases expanded
+_LONGEST_FILE, _LONGEST_VALUE, _MOST_READS = 1_000_000, 100_000, 100  # characters; ${ in a value
 _UNWRITABLE = re.compile(r"[\0\ud800-\udfff]")
 _TAG = "tag:yaml.org,2002:"
 
@@ -218,6 +221,10 @@ def _compose_file(path: Path) -> yaml.MappingNode:
         raise InputError(
             f"{path}: wanted a readable YAML config, got: {reason}; check the path"
         ) from error
+    if len(text) > _LONGEST_FILE:
+        raise InputError(
+            f"{path}: wanted a config of at most {_LONGEST_FILE} characters, got {len(text)}"
+        )
     root = _compose(text, str(path), "valid YAML, got")
     if isinstance(root, yaml.MappingNode):
         return root
@@ -299,12 +306,18 @@ def _read_scalar(node: yaml.ScalarNode, where: str) -> Any:
         is_short = isinstance(value, int | float | None) and len(node.value) <= 300
         if not (is_short or isinstance(value, str)) or _UNWRITABLE.search(node.value):
             raise ValueError("wanted a text without NUL, a number of up to 300 digits or null")
+        if len(node.value) > _LONGEST_VALUE or node.value.count("${") > _MOST_READS:
+            raise ValueError(
+                f"wanted at most {_LONGEST_VALUE} characters and {_MOST_READS} times ${{...}}"
+            )
         if isinstance(value, str) and "${" in value:
             OmegaConf.create([value])  # checks its grammar
+            _require_harmless(value)
     except (
         ValueError,
         LookupError,
         AttributeError,
+        RecursionError,
         yaml.YAMLError,
         OmegaConfBaseException,
     ) as error:
@@ -312,6 +325,16 @@ def _read_scalar(node: yaml.ScalarNode, where: str) -> Any:
         got = f"{node.value[:80]!a} ({node.tag.removeprefix(_TAG)})"
         raise InputError(f"{where}: wanted a value, got {got}: {reason}") from error
     return value
+
+
+def _require_harmless(text: str) -> None:
+    """Raises ValueError where ${...} does more than to read values and the environment."""
+    read = text
+    while (fewer := _INNERMOST.sub("x", read)) != read:  # a name may be made of values
+        read = fewer
+    for resolver in _RESOLVER.findall(read):
+        if resolver != "oc.env":
+            raise ValueError(f"wanted ${{NAME}} or ${{oc.env:NAME}}, got the resolver {resolver!r}")
 
 
 def _key(name: str, place: str, value: yaml.Node) -> _Key:

@@ -21,8 +21,10 @@ from copg_jax.config.sections import (
     TrainingConfig,
     require,
     require_one_of,
+    require_path,
     require_positive,
     require_seed,
+    require_size,
 )
 
 MAY_DIFFER = (
@@ -32,6 +34,10 @@ MAY_DIFFER = (
     "model.attention",
     "reference.attention",
     "batch_size",  # of scoring; that of training is training.batch_size
+    "evaluation.generation.batch_size",  # samples do not depend on it
+    "evaluation.generation.num_texts",
+    "training.eval_every",  # best/ is then the best of the steps that were evaluated
+    "training.save_every",
     "training.log_every",
     "training.tensorboard",
     "training.num_microbatches",
@@ -68,6 +74,7 @@ class TrainConfig:
     seed: int = option(0, "seed of the data order, and of a new score head")
 
     def __post_init__(self):
+        require_path("output_dir", self.output_dir)
         require_one_of(self, DISTRIBUTED_MODES, "distributed")
         require_seed(self)
 
@@ -104,8 +111,10 @@ class ScoreConfig:
     distributed: str = _distributed()
 
     def __post_init__(self):
+        require_path("output_dir", self.output_dir)
         require_one_of(self, DISTRIBUTED_MODES, "distributed")
-        require_positive(self, "batch_size", "part_size", "logits_chunk")
+        require_size(self, "batch_size")
+        require_positive(self, "part_size", "logits_chunk")
 
 
 @dataclass(frozen=True)
@@ -148,6 +157,7 @@ class EvaluateConfig:
     distributed: str = _distributed()
 
     def __post_init__(self):
+        require_path("output_dir", self.output_dir)
         require_one_of(self, DISTRIBUTED_MODES, "distributed")
         require(self, "> 0", lambda beta: beta > 0, "beta")
         require_positive(self, "logits_chunk")

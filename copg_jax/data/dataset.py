@@ -2,15 +2,14 @@
 
 1. `prepare` streams groups through the tokenizer into the file, those of scored data as the ids
    that they are; host memory stays flat.
-2. Counts of what was kept, cut and left out lie beside it in a JSON side-car, with a key by which
-   the file is reused while inputs, tokenizer and limits stay the same.
+2. Counts of what was kept, cut and left out lie beside it in a JSON side-car, with the file's
+   checksum and a key by which it is reused while inputs, tokenizer and limits stay the same.
 3. `GroupDataset` reads group i from the memory map.
 """
 
 import hashlib
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -21,10 +20,12 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from copg_jax.checksums import check_file, file_sum, read_record, write_record
 from copg_jax.config.sections import Limits
-from copg_jax.data.formats.columns import InvalidRow, TextGroup
+from copg_jax.data.formats.texts import TextGroup
 from copg_jax.data.groups import NUMBERS, TokenGroup, fit_group, tokenize_group
 from copg_jax.data.reader import GroupReader
+from copg_jax.data.rows import InvalidRow
 from copg_jax.data.tokenizer import Encoder, tokenizer_hash
 from copg_jax.errors import InputError
 
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 _FORMAT = 3
 _ROWS_PER_RECORD_BATCH = 256
 _GROUPS_PER_REPORT = 10_000
+_MADE_ANEW = "It is made anew."
 _ARROW_SCHEMA = pa.schema(
     {
         "id": pa.string(),
@@ -60,7 +62,7 @@ class GroupDataset:
     """
 
     def __init__(self, path: Path) -> None:
-        side_car = json.loads(_side_car(path).read_text())
+        side_car = _read_side_car(path)
         self.stats: dict[str, Any] = side_car["stats"]
         self.fingerprint = hashlib.sha256(str(side_car["key"]).encode()).hexdigest()
         self._batches = _record_batches(path)
@@ -143,7 +145,8 @@ def prepare(
 ) -> GroupDataset:
     """Tokenises groups into an Arrow file, or opens it where it is still valid.
 
-    It is, while file contents, data config, tokenizer, limits and vocabulary size are the same.
+    It is, while file contents, data config, tokenizer, limits and vocabulary size are the same, and
+    the file is as it was written.
 
     Args:
         rows: a `GroupReader`, or any groups (then the file is always made anew).
@@ -165,7 +168,9 @@ def prepare(
     path.parent.mkdir(parents=True, exist_ok=True)
     # The counts go last, so that their presence means that the Arrow file belongs to them.
     _side_car(path).unlink(missing_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    for left in path.parent.glob(f".{path.name}.*"):
+        left.unlink()  # of a process that was ended
+    part = path.with_name(f".{path.name}.tmp")
     dropped: Counter[str] = Counter()
     changed: Counter[str] = Counter()
     try:
@@ -175,19 +180,19 @@ def prepare(
                 writer.write_batch(_record_batch(some))
         if isinstance(rows, GroupReader):
             dropped += rows.counts
+            changed += rows.changed
         stats = _stats(part, dropped, changed)
         if isinstance(rows, GroupReader):
-            stats["rows"] = rows.rows_read
+            stats |= {"rows": rows.rows_read, "text_format": rows.text_format}
         if stats["kept"] == 0:
             raise InputError(
                 f"The data set is empty: nothing was kept.\n{format_stats(stats)}\nCheck "
                 "data.path, data.split and data.part."
             )
-        os.replace(part, path)
+        part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-    part.write_text(json.dumps({"key": key, "stats": stats}, indent=1))
-    os.replace(part, _side_car(path))
+    write_record(_side_car(path), {"key": key, "stats": stats, "sum": file_sum(path)})
     return GroupDataset(path)
 
 
@@ -205,9 +210,20 @@ def data_key(
 
 
 def is_prepared(path: Path, key: str) -> bool:
-    """Whether `path` is the Arrow file that `prepare` makes of data with this `data_key`."""
-    side_car = _side_car(path)
-    return path.exists() and side_car.exists() and json.loads(side_car.read_text())["key"] == key
+    """Whether `path` is the Arrow file that `prepare` makes of data with this `data_key`; says so
+    where there is one that is damaged or of other data.
+    """
+    if not (path.exists() or _side_car(path).exists()):
+        return False
+    try:
+        side_car = _read_side_car(path)
+        if side_car["key"] != key:
+            raise InputError(f"{path}: made of other data, tokenizer or limits. {_MADE_ANEW}")
+        check_file(path, side_car["sum"], fix=_MADE_ANEW)
+    except InputError as error:
+        log.info("%s", error)
+        return False
+    return True
 
 
 def format_stats(stats: dict[str, Any]) -> str:
@@ -292,3 +308,7 @@ def _record_batch(groups: list[TokenGroup]) -> pa.RecordBatch:
 
 def _side_car(path: Path) -> Path:
     return path.with_suffix(".json")
+
+
+def _read_side_car(path: Path) -> dict[str, Any]:
+    return read_record(_side_car(path), wanted=("key", "stats", "sum"), fix=_MADE_ANEW)

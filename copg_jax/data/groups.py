@@ -13,13 +13,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from copg_jax.config.sections import Limits
-from copg_jax.data.formats.columns import InvalidRow, TextGroup
-from copg_jax.data.formats.tldr import parse_prompt, truncate_prompt
-from copg_jax.data.tokenizer import Encoder
+from copg_jax.data.formats.choice import FORMATS
+from copg_jax.data.formats.texts import TextGroup
+from copg_jax.data.formats.tldr import parse_prompt
+from copg_jax.data.rows import InvalidRow
+from copg_jax.data.tokenizer import NOT_EXACT, Encoder
 from copg_jax.errors import InputError
 
 TOO_FEW = "too few completions left"
 EOS_INSIDE = "EOS inside a completion"
+REPEATED = "prompt that all its completions begin with"
 
 
 class GroupBatch(NamedTuple):
@@ -75,13 +78,16 @@ def tokenize_group(
         group: text of the group.
         encoder: the tokenizer and its rules.
         limits: most tokens of a prompt and of a completion.
-        counts: increased by the prompts cut and the completions left out, by reason.
+        counts: increased by what is changed or left out, and by what is odd, by reason.
 
     Raises:
         InvalidRow: the prompt cannot be cut to the limit, or a completion contains EOS.
     """
     prompt, prompt_ids = _fit_prompt(group, encoder, limits.max_prompt_tokens)
-    completions = [encoder.encode_completion(text) for text in group.completions]
+    completions, notes = zip(
+        *(encoder.encode_completion(prompt, prompt_ids, text) for text in group.completions),
+        strict=True,
+    )
     for index, ids in enumerate(completions):
         if encoder.eos_id in ids[:-1]:
             raise InvalidRow(
@@ -101,7 +107,11 @@ def tokenize_group(
         columns=group.columns,
     )
     fitted = fit_group(whole, limits, counts)
-    counts["prompt cut"] += prompt != group.prompt and fitted != TOO_FEW
+    if fitted != TOO_FEW:
+        counts["prompt cut"] += prompt != group.prompt
+        counts[NOT_EXACT] += not encoder.gives_back(prompt, prompt_ids)
+        counts[REPEATED] += _is_repeated(group)
+        counts.update(filter(None, notes))
     return fitted
 
 
@@ -198,18 +208,21 @@ def _check_size(group: TokenGroup, shape: tuple[int, int, int]) -> None:
         )
 
 
+def _is_repeated(group: TextGroup) -> bool:
+    """Whether all completions begin with the prompt, as in rows that hold whole dialogues."""
+    prompt = group.prompt.strip()
+    return all(text.lstrip().startswith(prompt) for text in group.completions)
+
+
 def _fit_prompt(group: TextGroup, encoder: Encoder, max_tokens: int) -> tuple[str, list[int]]:
-    """Returns the prompt, its post cut where it is too long, and its ids."""
+    """Returns the prompt, cut by the rule of its format where it is too long, and its ids."""
     ids = encoder.encode_prompt(group.prompt)
     if len(ids) <= max_tokens:
         return group.prompt, ids
-    prompt = truncate_prompt(group.prompt, encoder.token_ends, max_tokens)
+    prompt = FORMATS[group.format].cut(group.prompt, encoder.token_ends, max_tokens)
     if prompt is None:
-        how = (
-            "even with the post cut away"
-            if parse_prompt(group.prompt)
-            else "and it has no post that could be cut"
-        )
+        is_post = group.format == "tldr" and parse_prompt(group.prompt)
+        how = "even with the post cut away" if is_post else "and it has no post that could be cut"
         raise InvalidRow(
             group.where,
             f"prompt over {max_tokens} tokens",

@@ -8,46 +8,87 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import astuple
+from dataclasses import astuple, replace
+
+from etils import epath
 
 from copg_jax.config.sections import DataConfig
 from copg_jax.data import scored
-from copg_jax.data.formats import tldr
-from copg_jax.data.formats.columns import InvalidRow, TextGroup, detect_schema, to_group
+from copg_jax.data.formats.choice import FORMATS, FormatChoice
+from copg_jax.data.formats.columns import detect_schema, to_group
+from copg_jax.data.formats.texts import TextGroup
+from copg_jax.data.formats.tldr import post_fraction
 from copg_jax.data.groups import TokenGroup
-from copg_jax.data.rows import SIDE_CAR, Row, fingerprint, read_rows, split_family
+from copg_jax.data.rows import InvalidRow, Row, read_rows
+from copg_jax.data.sources import SIDE_CAR, fingerprint, split_family
 from copg_jax.errors import InputError
+from copg_jax.files import bucket_errors
 
 OTHER_SPLIT = "row of another split"
 OTHER_PART = "post of another part"
+REJECTED = "rejected completion left out: only the chosen one is learnt"
 
 
 class GroupReader:
-    """Iterates over the groups of a data set; `counts` has what the last pass left out."""
+    """Iterates over the groups of a data set.
 
-    def __init__(self, config: DataConfig) -> None:
-        self._config = config
+    Args:
+        config: where they are, and which of them.
+        chosen_only: of a preference only the chosen completion, without a reward; other rows with
+            rewards for several completions are refused.
+
+    Attributes:
+        counts: rows that the last pass left out, by reason.
+        changed: what it left out of rows, by reason.
+        text_format: name of the format of the texts, once one was read.
+    """
+
+    def __init__(self, config: DataConfig, *, chosen_only: bool = False) -> None:
+        self._config, self._chosen_only = config, chosen_only
         self.counts: Counter[str] = Counter()
+        self.changed: Counter[str] = Counter()
+        self.text_format: str | None = None
         self.rows_read = 0
         self._first: tuple[str, str] | None = None
         self._make: Callable[[str, Row], TextGroup | TokenGroup | str] = self._text_group
 
     def check_ids(self, tokenizer_hash: str) -> None:
-        """Raises InputError where the data has ids, and they are not this tokenizer's."""
-        path = self._config.path
-        if scored.is_scored(path):
-            scored.verify(path, tokenizer_hash=tokenizer_hash, text_format_hash=tldr.format_hash())
+        """Raises InputError where the data has ids, and they are not this tokenizer's, not as they
+        were written, or those of texts in another format.
+        """
+        config = self._config
+        if not scored.is_scored(config.path):
+            _refuse_bare_parts(config.path)
+            return
+        name = scored.read_side_car(epath.Path(config.path)).text_format
+        if config.format not in ("auto", name):
+            raise InputError(
+                f"{config.path}: the data was scored in the text format '{name}', but data.format "
+                f"is '{config.format}'. Set data.format={name}, or score again."
+            )
+        known = FORMATS.get(name)
+        side_car = scored.verify(
+            config.path,
+            tokenizer_hash=tokenizer_hash,
+            text_format_hash=known.hash if known else f"no format '{name}'",
+        )
+        scored.check_parts(config.path, side_car)
 
     def fingerprint(self) -> str:
         """Hash of everything that decides which groups come out: file contents and the config."""
         config = self._config
         contents = fingerprint(config.path, split=config.split, revision=config.revision)
-        return json.dumps([contents, *astuple(config)])
+        return json.dumps([contents, *astuple(config), self._chosen_only])
 
     def __iter__(self) -> Iterator[TextGroup | TokenGroup]:
         config = self._config
-        self._make = scored.read_row if scored.is_scored(config.path) else self._text_group
+        self._make = self._text_group
+        self._choice = FormatChoice(config.format)
+        if scored.is_scored(config.path):
+            self._make = scored.read_row
+            self.text_format = scored.read_side_car(epath.Path(config.path)).text_format
         self.counts.clear()
+        self.changed.clear()
         self._first = None
         self.rows_read = kept = 0
         for where, row in read_rows(config.path, split=config.split, revision=config.revision):
@@ -61,13 +102,38 @@ class GroupReader:
                 kept += 1
                 yield group
 
-    def _group_or_reason(self, where: str, row: Row) -> TextGroup | TokenGroup | str:
+    def _group_or_reason(self, where: str, row: Row | InvalidRow) -> TextGroup | TokenGroup | str:
         config = self._config
-        group = self._make(where, row)
-        if isinstance(group, str) or config.part == "all":
+        try:
+            if isinstance(row, InvalidRow):
+                raise row
+            group = self._make(where, row)
+            if not isinstance(group, str) and config.part != "all":
+                held_out = post_fraction(group.prompt) < config.holdout_fraction
+                if held_out != (config.part == "validation"):
+                    return OTHER_PART
+            if not isinstance(group, str) and self._chosen_only:
+                group = self._only_chosen(group)
+        except InvalidRow as error:
+            if config.invalid_rows == "error":
+                raise
+            return error.reason
+        return group
+
+    def _only_chosen(self, group: TextGroup | TokenGroup) -> TextGroup | TokenGroup:
+        """A group of one completion, or of several that all may be learnt."""
+        if len(group.completions) == 1 or group.rewards is None:
             return group
-        held_out = tldr.post_fraction(group.prompt) < config.holdout_fraction
-        return group if held_out == (config.part == "validation") else OTHER_PART
+        if isinstance(group, TokenGroup) or group.chosen is None:
+            raise InputError(
+                f"{group.where}: wanted rows whose completions are all good, or a pair of which "
+                f"one is chosen; got {len(group.completions)} completions with rewards, which this "
+                "stage does not use. Fix: let data.path name rows with `prompt` and the one "
+                "`completion` to learn from."
+            )
+        self.changed[REJECTED] += len(group.completions) - 1
+        chosen = group.completions[group.chosen]
+        return replace(group, completions=(chosen,), rewards=None)
 
     def _text_group(self, where: str, row: Row) -> TextGroup | str:
         config = self._config
@@ -81,12 +147,11 @@ class GroupReader:
             split_family(config.split) or config.split
         ):
             return OTHER_SPLIT
-        try:
-            group = to_group(where, row)
-        except InvalidRow as error:
-            if config.invalid_rows == "error":
-                raise
-            return error.reason
+        group = to_group(where, row)
+        if isinstance(group, TextGroup):
+            group = self._choice.render(group)
+            if self._choice.chosen is not None:
+                self.text_format = self._choice.chosen.name
         if isinstance(group, TextGroup):
             schema = detect_schema(where, row)
             scores = " with scores" * ("chosen" in schema.fields and not group.is_choice)
@@ -102,3 +167,15 @@ class GroupReader:
                 "one schema in a data set. Let data.path name the files of one schema, by a glob "
                 "perhaps."
             )
+
+
+def _refuse_bare_parts(path: str) -> None:
+    """Raises InputError where `path` is the folder of a score run that has lost its side-car."""
+    folder = epath.Path(path)
+    with bucket_errors(path):
+        is_bare = (folder / "inputs.json").exists() and any(folder.glob("part-*.parquet"))
+    if is_bare:
+        raise InputError(
+            f"{folder / SIDE_CAR}: missing, though parts of scored data are there. Fix: run the "
+            "same score command again."
+        )

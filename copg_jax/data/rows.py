@@ -1,26 +1,21 @@
 """Rows of a data set, read one at a time so that host memory stays flat.
 
-1. `find_files` turns a path (file, folder or glob) into a sorted list of local files.
-2. `read_rows` yields `(where, row)`: `where` is `file:line` for every error text to come.
+1. `read_rows` yields `(where, row)`: `where` is `file:line` for every error text to come.
+2. A row that cannot be read comes as the `InvalidRow` that says why, so that reading can go on.
 3. A path that is not local and looks like `owner/name` is streamed from the hub.
-4. `fingerprint` hashes the files' contents, so that prepared data is reused only while valid.
 """
 
-import hashlib
 import json
-import re
+from collections import Counter
 from collections.abc import Iterator
-from glob import glob
 from pathlib import Path
 from typing import Any
 
+from copg_jax.data.sources import find_files, is_hub_id
 from copg_jax.errors import InputError
-from copg_jax.files import local_copy
 
 Row = dict[str, Any]
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
-SIDE_CAR = "scored.json"
 # Data sets that exist on the hub only as a loading script; their Parquet copies hold
 # `{folder}/{split}/*.parquet` at this revision.
 PARQUET_REVISION = "refs/convert/parquet"
@@ -28,9 +23,20 @@ SCRIPT_ONLY = {"openai/summarize_from_feedback": "comparisons"}
 _PARQUET_BATCH_ROWS = 256
 
 
+class InvalidRow(InputError):
+    """A bad row; `reason` is the short text under which `invalid_rows=drop` counts it."""
+
+    def __init__(self, where: str, reason: str, detail: str) -> None:
+        super().__init__(
+            f"{where}: {detail} Fix the row, or set data.invalid_rows=drop to leave out and count "
+            "such rows."
+        )
+        self.reason = reason
+
+
 def read_rows(
     path: str, *, split: str = "train", revision: str | None = None
-) -> Iterator[tuple[str, Row]]:
+) -> Iterator[tuple[str, Row | InvalidRow]]:
     """Yields `(where, row)` for each row of a local file, folder, glob or hub data set.
 
     Args:
@@ -39,7 +45,7 @@ def read_rows(
         revision: hub revision; None is the default branch (the Parquet one of a script-only set).
 
     Raises:
-        InputError: unreadable file, malformed JSON (with line and column), row not an object.
+        InputError: unreadable file, or malformed JSON (with line and column).
     """
     if is_hub_id(path):
         yield from _read_hub(path, split, revision)
@@ -54,118 +60,40 @@ def read_rows(
             ) from error
 
 
-def is_hub_id(path: str) -> bool:
-    """Whether `path` means a hub data set: `owner/name`, and nothing local is called so."""
-    return (
-        re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None
-        and not path.endswith(SUFFIXES)
-        and not Path(path).exists()
-    )
-
-
-def find_files(path: str, split: str = "train") -> list[Path]:
-    """Returns the data files behind a path or a URL (local copies of them), sorted by name.
-
-    In a folder, files named after splits (`train.jsonl`, `valid-00000.parquet`, `test/0.parquet`)
-    are kept only if they are of `split`; a folder without such names is read whole.
-
-    Raises:
-        InputError: nothing there, no data file in the folder, or no file of this split.
-    """
-    place = Path(local_copy(path, SUFFIXES))
-    if place.is_dir():
-        if (place / SIDE_CAR).exists():
-            files = sorted(place.glob("part-*.parquet"))
-        else:
-            files = sorted(f for f in place.rglob("*") if f.suffix in SUFFIXES and f.is_file())
-        return _files_of_split(place, files, split)
-    files = (
-        [place]
-        if place.exists()
-        else [Path(name) for name in sorted(glob(str(place), recursive=True))]
-    )
-    if not files:
-        raise InputError(
-            f"{path}: no such file or folder. Wanted a local file, folder or glob of "
-            f"{', '.join(SUFFIXES)}, or a data set's hub id 'owner/name'. Check data.path "
-            "(relative paths start at the working directory)."
-        )
-    for file in files:
-        if file.suffix not in SUFFIXES:
-            raise InputError(
-                f"{file}: unknown file type '{file.suffix}'. Wanted one of {', '.join(SUFFIXES)}."
-            )
-    return files
-
-
-def fingerprint(path: str, *, split: str = "train", revision: str | None = None) -> str:
-    """Returns a hash of the contents behind `path`.
-
-    Note:
-        For a hub id it covers id, split and revision only: a commit as revision pins the contents.
-    """
-    digest = hashlib.sha256()
-    if is_hub_id(path):
-        digest.update(repr((path, split, revision)).encode())
-        return digest.hexdigest()
-    for file in find_files(path, split):
-        digest.update(f"{file.name}:{file.stat().st_size}\n".encode())
-        try:
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
-        except OSError as error:
-            raise InputError(
-                f"{file}: cannot be read ({error}). Check the file and its permissions."
-            ) from error
-    return digest.hexdigest()
-
-
-def split_family(name: str) -> str | None:
-    """Returns `train`, `valid` or `test` for a name that starts so (`valid1`, `validation`)."""
-    match = re.match(r"(train|valid|test)(?:ation|ing)?(?![a-z])", name)
-    return match.group(1) if match else None
-
-
-def _files_of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
-    if not files:
-        raise InputError(
-            f"{folder}: the folder holds no data file. Wanted at least one of "
-            f"{', '.join(SUFFIXES)}."
-        )
-    names = {file: file.relative_to(folder).parts for file in files}
-    families = {
-        file: next((family for part in parts if (family := split_family(part))), None)
-        for file, parts in names.items()
-    }
-    if not any(families.values()):
-        return files
-    chosen = [file for file in files if families[file] == (split_family(split) or split)]
-    if not chosen:
-        found = sorted({family for family in families.values() if family})
-        raise InputError(
-            f"{folder}: no file of split '{split}'; there are files of {found}. Set data.split."
-        )
-    return chosen
-
-
-def _read_json(file: Path) -> Iterator[tuple[str, Row]]:
+def _read_json(file: Path) -> Iterator[tuple[str, Row | InvalidRow]]:
     with file.open("rb") as stream:
         start = stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
         stream.seek(0)
         if start.startswith(b"["):
             # An array is read whole, having no lines to stop at: large data belongs in JSON lines.
-            for number, row in enumerate(_parse_json(stream.read(), file, 1), start=1):
-                yield _checked(f"{file}:[{number}]", row)
+            rows = _parse_json(stream.read(), file, 1)
+            if isinstance(rows, InvalidRow):
+                raise InputError(
+                    f"{rows}\nRows of an array cannot be left out: write one JSON object a line."
+                )
+            for number, row in enumerate(rows, start=1):
+                where = f"{file}:[{number}]"
+                yield where, _checked(where, row)
             return
         for number, line in enumerate(stream, start=1):
             if line.strip():
-                yield _checked(f"{file}:{number}", _parse_json(line.rstrip(b"\r\n"), file, number))
+                where = f"{file}:{number}"
+                yield where, _checked(where, _parse_json(line.rstrip(b"\r\n"), file, number))
+
+
+class _Twice(ValueError):
+    """A name that is in one JSON object twice."""
 
 
 def _parse_json(text: bytes, file: Path, line: int) -> Any:
+    """The value of a text, or the `InvalidRow` for JSON that is well formed and no value of ours.
+
+    Raises:
+        InputError: malformed JSON, or not UTF-8.
+    """
+    where = f"{file}:{line}"
     try:
-        return json.loads(text.decode("utf-8-sig"))
+        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise InputError(
             f"{file}:{line + error.lineno - 1}: malformed JSON at column {error.colno}: "
@@ -174,34 +102,64 @@ def _parse_json(text: bytes, file: Path, line: int) -> Any:
         ) from error
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{file}:{line}: not UTF-8 text (byte {error.start}). Convert the file to UTF-8."
+            f"{where}: not UTF-8 text (byte {error.start}). Convert the file to UTF-8."
         ) from error
+    except RecursionError:
+        return InvalidRow(where, "nested too deep", "values are nested too deep to be read.")
+    except _Twice as error:
+        return InvalidRow(where, "field twice", f"field {error} is there twice: wanted it once.")
+    except ValueError:  # of Python's limit on the digits of an integer
+        return InvalidRow(where, "number too long", "a number has too many digits to be read.")
 
 
-def _checked(where: str, row: Any) -> tuple[str, Row]:
-    if not isinstance(row, dict):
-        raise InputError(
-            f"{where}: wanted a JSON object with named fields, got {type(row).__name__}."
-        )
-    return where, row
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise _Twice(repr(name))
+    return found
 
 
-def _read_parquet(file: Path) -> Iterator[tuple[str, Row]]:
+def _checked(where: str, row: Any) -> Row | InvalidRow:
+    if isinstance(row, dict | InvalidRow):
+        return row
+    detail = f"wanted a JSON object with named fields, got {type(row).__name__}."
+    return InvalidRow(where, "wrong type", detail)
+
+
+def _read_parquet(file: Path) -> Iterator[tuple[str, Row | InvalidRow]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         # memory_map keeps the file's bytes out of the process; batches keep the decoded rows few.
         with pq.ParquetFile(file, memory_map=True) as table:
+            names = table.schema_arrow.names
+            if len(set(names)) < len(names):
+                ((name, _),) = Counter(names).most_common(1)
+                raise InputError(f"{file}: column {name!r} is there twice: wanted it once.")
             number = 0
             for batch in table.iter_batches(batch_size=_PARQUET_BATCH_ROWS):
-                for row in batch.to_pylist():
+                for index in range(len(batch)):
                     number += 1
-                    yield f"{file}:{number}", row
-    except pa.ArrowInvalid as error:
+                    where = f"{file}:{number}"
+                    yield where, _parquet_row(where, batch, index)
+    except pa.ArrowException as error:
         raise InputError(
             f"{file}: not a readable Parquet file ({error}). Fetch or write it again."
         ) from error
+
+
+def _parquet_row(where: str, batch: Any, index: int) -> Row | InvalidRow:
+    row = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            row[name] = column[index].as_py()
+        except (ValueError, OverflowError) as error:  # no UTF-8 text, no date of Python
+            return InvalidRow(
+                where, "unreadable value", f"field {name!r} cannot be read ({error})."
+            )
+    return row
 
 
 def _read_hub(path: str, split: str, revision: str | None) -> Iterator[tuple[str, Row]]:

@@ -17,15 +17,16 @@ A folder has `part-00000.parquet`, ..., one row for each group of K completions:
 | `logp_mu` | [K] float32 or null | ln µ of the completion's ids where a sampler knows it, nats |
 | `columns` | string | the row's other columns, as JSON |
 
-1. `write_part` writes groups; a part exists only when it is whole, so `finished_parts` tells where
-   an interrupted run goes on. `read_row` reads them back, number for number.
-2. `write_side_car` says beside them, in `scored.json`, what decides these numbers.
-3. `verify` refuses data of another tokenizer, text format, reference or dtype, or half-scored data.
+1. `write_part` writes groups. `read_row` reads them back, number for number.
+2. `write_side_car` says beside them, in `scored.json`, what decides these numbers, and the checksum
+   of each part: `whole_parts` are finished, and an interrupted run goes on with the others.
+3. `verify` refuses data of another tokenizer, text format, reference or dtype, or half-scored data;
+   `check_parts` refuses parts that are not as they were written.
 """
 
 import json
+import logging
 import math
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -36,12 +37,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
+from copg_jax.checksums import check_file, file_sum, read_object, read_record, write_record
 from copg_jax.data.groups import NUMBERS, TokenGroup
-from copg_jax.data.rows import SIDE_CAR, Row
+from copg_jax.data.rows import Row
+from copg_jax.data.sources import SIDE_CAR
 from copg_jax.errors import InputError
-from copg_jax.files import bucket_errors, write_text
+from copg_jax.files import bucket_errors
+
+log = logging.getLogger(__name__)
 
 FORMAT = 2
+_MOST_LOGP = 0.1  # nats; what float32 may add to a sum over thousands of tokens
 SCHEMA = pa.schema(
     {
         "id": pa.string(),
@@ -82,6 +88,7 @@ class SideCar:
     limits: dict[str, Any]
     complete: bool
     counts: dict[str, Any] = field(default_factory=dict)
+    parts: dict[str, str] = field(default_factory=dict)  # finished ones: name → checksum
     format: int = FORMAT
 
 
@@ -94,16 +101,23 @@ _COMPARED = {
 }
 
 
-def write_part(folder: epath.Path, index: int, groups: Sequence[ScoredGroup]) -> epath.Path:
-    """Writes one part, at once or not at all, and returns its path.
+def part_name(index: int) -> str:
+    """Name of the file of a part."""
+    return f"part-{index:05d}.parquet"
+
+
+def write_part(folder: epath.Path, index: int, groups: Sequence[ScoredGroup]) -> dict[str, str]:
+    """Writes one part, at once or not at all, and returns its name with its checksum.
 
     Raises:
         InputError: other numbers of ids and scores than completions, an infinite reward, or a
-            reference log-probability that is not finite.
+            reference log-probability that is not finite or that is positive.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"part-{index:05d}.parquet"
-    part = folder / f".{path.name}.{os.getpid()}"
+    for left in folder.glob(".part-*"):
+        left.unlink()  # of a process that was ended
+    path = folder / part_name(index)
+    part = folder / f".{path.name}.tmp"
     table = pa.Table.from_pylist([_row(scored) for scored in groups], SCHEMA)
     try:
         with part.open("wb") as file:
@@ -111,7 +125,7 @@ def write_part(folder: epath.Path, index: int, groups: Sequence[ScoredGroup]) ->
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-    return path
+    return {path.name: file_sum(path)}
 
 
 def read_row(where: str, row: Row) -> TokenGroup:
@@ -143,9 +157,40 @@ def read_row(where: str, row: Row) -> TokenGroup:
     return group
 
 
-def finished_parts(folder: epath.Path) -> list[int]:
-    """Returns the indices of the parts that are there, in order."""
-    return sorted(int(path.stem.removeprefix("part-")) for path in folder.glob("part-*.parquet"))
+def whole_parts(folder: epath.Path) -> dict[str, str]:
+    """Returns names and checksums of the parts of a scored folder, finished or not, that are as
+    they were written; names the others in the log, since they are to be scored again.
+
+    Raises:
+        InputError: the side-car cannot be read.
+    """
+    whole = {}
+    for name, wanted in read_side_car(folder).parts.items() if is_scored(str(folder)) else ():
+        try:
+            check_file(folder / name, wanted, fix="It is scored again.")
+        except InputError as error:
+            log.warning("%s", error)
+        else:
+            whole[name] = wanted
+    return whole
+
+
+def check_parts(folder: epath.PathLike, side_car: SideCar) -> None:
+    """Raises InputError unless the parts are those that the side-car names, as they were written.
+
+    Args:
+        folder: the scored folder.
+        side_car: from `verify`.
+    """
+    folder = epath.Path(folder)
+    fix = "Fix: run the same score command again, which does this part alone anew."
+    for name, wanted in side_car.parts.items():
+        check_file(folder / name, wanted, fix=fix)
+    for path in sorted(folder.glob("part-*.parquet")):
+        if path.name not in side_car.parts:
+            raise InputError(
+                f"{path}: no part of this data: {SIDE_CAR} does not name it. Fix: move it away."
+            )
 
 
 def count_rewards(folder: epath.Path) -> dict[str, int]:
@@ -168,35 +213,31 @@ def is_scored(path: str) -> bool:
 def write_side_car(folder: epath.Path, side_car: SideCar) -> None:
     """Writes the side-car, in place of an earlier one."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / SIDE_CAR, json.dumps(asdict(side_car), indent=2) + "\n")
+    parts = dict(sorted(side_car.parts.items()))
+    write_record(folder / SIDE_CAR, asdict(side_car) | {"parts": parts})
 
 
 def read_side_car(folder: epath.Path) -> SideCar:
     """Reads the side-car of a scored folder.
 
     Raises:
-        InputError: none there, or not one of this format.
+        InputError: none there, damaged, or not one of this format.
     """
     path = folder / SIDE_CAR
-    try:
-        values = json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror or error}). Wanted a folder that the score "
-            "stage wrote; run it first, or correct data.path."
-        ) from error
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{path}:{error.lineno}: malformed JSON: {error.msg}. Score again."
-        ) from error
+    fix = (
+        "Wanted a folder that the score stage wrote. Fix: correct the path; or, where this file is "
+        "damaged, delete it and run the same score command again."
+    )
+    values = read_object(path, fix=fix)
     names = {item.name for item in fields(SideCar)}
-    if values.get("format") != FORMAT or set(values) != names:
+    if values.get("format") != FORMAT or not names < set(values):
         raise InputError(
             f"{path}: wanted scored data of format {FORMAT}, got format {values.get('format')} "
-            f"(fields missing or unknown: {sorted(names ^ set(values))}). Score again:\n"
+            f"(fields missing: {sorted(names - set(values))}). Score again:\n"
             f"    {_score_command(folder, values)}"
         )
-    return SideCar(**values)
+    values = read_record(path, fix=fix)
+    return SideCar(**{name: values[name] for name in names})
 
 
 def verify(folder: epath.PathLike, **found: str) -> SideCar:
@@ -214,7 +255,7 @@ def verify(folder: epath.PathLike, **found: str) -> SideCar:
     side_car, path = read_side_car(folder), folder / SIDE_CAR
     if not side_car.complete:
         raise InputError(
-            f"{path}: scoring was interrupted after {len(finished_parts(folder))} parts. Run the "
+            f"{path}: scoring was interrupted after {len(side_car.parts)} parts. Run the "
             "same score command again to finish it."
         )
     for name, got in found.items():
@@ -258,6 +299,12 @@ def _check(group: TokenGroup) -> None:
         )
     _check_finite(group.where, "reward", group.rewards, or_nan=True)
     _check_finite(group.where, "reference log-probability", group.ref_logps, or_nan=False)
+    ref_logps = np.asarray(group.ref_logps)
+    for index in np.flatnonzero(ref_logps > _MOST_LOGP):
+        raise InputError(
+            f"{group.where}: the reference log-probability of completion {index} is "
+            f"{ref_logps[index]}: wanted one of at most 0 nats, to rounding. Score again."
+        )
 
 
 def _check_finite(where: str, what: str, values: Any, *, or_nan: bool) -> None:

@@ -3,10 +3,12 @@
 1. Rows are shuffled anew in each epoch and the epochs are laid end to end (grain, index by index).
 2. A `Pack` composes batches of neighbours in that order, all of one shape; a tail that does not
    fill a batch is left out.
-3. Each host loads its slice of every batch, in background threads.
-4. Steps 1 and 2 are done for the whole run before it starts: resuming is starting at a step.
+3. Steps 1 and 2 are done before the run starts, since the one shape must fit all batches; of a run
+   of very many epochs for the first ones (`num_ordered`), after which the same batches come again.
+4. Each host loads its slice of every batch, in background threads; resuming is starting at a step.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -38,6 +40,15 @@ Pack = Callable[..., Batches]
 """(num_tokens [n, 2], batch_size=, num_bins=, sizes=(P, K, C), epoch_size=) → Batches.
 
 See `models.layout.pack`."""
+
+
+def num_ordered(num_rows: int, num_epochs: int) -> int:
+    """Returns the number of epochs that get an order of their own.
+
+    They bound the memory and the time before the first step: as many as half a million rows make,
+    but 16 to 64 (grain takes 50 ms for the order of an epoch, however short).
+    """
+    return min(num_epochs, max(16, min(64, 2**19 // num_rows)))
 
 
 def num_steps(num_rows: int, batch_size: int, num_epochs: int) -> int:
@@ -92,7 +103,8 @@ class GroupStream:
         self._start_step, self._host, self._num_hosts = start_step, host, num_hosts
         # The seed goes through `.seed`: `shuffle(seed)` adds the epoch to it, so that the second
         # epoch of one seed would be the first epoch of the next.
-        order = grain.MapDataset.range(len(dataset)).seed(seed).shuffle().repeat(num_epochs)
+        ordered = num_ordered(len(dataset), num_epochs)
+        order = grain.MapDataset.range(len(dataset)).seed(seed).shuffle().repeat(ordered)
         shuffled = np.array([order[i] for i in range(len(order))], np.int32)
         batches = pack(
             dataset.num_tokens(shuffled),
@@ -104,11 +116,13 @@ class GroupStream:
         self._rows, self._collate = shuffled[batches.rows], batches.collate
 
     def __iter__(self) -> Iterator[tuple[list[str], GroupBatch]]:
-        steps = grain.MapDataset.range(self._start_step, self.num_steps).map(self._load)
+        # No index of grain's is larger, and no run is longer.
+        after = min(self.num_steps, sys.maxsize)
+        steps = grain.MapDataset.range(self._start_step, after).map(self._load)
         return iter(steps.to_iter_dataset(_READ_OPTIONS))
 
     def _load(self, step: int) -> tuple[list[str], GroupBatch]:
-        rows = np.split(self._rows[step], self._num_hosts)[self._host]
+        rows = np.split(self._rows[step % len(self._rows)], self._num_hosts)[self._host]
         groups = [self._dataset[int(row)] for row in rows]
         return [group.id for group in groups], self._collate(groups)
 

@@ -8,7 +8,8 @@
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,24 +47,25 @@ def load(path: str | Path) -> tuple[Architecture, Params]:
     Raises:
         InputError: not a GGUF file, not a plain Llama, or tensors that do not fit its metadata.
     """
-    reader = _open(path)
-    tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
-    arch = _architecture(_Metadata(reader, path), tied)
-    source = _GgufTensors(reader, arch)
-    tensors = hf_tensors(arch, head="lm")
-    check_fit(source, tensors, str(path))
-    return arch, assemble(source, tensors)
+    with _errors(path):
+        reader = _open(path)
+        tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
+        arch = _architecture(_Metadata(reader, path), tied)
+        source = _GgufTensors(reader, arch)
+        tensors = hf_tensors(arch, head="lm")
+        check_fit(source, tensors, str(path))
+        return arch, assemble(source, tensors)
 
 
 def write_tokenizer(path: str | Path, folder: str | Path) -> None:
     """Write the file's byte-level BPE tokenizer as a folder that AutoTokenizer loads."""
-    _make_tokenizer(_Metadata(_open(path), path)).save_pretrained(folder)
+    _read_tokenizer(path).save_pretrained(folder)
 
 
 def convert(path: str | Path, folder: str | Path) -> None:
     """Write a Hugging Face folder (config, float32 safetensors, tokenizer) from a GGUF file."""
     arch, params = load(path)
-    tokenizer = _make_tokenizer(_Metadata(_open(path), path))
+    tokenizer = _read_tokenizer(path)
     save_pretrained(folder, arch, params, head="lm", tokenizer=tokenizer)
 
 
@@ -133,6 +135,20 @@ def _hf_name(name: str) -> str:
     return _TOP_NAMES.get(name, name)
 
 
+@contextmanager
+def _errors(path: str | Path) -> Iterator[None]:
+    """Turns whatever a damaged file makes of its readers into an InputError that names it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{path}: wanted a GGUF file of a Llama, got one that cannot be read "
+            f"({type(error).__name__}: {error}); copy it again"
+        ) from error
+
+
 def _open(path: str | Path) -> Any:
     try:
         import gguf
@@ -140,10 +156,7 @@ def _open(path: str | Path) -> Any:
         raise InputError(
             "reading GGUF needs the package gguf: pip install 'copg_jax[gguf]'"
         ) from error
-    try:
-        return gguf.GGUFReader(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: wanted a GGUF file, got {error}") from error
+    return gguf.GGUFReader(path)
 
 
 def _architecture(metadata: _Metadata, tied: bool) -> Architecture:
@@ -174,6 +187,11 @@ def _architecture(metadata: _Metadata, tied: bool) -> Architecture:
 
 def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
+
+
+def _read_tokenizer(path: str | Path) -> transformers.PreTrainedTokenizerFast:
+    with _errors(path):
+        return _make_tokenizer(_Metadata(_open(path), path))
 
 
 def _make_tokenizer(metadata: _Metadata) -> transformers.PreTrainedTokenizerFast:

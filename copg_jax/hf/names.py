@@ -2,7 +2,8 @@
 
 1. `hf_tensors` names every tensor of a Hugging Face Llama and points at its leaf (and layer).
 2. `to_hf` turns one leaf of one layer into the Hugging Face matrix [out, in].
-3. `check_fit` compares a checkpoint with the table and reports every difference at once.
+3. `check_fit` compares a checkpoint with the table and reports every difference at once;
+   `check_ignored` looks at what is there and not read.
 4. `assemble` builds the tree from any `TensorSource`, reading only the slices a sharding needs.
 """
 
@@ -16,6 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from copg_jax.errors import InputError
+from copg_jax.models.decoder import inverse_frequencies
 from copg_jax.models.params import (
     Architecture,
     Params,
@@ -138,6 +140,39 @@ def check_fit(
             + "\nUse the config.json that belongs to these weights, and a causal language model "
             "for head 'lm' or a one-label sequence classifier for head 'score'."
         )
+
+
+def check_ignored(
+    source: TensorSource, tensors: Mapping[str, HfTensor], arch: Architecture, where: str
+) -> None:
+    """Compares the tensors that are not read with what stands in for them.
+
+    Args:
+        source: checkpoint that passed `check_fit`.
+        tensors: those that are read.
+        arch: the architecture.
+        where: file or folder to name in the error.
+
+    Raises:
+        InputError: a stored copy of the tied embedding, or rotary frequencies, say something else.
+    """
+    everything = (slice(None),)
+    for name in source.shapes():
+        if name.endswith("rotary_emb.inv_freq"):
+            what, tolerance = "the frequencies that config.json gives", 1e-2  # bfloat16, perhaps
+            found, wanted = source.read(name, everything), inverse_frequencies(arch)
+        elif name not in tensors and name == _TOP_NAMES["lm_head"] and arch.tie_word_embeddings:
+            what, tolerance = "the embedding, which tie_word_embeddings makes it", 0.0
+            found = source.read(name, everything)
+            wanted = source.read(_TOP_NAMES["embed_tokens"], everything)
+        else:
+            continue
+        found, wanted = found.astype(np.float32), wanted.astype(np.float32)
+        if found.shape != wanted.shape or not np.allclose(found, wanted, tolerance, 0.0):
+            raise InputError(
+                f"{where}: {name}: wanted {what}, got other numbers. Fix: use the config.json that "
+                "belongs to these weights."
+            )
 
 
 def assemble(

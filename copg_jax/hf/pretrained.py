@@ -6,12 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from copg_jax import sharding
+from copg_jax import checksums, sharding
 from copg_jax.config.sections import ModelConfig
 from copg_jax.data.tokenizer import load_tokenizer
 from copg_jax.errors import InputError
-from copg_jax.hf.weights import load_params, params_hash, read_architecture, resolve
+from copg_jax.hf.weights import (
+    RESTORE,
+    load_params,
+    params_hash,
+    read_architecture,
+    resolve,
+)
 from copg_jax.models.kernels import choose
 from copg_jax.models.params import (
     Architecture,
@@ -59,7 +66,7 @@ class PretrainedModel:
 
     @cached_property
     def hash(self) -> str:
-        """Hash of the weights and config on disk."""
+        """Hash of the weights and config on disk, which are compared with their checksums."""
         return params_hash(self.folder)
 
     def load(self, *, score_key: jax.Array | None = None) -> Any:
@@ -67,19 +74,41 @@ class PretrainedModel:
 
         Args:
             score_key: draws a score head that the folder lacks.
+
+        Raises:
+            InputError: weights that have changed since they were written, that are NaN or infinite,
+                or that do not fit the architecture.
         """
-        return load_params(
+        self.hash  # noqa: B018  (raises where the weights have changed)
+        params = load_params(
             self.folder,
             self.arch,
             head=self.head,
             shardings=self.shardings,
             init_missing_score=score_key,
         )
+        finite = jax.jit(_are_finite, out_shardings=sharding.replicated(self.mesh))(params)
+        bad = [
+            jax.tree_util.keystr(path, simple=True, separator=".")
+            for path, is_finite in jax.tree_util.tree_leaves_with_path(jax.device_get(finite))
+            if not is_finite
+        ]
+        if bad:
+            raise InputError(
+                f"{self.folder}: wanted finite weights, got NaN or infinite ones in "
+                f"{', '.join(bad[:4])}{f' and {len(bad) - 4} more' * (len(bad) > 4)}. Fix: copy "
+                "the model again, or take an earlier one of its training."
+            )
+        return params
 
     def load_frozen(self) -> Any:
         """Reads weights that are only read (π_ref, a reward model), into the compute dtype."""
         cast = partial(cast_matrices, self.arch)
         return jax.jit(cast, out_shardings=self.shardings)(self.load())
+
+
+def _are_finite(params: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.isfinite(x).all(), params)
 
 
 def open_model(
@@ -94,16 +123,21 @@ def open_model(
         remat: what a backward pass recomputes; one of `REMATS`.
 
     Raises:
-        InputError: no such folder, not a Llama, a tokenizer with more ids than the model has, a
-            mesh that does not divide it, or an attention that cannot run there.
+        InputError: no such folder, files changed since they were written, not a Llama, a tokenizer
+            with more ids than the model has, a mesh that does not divide it, or an attention that
+            cannot run there.
     """
     folder = resolve(section.path, section.revision)
+    if checksums.is_sealed(folder):  # the weights are looked at when they are hashed
+        checksums.check(folder, fix=RESTORE, but=".safetensors")
     arch = replace(read_architecture(folder), dtype=section.dtype, remat=remat)
     arch = choose(section.attention, arch, mesh)
     tokenizer = load_tokenizer(folder)
-    if len(tokenizer) > arch.vocab_size:
+    # Ids may have gaps: their number can be small and the largest too large.
+    num_ids = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
+    if num_ids > arch.vocab_size:
         raise InputError(
-            f"{folder}: the tokenizer has {len(tokenizer)} ids, the model only {arch.vocab_size} "
+            f"{folder}: the tokenizer has {num_ids} ids, the model only {arch.vocab_size} "
             "(vocab_size in config.json): they do not belong together. Fix: use the tokenizer "
             "files that came with these weights."
         )

@@ -6,6 +6,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -26,8 +27,17 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path):
         self._handles: dict[Path, Any] = {}
+        self._weight_map: dict[str, str] = {}
         if (folder / INDEX_NAME).is_file():
-            files = {folder / f for f in _read_weight_map(folder / INDEX_NAME).values()}
+            self._weight_map = _read_weight_map(folder / INDEX_NAME)
+            files = {folder / name for name in self._weight_map.values()}
+            single = folder / SINGLE_NAME
+            if single.is_file() and single not in files:
+                raise InputError(
+                    f"{single} and {folder / INDEX_NAME}, which names other files: wanted one set "
+                    "of weights, got two. Fix: delete the one that is out of date (with the index "
+                    "go its files)."
+                )
         else:
             files = {folder / SINGLE_NAME}
         absent = sorted(str(file) for file in files if not file.is_file())
@@ -59,6 +69,12 @@ class SafetensorsFolder:
                     f"{file}: {name}: wanted a dtype of {_FLOATS}, got {part.get_dtype()}; "
                     "quantised checkpoints are not supported"
                 )
+            if name in self._file_of or self._weight_map.get(name, file.name) != file.name:
+                other = self._file_of.get(name, file.with_name(self._weight_map.get(name, "")))
+                raise InputError(
+                    f"{file}: {name}: wanted each tensor in one file, got it here and, by "
+                    f"{INDEX_NAME}, in {other.name}. Fix: copy the folder again."
+                )
             self._file_of[name] = file
             self._shapes[name] = tuple(part.get_shape())
 
@@ -71,11 +87,19 @@ class SafetensorsFolder:
 
 def _read_weight_map(index: Path) -> dict[str, str]:
     try:
-        return dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
+        weight_map = dict(json.loads(index.read_bytes())["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"{index}: wanted JSON with a 'weight_map' of tensor names to files, got {error!r}"
         ) from error
+    for name, file in weight_map.items():
+        # What lies elsewhere would not be in the hash of the folder.
+        if not (isinstance(file, str) and re.fullmatch(r"[^/\\\0]+\.safetensors", file)):
+            raise InputError(
+                f"{index}: {name}: wanted the name of a .safetensors file of this folder, got "
+                f"{file!r}. Fix: copy the file here, and name it without a path."
+            )
+    return weight_map
 
 
 def write_safetensors(

@@ -24,10 +24,18 @@ import transformers
 from etils import epath
 from jax.experimental import multihost_utils
 
-from copg_jax import distributed
+from copg_jax import checksums, distributed
 from copg_jax.errors import InputError
 from copg_jax.files import is_remote, local_copy
-from copg_jax.hf.names import HfTensor, assemble, check_fit, hf_tensors, to_hf
+from copg_jax.hf.config_json import read_config
+from copg_jax.hf.names import (
+    HfTensor,
+    assemble,
+    check_fit,
+    check_ignored,
+    hf_tensors,
+    to_hf,
+)
 from copg_jax.hf.tensor_files import (
     INDEX_NAME,
     SINGLE_NAME,
@@ -36,6 +44,15 @@ from copg_jax.hf.tensor_files import (
 )
 from copg_jax.models.params import Architecture, Params, RopeScaling
 
+_MARKS = {"config.json", "tokenizer_config.json"}
+_WRITTEN = (  # beside these, into a model's folder
+    r"model.*\.safetensors(\.index\.json)?|(tokenizer|vocab|merges|added_tokens|generation_config|"
+    r"special_tokens_map|chat_template|checksums)\.(json|model|txt|jinja)"
+)
+RESTORE = (
+    "Fix: copy the folder again, or let the run that wrote it export it anew (the same command); "
+    f"where it was changed on purpose, delete {checksums.NAME} there."
+)
 _SNAPSHOT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
@@ -48,13 +65,19 @@ def resolve(path_or_id: str, revision: str | None = None) -> Path:
     """
     if is_remote(path_or_id):
         return Path(local_copy(path_or_id, [pattern[1:] for pattern in _SNAPSHOT_FILES]))
-    folder = Path(path_or_id).expanduser()
-    if folder.is_dir():
+    folder = Path(path_or_id)
+    try:
+        is_folder, is_there = folder.is_dir(), folder.exists()
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise InputError(
+            f"{path_or_id:.200}: wanted a model folder, got: {error.strerror}"
+        ) from error
+    if is_folder:
         return folder
-    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path_or_id):
+    if is_there or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path_or_id):
         raise InputError(
             f"{path_or_id}: wanted a model folder (config.json, *.safetensors) or a hub id "
-            f"'owner/name', got {'a file' if folder.exists() else 'a path that does not exist'}"
+            f"'owner/name', got {'a file' if is_there else 'a path that does not exist'}"
         )
     # Imported here because it pulls in an HTTP client that local folders do not need.
     import huggingface_hub
@@ -79,48 +102,33 @@ def read_architecture(path: str | Path) -> Architecture:
         InputError: the file is missing or broken, or describes something this model cannot do.
     """
     file = Path(path) / "config.json"
-    try:
-        raw = json.loads(file.read_text())
-    except OSError as error:
-        raise InputError(f"{file}: wanted a Hugging Face config.json, got {error}") from error
-    except ValueError as error:
-        raise InputError(f"{file}: wanted JSON, got {error}") from error
-    if not isinstance(raw, dict) or raw.get("model_type") != "llama":
-        got = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
-        raise InputError(f"{file}: model_type: wanted 'llama', got {got!r}; use a Llama checkpoint")
+    raw = read_config(Path(path))
     try:
         hf = transformers.LlamaConfig.from_dict(raw)
     except Exception as error:  # the validation of transformers has its own exception types
         raise InputError(f"{file}: transformers refuses it: {error}") from error
-    unsupported = {
-        "hidden_act": (hf.hidden_act, "silu"),
-        "attention_bias": (hf.attention_bias, False),
-        "mlp_bias": (hf.mlp_bias, False),
-        "quantization_config": (raw.get("quantization_config"), None),
-    }
-    for field, (got, wanted) in unsupported.items():
-        if got != wanted:
-            raise InputError(f"{file}: {field}: wanted {wanted!r}, got {got!r}, not supported")
     names = {field.name for field in dataclasses.fields(Architecture)}
     sizes = {k: v for k, v in hf.to_dict().items() if k in names - {"rope_scaling", "dtype"}}
-    rope_theta, rope_scaling = _read_rope(hf.rope_parameters or {}, file)
+    rope: Mapping[str, Any] = dict(hf.rope_parameters or {})
     try:
-        return Architecture(**{**sizes, "rope_theta": rope_theta, "rope_scaling": rope_scaling})
+        scaling = _read_scaling(rope) if rope.get("rope_type") == "llama3" else None
+        rest = {"rope_theta": float(rope["rope_theta"]), "rope_scaling": scaling}
+        return Architecture(**{**sizes, **rest})
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
 
 
-def _read_rope(rope: Mapping[str, Any], file: Path) -> tuple[float, RopeScaling | None]:
-    kind = rope.get("rope_type", "default")
-    if kind not in ("default", "llama3"):
+def _read_scaling(rope: Mapping[str, Any]) -> RopeScaling:
+    names = [field.name for field in dataclasses.fields(RopeScaling)]
+    if missing := [name for name in names if name not in rope]:
+        raise InputError(f"rope_scaling: wanted {', '.join(names)}, got no {', '.join(missing)}")
+    scaling = RopeScaling(**{name: rope[name] for name in names})
+    if not scaling.low_freq_factor < scaling.high_freq_factor:
         raise InputError(
-            f"{file}: rope_type: wanted 'default' or 'llama3', got {kind!r}, not supported"
+            "rope_scaling: wanted low_freq_factor < high_freq_factor, got "
+            f"{scaling.low_freq_factor} and {scaling.high_freq_factor}"
         )
-    if kind == "default":
-        return float(rope["rope_theta"]), None
-    fields = {field.name for field in dataclasses.fields(RopeScaling)}
-    scaling = RopeScaling(**{name: value for name, value in rope.items() if name in fields})
-    return float(rope["rope_theta"]), scaling
+    return scaling
 
 
 def load_params(
@@ -156,6 +164,7 @@ def load_params(
     if arch.tie_word_embeddings:
         optional.append("lm_head.weight")  # some writers store the tied copy
     check_fit(source, tensors, str(folder), optional=optional)
+    check_ignored(source, tensors, arch, str(folder))
     params = assemble(source, tensors, shardings)
     return params if score is None else {**params, "score": score}
 
@@ -169,8 +178,8 @@ def save_pretrained(
     tokenizer: transformers.PreTrainedTokenizerBase,
     max_shard_bytes: int = 4 << 30,
 ) -> None:
-    """Write config.json, safetensors (float32) and tokenizer; config.json, which comes last, marks
-    the folder as complete.
+    """Write config.json, safetensors (float32), tokenizer and, last, the checksums of these, which
+    mark the folder as complete.
 
     Every process calls it, to gather each tensor in turn; process 0 writes.
 
@@ -193,13 +202,14 @@ def save_pretrained(
             if (pad_id := _pad_id(tokenizer)) is not None:
                 padded.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
             _save_small(padded, temporary)
+            _save_small(hf_config(arch, head=head, tokenizer=tokenizer), temporary)
     try:
         _write_weights(temporary, hf_tensors(arch, head=head), params, max_shard_bytes)
-        with distributed.main_first(folder / "config.json"):
+        with distributed.main_first(folder / checksums.NAME):
             if distributed.is_main_process():
                 folder.rmtree(missing_ok=True)
                 temporary.rename(folder)
-                _save_small(hf_config(arch, head=head, tokenizer=tokenizer), folder)
+                checksums.seal(folder)
     finally:
         if distributed.is_main_process():
             temporary.rmtree(missing_ok=True)
@@ -214,10 +224,11 @@ def _save_small(part: Any, folder: epath.Path) -> None:
 
 
 def _check_replaceable(folder: epath.Path) -> None:
-    """Raises InputError unless a folder is new, empty, or holds a model, perhaps in part."""
-    marks = ("config.json", "tokenizer_config.json")
-    is_model = any((folder / mark).is_file() for mark in marks)
-    if folder.exists() and any(folder.iterdir()) and not is_model:
+    """Raises InputError unless a folder is new, empty, or holds a model, or what an interrupted
+    removal has left of one.
+    """
+    names = {item.name for item in folder.iterdir()} if folder.exists() else set()
+    if not names & _MARKS and not all(re.fullmatch(_WRITTEN, name) for name in names):
         raise InputError(
             f"{folder}: wanted a new folder or an older model folder to replace, got other "
             "files; choose another folder"
@@ -312,10 +323,15 @@ def _fetch(params: Params, tensor: HfTensor) -> np.ndarray:
 
 
 def params_hash(folder: str | Path) -> str:
-    """SHA-256 (hex) over config.json and the weight files of a folder: names and contents."""
+    """SHA-256 (hex) over config.json and the weight files of a folder: names and contents.
+
+    Raises:
+        InputError: a file that cannot be read, or that has changed since the folder was sealed.
+    """
     digest = hashlib.sha256()
+    wanted = checksums.sealed_sums(folder, fix=RESTORE)
     for file in sorted([Path(folder) / "config.json", *Path(folder).glob("*.safetensors")]):
-        digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        found = checksums.file_sum(file)
+        checksums.expect_sum(file, found, wanted.get(file.name, found), fix=RESTORE)
+        digest.update(file.name.encode() + bytes.fromhex(found))
     return digest.hexdigest()

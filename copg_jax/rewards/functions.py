@@ -11,15 +11,14 @@ import copy
 import hashlib
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
 
-from copg_jax.config.schema import FLOAT32_MAX
+from copg_jax.config.schema import FLOAT32_MAX, as_stored, map_leaves
 from copg_jax.config.sections import RewardSpec
-from copg_jax.dotted import describe, find
+from copg_jax.dotted import describe, find, shown
 from copg_jax.errors import InputError
 
 RewardFn = Callable[..., Sequence[float | None]]
@@ -31,27 +30,28 @@ def load_reward(spec: RewardSpec) -> RewardFn:
     """Resolves a spec to a callable.
 
     Raises:
-        InputError: no such module or attribute, not callable, a factory that does not take the
-            arguments, or one that fails.
+        InputError: no such module or attribute, no function, a factory that does not take the
+            arguments, one that fails, or one that makes no function.
     """
-    what = "its import failed"
+    function: Any = find(spec.function, "reward function", "copg_jax.rewards.rouge_l")
+    if not spec.arguments and isinstance(function, type):
+        raise InputError(
+            f"reward function {spec.function!r} is not a function; a class needs `arguments`"
+        )
     try:
-        function: Any = find(spec.function, "reward function", "copg_jax.rewards.rouge_l")
-        if not spec.arguments:
-            if isinstance(function, type):
-                raise InputError(
-                    f"reward function {spec.function!r} is not a function; a class needs "
-                    "`arguments`"
-                )
-            return cast(RewardFn, function)
-        what = "its factory failed"
-        return function(**spec.arguments)
-    except InputError:
+        plain = lambda value: str(value) if isinstance(value, str) else value
+        function = function(**map_leaves(plain, spec.arguments)) if spec.arguments else function
+    except (InputError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
-        if isinstance(error, TypeError) and spec.arguments:
-            what = "arguments do not fit"
+    except BaseException as error:
+        what = "arguments do not fit" if isinstance(error, TypeError) else "its factory failed"
         raise InputError(f"reward function {spec.function!r}: {what}: {describe(error)}") from error
+    if not callable(function) or inspect.iscoroutinefunction(function):
+        raise InputError(
+            f"reward function {spec.function!r}: wanted a function, and none that is async, got "
+            f"{shown(function)}{' from its factory' * bool(spec.arguments)}"
+        )
+    return cast(RewardFn, function)
 
 
 def score_texts(
@@ -81,35 +81,48 @@ def score_texts(
             than one finite float32 number or None a completion.
     """
     where = where or [f"prompt {prompt!r:.60}" for prompt in prompts]
-    try:
-        if not takes_own(function, required=False):
-            columns = {column: values for column, values in columns.items() if column != OWN}
-        inspect.signature(function).bind(prompts=[], completions=[], **columns)
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"reward function {name}: cannot be called as f(prompts, completions, **columns) with "
-            f"the columns of this data, {sorted(columns)}: {error}"
-        ) from error
+    taken = _taken(function, columns, name)
 
     def call(rows: range) -> Any:
         here = slice(rows.start, rows.stop)
-        own = {column: copy.deepcopy(values[here]) for column, values in columns.items()}
+        own = {
+            column: copy.deepcopy(values[here])
+            for column, values in columns.items()
+            if column in taken
+        }
         texts = {"prompts": list(prompts[here]), "completions": list(completions[here])}
         answer: Any = function(**texts, **own)
         is_array = hasattr(answer, "__array__") and np.ndim(answer) == 1
-        return np.asarray(answer).tolist() if is_array else answer
+        return np.ma.asarray(answer).tolist() if is_array else answer  # None where it is masked
 
     try:
         answer = call(range(len(completions)))
-    except InputError:
+    except (InputError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         failing = _narrow(call, range(len(completions)))
-        places = dict.fromkeys([where[failing[0]], where[failing[-1]]])
+        ends = dict.fromkeys([where[failing[0]], where[failing[-1]]])
         raise InputError(
-            f"{' to '.join(places)}: reward function {name} failed: {describe(error)}"
+            f"{' to '.join(ends)}: reward function {name} failed: {describe(error)}"
         ) from error
     return _checked(answer, completions, where, name)
+
+
+def _taken(function: RewardFn, columns: Iterable[str], name: str) -> set[str]:
+    """The columns that a function gets: all, but the rows' own rewards only if it takes them.
+
+    Raises:
+        InputError: it cannot be called with them.
+    """
+    taken = {column for column in columns if column != OWN or takes_own(function, required=False)}
+    try:
+        inspect.signature(function).bind(prompts=[], completions=[], **{key: [] for key in taken})
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"reward function {name}: cannot be called as f(prompts, completions, **columns) with "
+            f"the columns of this data, {sorted(taken)}: {error}"
+        ) from error
+    return taken
 
 
 def _checked(
@@ -119,7 +132,7 @@ def _checked(
     if not isinstance(answer, list | tuple):
         raise InputError(
             f"reward function {name}: wanted a list of {len(completions)} numbers or None, got "
-            f"{answer!r:.80} ({type(answer).__name__}){'; a `return` missing?' * (answer is None)}"
+            f"{shown(answer)}{'; a `return` missing?' * (answer is None)}"
         )
     if len(answer) != len(completions):
         raise InputError(
@@ -130,7 +143,7 @@ def _checked(
         if value is not None and math.isnan(_number(value)):
             raise InputError(
                 f"{place}: reward function {name}: wanted a finite number (of float32), or None to "
-                f"leave the completion out, got {value!r:.80} for completion {text!r:.80}"
+                f"leave the completion out, got {shown(value)} for completion {text!r:.80}"
             )
     return np.array([math.nan if value is None else _number(value) for value in answer])
 
@@ -149,7 +162,9 @@ def _narrow(call: Callable[[range], Any], rows: range) -> range:
     for half in (rows[:middle], rows[middle:]) if middle else ():
         try:
             call(half)
-        except (Exception, SystemExit):
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
             return _narrow(call, half)
     return rows
 
@@ -170,23 +185,27 @@ class WeightedRewards:
 
     Args:
         specs: at least one.
-        own: whether completions bring rewards of their own along; those that a model generates do
-            not.
+        no_own: why completions bring no rewards of their own along; None where they do.
     """
 
-    def __init__(self, specs: Sequence[RewardSpec], *, own: bool = False):
+    def __init__(
+        self, specs: Sequence[RewardSpec], *, no_own: str | None = "what a model generates has none"
+    ):
         if not specs:
             raise InputError(
                 "rewards: wanted at least one reward function, got none; e.g. "
                 "rewards='[{function: copg_jax.rewards.rouge_l}]'"
             )
+        if not any(spec.weight for spec in specs):
+            raise InputError(
+                "rewards: wanted a weight other than 0, got none: their sum says nothing"
+            )
         self._parts = [(spec, load_reward(spec)) for spec in specs]
         for spec, function in self._parts:
-            if not own and takes_own(function):
+            if no_own is not None and takes_own(function):
                 raise InputError(
-                    f"reward function {spec.function}: it needs a reward that each completion "
-                    "brings along: of generated ones there is none, and in experiments.score every "
-                    "row must have its own. Name another function."
+                    f"reward function {spec.function}: wanted a reward that each completion brings "
+                    f"along, but {no_own}. Fix: name another function."
                 )
 
     @property
@@ -197,7 +216,15 @@ class WeightedRewards:
     @property
     def provenance(self) -> list[dict[str, Any]]:
         """Each spec with a hash of what computes it: a model's weights, or a function's source."""
-        return [asdict(spec) | {"hash": _fingerprint(function)} for spec, function in self._parts]
+        return [
+            as_stored(spec) | {"hash": _fingerprint(spec.function, function)}
+            for spec, function in self._parts
+        ]
+
+    def require_columns(self, columns: Iterable[str]) -> None:
+        """Raises InputError unless all functions can be called with these columns."""
+        for spec, function in self._parts:
+            _taken(function, columns, spec.function)
 
     def __call__(
         self,
@@ -215,10 +242,16 @@ class WeightedRewards:
             name = spec.function if spec.function not in parts else f"{spec.function}[{number}]"
             parts[name] = values
             total = total + spec.weight * values
+        for index in np.flatnonzero(np.abs(total) > FLOAT32_MAX).tolist():
+            raise InputError(
+                f"{where[index] if where else f'prompt {prompts[index]!r:.60}'}: the weighted sum "
+                f"of the rewards is {total[index]:.4g}: wanted a finite number of float32. Fix: "
+                "smaller weights, or rewards of another unit."
+            )
         return total, parts
 
 
-def _fingerprint(function: RewardFn) -> str:
+def _fingerprint(name: str, function: RewardFn) -> str:
     """The function's own `fingerprint`, else a hash of the module that defines it."""
     own = getattr(function, "fingerprint", None)
     if own is not None:
@@ -227,7 +260,7 @@ def _fingerprint(function: RewardFn) -> str:
         source = inspect.getsource(inspect.getmodule(function) or type(function))
     except (OSError, TypeError) as error:
         raise InputError(
-            f"reward function {function!r}: its source cannot be read ({error}), by which scored "
+            f"reward function {name!r}: its source cannot be read ({error}), by which scored "
             "data knows it. Write a function in a file of your own that calls it."
         ) from error
     return hashlib.sha256(source.encode()).hexdigest()

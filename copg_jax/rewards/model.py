@@ -14,9 +14,10 @@ import jax
 
 from copg_jax.config.sections import Limits, MeshConfig, ModelConfig
 from copg_jax.data import groups
-from copg_jax.data.formats.columns import InvalidRow, TextGroup
-from copg_jax.data.formats.tldr import normalize_completion
+from copg_jax.data.formats.choice import format_of_prompt
+from copg_jax.data.formats.texts import TextGroup
 from copg_jax.data.groups import TokenGroup
+from copg_jax.data.rows import InvalidRow
 from copg_jax.data.tokenizer import Encoder
 from copg_jax.errors import InputError
 from copg_jax.hf.pretrained import open_model
@@ -30,7 +31,8 @@ class RewardModel:
     """A Bradley–Terry reward model as a reward function.
 
     Texts are tokenised with the model's own tokenizer and end in its EOS, whether or not the policy
-    wrote one.
+    wrote one. A prompt in the frame of TL;DR is read in the format `tldr`, any other one in the
+    format `text`, as `data.format=auto` reads them in training.
 
     Args:
         path: folder or hub id that `LlamaForSequenceClassification` (num_labels=1) could load.
@@ -47,6 +49,11 @@ class RewardModel:
         dtype: str = "float32",
         max_prompt_tokens: int = 512,
     ):
+        for name, count in (("batch_size", batch_size), ("max_prompt_tokens", max_prompt_tokens)):
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+                raise InputError(
+                    f"reward model: {name}: wanted a whole number of at least 1, got {count!r:.80}"
+                )
         # All devices, whatever the run's mesh; the weights in as many pieces as are equal.
         width = read_architecture(resolve(path)).hidden_size
         shards = math.gcd(len(jax.devices()), width)
@@ -61,11 +68,11 @@ class RewardModel:
             model.load_frozen(),
             mesh=mesh,
             batch_size=batch_size,
-            name="reward model",
+            name=f"reward model {model.folder}",
         )
 
     def __call__(
-        self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
+        self, /, prompts: Sequence[str], completions: Sequence[str], **columns: Any
     ) -> list[float | None]:
         """Scores, reward units, one a completion; None for a text that spells EOS."""
         runs = self._group(prompts, completions)
@@ -93,9 +100,11 @@ class RewardModel:
             id=str(run[0]),
             where=f"prompt {prompts[run[0]][:60]!r}",
             prompt=prompts[run[0]],
-            completions=tuple(normalize_completion(completions[i]) for i in run),
+            completions=tuple(completions[i] for i in run),
         )
         try:
+            text = format_of_prompt(text.prompt).render(text)
+            assert isinstance(text, TextGroup)  # what is left out is no prompt of TL;DR
             tokens = groups.tokenize_group(text, self._encoder, self._limits, Counter())
         except InvalidRow as error:
             if error.reason != groups.EOS_INSIDE:

@@ -1,11 +1,18 @@
 """Saving and restoring the whole train state with Orbax, asynchronously.
 
-One folder a saved step; the newest and the best (by a metric given when saving) are kept. The data
-order needs no file of its own: batches are a function of the step. Of several processes all see the
-steps that process 0 lists.
+1. One folder a saved step; the newest two and the best (by a metric given when saving) are kept.
+   The data order needs no file of its own: batches are a function of the step.
+2. A step is sealed with checksums of all its files before it appears (Orbax and TensorStore have
+   none of the arrays themselves), and with what is known of its evaluation.
+3. Opening reads the newest step whole. A damaged one is set aside, and the one before it is taken.
+
+Of several processes all see the steps that process 0 lists.
 """
 
+import logging
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,11 +22,28 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from copg_jax import distributed
+from copg_jax import checksums, distributed
 from copg_jax.errors import InputError
 from copg_jax.files import is_remote
 from copg_jax.train import state as train_state
 from copg_jax.train.state import TrainState
+
+log = logging.getLogger(__name__)
+
+_OF_ORBAX = "_CHECKPOINT_METADATA"  # written again after sealing; nothing here reads it
+
+
+@dataclass
+class _LatestAndBest(policies.PreservationPolicy):
+    """Keeps the newest two steps and `best`."""
+
+    best: int | None = None
+
+    def should_preserve(
+        self, checkpoints: Sequence[Any], *, context: policies.PreservationContext
+    ) -> list[bool]:
+        kept = {info.step for info in checkpoints[-2:]} | {self.best}
+        return [info.step in kept for info in checkpoints]
 
 
 class Checkpoints:
@@ -30,32 +54,37 @@ class Checkpoints:
         folder: made when absent.
         best_metric: name of the metric whose largest value marks the best step, or None to keep the
             newest only.
+
+    Raises:
+        InputError: the best step is damaged, and no newer one takes its place.
     """
 
     def __init__(self, folder: epath.PathLike, *, best_metric: str | None = None) -> None:
         self.folder = epath.Path(folder)
         if not is_remote(folder):
             self.folder = self.folder.resolve()  # Orbax wants it absolute
+        self._best_metric = best_metric
+        self._best: tuple[int, float] | None = None
+        self._is_evaluated: dict[int, bool] = {}
+        self._kept = _LatestAndBest()
+        self._saving: tuple[int, dict[str, Any]] | None = None
+        found = None
         # A process that did not see it would not take part when Orbax lists the steps.
         with distributed.main_first(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        self._best_metric = best_metric
-        keep: list[Any] = [policies.LatestN(2)]
-        value_of = None
-        if best_metric is not None:
-            value_of = lambda metrics: metrics.get(best_metric, -math.inf)
-        if value_of is not None:
-            keep.append(
-                policies.BestN(get_metric_fn=value_of, n=1, keep_checkpoints_without_metrics=False)
-            )
+            if distributed.is_main_process():
+                found = self._newest_whole()
+        self._take_over(found)
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                best_fn=value_of,  # without it Orbax does not store metrics
                 single_host_load_and_broadcast=True,  # others may list a bucket differently
-                preservation_policy=policies.AnyPreservationPolicy(keep),
+                preservation_policy=self._kept,
+                lightweight_initialize=True,  # what Orbax notes of a step is not needed
+                cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             ),
-            item_handlers=ocp.StandardCheckpointHandler(),  # lets it tell shapes before restoring
+            item_handlers=ocp.StandardCheckpointHandler(),
         )
 
     def __enter__(self) -> Self:
@@ -67,7 +96,11 @@ class Checkpoints:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._manager.close()
+        try:
+            self._manager.close()
+        except Exception:
+            self._manager.close()  # a save that failed is told once; now its threads are ended
+            raise
 
     @property
     def latest_step(self) -> int | None:
@@ -76,16 +109,7 @@ class Checkpoints:
 
     def best(self) -> tuple[int, float] | None:
         """Step and value of the best saved metric; None where none was saved with one."""
-        if self._best_metric is None:
-            return None
-        self._manager.wait_until_finished()
-        found = [
-            (metrics[self._best_metric], -step)  # the earlier of equals, as the loop keeps it
-            for step in self._manager.all_steps()
-            if (metrics := self._manager.metrics(step)) and self._best_metric in metrics
-        ]
-        value, step = distributed.from_main(np.array(max(found, default=(math.nan, 0))))
-        return None if math.isnan(value) else (-int(step), float(value))
+        return self._best
 
     def save(
         self,
@@ -98,27 +122,37 @@ class Checkpoints:
         """Starts saving `state` as `step` and returns once the state may be donated.
 
         Args:
-            step: a step saved before is left alone, unless it now gets its rank.
+            step: of one saved before the state is left alone; it may get its rank now.
             state: what to save.
             value: the metric that ranks the step, the same in all processes; None or NaN leaves it
                 out of the ranking.
             is_evaluated: False where a run leaves before the evaluation that is due at `step`.
         """
-        ranked = self._best_metric is not None and value is not None and math.isfinite(value)
-        if step in self._manager.all_steps():
-            if not ranked or self.is_evaluated(step):
-                return
-            self._manager.delete(step)
-        self._manager.save(
-            step,
-            args=ocp.args.StandardSave(state._asdict()),
-            metrics={self._best_metric: value} if ranked else {},  # None: Orbax would warn
-            custom_metadata={"is_evaluated": is_evaluated},
-        )
+        self._manager.wait_until_finished()
+        is_there = step in self._manager.all_steps()
+        if is_there and (self._is_evaluated[step] or not is_evaluated):
+            return
+        best = -math.inf if self._best is None else self._best[1]
+        # Of equals the earlier; NaN is never the best.
+        if self._best_metric is not None and value is not None and best < value < math.inf:
+            self._best, self._kept.best = (step, value), step
+        self._is_evaluated[step] = is_evaluated
+        facts = {"is_evaluated": is_evaluated, "metric": self._best_metric, "best": self._best}
+        if is_there:
+            if distributed.is_main_process():
+                checksums.note(self.folder / str(step), facts)
+            return
+        self._saving = step, facts
+        self._manager.save(step, args=ocp.args.StandardSave(state._asdict()))
+
+    def raise_failure(self) -> None:
+        """Raises what a save in the background has failed with; never waits for one."""
+        if not self._manager.is_saving_in_progress():
+            self._manager.wait_until_finished()
 
     def is_evaluated(self, step: int) -> bool:
-        """Whether the evaluation due at a saved step, if any, was done when it was saved."""
-        return self._manager.metadata(step).custom_metadata["is_evaluated"]
+        """Whether the evaluation due at the newest step, if any, was done when it was saved."""
+        return self._is_evaluated[step]
 
     def restore(self, step: int, state: TrainState, shardings: TrainState) -> TrainState:
         """Reads the state of `step` straight into its shards; the mesh may differ from the one it
@@ -133,8 +167,10 @@ class Checkpoints:
             InputError: the checkpoint holds other parameters than this model has.
         """
         target = train_state.with_shardings(state, shardings)._asdict()
-        self._check(step, target)
-        restored = self._manager.restore(step, args=ocp.args.StandardRestore(target))
+        handler = ocp.StandardCheckpointHandler()
+        self._check(step, target, handler.metadata(self._arrays(step)).tree)
+        with ocp.Checkpointer(handler) as reader:
+            restored = reader.restore(self._arrays(step), args=ocp.args.StandardRestore(target))
         # A run that halted on a non-finite loss may try again.
         return TrainState(**restored)._replace(halted=jax.device_put(False, shardings.halted))
 
@@ -147,17 +183,90 @@ class Checkpoints:
             partial_restore=True,  # which the manager's own handler does not know
         )
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            return reader.restore(self.folder / str(step) / "default", args=options)["params"]
+            return reader.restore(self._arrays(step), args=options)["params"]
 
-    def _check(self, step: int, target: Any) -> None:
+    def _arrays(self, step: int) -> epath.Path:
+        place = self.folder / str(step) / "default"
+        if not place.exists():
+            raise InputError(
+                f"{place}: missing: wanted the checkpoint of step {step}. Fix: restore it from a "
+                f"copy, or delete {self.folder} to train anew with the same command."
+            )
+        return place
+
+    def _newest_whole(self) -> tuple[int, dict[str, Any]] | None:
+        """The newest step that is as it was saved, and what it knows; those after it, which are
+        not, are set aside.
+        """
+        steps = sorted(ocp.utils.checkpoint_steps(self.folder), reverse=True)
+        for step in steps:
+            try:
+                facts = checksums.check(self.folder / str(step), fix="It cannot be gone on with.")
+            except InputError as error:
+                self._set_aside(step, error)
+                continue
+            self._check_best(step, facts, is_newest=step == steps[0])
+            return step, facts
+        return None
+
+    def _set_aside(self, step: int, error: InputError) -> None:
+        names = {item.name for item in self.folder.iterdir()}
+        number = next(i for i in range(len(names) + 1) if f"damaged-{step}-{i}" not in names)
+        aside = self.folder / f"damaged-{step}-{number}"
+        (self.folder / str(step)).rename(aside)
+        log.warning(
+            "%s\nThe checkpoint of step %d is now %s, and the run goes on from the one before it, "
+            "or from its start where there is none. Delete that folder when you have seen why.",
+            error,
+            step,
+            aside,
+        )
+
+    def _check_best(self, step: int, facts: dict[str, Any], *, is_newest: bool) -> None:
+        """Raises InputError where the best step until `step` is damaged."""
+        if facts["best"] is None or facts["best"][0] == step:
+            return
+        best = self.folder / str(facts["best"][0])
+        # A step that was set aside may have been better, so that the best until then was deleted;
+        # the run comes to that step again.
+        if is_newest or best.exists():
+            checksums.check(
+                best,
+                fix=f"It is the best step until {step}, of which best/ will be made. Fix: restore "
+                f"it from a copy, or delete {self.folder} to train anew with the same command.",
+            )
+
+    def _take_over(self, found: tuple[int, dict[str, Any]] | None) -> None:
+        """Takes what the newest whole step, which process 0 has found, says of the evaluations."""
+        step, facts = found or (-1, {})
+        best = facts.get("best") if facts.get("metric") == self._best_metric else None
+        numbers = [step, facts.get("is_evaluated", False), best[0] if best else -1]
+        step, is_evaluated, best_step = map(int, distributed.from_main(np.array(numbers, np.int32)))
+        (value,) = distributed.from_main(np.array([best[1] if best else math.nan])).tolist()
+        self._is_evaluated[step] = bool(is_evaluated)
+        if best_step >= 0:
+            self._best, self._kept.best = (best_step, value), best_step
+
+    def _seal(self) -> None:
+        """Orbax calls it in its own thread, when all files are written and before the step's folder
+        gets its name.
+        """
+        if not distributed.is_main_process() or self._saving is None:
+            return
+        step, facts = self._saving
+        written = self.folder / f"{step}{ocp.utils.TMP_DIR_SUFFIX}"
+        if not written.exists():  # in a bucket, where a file marks the end instead
+            written = self.folder / str(step)
+        checksums.seal(written, facts, leave_out=_OF_ORBAX)
+
+    def _check(self, step: int, target: Any, tree: Any) -> None:
         """Raises InputError unless the arrays of a saved step are those of `target`."""
         paths, _ = jax.tree_util.tree_flatten_with_path(target)
         wanted = {
             jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape
             for path, leaf in paths
         }
-        saved = jax.tree.leaves(self._manager.item_metadata(step).tree)
-        got = {leaf.name: leaf.shape for leaf in saved}
+        got = {leaf.name: leaf.shape for leaf in jax.tree.leaves(tree)}
         differences = [
             f"  {name}: wanted {wanted.get(name, 'nothing')}, got {got.get(name, 'nothing')}"
             for name in [*wanted, *(name for name in got if name not in wanted)]

@@ -4,11 +4,11 @@
    that the device never waits for the host.
 2. Hooks are called with (step, state) where they are due: `EvaluationHook` measures,
    `CheckpointHook` keeps the newest and the best state.
-3. SIGTERM and Ctrl-C, to any process, save and leave with the shell's exit code; the same command
-   goes on from there.
+3. SIGTERM, SIGHUP and Ctrl-C, to any process, save and leave with the shell's exit code, after the
+   step or the batch of an evaluation that runs; the same command goes on from there.
 """
 
-import signal
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -19,11 +19,13 @@ from copg_jax import distributed, sharding
 from copg_jax.config.sections import TrainingConfig
 from copg_jax.data.groups import GroupBatch
 from copg_jax.errors import InputError
-from copg_jax.runtime import GracefulExit
+from copg_jax.runtime import GracefulExit, LeaveRequest
 from copg_jax.tracking import MetricsLogger
 from copg_jax.train.checkpoint import Checkpoints
 from copg_jax.train.metrics import LateMetrics, NonFiniteLoss
 from copg_jax.train.state import TrainState
+
+log = logging.getLogger(__name__)
 
 StepFn = Callable[[int, TrainState, GroupBatch], tuple[TrainState, dict[str, Any]]]
 """(number of the step, from 1, state, placed batch) → (state, metrics)."""
@@ -82,7 +84,10 @@ class EvaluationHook:
             return
         metrics, texts = self._evaluate(state.params, step)
         self._logger.log(step, metrics, text=texts)
-        self.last = step, metrics.get(self._best_metric) if self._best_metric else None
+        value = metrics.get(self._best_metric) if self._best_metric else None
+        if value is not None and not np.isfinite(value):
+            log.warning("step %d: no %s, so that it cannot be the best", step, self._best_metric)
+        self.last = step, value
 
     def leave(self, step: int, state: TrainState) -> None:
         pass
@@ -113,11 +118,11 @@ class CheckpointHook:
         self._best = -np.inf if found is None else found[1]
 
     def is_due(self, step: int) -> bool:
+        self._checkpoints.raise_failure()  # at the next step, not at the next save
         return step % self._every == 0 or step == self._num_steps
 
     def __call__(self, step: int, state: TrainState) -> None:
-        # The state before training is the model it started from: no checkpoint of its own.
-        if step == 0:
+        if step == 0:  # the model that it started from
             return
         at, value = self._evaluation.last if self._evaluation else (-1, None)
         # Of process 0: a reward function may tell each process something else.
@@ -131,6 +136,8 @@ class CheckpointHook:
 
     def leave(self, step: int, state: TrainState) -> None:
         """Saves, saying whether the evaluation of this step is still to be done."""
+        if step == 0:
+            return
         owed = self._evaluation is not None and self._evaluation.is_due(step)
         done = not owed or (self._evaluation is not None and self._evaluation.last[0] == step)
         self._logger.sync()
@@ -175,13 +182,13 @@ def run(
 
     Raises:
         NonFiniteLoss: names the step and the examples; the state from before it is saved.
-        SystemExit: 143 or 130 after SIGTERM or Ctrl-C, with the state saved.
+        SystemExit: 143, 129 or 130 after SIGTERM, SIGHUP or Ctrl-C, with the state saved.
     """
     with GracefulExit() as exit_request:
-        if begin_with_hooks:
-            _call(hooks, steps.start - 1, state)
-        metrics.start_clock()
-        return _take_steps(step_fn, state, batches, steps, mesh, metrics, hooks, exit_request)
+        first_hooks = hooks if begin_with_hooks else ()
+        return _take_steps(
+            step_fn, state, batches, steps, mesh, metrics, hooks, first_hooks, exit_request
+        )
 
 
 def _take_steps(
@@ -192,12 +199,15 @@ def _take_steps(
     mesh: jax.sharding.Mesh,
     metrics: LateMetrics,
     hooks: Sequence[Hook],
+    first_hooks: Sequence[Hook],
     exit_request: GracefulExit,
 ) -> TrainState:
     """The loop itself; `exit_request` is entered, the other arguments are those of `run`."""
     placement = sharding.batch_sharding(mesh)
     host_max, is_alone = distributed.make_host_max(mesh), jax.process_count() == 1
     try:
+        _call(first_hooks, steps.start - 1, state)
+        metrics.start_clock()
         for step in steps:
             ids, batch = next(batches)
             # Queued before the step, so that the answer does not wait for its end.
@@ -208,21 +218,22 @@ def _take_steps(
             if exit_code or any(hook.is_due(step) for hook in hooks):
                 metrics.flush()
                 if exit_code:
-                    _leave(hooks, step, state)
-                    _say_saved(exit_code, step, steps[-1])
-                    raise SystemExit(exit_code)
+                    raise LeaveRequest(exit_code)
                 _call(hooks, step, state)
                 metrics.start_clock()
     except Exception as error:
-        # Whatever stopped it (a non-finite loss, a failing reward function): keep what is
+        # Whatever stopped it (a signal, a non-finite loss, a failing reward function): keep what is
         # learned. Of several processes only one may have failed; it cannot save alone.
-        is_non_finite = isinstance(error, NonFiniteLoss)
-        if not state.step.is_deleted() and (is_alone or is_non_finite):
+        is_of_all = isinstance(error, NonFiniteLoss | LeaveRequest)
+        if not state.step.is_deleted() and (is_alone or is_of_all):
             try:
-                if not is_non_finite:
+                if not is_of_all:
                     metrics.flush()
             finally:
                 _leave(hooks, int(state.step), state)
+        if isinstance(error, LeaveRequest):
+            _say_saved(error, int(state.step), steps.stop - 1)
+            raise SystemExit(error.exit_code) from None
         raise
     return state
 
@@ -237,7 +248,6 @@ def _leave(hooks: Sequence[Hook], step: int, state: TrainState) -> None:
         hook.leave(step, state)
 
 
-def _say_saved(exit_code: int, step: int, num_steps: int) -> None:
+def _say_saved(request: LeaveRequest, step: int, num_steps: int) -> None:
     if distributed.is_main_process():
-        name = signal.Signals(exit_code - 128).name
-        print(f"{name}: saved step {step} of {num_steps}", flush=True)
+        print(f"{request}: saved step {step} of {num_steps}", flush=True)

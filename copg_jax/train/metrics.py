@@ -17,6 +17,7 @@ from etils import epath
 
 from copg_jax import distributed, sharding
 from copg_jax.data.groups import GroupBatch
+from copg_jax.errors import InputError
 from copg_jax.flops import PEAK_TFLOPS
 from copg_jax.tracking import MetricsLogger
 
@@ -24,7 +25,7 @@ UsefulFlops = Callable[[GroupBatch], float]
 """Host batch → floating-point operations that its training step needs."""
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(InputError):
     """The loss or its gradient became NaN or infinite."""
 
 
@@ -32,7 +33,9 @@ def _non_finite(
     step: int, ids: list[str], per_group: np.ndarray, folder: epath.Path
 ) -> NonFiniteLoss:
     culprits = [name for name, value in zip(ids, per_group, strict=True) if not np.isfinite(value)]
-    named = ", ".join(culprits[:8]) or "none by its loss alone: the gradient overflowed"
+    named = (
+        ", ".join(culprits[:8]) or "none by its loss alone: their sum or the gradient overflowed"
+    )
     return NonFiniteLoss(
         f"step {step}: the loss or its gradient is not finite. Offending examples: {named}. The "
         f"state from before this step is saved in {folder}; the same command would meet the same "

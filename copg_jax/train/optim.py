@@ -13,6 +13,11 @@ import optax
 from copg_jax.config.sections import OptimConfig
 
 
+def warmup_steps(config: OptimConfig, num_steps: int) -> int:
+    """Steps of a run on which the learning rate rises."""
+    return round(config.warmup_fraction * num_steps)
+
+
 def learning_rate(config: OptimConfig, num_steps: int, step: int) -> float:
     """Learning rate of a step: up to the peak over the warm-up, then constant or cosine → 0.
 
@@ -22,7 +27,7 @@ def learning_rate(config: OptimConfig, num_steps: int, step: int) -> float:
         step: number of updates before this one. Step 0 has 1/warmup of the peak instead of 0, so
             that the first step already moves.
     """
-    warmup = round(config.warmup_fraction * num_steps)
+    warmup = warmup_steps(config, num_steps)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     if config.decay == "constant":

@@ -8,6 +8,7 @@
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,11 +20,12 @@ import numpy as np
 import optax
 from etils import epath
 
-from copg_jax import distributed, flops, inputs, runtime, sharding
+from copg_jax import checksums, disk, distributed, flops, inputs, run_folder, runtime, sharding
 from copg_jax.config.sections import DataConfig
 from copg_jax.config.stages import MAY_DIFFER, TrainConfig
 from copg_jax.data.dataset import GroupDataset
 from copg_jax.data.stream import GroupStream, num_steps
+from copg_jax.errors import InputError
 from copg_jax.evaluate import GenerationEvaluator, make_loss_evaluator
 from copg_jax.hf.pretrained import PretrainedModel, open_model
 from copg_jax.hf.weights import save_pretrained
@@ -46,12 +48,15 @@ class Stage:
     head: str  # "lm" or "score"
     make_loss: Callable[[PretrainedModel], LossFn]
     coefficients: Mapping[str, float] = field(default_factory=dict)  # numbers of the loss
+    # Raises InputError for data that the stage cannot mean, before the data is read.
+    check_section: Callable[[DataConfig], None] | None = None
     # (section, model, data set): raises InputError where a data set does not fit the stage.
     check_data: Callable[[DataConfig, PretrainedModel, GroupDataset], None] | None = None
     # (model, output folder) → the evaluation by generation, and hashes of what it reads.
     open_evaluation: (
         Callable[[PretrainedModel, epath.Path], tuple[GenerationEvaluator, dict[str, str]]] | None
     ) = None
+    chosen_only: bool = False  # of preferences, train on the chosen completion alone
     best_metric: str | None = None  # whose best trained step is exported to best/
 
 
@@ -79,17 +84,23 @@ class _Run:
 def train(config: TrainConfig, stage: Stage) -> None:
     """Runs one training stage, or what is left of it."""
     runtime.setup(config.distributed)
+    with run_folder.claim(config.output_dir, config, may_differ=MAY_DIFFER):
+        _run_stage(config, stage)
+
+
+def _run_stage(config: TrainConfig, stage: Stage) -> None:
     run = _prepare(config, stage)
+    generation, hashes = None, {}
+    if stage.open_evaluation is not None:
+        generation, hashes = stage.open_evaluation(run.model, run.folder)
+    # Before a run that is complete says so, too: it may be asked of other inputs.
+    run_folder.write_run_header(run.folder, config, run.inputs | hashes)
     with Checkpoints(run.folder / "checkpoints", best_metric=stage.best_metric) as checkpoints:
         start = checkpoints.latest_step or 0
-        exported = (run.folder / "model" / "config.json").exists()
-        if distributed.from_main(start >= run.num_steps and exported):
+        if start >= run.num_steps and _is_exported(run, checkpoints):
             log.info("%s: already complete (%d steps)", run.folder, run.num_steps)
             return
-        generation, hashes = None, {}
-        if stage.open_evaluation is not None:
-            generation, hashes = stage.open_evaluation(run.model, run.folder)
-        runtime.write_run_header(run.folder, config, run.inputs | hashes)
+        disk.warn_of_space(run.folder, _bytes_to_write(run, stage.best_metric is not None))
         with MetricsLogger(
             run.folder,
             total_steps=run.num_steps,
@@ -178,15 +189,17 @@ def as_arguments(coefficients: Mapping[str, float]) -> dict[str, np.float32]:
 def _prepare(config: TrainConfig, stage: Stage) -> _Run:
     """Opens model and data and checks that they fit the config, the mesh and each other."""
     folder, training = epath.Path(config.output_dir), config.training
-    runtime.check_run_folder(folder, config, may_differ=MAY_DIFFER)
     mesh = sharding.make_mesh(config.mesh)
     loop.check_batch(training.batch_size, training.num_microbatches, mesh)
     model = open_model(config.model, mesh, head=stage.head, remat=training.remat)
     datasets = []
+    for section in (config.data, config.validation):
+        if section is not None and stage.check_section is not None:
+            stage.check_section(section)
     for name, section in (("train", config.data), ("validation", config.validation)):
         if section is None:
             continue
-        dataset = inputs.open_data(section, model, folder, name)
+        dataset = inputs.open_data(section, model, folder, name, chosen_only=stage.chosen_only)
         if stage.check_data is not None:
             stage.check_data(section, model, dataset)
         datasets.append(dataset)
@@ -194,6 +207,8 @@ def _prepare(config: TrainConfig, stage: Stage) -> _Run:
         inputs.warn_of_overlap(*datasets)
     total = num_steps(len(datasets[0]), training.batch_size, training.num_epochs)
     total = total if training.max_steps is None else min(total, training.max_steps)
+    warmup = optim.warmup_steps(config.optim, total)
+    log.info("%d steps; the learning rate rises over the first %d", total, warmup)
     optimizer = optim.make_optimizer(config.optim)
     return _Run(
         config=config,
@@ -207,6 +222,18 @@ def _prepare(config: TrainConfig, stage: Stage) -> _Run:
         shapes=abstract_state(optimizer, model.shapes),
         shardings=state_shardings(mesh, optimizer, model.shapes, model.axes),
     )
+
+
+def _bytes_to_write(run: _Run, keeps_best: bool) -> int:
+    """What a run may add to its folder: checkpoints, one of them before an older one is removed,
+    and exports in float32.
+    """
+    state, params = (
+        sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+        for tree in (run.shapes, run.shapes.params)
+    )
+    all_of_them = (3 + keeps_best) * state + (1 + keeps_best) * params
+    return all_of_them - disk.folder_bytes(run.folder)
 
 
 def _stream(run: _Run, start: int) -> GroupStream:
@@ -260,6 +287,20 @@ def _evaluation(
         return metrics | generated, texts
 
     return evaluate
+
+
+def _is_exported(run: _Run, checkpoints: Checkpoints) -> bool:
+    """Whether the folders that a complete run leaves are there and as they were written."""
+    problem = None
+    if distributed.is_main_process():
+        try:
+            for name in ("model", *(["best"] if checkpoints.best() else [])):
+                checksums.check(run.folder / name, fix="It is exported again.")
+        except InputError as error:
+            problem = error
+    if problem is not None and checksums.is_sealed(run.folder / "model"):
+        log.warning("%s", problem)
+    return bool(distributed.from_main(problem is None))
 
 
 def _export_all(run: _Run, checkpoints: Checkpoints, last: Any) -> None:

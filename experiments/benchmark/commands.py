@@ -23,6 +23,11 @@ from copg_jax.models.params import Architecture
 from experiments.benchmark import compare, generate, train
 from experiments.benchmark.workload import MODELS, read_workload, write_workload
 
+_OF_ONE = "pairs rounds batch steps warmup prompts samples microbatches logits_chunk"
+_LEAST = {"seed": 0, "new": 2, "timeout": 1, "peak_tflops": 1e-3} | dict.fromkeys(
+    _OF_ONE.split(), 1
+)
+
 
 def make_parser(module: str, description: str | None) -> argparse.ArgumentParser:
     """The parser; `run` of what it returns is the command's function, of the same.
@@ -42,7 +47,7 @@ def make_parser(module: str, description: str | None) -> argparse.ArgumentParser
         added = subparsers.add_parser(
             name, help=run.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
-        added.set_defaults(run=run)
+        added.set_defaults(run=lambda args: (_check_numbers(args), run(args))[1])
         return added.add_argument
 
     add = command("workload", write)
@@ -110,10 +115,17 @@ def _mesh(text: str) -> MeshConfig:
         ) from error
 
 
+def _check_numbers(args: argparse.Namespace) -> None:
+    """Raises InputError for a number that is too small, before anything is read or run."""
+    for name, least in _LEAST.items():
+        number = getattr(args, name, None)
+        if number is not None and not number >= least:  # nor NaN
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag} must be >= {least}, got {number}")
+
+
 def write(args: argparse.Namespace) -> dict[str, Any]:
     """write a workload: rows of random ids with the lengths of TL;DR"""
-    if args.pairs < 1:
-        raise InputError(f"--pairs must be >= 1, got {args.pairs}")
     write_workload(args.out, num_pairs=args.pairs, seed=args.seed)
     return {"wrote": str(args.out), "pairs": args.pairs}
 
@@ -185,14 +197,10 @@ def compare_with_peers(args: argparse.Namespace) -> dict[str, Any]:
     envs = dict(text.split("=", 1) for text in args.env if "=" in text)
     if len(envs) < len(args.env):
         raise InputError(f"--env: wanted NAME=PYTHON, each name once, got {args.env}")
-    # As our own runs would refuse them, but before hours of the others'.
-    least = {"rounds": 1, "batch": 1, "steps": 1, "warmup": 1, "prompts": 1, "new": 2}
-    for name, number in least.items():
-        if getattr(args, name) < number:
-            raise InputError(f"--{name} must be >= {number}, got {getattr(args, name)}")
     with tempfile.TemporaryDirectory() as folder:
         # What nobody reaches is left out: some peers compute their reference on every row first.
-        rows = args.workload.read_text(encoding="utf-8").splitlines(keepends=True)
+        with args.workload.open(encoding="utf-8") as file:
+            rows = list(file)
         used = Path(folder) / "workload.jsonl"
         most = max(args.batch * (args.steps + args.warmup), args.prompts)
         used.write_text("".join(rows[:most]), encoding="utf-8")

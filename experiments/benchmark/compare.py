@@ -180,7 +180,7 @@ def _run_once(contestant: Contestant, timeout_sec: float) -> float | None:
         done = subprocess.run(
             contestant.command, capture_output=True, text=True, timeout=timeout_sec, check=True
         )
-        line: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        line: dict[str, Any] = json.loads(done.stdout.rstrip("\n").split("\n")[-1])
         return float(line.get(_STEADY, line[RATES[contestant.task]]))
     except subprocess.CalledProcessError as error:
         reason = error.stderr.strip()[-2000:]

@@ -132,8 +132,8 @@ def read_workload(path: Path, *, vocab_size: int) -> Workload:
             f"--workload {path}: wanted a file of JSON lines, got nothing there. Write one with "
             f"`python -m experiments.benchmark workload --pairs 256 --out {path}`."
         )
-    lines = path.read_text(encoding="utf-8").splitlines()
-    found = [_group(f"{path}:{i}", line, vocab_size) for i, line in enumerate(lines, start=1)]
+    with path.open(encoding="utf-8") as lines:
+        found = [_group(f"{path}:{i}", line, vocab_size) for i, line in enumerate(lines, start=1)]
     if not found:
         raise InputError(f"--workload {path}: wanted at least one row, got an empty file.")
     return Workload(found)

@@ -7,7 +7,6 @@
 """
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,8 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from copg_jax.data.formats.columns import TextGroup
+from copg_jax.data.formats.texts import TextGroup
 from copg_jax.data.groups import TokenGroup
+from copg_jax.errors import InputError
+from copg_jax.files import read_json_lines
 from copg_jax.rewards.functions import RewardFn, score_texts
 
 TIE_STDERRS = 2.0
@@ -62,9 +63,11 @@ class Policy:
 
 def read_policy(folder: Path) -> Policy:
     """Reads the generations.jsonl of an evaluation; samples of one prompt are averaged."""
-    lines = (folder / "generations.jsonl").read_text(encoding="utf-8").split("\n")
+    path = folder / "generations.jsonl"
     by_prompt: dict[int, list[dict[str, Any]]] = {}
-    for row in map(json.loads, filter(None, lines)):
+    for _, row in read_json_lines(path):
+        if not isinstance(row, dict):
+            raise InputError(f"{path}: wanted a generation in every line. Fix: evaluate again.")
         by_prompt.setdefault(row["index"], []).append(row)
     prompts = [by_prompt[index] for index in sorted(by_prompt)]
     return Policy(
@@ -115,8 +118,8 @@ class Point(NamedTuple):
 
 def read_points(folder: Path) -> list[Point]:
     """Evaluations of a training run, from its metrics.jsonl, all on the same prompts."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [row for row in map(json.loads, lines) if row.get("eval/reward_mean") is not None]
+    rows = [row for _, row in read_json_lines(folder / "metrics.jsonl") if isinstance(row, dict)]
+    rows = [row for row in rows if row.get("eval/reward_mean") is not None]
     (zero,) = (row["eval/reward_mean"] for row in rows if row["step"] == 0)
     return [
         Point(

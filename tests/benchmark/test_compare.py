@@ -184,6 +184,7 @@ def test_missing_environments_are_listed_before_anything_runs(scripts, toy_model
         (("--warmup", "0"), "--warmup must be >= 1"),
         (("--prompts", "0"), "--prompts must be >= 1"),
         (("--new", "1"), "--new must be >= 2, got 1"),
+        (("--timeout", "nan"), "--timeout must be >= 1, got nan"),
     ],
     ids=str,
 )

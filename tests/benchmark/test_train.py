@@ -116,6 +116,34 @@ def test_numbers_that_cannot_be_run_are_refused(groups, options, wanted):
         train.measure(LLAMA, Workload(groups), mesh=mesh(), num_microbatches=2, **options)
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        ("train", "--batch", "0"),
+        ("train", "--batch", "-8"),
+        ("train", "--steps", "0"),
+        ("train", "--microbatches", "0"),
+        ("train", "--logits-chunk", "0"),
+        ("train", "--peak-tflops", "nan"),
+        ("train", "--peak-tflops", "0"),
+        ("generate", "--batch", "0"),
+        ("generate", "--new", "0"),
+        ("generate", "--samples", "-1"),
+        ("workload", "--pairs", "0"),
+        ("workload", "--seed", "-1"),
+    ],
+)
+def test_numbers_of_the_command_line_are_checked_before_a_file_is_read(
+    capsys, tmp_path, command, option, value
+):
+    name = "--out" if command == "workload" else "--workload"
+    with pytest.raises(SystemExit) as caught:
+        main([command, name, str(tmp_path / "none"), f"{option}={value}"])
+    assert caught.value.code == 2
+    assert f"error: {option} must be >= " in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 def test_bad_input_ends_with_its_text_and_status_two(capsys, tmp_path):
     with pytest.raises(SystemExit) as caught:
         main(["train", "--workload", str(tmp_path / "none")])

@@ -1,5 +1,6 @@
 """Typed configs: values arrive typed, every mistake is named with its place and its fix."""
 
+import signal
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, dataclass
@@ -12,6 +13,7 @@ from copg_jax.config.load import config_differences, load_config, run_main, to_y
 from copg_jax.config.options import option, section
 from copg_jax.config.stages import STAGES, PolicyConfig, ScoreConfig, SFTConfig
 from copg_jax.errors import InputError
+from copg_jax.train.metrics import NonFiniteLoss
 
 
 @dataclass(frozen=True)
@@ -500,6 +502,68 @@ def test_a_script_prints_bad_input_without_a_traceback():
     done = subprocess.run([sys.executable, "-c", script, "m=1"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "error: command line: unknown field 'm'; wanted one of: n\n"
+
+
+@pytest.mark.parametrize("error", [InputError("bad"), NonFiniteLoss("step 3: not finite")])
+def test_what_a_user_can_mend_is_one_line_and_status_2(monkeypatch, capsys, error):
+    def main(config):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["script", "output_dir=a"])
+    with pytest.raises(SystemExit) as caught:
+        run_main(main, Config, description="")
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+@pytest.mark.parametrize("call", [lambda: sys.exit(0), sys.exit, lambda: exit(0)])
+def test_a_function_of_the_user_cannot_end_a_run_as_if_it_were_complete(monkeypatch, capsys, call):
+    monkeypatch.setattr(sys, "argv", ["script", "output_dir=a"])
+    with pytest.raises(SystemExit) as caught:
+        run_main(lambda config: call(), Config, description="")
+    assert caught.value.code == 2
+    assert "sys.exit(0), so that the run is not complete" in capsys.readouterr().err
+
+
+def test_signals_keep_their_status(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script", "output_dir=a"])
+    with pytest.raises(SystemExit) as caught:
+        run_main(lambda config: sys.exit(143), Config, description="")
+    assert caught.value.code == 143
+
+
+_IMPORTING = """
+import os, runpy, signal, sys
+sys.argv[:] = ["-m"]  # as `python -m` sets it while it looks for the script
+import experiments
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name == "jax":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Slow())
+import experiments.train_sft
+print("not reached")
+"""
+
+
+def test_ctrl_c_during_the_imports_of_a_script_is_no_traceback():
+    done = subprocess.run([sys.executable, "-c", _IMPORTING], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT  # which a shell calls 130
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_ctrl_c_is_python_s_again_once_main_begins_and_imports_leave_a_program_of_ones_own_alone():
+    script = (
+        "import signal, experiments\n"
+        "print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)\n"
+        "signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+        "from copg_jax.config.load import run_main\n"
+        "from copg_jax.bandit.train import BanditConfig\n"
+        "run_main(lambda c: print(signal.getsignal(signal.SIGINT) is signal.default_int_handler),"
+        " BanditConfig, description='')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "True\nTrue\n"
 
 
 def test_ctrl_c_exits_with_130(monkeypatch):

@@ -330,6 +330,12 @@ MERGES = "\n".join(f"  a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" fo
         ("one: a\n--- b\n", 2),
         ("one: a\non: 3\n", 2),
         ("one: a\n~: 3\n", 2),
+        ("one: a\n\tfree: 3\n", 2),
+        ("one: a\nfree: b\x00\n", 2),
+        ("one: a\nfree: [\n  1\n", 4),
+        (f"one: a\nfree: {'x' * 200_000}\n", 2),
+        (f"one: a\nfree: {'${one}' * 20_000}\n", 2),
+        (f"one: a\nfree: '{'${' * 3000}one{'}' * 3000}'\n", 2),
     ],
 )
 def test_strange_yaml_is_refused_with_its_line(tmp_path, text, line):
@@ -344,6 +350,47 @@ def test_strange_yaml_on_the_command_line_is_refused_too(value):
     found = error_of(Texts, f"free={value}")
     assert found.startswith("command line")
     assert "free" in found
+
+
+TWICE = "${{shared.a{0}}}${{shared.a{0}}}"
+LISTS = "['${{shared.a{0}}}', '${{shared.a{0}}}', '${{shared.a{0}}}']"
+
+
+@pytest.mark.parametrize("doubling", [TWICE, LISTS])
+def test_values_that_read_each_other_until_no_machine_can_hold_them_are_refused(tmp_path, doubling):
+    lines = [f"  a{n}: {doubling.format(n - 1)}\n" for n in range(1, 40)]
+    path = write(tmp_path, "free: ${shared.a39}\nshared:\n  a0: lol\n" + "".join(lines))
+    text = error_of(Texts, path)
+    assert text.startswith(f"{path}:1: free: wanted at most 1000 values read as ${{...}}")
+    # A chain as long as a person would write resolves.
+    few = "".join(lines[:4])
+    path = write(tmp_path, f"free: ${{shared.a4}}\nshared:\n  a0: lol\n{few}")
+    assert str(load_config(Texts, [path]).free).count("lol") in (16, 81)
+
+
+def test_values_that_read_each_other_in_a_circle_are_refused():
+    circle = ["shared.a=${shared.b}", "shared.b=${shared.a}"]
+    assert "ecursi" in error_of(Texts, "free=${shared.a}", *circle)
+    chain = [f"shared.a{n}=${{shared.a{n + 1}}}" for n in range(600)]
+    assert "ecursi" in error_of(Texts, "free=${shared.a0}", *chain, "shared.a600=1")
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        ("one: \xe9\n".encode("latin-1"), "wanted a readable YAML config, got: 'utf-8'"),
+        ("one: a\n".encode("utf-16"), "wanted a readable YAML config, got: 'utf-8'"),
+        (b"#" + b"x" * 2_000_000, "wanted a config of at most 1000000 characters, got 2000001"),
+    ],
+)
+def test_a_file_that_no_person_wrote_is_refused(tmp_path, content, wanted):
+    (tmp_path / "run.yaml").write_bytes(content)
+    assert error_of(Texts, str(tmp_path / "run.yaml")).startswith(f"{tmp_path}/run.yaml: {wanted}")
+
+
+def test_a_byte_order_mark_and_carriage_returns_are_no_part_of_a_config(tmp_path):
+    (tmp_path / "run.yaml").write_bytes(b"\xef\xbb\xbfone: a b\r\nsome:\r\n- c\r\n")
+    assert load_config(Texts, [str(tmp_path / "run.yaml")]) == Texts("a b", some=["c"])
 
 
 @pytest.mark.parametrize("field", ["loss.arguments", "evaluation.rewards"])

@@ -60,22 +60,55 @@ def sentence_piece(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
     )
 
 
+def byte_fallback(texts: Iterable[str], vocab_size: int, *, old: bool) -> PreTrainedTokenizerFast:
+    """Like `sentence_piece`, but every text has ids; the blank in front is put there by the
+    pre-tokenizer, as in newer files of Llama 2, or by the normalizer, as in the old ones.
+    """
+    rules = json.loads(sentence_piece(texts, vocab_size).backend_tokenizer.to_str())
+    vocab = rules["model"]["vocab"]
+    vocab |= {f"<0x{byte:02X}>": len(vocab) + byte for byte in range(256)}
+    rules["model"] |= {"byte_fallback": True}
+    rules["decoder"]["decoders"].insert(1, {"type": "ByteFallback"})
+    if not old:
+        rules["normalizer"] = None
+        scheme = {"replacement": "▁", "prepend_scheme": "first", "split": False}
+        rules["pre_tokenizer"] = {"type": "Metaspace", **scheme}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(rules)),
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
+
+
+@pytest.fixture(scope="session")
+def metaspace() -> PreTrainedTokenizerFast:
+    """Tokenizer that puts a blank in front of the first text, and has ids for every text."""
+    return byte_fallback(TEXT.split("\n"), 200, old=False)
+
+
+@pytest.fixture(scope="session")
+def prepending() -> PreTrainedTokenizerFast:
+    """The same by a normalizer."""
+    return byte_fallback(TEXT.split("\n"), 200, old=True)
+
+
 @pytest.fixture(scope="session")
 def plain() -> PreTrainedTokenizerFast:
     """Byte-level tokenizer without BOS; EOS is 0."""
-    return byte_level(TEXT.splitlines(), 400, bos=False)
+    return byte_level(TEXT.split("\n"), 400, bos=False)
 
 
 @pytest.fixture(scope="session")
 def with_bos() -> PreTrainedTokenizerFast:
     """Byte-level tokenizer with BOS 1; EOS is 0."""
-    return byte_level(TEXT.splitlines(), 400, bos=True)
+    return byte_level(TEXT.split("\n"), 400, bos=True)
 
 
 @pytest.fixture(scope="session")
 def llama2_like() -> PreTrainedTokenizerFast:
     """Tokenizer that puts a blank in front of texts, with BOS 1; EOS is 2."""
-    return sentence_piece(TEXT.splitlines(), 200)
+    return sentence_piece(TEXT.split("\n"), 200)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Claims about the prepared data set: same groups back, flat memory, reuse, counts, refusals."""
 
 import dataclasses
+import json
 import tracemalloc
 from collections import Counter
 
@@ -10,7 +11,7 @@ import pytest
 
 from copg_jax.config.sections import DataConfig, Limits
 from copg_jax.data.dataset import format_stats, prepare
-from copg_jax.data.formats.columns import TextGroup
+from copg_jax.data.formats.texts import TextGroup
 from copg_jax.data.formats.tldr import Post, format_prompt
 from copg_jax.data.groups import tokenize_group
 from copg_jax.data.reader import GroupReader
@@ -99,7 +100,8 @@ def test_counts_of_what_was_kept_cut_and_dropped_read_as_a_table(plain, write_li
         "chosen": "a",
         "rejected": "b",
     }
-    rows = [post, post | {"chosen": "b"}, post | {"chosen": "a" * 99}, post | {"prompt": "p " * 99}]
+    rows = [post, post | {"chosen": "b"}, post | {"chosen": "a" * 99}]
+    rows.append(post | {"prompt": format_prompt(Post("x", "t " * 99, "p"))})
     config = DataConfig(
         path=write_lines(*rows), invalid_rows="drop", max_prompt_tokens=70, max_completion_tokens=20
     )
@@ -172,3 +174,41 @@ def test_real_rows_keep_within_the_limits(plain, tldr_folder, tmp_path):
     assert len(dataset) == 40 and dataset.stats["changed"]["prompt cut"] > 0
     assert dataset.stats["prompt_tokens"]["max"] <= 512
     assert all(group.prompt.endswith("\n\nTL;DR:") for group in dataset)
+
+
+def prepare_rows(folder, plain):
+    """The token file of three rows, made or opened."""
+    rows = folder / "rows.jsonl"
+    if not rows.exists():
+        lines = [{"prompt": f"TL;DR {i}", "completion": " a b"} for i in range(3)]
+        rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = DataConfig(path=str(rows))
+    path = folder / "tokens" / "a.arrow"
+    return prepare(GroupReader(config), plain, path=path, limits=config.limits, vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize("name", ["a.arrow", "a.json"])
+@pytest.mark.parametrize("damage", ["flip", "half", "", "[]", "null", '{"key": 1}', "\udcff"])
+def test_damaged_token_files_are_made_anew_with_one_line_in_the_log(
+    plain, tmp_path, caplog, name, damage
+):
+    caplog.set_level("INFO")
+    wanted = [str(vars(group)) for group in prepare_rows(tmp_path, plain)]
+    assert "made anew" not in caplog.text
+    path = tmp_path / "tokens" / name
+    raw = path.read_bytes()
+    at = len(raw) // 2
+    texts = {"flip": raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :], "half": raw[:at]}
+    path.write_bytes(texts.get(damage, damage.encode(errors="surrogateescape")))
+    assert [str(vars(group)) for group in prepare_rows(tmp_path, plain)] == wanted
+    (line,) = [text for text in caplog.messages if "made anew" in text]
+    assert name in line
+
+
+def test_what_an_ended_process_left_of_a_token_file_is_removed(plain, tmp_path):
+    (tmp_path / "tokens").mkdir()
+    for left in (".a.arrow.4711", ".a.arrow.tmp"):
+        (tmp_path / "tokens" / left).write_bytes(b"half")
+    prepare_rows(tmp_path, plain)
+    names = sorted(path.name for path in (tmp_path / "tokens").iterdir())
+    assert names == ["a.arrow", "a.json"]

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from copg_jax.config.sections import Limits
-from copg_jax.data.formats.columns import InvalidRow, TextGroup
+from copg_jax.data.formats.texts import TextGroup
 from copg_jax.data.formats.tldr import Post, format_prompt
 from copg_jax.data.groups import TOO_FEW, TokenGroup, collate, tokenize_group
+from copg_jax.data.rows import InvalidRow
 from copg_jax.data.tokenizer import Encoder
 from copg_jax.errors import InputError
 from copg_jax.models.layout import Capacity, Layout, Shape
@@ -49,7 +50,8 @@ def test_a_pair_with_one_completion_left_is_dropped_but_a_single_one_is_kept(pla
 def test_a_cut_prompt_has_the_text_that_its_tokens_encode(with_bos):
     encoder, counts = Encoder(with_bos), Counter()
     prompt = format_prompt(Post("x", "t", "my bike broke\n" * 9))
-    tokens = tokenize_group(text_group(prompt=prompt), encoder, Limits(60, 9), counts)
+    group = text_group(prompt=prompt, format="tldr")
+    tokens = tokenize_group(group, encoder, Limits(60, 9), counts)
     assert tokens.prompt != prompt and len(tokens.prompt_tokens) <= 60
     assert tokens.prompt_tokens.tolist() == encoder.encode_prompt(tokens.prompt)
     assert counts["prompt cut"] == 1
@@ -63,6 +65,8 @@ def test_prompts_that_cannot_be_cut_name_place_limit_and_fix(plain):
     assert error.value.reason == "prompt over 10 tokens"
     prompt = format_prompt(Post("x", "long title " * 9, "post"))
     with pytest.raises(InvalidRow, match="even with the post cut away"):
+        tokenize_group(text_group(prompt=prompt, format="tldr"), encoder, limits, Counter())
+    with pytest.raises(InvalidRow, match="and it has no post that could be cut"):
         tokenize_group(text_group(prompt=prompt), encoder, limits, Counter())
 
 

@@ -2,9 +2,11 @@
 
 import pytest
 
-from copg_jax.config.sections import DataConfig
-from copg_jax.data.formats.columns import NEWS, InvalidRow
-from copg_jax.data.reader import OTHER_PART, OTHER_SPLIT, GroupReader
+from copg_jax.config.sections import TEXT_FORMATS, DataConfig
+from copg_jax.data.formats.choice import FORMATS
+from copg_jax.data.formats.tldr import NEWS
+from copg_jax.data.reader import OTHER_PART, OTHER_SPLIT, REJECTED, GroupReader
+from copg_jax.data.rows import InvalidRow
 from copg_jax.errors import InputError
 
 
@@ -18,6 +20,10 @@ def posts(count: int) -> list[dict]:
         }
         for i in range(count)
     ]
+
+
+TEXT = {"prompt": "Say a.", "chosen": "a", "rejected": "b"}
+NEWS_ROW = {"prompt": "TITLE: t\n\ntext\n\nTL;DR:", "chosen": "a", "rejected": "b"}
 
 
 def test_train_and_validation_parts_share_no_post_and_miss_no_row(write_lines):
@@ -54,6 +60,32 @@ def test_bad_rows_stop_the_reading_or_are_counted_by_reason(write_lines):
     assert len(list(reader)) == 2 and reader.rows_read == 6  # a second pass counts afresh
 
 
+def test_values_that_no_file_could_hold_are_left_out_and_counted(write_lines):
+    lines = [
+        TEXT | {"prompt": "hi \ud83d"},
+        TEXT | {"margin": [["\udc00"]]},
+        '{"prompt": "p", "chosen": "a", "rejected": "b", "x": ' + "[" * 10**4 + "]" * 10**4 + "}",
+        '{"prompt": "p", "chosen": "a", "rejected": "b", "x": ' + "1" * 5000 + "}",
+        TEXT | {"rewards": [10**400, 1]},
+        "3",
+        TEXT,
+    ]
+    reader = GroupReader(DataConfig(path=write_lines(*lines), invalid_rows="drop"))
+    (group,) = reader
+    assert (group.prompt, reader.rows_read) == ("Say a.", 7)
+    assert reader.counts == {
+        "half a surrogate pair": 2,
+        "nested too deep": 1,
+        "number too long": 1,
+        "non-finite rewards": 1,
+        "wrong type": 1,
+    }
+    for line, name in ((lines[0], "'prompt'"), (lines[2], "nested"), (lines[3], "digits")):
+        path = write_lines(line)
+        with pytest.raises(InvalidRow, match=rf"{path}:1: .*{name}"):
+            list(GroupReader(DataConfig(path=path)))
+
+
 def test_malformed_json_stops_even_where_bad_rows_are_dropped(write_lines):
     path = write_lines(posts(1)[0], "{")
     with pytest.raises(InputError, match=":2: malformed JSON at column"):
@@ -78,6 +110,81 @@ def test_pairs_with_scores_and_pairs_without_are_not_mixed(write_lines, scored_f
         list(GroupReader(DataConfig(path=path)))
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "wanted", "got"),
+    [
+        (TEXT, posts(1)[0], "text", "tldr"),
+        (posts(1)[0], TEXT, "tldr", "text"),
+        (TEXT, NEWS_ROW, "text", "tldr"),
+        (NEWS_ROW, TEXT, "tldr", "text"),
+    ],
+)
+def test_the_first_row_decides_the_format_and_one_in_another_names_both_and_the_fix(
+    write_lines, first, second, wanted, got
+):
+    path = write_lines(first, first, second)
+    text = f"{path}:3: the text is in the format '{got}', but the row at {path}:1, which was first"
+    with pytest.raises(InvalidRow, match=rf"{text}, in '{wanted}': .* data.format=text, which"):
+        list(GroupReader(DataConfig(path=path)))
+    # A row that cannot be used decides nothing.
+    path = write_lines(second | {"chosen": 3}, second | {"prompt": " "}, first, second)
+    reader = GroupReader(DataConfig(path=path, invalid_rows="drop"))
+    assert len(list(reader)) == (0 if first is NEWS_ROW else 1)
+    assert reader.text_format == wanted
+    assert reader.counts[f"not in the format '{wanted}'"] == 1
+
+
+def test_a_format_that_is_named_takes_its_rows_and_refuses_others(write_lines, comparison_row):
+    every = [posts(1)[0], TEXT, NEWS_ROW]
+    config = DataConfig(path=write_lines(*every), format="text")
+    assert [group.prompt for group in GroupReader(config)] == [row["prompt"] for row in every]
+    for name, row in (("tldr", TEXT), ("text", comparison_row)):
+        config = DataConfig(path=write_lines(row), format=name)
+        other = "tldr" if name == "text" else "text"
+        with pytest.raises(InvalidRow, match=rf":1: .* not in the format '{name}'.*{other}"):
+            list(GroupReader(config))
+
+
+def test_every_format_can_be_named():
+    assert ("auto", *FORMATS) == TEXT_FORMATS
+
+
+def test_text_is_split_into_parts_by_prompt(write_lines):
+    rows = [TEXT | {"prompt": f"Say {i // 2}."} for i in range(200)]
+    path, prompts = write_lines(*rows), {}
+    for part in ("train", "validation"):
+        groups = GroupReader(DataConfig(path=path, holdout_fraction=0.3, part=part))
+        prompts[part] = {group.prompt for group in groups}
+    assert not prompts["train"] & prompts["validation"]
+    assert 15 <= len(prompts["validation"]) <= 45 and sum(map(len, prompts.values())) == 100
+
+
+SCORED_PAIR = TEXT | {"score_chosen": 1.0, "score_rejected": 2.0}
+
+
+@pytest.mark.parametrize("row", [TEXT, SCORED_PAIR, "comparison"])
+def test_of_a_preference_the_chosen_completion_alone_is_learnt_and_the_others_counted(
+    write_lines, row, comparison_row
+):
+    row, wanted = (comparison_row, " no bike") if row == "comparison" else (row, "a")
+    reader = GroupReader(DataConfig(path=write_lines(row, row)), chosen_only=True)
+    groups = list(reader)
+    assert [group.completions for group in groups] == [(wanted,)] * 2
+    assert [group.rewards for group in groups] == [None] * 2
+    assert reader.changed == {REJECTED: 2}
+
+
+def test_of_scored_groups_nothing_is_chosen_but_completions_without_rewards_are_all_good(
+    write_lines,
+):
+    row = {"prompt": "Say a.", "completions": ["a", "b", "c"]}
+    (group,) = GroupReader(DataConfig(path=write_lines(row)), chosen_only=True)
+    assert group.completions == ("a", "b", "c")
+    path = write_lines(row | {"rewards": [1, 2, 3]})
+    with pytest.raises(InputError, match=rf"{path}:1: .*got 3 completions with rewards.*Fix"):
+        list(GroupReader(DataConfig(path=path), chosen_only=True))
+
+
 def test_max_rows_counts_rows_of_the_part(write_lines):
     path = write_lines(*posts(100))
     config = DataConfig(path=path, max_rows=7, holdout_fraction=0.5, part="validation")
@@ -90,6 +197,7 @@ def test_max_rows_counts_rows_of_the_part(write_lines):
         ({"max_prompt_tokens": 0}, "max_prompt_tokens must be at least 1, got 0"),
         ({"max_rows": 0}, "max_rows must be at least 1, got 0"),
         ({"holdout_fraction": 1.0}, r"holdout_fraction must be in \[0, 1\), got 1.0"),
+        ({"format": "chat"}, "format must be one of auto, tldr, text, got 'chat'"),
         ({"part": "test"}, "part must be one of all, train, validation, got 'test'"),
         ({"invalid_rows": "skip"}, "invalid_rows must be one of error, drop, got 'skip'"),
         ({"part": "validation"}, "holdout_fraction is 0"),

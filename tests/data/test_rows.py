@@ -6,7 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from copg_jax.data.rows import find_files, fingerprint, read_rows
+from copg_jax.data.rows import InvalidRow, read_rows
+from copg_jax.data.sources import find_files, fingerprint
 from copg_jax.errors import InputError
 
 
@@ -42,8 +43,8 @@ def test_malformed_json_names_file_line_and_column(write_lines):
 
 
 def test_rows_that_are_no_objects_or_no_text_are_named(write_lines, tmp_path):
-    with pytest.raises(InputError, match=r":2: wanted a JSON object .*, got int"):
-        list(read_rows(write_lines({}, "3")))
+    (_, row) = list(read_rows(write_lines({}, "3")))[1]
+    assert ":2: wanted a JSON object with named fields, got int." in str(row)
     (tmp_path / "latin.jsonl").write_bytes(b'{"a": "\xe9"}\n')
     with pytest.raises(InputError, match=r"latin.jsonl:1: not UTF-8"):
         list(read_rows(str(tmp_path / "latin.jsonl")))
@@ -110,3 +111,63 @@ def test_hub_ids_are_streamed_and_script_only_sets_read_as_parquet(hub):
     ]
     with pytest.raises(InputError, match=r"no/where: not a local path.*no such data set"):
         list(read_rows("no/where"))
+
+
+DEEP = '{"prompt": "p", "completion": "c", "x": ' + "[" * 10_000 + "]" * 10_000 + "}"
+LONG = '{"prompt": "p", "completion": "c", "x": ' + "9" * 5000 + "}"
+TWICE = '{"prompt": "p", "completion": "c", "x": {"a": 1, "a": 2}}'
+UNREADABLE = [
+    (DEEP, "nested too deep"),
+    (DEEP.replace("[", '{"a":').replace("]", "}").replace('"a":}', '"a":1}'), "nested too deep"),
+    (LONG, "number too long"),
+    (LONG.replace("999", "-999", 1), "number too long"),
+    (TWICE, "field twice"),
+    ('{"prompt": "p", "prompt": "q", "completion": "c"}', "field twice"),
+    ("[1, 2]", "wrong type"),
+    ("null", "wrong type"),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), UNREADABLE, ids=range(len(UNREADABLE)))
+def test_a_row_that_cannot_be_read_is_an_invalid_row_and_the_others_are_read(
+    write_lines, line, reason
+):
+    path = write_lines({"a": 1}, line, {"a": 3})
+    first, (where, row), last = read_rows(path)
+    assert (first[1], last[1]) == ({"a": 1}, {"a": 3})
+    assert isinstance(row, InvalidRow) and row.reason == reason
+    assert str(row).startswith(where) and where == f"{path}:2"
+
+
+@pytest.mark.parametrize("line", [DEEP, LONG, TWICE], ids=["deep", "long", "twice"])
+def test_an_array_with_such_a_row_is_refused_with_the_way_to_leave_it_out(tmp_path, line):
+    path = tmp_path / "rows.json"
+    path.write_text(f"[{line}]")
+    with pytest.raises(InputError, match=r"rows.json:1: .*\n.*write one JSON object a line"):
+        list(read_rows(str(path)))
+
+
+def test_a_value_of_parquet_that_cannot_be_read_spoils_its_row_alone(tmp_path):
+    texts = pa.array([b"a", b"\xff\xfe", b"c"], pa.binary())
+    texts = pa.Array.from_buffers(pa.string(), 3, texts.buffers())
+    dates = pa.array([0, 0, 2**62], pa.timestamp("us"))
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"prompt": texts, "date": dates}), path)
+    first, second, third = (row for _, row in read_rows(str(path)))
+    assert isinstance(first, dict) and first["prompt"] == "a"
+    for row, name in ((second, "'prompt'"), (third, "'date'")):
+        assert isinstance(row, InvalidRow) and row.reason == "unreadable value"
+        assert f"field {name} cannot be read" in str(row)
+
+
+def test_a_column_that_is_there_twice_is_named(tmp_path):
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["prompt", "prompt"])
+    pq.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(InputError, match=r"rows.parquet: column 'prompt' is there twice"):
+        list(read_rows(str(tmp_path / "rows.parquet")))
+
+
+def test_only_a_newline_ends_a_row(write_lines):
+    text = "a\u2028b\x85c\x1cd\u2029"
+    path = write_lines(json.dumps({"prompt": text}, ensure_ascii=False), {"prompt": "next"})
+    assert [row["prompt"] for _, row in read_rows(path)] == [text, "next"]

@@ -13,17 +13,18 @@ import pyarrow.parquet as pq
 import pytest
 from etils import epath
 
+from copg_jax.checksums import file_sum
 from copg_jax.config.load import load_config
 from copg_jax.config.sections import DataConfig
 from copg_jax.config.stages import ScoreConfig
 from copg_jax.data import scored
 from copg_jax.data.dataset import prepare
-from copg_jax.data.formats import tldr
+from copg_jax.data.formats.choice import FORMATS
 from copg_jax.data.formats.columns import InvalidRow
 from copg_jax.data.groups import TOO_FEW, TokenGroup, collate
 from copg_jax.data.reader import GroupReader
-from copg_jax.data.rows import find_files
 from copg_jax.data.scored import ScoredGroup, SideCar, read_side_car, verify
+from copg_jax.data.sources import find_files
 from copg_jax.data.tokenizer import Encoder, tokenizer_hash
 from copg_jax.errors import InputError
 
@@ -32,7 +33,7 @@ VOCAB = 500
 SIDE_CAR = SideCar(
     tokenizer_hash="tok1",
     text_format="tldr",
-    text_format_hash=tldr.format_hash(),
+    text_format_hash=FORMATS["tldr"].hash,
     reference_hash="ref1",
     reference_dtype="float32",
     rewards=[{"function": "copg_jax.rewards.length", "arguments": {}, "weight": 0.5, "hash": "h"}],
@@ -68,8 +69,8 @@ def write(folder, *groups, tokenizer=None, **changes) -> str:
     """A scored folder of one part; returns its path."""
     folder = epath.Path(folder)
     own = {} if tokenizer is None else {"tokenizer_hash": tokenizer_hash(tokenizer)}
-    scored.write_part(folder, 0, groups)
-    scored.write_side_car(folder, dataclasses.replace(SIDE_CAR, **own, **changes))
+    parts = scored.write_part(folder, 0, groups)
+    scored.write_side_car(folder, dataclasses.replace(SIDE_CAR, parts=parts, **own, **changes))
     return str(folder)
 
 
@@ -205,14 +206,16 @@ def test_parts_and_limits_of_posts_hold_for_scored_data_too(plain, tmp_path):
 
 
 def test_only_whole_parts_count_as_finished(tmp_path):
-    assert scored.finished_parts(tmp_path) == []
-    for index in (0, 2):
-        scored.write_part(tmp_path, index, [scored_group()])
-    scored.write_side_car(tmp_path, SIDE_CAR)
+    assert scored.whole_parts(tmp_path) == {}
     (tmp_path / ".part-00003.parquet.77").write_bytes(b"half")
+    parts = {}
+    for index in (0, 2):
+        parts |= scored.write_part(tmp_path, index, [scored_group()])
+    assert [path.name for path in tmp_path.glob(".*")] == []
+    scored.write_side_car(tmp_path, dataclasses.replace(SIDE_CAR, parts=parts))
     with pytest.raises(InputError):
         scored.write_part(tmp_path, 4, [scored_group(), scored_group((math.inf, 0.0))])
-    assert scored.finished_parts(tmp_path) == [0, 2]
+    assert list(scored.whole_parts(tmp_path)) == ["part-00000.parquet", "part-00002.parquet"]
     assert len(find_files(str(tmp_path))) == 2
     assert scored.count_rewards(tmp_path) == {"completions scored": 4, "without a reward": 2}
 
@@ -227,12 +230,14 @@ def test_only_whole_parts_count_as_finished(tmp_path):
             "the reward 'a' of completion 0 is -inf",
         ),
         (scored_group(ref_logp=(math.nan, -1)), "the reference log-prob.* completion 0 is nan"),
+        (scored_group(ref_logp=(0, 1e6)), "the reference log-prob.* 1 is 1000000.0: .*at most 0"),
+        (scored_group(ref_logp=(0.5, -1)), "the reference log-probability of completion 0 is 0.5"),
         (scored_group(ref_logp=(0, -math.inf)), "the reference log-prob.* completion 1 is -inf"),
         (scored_group((1.0,)), "wanted ids .*for each of 2 completions, .*'rewards': 1"),
         (scored_group(ids=((1,), ())), r"wanted ids .* got \[3, 1, 0\] ids"),
         (scored_group(prompt=()), r"wanted ids of the prompt .* got \[0, 2, 3\] ids"),
     ],
-    ids=range(8),
+    ids=range(10),
 )
 def test_scores_that_cannot_be_trained_on_name_place_and_completion(tmp_path, group, text):
     with pytest.raises(InputError, match=f"f.jsonl:8: {text}"):
@@ -262,6 +267,9 @@ def test_a_row_that_the_score_stage_did_not_write_so_is_named(plain, tmp_path, c
     row = {name: item for name, item in (row | {column: value}).items() if item is not ...}
     schema = pa.schema([field for field in scored.SCHEMA if field.name in row])
     pq.write_table(pa.Table.from_pylist([row], schema), part)
+    side_car = read_side_car(epath.Path(path))
+    parts = {part.name: file_sum(part)}  # as if the score stage had written it
+    scored.write_side_car(epath.Path(path), dataclasses.replace(side_car, parts=parts))
     with pytest.raises(InputError, match=rf"part-00000.parquet:1: .*{text}"):
         prepared(path, plain)
 
@@ -317,11 +325,53 @@ def test_unfinished_missing_or_foreign_side_cars_are_refused(tmp_path):
     with pytest.raises(InputError, match="interrupted after 0 parts"):
         verify(folder)
     (folder / "scored.json").write_text("{")
-    with pytest.raises(InputError, match=r"scored.json:1: malformed JSON"):
+    with pytest.raises(InputError, match=r"scored.json: damaged: wanted JSON .*delete it and run"):
         read_side_car(folder)
     (folder / "scored.json").write_text(json.dumps({"format": 0}))
     with pytest.raises(InputError, match="wanted scored data of format 2, got format 0"):
         read_side_car(folder)
+
+
+@pytest.mark.parametrize("raw", [b"", b"[]", b"null", b"\xff\xfe", b"[" * 10**5, "edited"])
+def test_a_damaged_side_car_is_named_with_the_way_out(tmp_path, raw):
+    folder = epath.Path(tmp_path)
+    scored.write_side_car(folder, SIDE_CAR)
+    if raw == "edited":
+        raw = (folder / "scored.json").read_bytes().replace(b"ref1", b"ref2")
+    (folder / "scored.json").write_bytes(raw)
+    with pytest.raises(InputError, match=r"scored.json: .*delete it and run the same score"):
+        read_side_car(folder)
+
+
+@pytest.mark.parametrize("change", ["half the rows", "a rolled column", "one bit", "gone"])
+def test_a_part_that_is_not_as_it_was_written_is_refused_with_the_way_out(plain, tmp_path, change):
+    path = write(
+        tmp_path / "s", *[scored_group((float(i), 2.0)) for i in range(4)], tokenizer=plain
+    )
+    part = Path(path) / "part-00000.parquet"
+    raw, table = part.read_bytes(), pq.read_table(part)
+    if change == "half the rows":
+        pq.write_table(table.slice(0, 2), part)
+    elif change == "a rolled column":
+        rewards = table["reward"].to_pylist()
+        rolled = pa.array([*rewards[1:], rewards[0]], table["reward"].type)
+        pq.write_table(
+            table.set_column(table.schema.get_field_index("reward"), "reward", rolled), part
+        )
+    elif change == "one bit":
+        part.write_bytes(raw[:100] + bytes([raw[100] ^ 1]) + raw[101:])
+    else:
+        part.unlink()
+    with pytest.raises(InputError, match=r"part-00000.parquet: (damaged|cannot).*score command ag"):
+        prepared(path, plain)
+
+
+@pytest.mark.parametrize("name", ["part-old.parquet", "part-00007.parquet"])
+def test_a_part_that_is_not_of_this_data_is_refused(plain, tmp_path, name):
+    path = write(tmp_path / "s", scored_group((1.0, 2.0)), tokenizer=plain)
+    (Path(path) / name).write_bytes((Path(path) / "part-00000.parquet").read_bytes())
+    with pytest.raises(InputError, match=rf"{name}: no part of this data.*move it away"):
+        prepared(path, plain)
 
 
 def command_in(text: str) -> list[str]:

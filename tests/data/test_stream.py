@@ -1,6 +1,8 @@
 """Claims about the order: same on all hosts, resumable, reshuffled, each row once an epoch."""
 
+import hashlib
 from collections import Counter
+from itertools import islice
 
 import jax
 import numpy as np
@@ -8,8 +10,8 @@ import pytest
 
 from copg_jax.config.sections import Limits
 from copg_jax.data.dataset import prepare
-from copg_jax.data.formats.columns import TextGroup
-from copg_jax.data.stream import GroupStream, num_steps
+from copg_jax.data.formats.texts import TextGroup
+from copg_jax.data.stream import GroupStream, num_ordered, num_steps
 from copg_jax.errors import InputError
 from copg_jax.models.layout import WINDOW, _windows, pack
 
@@ -81,6 +83,68 @@ def test_one_stream_can_be_iterated_again(dataset):
     stream = GroupStream(dataset, pack, batch_size=4, num_epochs=1, seed=0)
     assert stream.num_steps == 5
     assert_same(list(stream), list(stream))
+
+
+def make(tokenizer, folder, num_rows):
+    """Pairs of many lengths."""
+    groups = (
+        TextGroup(
+            str(i),
+            f"f:{i}",
+            f"p{i}" + " a" * (7 * i % 90),
+            (" a" * (1 + i * i % 11), f" b{i}"),
+            (1.0, 0.0),
+        )
+        for i in range(num_rows)
+    )
+    path = folder / f"{num_rows}.arrow"
+    return prepare(groups, tokenizer, path=path, limits=Limits(), vocab_size=500)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "batch_size", "num_epochs", "seed", "num_bins", "recorded"),
+    [
+        (22, 4, 3, 5, 1, "4bda3e24c37c44b0"),
+        (22, 8, 30, 1, 4, "8662228f71004c80"),
+        (301, 16, 5, 0, 8, "1021dc0aceba6470"),
+        (301, 7, 12, 3, 1, "d057510445cb988d"),
+        (2500, 32, 3, 2, 16, "e51c3770e437638c"),
+        (2500, 48, 2, 7, 3, "c7c12c02efb0167a"),
+    ],
+)
+def test_batches_and_their_shape_are_those_that_were_recorded(
+    num_rows, batch_size, num_epochs, seed, num_bins, recorded, plain, tmp_path
+):
+    dataset = make(plain, tmp_path, num_rows)
+    settings = {"batch_size": batch_size, "num_epochs": num_epochs, "num_bins": num_bins}
+    digest = hashlib.sha256()
+    for ids, batch in GroupStream(dataset, pack, seed=seed, **settings):
+        sizes = [batch.layout.token_slots.shape, batch.layout.completion_slots.shape]
+        digest.update(repr((ids, batch.layout.prompt_sizes, *sizes)).encode())
+    assert digest.hexdigest()[:16] == recorded
+
+
+@pytest.mark.parametrize(("batch_size", "num_epochs"), [(4, 65), (22, 10**9), (5, 10**25)])
+def test_epochs_beyond_those_with_an_order_of_their_own_cost_nothing_and_begin_again(
+    dataset, batch_size, num_epochs
+):
+    settings = {"batch_size": batch_size, "num_epochs": num_epochs, "seed": 5}
+    stream = GroupStream(dataset, pack, **settings)
+    assert stream.num_steps == ROWS * num_epochs // batch_size
+    own = ROWS * 64 // batch_size
+    first = list(islice(stream, 5))
+    few = steps(dataset, batch_size=batch_size, num_epochs=5)
+    assert [ids for ids, _ in first] == [ids for ids, _ in few[:5]]
+    again = GroupStream(dataset, pack, start_step=own, **settings)
+    assert_same(list(islice(again, 1)), first[:1])
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_epochs", "wanted"),
+    [(22, 3, 3), (22, 64, 64), (22, 10**9, 64), (20_000, 10**9, 26), (10**7, 20, 16)],
+)
+def test_the_number_of_epochs_with_an_order_of_their_own_is_bounded(num_rows, num_epochs, wanted):
+    assert num_ordered(num_rows, num_epochs) == wanted
 
 
 @pytest.mark.parametrize("num_rows", [22, 2048, 5003, 92_858])

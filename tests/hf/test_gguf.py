@@ -149,3 +149,31 @@ def test_smollm2_knows_the_capital_of_france(smollm2: Path, tmp_path: Path) -> N
     _, hidden = jax.jit(prefill)(params, tokens, np.array([tokens.shape[1]]), None)
     best = int(np.argmax(tiny.logits(hidden, decoder.output_matrix(params))))
     assert tokenizer.decode([best]) == " Paris"
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "random"])
+def test_a_damaged_file_is_read_or_named(damage: str, tmp_path: Path) -> None:
+    path, draw = tmp_path / "model.gguf", np.random.default_rng(0)
+    _write_gguf(path)
+    whole = path.read_bytes()
+    refused = 0
+    for number in range(40):
+        at = int(draw.integers(4, 3000))
+        content = {
+            "cut": whole[: [0, 4, 8, 24, 30][number] if number < 5 else int(at**1.5)],
+            "flipped": whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :],
+            "random": b"GGUF" + bytes([3, 0, 0, 0]) * (number % 2) + draw.bytes(500),
+        }[damage]
+        path.write_bytes(content)
+        try:
+            gguf_files.load(path)
+            gguf_files.write_tokenizer(path, tmp_path / "tokenizer")
+        except InputError as error:
+            assert str(error).startswith(str(path))
+            refused += 1
+    assert refused >= (20 if damage == "flipped" else 40)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none\.gguf: wanted a GGUF file.*No such file"):
+        gguf_files.load(tmp_path / "none.gguf")

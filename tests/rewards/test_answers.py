@@ -2,6 +2,7 @@
 
 import math
 import sys
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def ask(answer: Any, completions: list[str]) -> np.ndarray:
         np.array([1, None, 2.5], object),
         [np.float32(1), None, jax.numpy.float32(2.5)],
         [np.True_, None, np.array(2.5)],
+        np.ma.array([1, 7, 2.5], mask=[False, True, False]),
     ],
 )
 def test_an_answer_is_a_number_or_none_for_each_completion_and_none_drops_it(answer):
@@ -37,6 +39,13 @@ def test_an_answer_is_a_number_or_none_for_each_completion_and_none_drops_it(ans
 @pytest.mark.parametrize("module", [np, jax.numpy])
 def test_an_array_of_one_axis_is_an_answer_too(module):
     np.testing.assert_array_equal(ask(module.array([1.0, -2.5]), ["a", "b"]), [1, -2.5])
+
+
+class Unwritable:
+    """Fails where it is shown."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no text")
 
 
 @pytest.mark.parametrize(
@@ -55,6 +64,9 @@ def test_an_array_of_one_axis_is_an_answer_too(module):
                 ([2.0], "[2.0]"),
                 (1j, "1j"),
                 (np.str_("1.5"), "1.5"),
+                (Decimal("1.5"), "Decimal"),
+                (10**5000, "cannot be written (int)"),
+                (Unwritable(), "cannot be written (Unwritable)"),
             ]
         ),
         *(
@@ -100,6 +112,16 @@ def moody(prompts, completions, **columns):
     if len(completions) == 4:
         raise OSError("four are too many")
 
+class Odd(BaseException):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+def odd(prompts, completions, **columns):
+    raise Odd
+
+def stops(prompts, completions, **columns):
+    return [next(iter(text.split("c")[1:1])) for text in completions]
+
 def factory(path):
     return open(path)
 
@@ -128,6 +150,8 @@ def write_module(tmp_path, monkeypatch):
         ("leaves", ["f:3: ", "SystemExit: 0"], 11),
         ("reads_json", ["f:3: ", "JSONDecodeError"], 16),
         ("moody", ["f:1 to f:4: ", "OSError: four are too many"], 20),
+        ("odd", ["f:1: ", "Odd: (its text fails"], 27),
+        ("stops", ["f:1: ", "StopIteration, at"], 30),
     ],
 )
 def test_what_a_function_raises_is_named_with_the_row_and_the_user_s_own_line(
@@ -146,8 +170,8 @@ def test_what_a_function_raises_is_named_with_the_row_and_the_user_s_own_line(
 @pytest.mark.parametrize(
     ("name", "words", "line"),
     [
-        ("factory", ["FileNotFoundError", "no/such"], 23),
-        ("leaving_factory", ["SystemExit: no/such"], 26),
+        ("factory", ["FileNotFoundError", "no/such"], 33),
+        ("leaving_factory", ["SystemExit: no/such"], 36),
     ],
 )
 def test_what_a_factory_raises_is_named_with_the_user_s_own_line(name, words, line, write_module):
@@ -173,6 +197,57 @@ def test_a_module_that_cannot_be_imported_is_named_with_the_user_s_own_line(
     with pytest.raises(InputError) as caught:
         load_reward(RewardSpec("does_not_import.reward"))
     names_all(str(caught.value), ["'does_not_import.reward'", file.name, *words])
+
+
+def makes_a_number(size: int) -> int:
+    """A factory that makes no function."""
+    return size
+
+
+def makes_nothing(size: int) -> None:
+    """A factory whose return was forgotten."""
+
+
+async def is_async(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """Nobody would wait for it."""
+    return [0.0] * len(completions)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "shown"),
+    [
+        ("makes_a_number", {"size": 5}, "got 5 (int) from its factory"),
+        ("makes_nothing", {"size": 5}, "got None (NoneType) from its factory"),
+        ("is_async", {}, "none that is async, got <function is_async"),
+    ],
+)
+def test_what_is_no_function_that_can_be_called_is_refused_when_it_is_opened(
+    name, arguments, shown
+):
+    with pytest.raises(InputError) as caught:
+        WeightedRewards([RewardSpec(f"{__name__}.{name}", arguments)])
+    names_all(str(caught.value), [f"{__name__}.{name}", "wanted a function", shown])
+
+
+@pytest.mark.parametrize("arguments", [{"batch_size": 0}, {"max_prompt_tokens": -3}])
+def test_sizes_of_a_reward_model_are_checked_before_it_is_read(arguments):
+    spec = RewardSpec("copg_jax.rewards.RewardModel", {"path": "no/such/folder"} | arguments)
+    ((name, value),) = arguments.items()
+    with pytest.raises(InputError) as caught:
+        load_reward(spec)
+    names_all(str(caught.value), [f"{name} must be an integer >= 1", str(value)])
+
+
+def huge(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """Finite, and twice that is not."""
+    return [1.0, -3e38]
+
+
+@pytest.mark.parametrize("weights", [[2.0], [1.0, 1.0], [-2e30]])
+def test_a_weighted_sum_that_float32_cannot_hold_is_refused_with_the_row(weights):
+    function = WeightedRewards([RewardSpec(f"{__name__}.huge", {}, w) for w in weights])
+    with pytest.raises(InputError, match=r"f:2: the weighted sum of the rewards is -?6e\+"):
+        function(["p", "p"], ["a", "b"], {}, ["f:1", "f:2"])
 
 
 def empties(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:

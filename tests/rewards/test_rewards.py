@@ -1,6 +1,7 @@
 """Reward functions: what a spec may name, what a function may answer, and the shipped ones."""
 
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 
 from copg_jax import rewards
-from copg_jax.config.sections import RewardSpec
-from copg_jax.data.formats.columns import TextGroup
-from copg_jax.data.groups import TokenGroup, collate
+from copg_jax.config.sections import Limits, RewardSpec
+from copg_jax.data.formats.choice import FormatChoice
+from copg_jax.data.formats.columns import to_group
+from copg_jax.data.formats.texts import TextGroup
+from copg_jax.data.groups import collate, tokenize_group
 from copg_jax.data.tokenizer import Encoder, load_tokenizer
 from copg_jax.errors import InputError
 from copg_jax.hf import weights as hf_weights
@@ -150,6 +153,7 @@ def folder(tmp_path_factory) -> Path:
 
 PROMPTS = ["A short prompt", "A short prompt", "Another", "A short prompt"]
 TEXTS = [" one summary", "another, longer summary", " x", "one summary"]
+POST = "SUBREDDIT: r/tifu\n\nTITLE: My bike\n\nPOST: It broke.\n\nTL;DR:"
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +165,6 @@ def together(folder) -> list[float]:
 def test_the_reward_model_s_numbers_do_not_depend_on_the_batch(folder, together):
     model = RewardModel(str(folder))
     assert np.ptp(together) > 0.1
-    assert together[0] == pytest.approx(together[3], abs=1e-5)  # one leading blank or none
     alone = [model([p], [t])[0] for p, t in zip(PROMPTS, TEXTS, strict=True)]
     np.testing.assert_allclose(alone, together, atol=1e-5)
     order = [2, 3, 1, 0]
@@ -181,23 +184,25 @@ def test_the_reward_model_uses_all_devices_where_their_number_does_not_divide_it
     np.testing.assert_allclose(model(PROMPTS, TEXTS), together, atol=1e-5)
 
 
-def test_the_reward_model_gives_the_number_that_its_training_saw(folder, together):
+@pytest.mark.parametrize(
+    "prompt", ["A short prompt", "Answer: ", "TITLE: t\n\nnews\n\nTL;DR:", POST]
+)
+def test_the_reward_model_gives_the_number_that_its_training_saw(folder, prompt):
     arch = hf_weights.read_architecture(folder)
     params = hf_weights.load_params(folder, arch, head="score")
-    encoder = Encoder(load_tokenizer(folder))
-    group = TokenGroup(
-        "i",
-        "w",
-        PROMPTS[0],
-        np.asarray(encoder.encode_prompt(PROMPTS[0]), np.int32),
-        tuple(TEXTS[:2]),
-        tuple(
-            np.asarray(encoder.encode_completion(t), np.int32) for t in (TEXTS[0], " " + TEXTS[1])
-        ),
-    )
-    batch = collate([group, None], prompt_size=40, num_completions=3, completion_size=40)
+    row = {"prompt": prompt, "chosen": TEXTS[0], "rejected": TEXTS[1]}
+    group = FormatChoice("auto" if prompt == POST else "text").render(to_group("f:1", row))
+    tokens = tokenize_group(group, Encoder(load_tokenizer(folder)), Limits(), Counter())
+    batch = collate([tokens, None], prompt_size=64, num_completions=3, completion_size=40)
     scores = jax.jit(make_score(arch))(params, batch)
-    np.testing.assert_allclose(scores[0, :2], together[:2], atol=1e-5)
+    given = RewardModel(str(folder))([prompt] * 2, TEXTS[:2])
+    np.testing.assert_allclose(scores[0, :2], given, atol=1e-5)
+
+
+def test_one_leading_blank_or_none_is_the_same_behind_a_post_alone(folder):
+    post, other = (RewardModel(str(folder))([p] * 2, ["one", " one"]) for p in (POST, "Say one:"))
+    assert post[0] == pytest.approx(post[1], abs=1e-6)
+    assert abs(other[0] - other[1]) > 1e-3
 
 
 def test_an_empty_generation_has_a_reward_too(folder):

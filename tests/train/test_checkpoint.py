@@ -1,5 +1,7 @@
 """Checkpoints: the newest and the best are kept, any mesh restores, other models are refused."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -138,3 +140,94 @@ def test_a_state_that_halted_may_try_again_when_restored(tmp_path, trained):
         checkpoints.save(1, trained.state._replace(halted=jnp.bool_(True)))
     with Checkpoints(tmp_path) as checkpoints:
         assert not checkpoints.restore(1, trained.abstract, trained.layout).halted
+
+
+def damage(folder) -> None:
+    """Flips a bit of the largest file of a saved step: one of arrays."""
+    path = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def save_steps(folder, trained, values, **options) -> None:
+    with Checkpoints(folder, **options) as checkpoints:
+        for at, value in values.items():
+            checkpoints.save(at, trained.state._replace(step=jnp.int32(at)), value)
+
+
+def test_a_damaged_newest_step_is_set_aside_and_may_be_saved_again(tmp_path, trained, caplog):
+    save_steps(tmp_path, trained, {1: None, 2: None})
+    damage(tmp_path / "2")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step == 1
+        assert int(checkpoints.restore(1, trained.abstract, trained.layout).step) == 1
+        checkpoints.save(2, trained.state)
+    names_all(caplog.text, ["damaged or changed", "damaged-2-0", "from the one before it"])
+    damage(tmp_path / "2")
+    with Checkpoints(tmp_path) as checkpoints:  # the folders set aside do not meet
+        assert checkpoints.latest_step == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "damaged-2-0", "damaged-2-1"]
+
+
+@pytest.mark.parametrize("stray", ["emptied", "without checksums"])
+def test_a_step_that_is_not_whole_is_no_step(tmp_path, trained, stray):
+    save_steps(tmp_path, trained, {1: None})
+    if stray == "emptied":
+        (tmp_path / "7").mkdir()
+    else:
+        shutil.copytree(tmp_path / "1", tmp_path / "7")
+        (tmp_path / "7" / "checksums.json").unlink()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step == 1
+
+
+def test_a_run_without_a_whole_step_begins_anew(tmp_path, trained):
+    save_steps(tmp_path, trained, {1: 3.0, 2: 1.0}, best_metric=METRIC)
+    damage(tmp_path / "1")
+    damage(tmp_path / "2")
+    with Checkpoints(tmp_path, best_metric=METRIC) as checkpoints:
+        assert checkpoints.latest_step is None and checkpoints.best() is None
+
+
+@pytest.mark.parametrize("how", ["changed", "deleted"])
+def test_a_damaged_best_step_is_named_and_not_replaced_by_another(tmp_path, trained, how):
+    save_steps(tmp_path, trained, {1: 3.0, 2: 1.0, 3: 2.0}, best_metric=METRIC)
+    if how == "changed":
+        damage(tmp_path / "1")
+    else:
+        shutil.rmtree(tmp_path / "1")
+    with pytest.raises(InputError, match=rf"{tmp_path}/1/.*the best step until 3.*delete"):
+        Checkpoints(tmp_path, best_metric=METRIC)
+
+
+def test_a_best_step_that_a_damaged_one_has_replaced_is_forgotten_until_then(tmp_path, trained):
+    save_steps(tmp_path, trained, {1: 3.0, 2: 1.0, 3: 2.0, 4: 5.0}, best_metric=METRIC)
+    assert not (tmp_path / "1").exists()
+    damage(tmp_path / "4")
+    with Checkpoints(tmp_path, best_metric=METRIC) as checkpoints:
+        assert checkpoints.latest_step == 3 and checkpoints.best() == (1, 3.0)
+        with pytest.raises(InputError, match="wanted the checkpoint of step 1"):
+            checkpoints.restore_params(1, trained.abstract, trained.layout)
+        checkpoints.save(4, trained.state, 5.0)
+        assert checkpoints.best() == (4, 5.0)
+
+
+def test_a_step_gets_its_rank_without_being_written_again(tmp_path, trained):
+    with Checkpoints(tmp_path, best_metric=METRIC) as checkpoints:
+        checkpoints.save(1, trained.state, is_evaluated=False)
+    arrays = {path: path.stat().st_mtime_ns for path in (tmp_path / "1" / "default").rglob("*")}
+    with Checkpoints(tmp_path, best_metric=METRIC) as checkpoints:
+        assert not checkpoints.is_evaluated(1)
+        checkpoints.save(1, trained.state, 2.0)
+    with Checkpoints(tmp_path, best_metric=METRIC) as checkpoints:
+        assert checkpoints.is_evaluated(1) and checkpoints.best() == (1, 2.0)
+    assert arrays == {p: p.stat().st_mtime_ns for p in (tmp_path / "1" / "default").rglob("*")}
+
+
+def test_what_an_ended_save_has_left_is_removed(tmp_path, trained):
+    save_steps(tmp_path, trained, {1: None})
+    (tmp_path / "1").rename(tmp_path / "2.orbax-checkpoint-tmp")
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, trained.state)
+    assert [path.name for path in tmp_path.iterdir()] == ["3"]

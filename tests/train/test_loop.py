@@ -14,6 +14,7 @@ import pytest
 
 from copg_jax.config.sections import TrainingConfig
 from copg_jax.errors import InputError
+from copg_jax.runtime import make_pause
 from copg_jax.tracking import MetricsLogger
 from copg_jax.train import loop
 from copg_jax.train import metrics as train_metrics
@@ -130,6 +131,90 @@ def test_a_run_that_sigterm_interrupts_and_resumes_is_the_uninterrupted_one_bit_
     assert lines(tmp_path) == lines(whole[0])
     with Checkpoints(tmp_path / "checkpoints", best_metric=METRIC) as checkpoints:
         assert checkpoints.best() == (2, 10.0)
+
+
+def leaves_while_evaluating(at: int, number: int) -> tuple[loop.Evaluate, list[int]]:
+    """An evaluation of five batches, and a signal in the second one at step `at`."""
+    pause, begun = make_pause(mesh()), []
+
+    def evaluate(params: Any, step: int) -> tuple[dict[str, float], dict[str, str]]:
+        for batch in range(5):
+            begun.append(step)
+            if (step, batch) == (at, 1):
+                os.kill(os.getpid(), number)
+            pause()
+        return reward_of(params, step)
+
+    return evaluate, begun
+
+
+@pytest.mark.parametrize(
+    ("at", "number", "code"),
+    [
+        (0, signal.SIGTERM, 143),
+        (2, signal.SIGTERM, 143),
+        (4, signal.SIGINT, 130),
+        (6, signal.SIGHUP, 129),
+        (STEPS, signal.SIGTERM, 143),
+    ],
+)
+def test_a_run_leaves_an_evaluation_at_the_next_batch_and_owes_it(
+    whole, tmp_path, at, number, code, capfd
+):
+    evaluate, begun = leaves_while_evaluating(at, number)
+    with pytest.raises(SystemExit) as caught:
+        train(tmp_path, evaluate=evaluate)
+    assert caught.value.code == code
+    assert begun.count(at) == 2
+    assert f"{signal.Signals(number).name}: saved step {at} of {STEPS}" in capfd.readouterr().out
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.latest_step == (at or None)
+        assert at == 0 or not checkpoints.is_evaluated(at)
+    assert [row for row in lines(tmp_path) if METRIC in row and row["step"] == at] == []
+    assert_trees_equal(train(tmp_path), whole[1])
+    assert lines(tmp_path) == lines(whole[0])
+
+
+def test_a_hangup_saves_and_leaves_unless_it_is_ignored(whole, tmp_path):
+    with pytest.raises(SystemExit) as caught:
+        train(tmp_path / "cut", spoil=signal_at(3, signal.SIGHUP))
+    assert caught.value.code == 129
+    assert_trees_equal(train(tmp_path / "cut"), whole[1])
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
+    try:
+        assert_trees_equal(train(tmp_path / "on", spoil=signal_at(3, signal.SIGHUP)), whole[1])
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_save_that_fails_in_the_background_is_noticed_at_the_next_step(tmp_path, monkeypatch):
+    started: list[int] = []
+
+    def watch(step_fn: loop.StepFn) -> loop.StepFn:
+        def noted(step: int, state: TrainState, batch: Any) -> Any:
+            started.append(step)
+            return step_fn(step, state, batch)
+
+        return noted
+
+    save = Checkpoints.save
+
+    def failing(self: Checkpoints, step: int, *arguments: Any, **options: Any) -> None:
+        save(self, step, *arguments, **options)
+        if step == 2:
+            # What the thread that saves leaves behind.
+            self._manager.wait_until_finished()
+            self._manager._finalize_thread.get_not_none().exception = OSError(28, "full")
+
+    monkeypatch.setattr(Checkpoints, "save", failing)
+    with pytest.raises(OSError, match="full"):
+        train(tmp_path, watch=watch, evaluate=None, save_every=2)
+    assert started == [1, 2, 3]
+
+
+def test_saving_says_nothing_of_its_own(tmp_path, caplog):
+    train(tmp_path)
+    assert [record for record in caplog.records if record.name == "absl"] == []
 
 
 def test_a_run_that_is_killed_without_notice_goes_on_from_the_last_checkpoint(whole, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from copg_jax.config.sections import OptimConfig
 from copg_jax.errors import InputError
-from copg_jax.train.optim import learning_rate, make_optimizer
+from copg_jax.train.optim import learning_rate, make_optimizer, warmup_steps
 
 
 def rates(config: OptimConfig, num_steps: int) -> np.ndarray:
@@ -52,6 +52,17 @@ def test_cosine_falls_from_the_peak_to_zero_at_the_last_step():
     assert learning_rate(config, 50, 30) == pytest.approx(1.0)  # half way through the decay
     assert learning_rate(config, 50, 50) == pytest.approx(0.0, abs=1e-6)
     assert learning_rate(config, 50, 49) > 0
+
+
+@pytest.mark.parametrize("num_steps", [10**18, 10**25])
+@pytest.mark.parametrize("decay", ["constant", "cosine"])
+def test_the_rate_of_a_run_of_any_length_is_exact(decay, num_steps):
+    config = OptimConfig(learning_rate=2.0, warmup_fraction=0.1, decay=decay)
+    assert warmup_steps(config, num_steps) == pytest.approx(num_steps / 10)
+    assert learning_rate(config, num_steps, 0) == pytest.approx(20.0 / num_steps)
+    assert learning_rate(config, num_steps, num_steps // 5) == pytest.approx(
+        2.0 if decay == "constant" else 1 + np.cos(np.pi / 9)
+    )
 
 
 @pytest.mark.parametrize("decay", ["constant", "cosine"])

@@ -1,86 +1,38 @@
-"""Rows of every public TL;DR schema, as groups of text.
+"""Rows of every public schema, as groups of text.
 
 1. `detect_schema` recognises a row by its field names alone.
-2. `to_group` makes a `TextGroup` of it: prompts in one exact format, completions with one
-   leading blank.
+2. `to_group` makes a `TextGroup` of it, with the texts as the row has them.
 3. What cannot be used raises `InvalidRow`; news articles come back as a reason to leave them out.
 """
 
+import json
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from copg_jax.config.schema import FLOAT32_MAX
-from copg_jax.data.formats.tldr import (
-    Post,
-    format_prompt,
-    is_news_prompt,
-    normalize_completion,
-    parse_prompt,
-)
-from copg_jax.data.rows import Row
-from copg_jax.errors import InputError
+from copg_jax.data.formats.texts import TextGroup
+from copg_jax.data.formats.tldr import NEWS, Post, format_prompt
+from copg_jax.data.rows import InvalidRow, Row
 
-NEWS = "CNN/DM article, not a TL;DR post"
 PAIR_SCORES = ("score_{}", "{}_score", "reward_{}", "{}_reward")
 """Names of the scores of a pair, "chosen" or "rejected" in the braces; they are its rewards."""
 
 
-@dataclass(frozen=True)
-class TextGroup:
-    """One prompt with K completions as text; `where` is the `file:line` it came from.
-
-    `rewards` has one entry per completion; None marks a completion to leave out. `is_choice`: they
-    are a human choice, 1 and 0, and no scores.
-    """
-
-    id: str
-    where: str
-    prompt: str
-    completions: tuple[str, ...]
-    rewards: tuple[float | None, ...] | None = None
-    columns: dict[str, Any] = field(default_factory=dict)
-    is_choice: bool = False
-
-
-class InvalidRow(InputError):
-    """A bad row; `reason` is the short text under which `invalid_rows=drop` counts it."""
-
-    def __init__(self, where: str, reason: str, detail: str) -> None:
-        super().__init__(
-            f"{where}: {detail} Fix the row, or set data.invalid_rows=drop to leave out and count "
-            "such rows."
-        )
-        self.reason = reason
+_MAX_NESTING = 100  # far above real data, far below what a library may recurse
 
 
 def to_group(where: str, row: Row) -> TextGroup | str:
     """Makes a group of one row of any known schema, or returns the reason why it is left out.
 
     Raises:
-        InvalidRow: unknown schema, missing or mistyped field, empty or identical texts, number
-            that is not finite.
+        InvalidRow: unknown schema, missing or mistyped field, no prompt, number that is not finite,
+            or what no file could hold.
     """
+    _check_values(where, row)
     group = detect_schema(where, row).make(where, row)
-    if isinstance(group, str):
-        return group
-    if not group.prompt.strip():
+    if isinstance(group, TextGroup) and not group.prompt.strip():
         raise InvalidRow(where, "empty prompt", "field 'prompt' is empty.")
-    post = parse_prompt(group.prompt)
-    if post is not None and not post.post.strip():
-        raise InvalidRow(where, "empty post", "the post is empty: wanted text to summarise.")
-    for index, text in enumerate(group.completions):
-        if not text.strip():
-            raise InvalidRow(
-                where, "empty completion", f"completion {index} is empty: wanted text."
-            )
-    if len(group.completions) > 1 and len(set(group.completions)) == 1:
-        raise InvalidRow(
-            where,
-            "identical completions",
-            f"all {len(group.completions)} completions are the same text, so nothing tells them "
-            "apart.",
-        )
     return group
 
 
@@ -120,8 +72,9 @@ def _post_row(where: str, row: Row) -> TextGroup:
         _id(where, row),
         where,
         format_prompt(post),
-        (normalize_completion(summary),),
+        (summary,),
         columns=columns,
+        is_framed=True,
     )
 
 
@@ -134,7 +87,7 @@ def _comparison_row(where: str, row: Row) -> TextGroup | str:
     for index, summary in enumerate(_typed(where, row, "summaries", list)):
         if not isinstance(summary, dict):
             raise _type_error(where, f"summaries[{index}]", "an object", summary)
-        texts.append(normalize_completion(_text(where, summary, "text", f"summaries[{index}].")))
+        texts.append(_text(where, summary, "text", f"summaries[{index}]."))
     choice = row["choice"]
     if len(texts) != 2 or isinstance(choice, bool) or choice not in (0, 1):
         raise InvalidRow(
@@ -145,13 +98,20 @@ def _comparison_row(where: str, row: Row) -> TextGroup | str:
     rewards = (1.0 - choice, float(choice))
     columns = {"subreddit": post.subreddit, "title": post.title}
     return TextGroup(
-        _id(where, info), where, format_prompt(post), tuple(texts), rewards, columns, is_choice=True
+        _id(where, info),
+        where,
+        format_prompt(post),
+        tuple(texts),
+        rewards,
+        columns,
+        chosen=int(choice),
+        is_choice=True,
+        is_framed=True,
     )
 
 
-def _pair_row(where: str, row: Row) -> TextGroup | str:
-    # CarperAI's texts begin with the frame's own "TL;DR:", which our prompt ends with.
-    texts = tuple(_text(where, row, name).removeprefix("TL;DR:") for name in ("chosen", "rejected"))
+def _pair_row(where: str, row: Row) -> TextGroup:
+    texts = tuple(_text(where, row, name) for name in ("chosen", "rejected"))
     kinds = [[form.format(side) for side in ("chosen", "rejected")] for form in PAIR_SCORES]
     kinds = [names for names in kinds if any(row.get(name) is not None for name in names)]
     if len(kinds) + (row.get("rewards") is not None) > 1:
@@ -162,19 +122,19 @@ def _pair_row(where: str, row: Row) -> TextGroup | str:
     rewards = _rewards(where, row, len(texts)) or _numbers(where, scores)
     used = ("prompt", "chosen", "rejected", "rewards")
     group = _prompt_row(where, row, texts, rewards or (1.0, 0.0), used=used)
-    return group if isinstance(group, str) else replace(group, is_choice=not rewards)
+    return replace(group, chosen=0, is_choice=not rewards)
 
 
-def _completion_row(name: str) -> Callable[[str, Row], TextGroup | str]:
-    def make(where: str, row: Row) -> TextGroup | str:
+def _completion_row(name: str) -> Callable[[str, Row], TextGroup]:
+    def make(where: str, row: Row) -> TextGroup:
         text = _text(where, row, name)
-        row = {**row, "reference": row.get("reference", text.strip())}
+        row = {**row, "reference": row.get("reference", text)}
         return _prompt_row(where, row, (text,), None, used=("prompt", name))
 
     return make
 
 
-def _group_row(where: str, row: Row) -> TextGroup | str:
+def _group_row(where: str, row: Row) -> TextGroup:
     texts = tuple(_typed(where, row, "completions", list))
     for index, text in enumerate(texts):
         if not isinstance(text, str):
@@ -196,24 +156,11 @@ def _prompt_row(
     rewards: tuple[float | None, ...] | None,
     *,
     used: Collection[str],
-) -> TextGroup | str:
+) -> TextGroup:
     """Shared end of the schemas with a ready-made prompt; fields not `used` become columns."""
     prompt = _text(where, row, "prompt")
-    if is_news_prompt(prompt):
-        return NEWS
     columns = {name: value for name, value in row.items() if name not in used and name != "id"}
-    post = parse_prompt(prompt)
-    if post is not None:
-        prompt = format_prompt(post)
-        columns = {"subreddit": post.subreddit, "title": post.title} | columns
-    return TextGroup(
-        _id(where, row),
-        where,
-        prompt,
-        tuple(map(normalize_completion, texts)),
-        rewards,
-        columns=columns,
-    )
+    return TextGroup(_id(where, row), where, prompt, texts, rewards, columns)
 
 
 # First match wins: those with more, and more particular, fields come first.
@@ -225,6 +172,31 @@ SCHEMAS = (
     Schema("prompt and completion", ("prompt", "completion"), _completion_row("completion")),
     Schema("prompt and label (CarperAI)", ("prompt", "label"), _completion_row("label")),
 )
+
+
+def _check_values(where: str, row: Row) -> None:
+    """Raises InvalidRow for what neither a tokenizer, a file nor a reward function could take."""
+    for name, value in row.items():
+        if _depth(value) > _MAX_NESTING:
+            detail = f"field {name!r} is nested deeper than {_MAX_NESTING} levels."
+            raise InvalidRow(where, "nested too deep", detail)
+        try:
+            json.dumps({name: value}, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            detail = (
+                f"field {name!r} has half of a surrogate pair, {error.object[error.start]!r}, "
+                "which is no Unicode text: an emoji was cut in two."
+            )
+            raise InvalidRow(where, "half a surrogate pair", detail) from error
+
+
+def _depth(value: Any) -> int:
+    """Levels of lists and objects, without recursion."""
+    depth, level = 0, [value]
+    while level := [v for v in level if isinstance(v, list | tuple | dict)]:
+        depth += 1
+        level = [v for some in level for v in (some.values() if isinstance(some, dict) else some)]
+    return depth
 
 
 def _id(where: str, row: Row) -> str:

@@ -3,7 +3,7 @@
 1. `format_prompt` writes `SUBREDDIT: r/... TITLE: ... POST: ... TL;DR:`, with no trailing blank.
 2. `parse_prompt` finds the post in a prompt that another tool wrote, so that it can be cut too.
 3. `truncate_prompt` cuts the post, never the frame around it, until the prompt is short enough.
-4. `format_hash` tells data that was made by other conventions.
+4. `Tldr` is the format with these conventions.
 5. `post_fraction` places a post in [0, 1) by a hash: a split in which no post is on both sides.
 """
 
@@ -11,16 +11,20 @@ import hashlib
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
-NAME = "tldr"
-VERSION = 1  # counted up with every change by which a row gets another text
+from copg_jax.data.formats.texts import TextGroup
+from copg_jax.data.rows import InvalidRow
+
+VERSION = 2  # counted up with every change by which a row gets another text
+NEWS = "CNN/DM article, not a TL;DR post (data.format=text would keep a prompt like this)"
 
 _SUFFIX = "\n\nTL;DR:"
-# Greedy post: the last "TL;DR:" is the frame's own, so that parsing undoes formatting exactly.
-_OPENAI = re.compile(r"SUBREDDIT: r/([^\n]*)\n\nTITLE: (.*?)\n\nPOST: (.*)\n\nTL;DR:\s*", re.DOTALL)
+# The ends of both frames are taken off before, lest an expression try every place for them.
+_OPENAI = re.compile(r"SUBREDDIT: r/([^\n]*)\n\nTITLE: (.*?)\n\nPOST: (.*)", re.DOTALL)
 # CarperAI's copies: single newlines, a trailing blank or no "TL;DR:" at all.
-_CARPER = re.compile(r"SUBREDDIT: r/([^\n]*)\nTITLE: (.*?)\nPOST: (.*?)(?:\nTL;DR:)?\s*", re.DOTALL)
+_CARPER = re.compile(r"SUBREDDIT: r/([^\n]*)\nTITLE: (.*?)\nPOST: (.*)", re.DOTALL)
 _NEWS = re.compile(r"TITLE: .*\n\nTL;DR:\s*", re.DOTALL)
 
 # Cutting text changes the tokens next to the cut, not those further away; 32 is far beyond any
@@ -43,8 +47,14 @@ def format_prompt(post: Post) -> str:
 
 def parse_prompt(prompt: str) -> Post | None:
     """Reads the fields of a TL;DR prompt (in OpenAI's or CarperAI's frame); None for other text."""
-    match = _OPENAI.fullmatch(prompt) or _CARPER.fullmatch(prompt)
-    return Post(*match.groups()) if match else None
+    text = prompt.rstrip()
+    # The last "TL;DR:" is the frame's own, so that parsing undoes formatting exactly.
+    if text.endswith(_SUFFIX) and (match := _OPENAI.fullmatch(text.removesuffix(_SUFFIX))):
+        return Post(*match.groups())
+    if match := _CARPER.fullmatch(prompt):
+        subreddit, title, post = match.groups()
+        return Post(subreddit, title, post.rstrip().removesuffix("\nTL;DR:"))
+    return None
 
 
 def is_news_prompt(prompt: str) -> bool:
@@ -72,17 +82,17 @@ def truncate_prompt(
     ends = token_ends(prompt)
     if len(ends) <= max_tokens:
         return prompt
-    post = parse_prompt(prompt)
-    if post is None:
+    parsed = parse_prompt(prompt)
+    if parsed is None:
         return None
-    head = len(_head(post))
-    after_post = len(ends) - bisect_right(ends, head + len(post.post))
-    for cut in _cuts(post.post):
-        if not post.post[:cut].strip():
-            return None
-        if bisect_right(ends, head + cut) + after_post > max_tokens + _SLACK_TOKENS:
-            continue
-        shorter = format_prompt(post._replace(post=post.post[:cut]))
+    post, head = parsed.post, len(_head(parsed))
+    after_post = len(ends) - bisect_right(ends, head + len(post))
+    few_enough = max_tokens + _SLACK_TOKENS - after_post
+    if few_enough < 0:
+        return None
+    most = ends[few_enough] - head - 1 if few_enough < len(ends) else len(post)
+    for cut in _cuts(post, most):
+        shorter = format_prompt(parsed._replace(post=post[:cut]))
         if len(token_ends(shorter)) <= max_tokens:
             return shorter
     return None
@@ -93,10 +103,55 @@ def normalize_completion(text: str) -> str:
     return " " + text.lstrip(" ")
 
 
-def format_hash() -> str:
-    """Hash of the conventions: where a row gets another text, it is another."""
-    sample = VERSION, format_prompt(Post("subreddit", "title", "post")), normalize_completion("end")
-    return hashlib.sha256(repr(sample).encode()).hexdigest()[:16]
+class Tldr:
+    """Prompts in the frame of TL;DR, completions with one leading blank."""
+
+    name = "tldr"
+
+    @property
+    def hash(self) -> str:
+        """See `TextFormat`."""
+        post = Post("subreddit", "title", "post")
+        sample = VERSION, format_prompt(post), normalize_completion("end")
+        return hashlib.sha256(repr(sample).encode()).hexdigest()[:16]
+
+    def recognises(self, group: TextGroup) -> bool:
+        """Posts, and the news articles that lie among them in TRL's copies."""
+        prompt = group.prompt
+        return group.is_framed or parse_prompt(prompt) is not None or is_news_prompt(prompt)
+
+    def render(self, group: TextGroup) -> TextGroup | str:
+        """One frame however it was written; news articles are left out.
+
+        Raises:
+            InvalidRow: the post is empty.
+        """
+        if is_news_prompt(group.prompt):
+            return NEWS
+        texts, columns, prompt = group.completions, group.columns, group.prompt
+        post = parse_prompt(prompt)
+        if post is not None:
+            if not post.post.strip():
+                detail = "the post is empty: wanted text to summarise."
+                raise InvalidRow(group.where, "empty post", detail)
+            if prompt != format_prompt(post):
+                # CarperAI's texts begin with the frame's own "TL;DR:", which our prompt ends with.
+                texts = tuple(text.removeprefix("TL;DR:") for text in texts)
+            prompt = format_prompt(post)
+            columns = {"subreddit": post.subreddit, "title": post.title} | columns
+        return replace(
+            group,
+            prompt=prompt,
+            completions=tuple(map(normalize_completion, texts)),
+            columns=columns,
+            format=self.name,
+        )
+
+    def cut(
+        self, prompt: str, token_ends: Callable[[str], Sequence[int]], max_tokens: int
+    ) -> str | None:
+        """See `truncate_prompt`."""
+        return truncate_prompt(prompt, token_ends, max_tokens)
 
 
 def post_fraction(prompt: str) -> float:
@@ -114,13 +169,19 @@ def _head(post: Post) -> str:
     return f"SUBREDDIT: r/{post.subreddit}\n\nTITLE: {post.title}\n\nPOST: "
 
 
-def _cuts(text: str) -> Iterator[int]:
-    """Lengths of the successive cuts of a text: at its last newline, else one character less."""
-    end = len(text)
-    while (newline := text.rfind("\n", 0, end)) != -1:
+def _cuts(text: str, most: int) -> Iterator[int]:
+    """Lengths of the successive cuts of a text, from `most` down: at its last newline, or one
+    character less where it has none, as long as more than blanks is left.
+    """
+    least = len(text) - len(text.lstrip()) + 1
+    first_newline = text.find("\n", least)
+    end = min(most + 1, len(text))
+    while (newline := text.rfind("\n", least, end)) != -1:
         end = newline
         yield end
-    yield from range(end - 1, 0, -1)
+    if "\n" not in text[:least]:
+        line_end = len(text) if first_newline == -1 else first_newline
+        yield from range(min(line_end - 1, most), least - 1, -1)
 
 
 def _collapse(text: str) -> str:

@@ -29,7 +29,8 @@ def parse(description: str | None, *, training: bool) -> argparse.Namespace:
     parser.add_argument("--cuda", action="store_true", help="on a GPU, computing in bfloat16")
     args = parser.parse_args()
     args.arch = json.loads(args.config.read_text(encoding="utf-8"))
-    lines = args.workload.read_text(encoding="utf-8").splitlines()
+    with args.workload.open(encoding="utf-8") as file:
+        lines = list(file)
     wanted = args.batch * (args.warmup + args.steps if training else 1)
     found = [json.loads(line) for line in lines]
     # Seen again where they are too few, as in ours.

@@ -2,7 +2,11 @@
 
 import pytest
 
-from copg_jax.data.formats.columns import NEWS, InvalidRow, to_group
+from copg_jax.data.formats.choice import FormatChoice
+from copg_jax.data.formats.columns import to_group
+from copg_jax.data.formats.texts import TextGroup
+from copg_jax.data.formats.tldr import NEWS
+from copg_jax.data.rows import InvalidRow
 
 CARPER = "SUBREDDIT: r/tifu\nTITLE: My bike\nPOST: It broke.\nTwice.\nTL;DR: "
 ARTICLE = {
@@ -13,6 +17,12 @@ ARTICLE = {
     "post": None,
     "subreddit": None,
 }
+
+
+def read(where, row):
+    """The group of a row that is the first of its data set."""
+    group = to_group(where, row)
+    return FormatChoice("auto").render(group) if isinstance(group, TextGroup) else group
 
 
 def sft_rows(sft_row, prompt):
@@ -40,45 +50,43 @@ def pair_rows(prompt):
 
 def test_every_single_completion_schema_gives_the_same_group(sft_row, prompt):
     for row in sft_rows(sft_row, prompt):
-        group = to_group("f:1", row)
+        group = read("f:1", row)
         assert (group.prompt, group.completions, group.rewards) == (prompt, (" bike broke",), None)
-        assert group.columns == {
-            "reference": "bike broke",
-            "subreddit": "tifu",
-            "title": "My bike",
-        }
+        reference = group.columns.pop("reference")
+        assert reference == row.get("completion", "bike broke")  # as it was given
+        assert group.columns == {"subreddit": "tifu", "title": "My bike"}
 
 
 def test_every_pair_schema_gives_reward_one_to_the_chosen(comparison_row, prompt):
     for row in pair_rows(prompt):
-        group = to_group("f:1", row)
+        group = read("f:1", row)
         assert (group.prompt, group.completions) == (prompt, (" no bike", " bike broke"))
         assert group.rewards == (1.0, 0.0)
         assert group.columns == {"subreddit": "tifu", "title": "My bike"}
-    group = to_group("f:1", comparison_row)
+    group = read("f:1", comparison_row)
     assert (group.prompt, group.completions) == (prompt, (" bike broke", " no bike"))
     assert group.rewards == (0.0, 1.0) and group.id == "t3_a"
     comparison_row["choice"] = 0
-    assert to_group("f:1", comparison_row).rewards == (1.0, 0.0)
+    assert read("f:1", comparison_row).rewards == (1.0, 0.0)
 
 
 @pytest.mark.parametrize("names", ["score_{}", "{}_score", "reward_{}", "{}_reward"])
 def test_scores_of_a_pair_are_its_rewards_and_a_margin_is_none(names, prompt):
     pair = {"prompt": prompt, "chosen": "a", "rejected": "b", "margin": 3.0}
     scores = {names.format("chosen"): 7, names.format("rejected"): 7.5}
-    group = to_group("f:1", pair | scores)
+    group = read("f:1", pair | scores)
     assert group.rewards == (7, 7.5) and not group.is_choice
     scores[names.format("chosen")] = None
-    assert to_group("f:1", pair | scores).rewards == (None, 7.5)
+    assert read("f:1", pair | scores).rewards == (None, 7.5)
     for row in (pair, pair | dict.fromkeys(scores)):
-        group = to_group("f:1", row)
+        group = read("f:1", row)
         assert group.rewards == (1.0, 0.0) and group.is_choice
 
 
 def test_a_choice_is_told_from_scores_that_look_like_one(comparison_row, prompt):
-    assert to_group("f:1", comparison_row).is_choice
+    assert read("f:1", comparison_row).is_choice
     pairs, scored = pair_rows(prompt)[:2], pair_rows(prompt)[2]
-    assert [to_group("f:1", row).is_choice for row in (*pairs, scored)] == [True, True, False]
+    assert [read("f:1", row).is_choice for row in (*pairs, scored)] == [True, True, False]
 
 
 def test_groups_of_k_keep_null_rewards_and_other_columns():
@@ -88,25 +96,31 @@ def test_groups_of_k_keep_null_rewards_and_other_columns():
         "rewards": [0.5, None, 2],
         "topic": "letters",
     }
-    group = to_group("dir/f.jsonl:7", row)
-    assert group.prompt == "Say a." and group.completions == (" a", " b", " c")
+    group = read("dir/f.jsonl:7", row)
+    assert group.prompt == "Say a." and group.completions == ("a", "b", "c")
     assert group.rewards == (0.5, None, 2)
     assert group.columns == {"topic": "letters"} and group.id == "f.jsonl:7"
-    assert to_group("f:1", {"prompt": "Say a.", "completions": ["a"]}).rewards is None
+    assert read("f:1", {"prompt": "Say a.", "completions": ["a"]}).rewards is None
     # ln π_ref comes with scored data only: here it is a column like any other.
-    group = to_group("f:1", row | {"ref_logps": [-1.0, -2.0, -3.0]})
+    group = read("f:1", row | {"ref_logps": [-1.0, -2.0, -3.0]})
     assert group.columns == {"topic": "letters", "ref_logps": [-1.0, -2.0, -3.0]}
+
+
+def test_a_tldr_prefix_is_cut_off_behind_a_prompt_in_carper_s_frame_alone(prompt):
+    for frame, wanted in ((CARPER, " a"), (prompt, " TL;DR: a"), ("Summarise: x", "TL;DR: a")):
+        group = read("f:1", {"prompt": frame, "chosen": "TL;DR: a", "rejected": "b"})
+        assert group.completions[0] == wanted
 
 
 def test_news_articles_are_left_out_in_every_schema(comparison_row):
     news = "TITLE: t\n\ntext\n\nTL;DR:"
-    assert to_group("f:1", comparison_row | {"info": ARTICLE}) == NEWS
-    assert to_group("f:1", {"prompt": news, "chosen": "a", "rejected": "b"}) == NEWS
+    assert read("f:1", comparison_row | {"info": ARTICLE}) == NEWS
+    assert read("f:1", {"prompt": news, "chosen": "a", "rejected": "b"}) == NEWS
 
 
 def test_an_unknown_schema_lists_what_was_got_and_all_that_is_known():
     with pytest.raises(InvalidRow) as error:
-        to_group("f.jsonl:3", {"prompt": "p", "chosen": "c", "extra": 1})
+        read("f.jsonl:3", {"prompt": "p", "chosen": "c", "extra": 1})
     text = str(error.value)
     assert text.startswith("f.jsonl:3: fields ['rejected'] are missing")
     assert "got ['chosen', 'extra', 'prompt']" in text
@@ -119,6 +133,14 @@ def bad(row, **changes):
     return {name: value for name, value in (row | changes).items() if value is not ...}
 
 
+def nested(depth):
+    """A list of a list of a list."""
+    value = []
+    for _ in range(depth - 1):
+        value = [value]
+    return value
+
+
 GROUP = {"prompt": "p", "completions": ["a", "b"], "rewards": [1.0, 0.0]}
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
 BAD_ROWS = [
@@ -126,7 +148,7 @@ BAD_ROWS = [
     (bad(PAIR, prompt=3), "wrong type", r"field 'prompt': wanted a string, got int \(3\)"),
     (bad(PAIR, chosen=""), "empty completion", "completion 0 is empty"),
     (bad(PAIR, rejected=None), "wrong type", "'rejected': wanted a string, got NoneType"),
-    (bad(PAIR, chosen=" b"), "identical completions", "all 2 completions are the same text"),
+    (bad(PAIR, chosen="b"), "identical completions", "all 2 completions are the same text"),
     (bad(GROUP, completions=["a", "a"]), "identical completions", "all 2 completions"),
     (bad(GROUP, completions=[]), "empty completion", "'completions' is an empty list"),
     (bad(GROUP, completions="a"), "wrong type", "'completions': wanted a list, got str"),
@@ -137,6 +159,15 @@ BAD_ROWS = [
     (bad(GROUP, rewards=[1.0, float("nan")]), "non-finite rewards", r"'rewards\[1\]' is nan"),
     (bad(GROUP, rewards=[float("inf"), 1]), "non-finite rewards", r"'rewards\[0\]' is inf"),
     (bad(GROUP, rewards=[1, -1e39]), "non-finite rewards", r"'rewards\[1\]' is -1e\+39: .*float32"),
+    (bad(GROUP, rewards=[1, 10**400]), "non-finite rewards", r"'rewards\[1\]' is 1000"),
+    (bad(PAIR, prompt="hi \ud83d"), "half a surrogate pair", r"'prompt' has .*'\\ud83d'"),
+    (bad(PAIR, rejected="\udc00x"), "half a surrogate pair", "'rejected' has half"),
+    (bad(GROUP, completions=["a", "\ud800"]), "half a surrogate pair", "'completions' has half"),
+    (bad(GROUP, id="\ud800"), "half a surrogate pair", "'id' has half"),
+    (bad(GROUP, topic={"a": ["\ud800"]}), "half a surrogate pair", "'topic' has half"),
+    (bad(GROUP, **{"\ud800": 1}), "half a surrogate pair", r"'\\ud800' has half"),
+    (bad(GROUP, topic=nested(200)), "nested too deep", "'topic' is nested deeper than 100"),
+    (bad(GROUP, topic={"a": nested(100)}), "nested too deep", "'topic' is nested deeper"),
     (bad(PAIR, score_chosen=1), "missing field", "'score_rejected' is missing"),
     (bad(PAIR, rejected_reward=1), "missing field", "'chosen_reward' is missing"),
     (bad(PAIR, rewards=[1]), "rewards count", "'rewards' has 1 entries for 2 completions"),
@@ -166,21 +197,25 @@ BAD_ROWS = [
 @pytest.mark.parametrize(("row", "reason", "text"), BAD_ROWS)
 def test_a_bad_row_names_place_field_and_what_was_got(row, reason, text):
     with pytest.raises(InvalidRow, match=rf"f.jsonl:9: .*{text}") as error:
-        to_group("f.jsonl:9", row)
+        read("f.jsonl:9", row)
     assert error.value.reason == reason
 
 
 def test_bad_posts_and_comparisons_are_named(sft_row, comparison_row):
     with pytest.raises(InvalidRow, match="the post is empty"):
-        to_group("f:1", sft_row | {"post": "\n "})
+        read("f:1", sft_row | {"post": "\n "})
     with pytest.raises(InvalidRow, match=r"field 'title': wanted a string, got NoneType"):
-        to_group("f:1", sft_row | {"title": None})
+        read("f:1", sft_row | {"title": None})
     for choice in (2, None, True, "1"):
         with pytest.raises(InvalidRow, match="wanted 2 summaries and choice 0 or 1"):
-            to_group("f:1", comparison_row | {"choice": choice})
+            read("f:1", comparison_row | {"choice": choice})
     with pytest.raises(InvalidRow, match="got 1 and choice 1"):
-        to_group("f:1", comparison_row | {"summaries": comparison_row["summaries"][:1]})
+        read("f:1", comparison_row | {"summaries": comparison_row["summaries"][:1]})
     with pytest.raises(InvalidRow, match=r"field 'summaries\[0\].text' is missing"):
-        to_group("f:1", comparison_row | {"summaries": [{}, {}]})
+        read("f:1", comparison_row | {"summaries": [{}, {}]})
     with pytest.raises(InvalidRow, match=r"field 'info.title' is missing"):
-        to_group("f:1", comparison_row | {"info": {"post": "p", "subreddit": "x"}})
+        read("f:1", comparison_row | {"info": {"post": "p", "subreddit": "x"}})
+
+
+def test_what_is_nested_as_deep_as_data_may_be_is_kept():
+    assert read("f:1", GROUP | {"topic": nested(100)}).columns == {"topic": nested(100)}

@@ -1,5 +1,6 @@
 """Claims about the TL;DR prompt: format, parsing, cutting, split by post."""
 
+import bisect
 import random
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from copg_jax.data.formats import tldr
 from copg_jax.data.formats.tldr import (
     Post,
-    format_hash,
+    Tldr,
     format_prompt,
     is_news_prompt,
     normalize_completion,
@@ -45,8 +46,23 @@ def test_carper_prompts_parse_to_the_same_post(end):
     assert parse_prompt("SUBREDDIT: r/x\nTITLE: t\nPOST: p\nq" + end) == Post("x", "t", "p\nq")
 
 
+@pytest.mark.parametrize(
+    "post", ["a" + " " * 300_000 + "b", "a" + "\n\nPOST: " * 100_000, "\n\nTL;DR:" * 100_000 + "b"]
+)
+@pytest.mark.parametrize("frame", ["SUBREDDIT: r/x\nTITLE: t\nPOST: {}\nTL;DR:", "{}", "OpenAI"])
+def test_a_long_post_is_parsed_in_one_go(frame, post):
+    """A run that tries every place for the end of the frame would not come back."""
+    if frame == "OpenAI":
+        assert parse_prompt(format_prompt(Post("x", "t", post))) == Post("x", "t", post)
+        assert parse_prompt(format_prompt(Post("x", "t", post)) + "b") is None
+    else:
+        parsed = parse_prompt(frame.format(post))
+        assert parsed == (None if frame == "{}" else Post("x", "t", post))
+
+
 def test_other_prompts_and_news_are_told_apart():
     assert parse_prompt("Summarise: p") is None
+    assert parse_prompt("SUBREDDIT: r/x\nTITLE: t\nPOST: ") == Post("x", "t", "")
     assert is_news_prompt("TITLE: t\n\narticle\n\nTL;DR:")
     assert not is_news_prompt(format_prompt(Post("x", "t", "p")))
 
@@ -88,6 +104,21 @@ def test_a_long_post_without_newlines_is_cut_with_few_token_counts(plain):
     assert len(calls) < 200
 
 
+@pytest.mark.parametrize("post", ["a" * 800_000, "a " + "\u3000" * 799_998, "ab\n" * 266_000])
+def test_a_very_long_post_is_cut_in_steps_that_do_not_grow_with_it(plain, monkeypatch, post):
+    calls = []
+
+    def bisect_right(*arguments):
+        calls.append(arguments)
+        assert len(calls) < 100  # it was once for each character, with a copy of the text each
+        return bisect.bisect_right(*arguments)
+
+    monkeypatch.setattr(tldr, "bisect_right", bisect_right)
+    ends = Encoder(plain).token_ends
+    cut = truncate_prompt(format_prompt(Post("x", "t", post)), ends, 128)
+    assert cut is not None and 100 < len(ends(cut)) <= 128
+
+
 def test_what_cannot_be_cut_gives_none(plain):
     ends = Encoder(plain).token_ends
     assert truncate_prompt("bike " * 50, ends, 20) is None
@@ -113,15 +144,15 @@ def test_the_split_s_fractions_are_uniform():
 
 def test_the_hash_of_the_conventions_is_recorded_and_follows_each_of_them(monkeypatch):
     # Scored data of the conventions that this number stands for is refused where it changes.
-    assert format_hash() == "accfe43a5008bf89"
-    hashes = {format_hash()}
+    assert Tldr().hash == "ca17db99e99a5d0a"
+    hashes = {Tldr().hash}
     for name, other in (
-        ("VERSION", 2),
+        ("VERSION", 3),
         ("_SUFFIX", "\n\nTL;DR: "),
         ("normalize_completion", lambda text: text),
         ("_head", lambda post: f"TITLE: {post.title}\n\nPOST: "),
     ):
         with monkeypatch.context() as changed:
             changed.setattr(tldr, name, other)
-            hashes.add(format_hash())
+            hashes.add(Tldr().hash)
     assert len(hashes) == 5

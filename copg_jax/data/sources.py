@@ -1,0 +1,195 @@
+"""Which files are the data behind a path, and what they contain.
+
+1. `find_files` turns a path (file, folder or glob) into a sorted list of local files; hidden files,
+   metadata and files of other splits are none of them.
+2. `is_hub_id` tells a data set of the hub, `owner/name`, from a local path.
+3. `fingerprint` hashes the files' contents, so that prepared data is reused only while valid.
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from glob import glob, has_magic
+from pathlib import Path
+
+from copg_jax.errors import InputError
+from copg_jax.files import local_copy
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+SIDE_CAR = "scored.json"
+# Files that lie beside data and describe it.
+_METADATA = {
+    "config.json",
+    "dataset_dict.json",
+    "dataset_info.json",
+    "dataset_infos.json",
+    "metadata.json",
+    "state.json",
+}
+# Words that name a split, as the library `datasets` understands them.
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_FAMILY = {word: family for family, words in _SPLITS.items() for word in words}
+_SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(_FAMILY)})(?![a-z])")
+_NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # surrogates: bytes that are no UTF-8
+_NUM_LISTED = 5
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether `path` means a hub data set: `owner/name`, and neither is local."""
+    return (
+        re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None
+        and not path.endswith(SUFFIXES)
+        and not Path(path).exists()
+        and not Path(path).parent.is_dir()
+    )
+
+
+def find_files(path: str, split: str = "train") -> list[Path]:
+    """Returns the data files behind a path or a URL (local copies of them), sorted by name.
+
+    Of a folder or glob, these are no data: names that begin with a dot or two underscores, and
+    files that describe a data set. Where files are named after splits (`train.jsonl`,
+    `valid-00000.parquet`, `test/0.parquet`), only those of `split` are kept; those without such a
+    name are of the split `train` if no other is.
+
+    Raises:
+        InputError: nothing there, no data file in the folder, no file of this split, or the same
+            data in two formats.
+    """
+    place = Path(local_copy(path, SUFFIXES))
+    if place.is_file():
+        files = [place]
+    elif place.is_dir():
+        found = [file for file in place.rglob("*") if file.suffix in SUFFIXES and file.is_file()]
+        if (place / SIDE_CAR).exists():
+            found = list(place.glob("part-*.parquet"))
+        files = _of_split(place, _data_of(place, found), split)
+    else:
+        files = _data_of(_fixed_part(place), map(Path, glob(str(place), recursive=True)))
+    if not files:
+        raise InputError(_nothing_at(path))
+    for file in files:
+        if _NO_TEXT.search(str(file)):
+            raise InputError(f"{str(file)!r}: wanted a file name that is text. Rename the file.")
+        if file.suffix not in SUFFIXES:
+            raise InputError(
+                f"{file}: unknown file type '{file.suffix}'. Wanted one of {', '.join(SUFFIXES)}."
+            )
+    _require_one_format(files)
+    return files
+
+
+def describe_files(path: str, split: str = "train") -> str:
+    """The files behind a path for a log: how many, and the names of the first ones."""
+    if is_hub_id(path):
+        return "a data set of the hub"
+    files = find_files(path, split)
+    names = ", ".join(map(str, files[:_NUM_LISTED])) + ", ..." * (len(files) > _NUM_LISTED)
+    return f"{len(files)} file{'s' * (len(files) > 1)}: {names}"
+
+
+def fingerprint(path: str, *, split: str = "train", revision: str | None = None) -> str:
+    """Returns a hash of the contents behind `path`.
+
+    Note:
+        For a hub id it covers id, split and revision only: a commit as revision pins the contents.
+    """
+    digest = hashlib.sha256()
+    if is_hub_id(path):
+        digest.update(repr((path, split, revision)).encode())
+        return digest.hexdigest()
+    for file in find_files(path, split):
+        digest.update(f"{file.name}:{file.stat().st_size}\n".encode())
+        try:
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise InputError(
+                f"{file}: cannot be read ({error}). Check the file and its permissions."
+            ) from error
+    return digest.hexdigest()
+
+
+def split_family(name: str) -> str | None:
+    """Returns `train`, `validation` or `test` for a name with a word for it (`valid1`, `a-val`)."""
+    word = _split_word(name)
+    return word and _FAMILY[word]
+
+
+def _split_word(name: str) -> str | None:
+    match = _SPLIT_WORD.search(name.lower())
+    return match and match.group()
+
+
+def _data_of(root: Path, files: Sequence[Path] | map) -> list[Path]:
+    """Those of the files below `root` that are data, sorted."""
+
+    def is_data(file: Path) -> bool:
+        *_, name = parts = file.relative_to(root).parts
+        hidden = any(part.startswith((".", "__")) for part in parts)
+        return not (hidden or name.lower() in _METADATA or name.lower().startswith("readme"))
+
+    return sorted(filter(is_data, files))
+
+
+def _fixed_part(pattern: Path) -> Path:
+    """The folder of a glob in which it begins to look."""
+    return next(parent for parent in pattern.parents if not has_magic(str(parent)))
+
+
+def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
+    if not files:
+        raise InputError(
+            f"{folder}: the folder holds no data file. Wanted at least one of "
+            f"{', '.join(SUFFIXES)} that is not hidden and no metadata."
+        )
+
+    def word_of(file: Path) -> str | None:
+        parts = reversed(file.relative_to(folder).parts)  # the file's own name says more
+        return next((word for part in parts if (word := _split_word(part))), None)
+
+    words = {file: word_of(file) for file in files}
+    if not any(words.values()):
+        return files
+    family = split_family(split) or split
+    for is_meant in (
+        lambda word: word == split.lower(),
+        lambda word: word is not None and _FAMILY[word] == family,
+        lambda word: word is None and family == "train",
+    ):
+        chosen = [file for file in files if is_meant(words[file])]
+        if chosen:
+            return chosen
+    found = sorted({word for word in words.values() if word})
+    raise InputError(
+        f"{folder}: no file of split '{split}'; there are files of {found}. Set data.split."
+    )
+
+
+def _require_one_format(files: Sequence[Path]) -> None:
+    """Raises InputError where two files differ in their endings alone: they hold the same rows."""
+    seen: dict[Path, Path] = {}
+    for file in files:
+        other = seen.setdefault(file.with_suffix(""), file)
+        if other != file:
+            raise InputError(
+                f"{file} and {other}: the same name in two formats, so that their rows would be "
+                "read twice. Remove one of them, or let data.path name the files that are meant."
+            )
+
+
+def _nothing_at(path: str) -> str:
+    first = Path(path).parts[0] if path else ""
+    local = ""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and Path(first).is_dir():
+        local = f" (the folder '{first}' is there, so that this is taken for a path)"
+    return (
+        f"{path}: no such file or folder. Wanted a local file, folder or glob of "
+        f"{', '.join(SUFFIXES)}, or a data set's hub id 'owner/name'{local}. Check data.path "
+        "(relative paths start at the working directory)."
+    )

@@ -1,0 +1,152 @@
+"""Settings that no stage can follow: values, files, interpolations, the command line."""
+
+from tests.bad_inputs.ground import Case, files, runs, settings
+
+
+def value(stage: str, field: str, given: str) -> Case:
+    """A field of a stage with a value that it cannot have."""
+    return Case(f"{field}={given}", settings(stage, f"{field}={given}"), (field,))
+
+
+def config(name: str, text: str | bytes, line: int | None, *words: str) -> Case:
+    """A config file of SFT and the line of it that is at fault."""
+    place = f"run.yaml:{line}" if line else "run.yaml"
+    return Case(name, settings("sft", make=files(run__yaml=text)), (place, *words))
+
+
+def argument(name: str, *given: str, words: tuple[str, ...], stage: str = "sft") -> Case:
+    """Arguments on the command line."""
+    return Case(name, settings(stage, *given), words)
+
+
+VALUES = [
+    ("sft", "training.save_every", "0"),
+    ("sft", "training.eval_every", "-5"),
+    ("sft", "training.batch_size", "0"),
+    ("sft", "training.num_epochs", "0"),
+    ("sft", "training.num_epochs", "1e3"),
+    ("sft", "training.max_steps", "3.0"),
+    ("sft", "data.max_completion_tokens", "-1"),
+    ("sft", "data.holdout_fraction", "1.5"),
+    ("evaluate", "evaluation.data.part", "dev"),
+    ("sft", "data.invalid_rows", "ignore"),
+    ("sft", "model.attention", "flash"),
+    ("sft", "optim.decay", "linear"),
+    ("sft", "optim.warmup_fraction", "1.5"),
+    ("sft", "optim.weight_decay", "-0.1"),
+    ("sft", "optim.clip_norm", "0"),
+    ("sft", "optim.b1", "1"),
+    ("sft", "optim.learning_rate", "1e-50"),
+    ("sft", "mesh.fsdp", "1.5"),
+    ("reward", "distributed", "maybe"),
+    ("reward", "seed", "0x1ffffffff"),
+    ("score", "reference.dtype", "fp16"),
+    ("score", "batch_size", "0"),
+    ("score", "logits_chunk", "-1"),
+    ("policy", "loss.beta", "1e-50"),
+    ("policy", "loss.arguments", "{beta: 1}"),
+    ("policy", "loss.arguments", "{baseline: .nan}"),
+    ("evaluate", "beta", ".inf"),
+    ("evaluate", "evaluation.generation.num_samples", "0"),
+    ("evaluate", "evaluation.generation.max_new_tokens", "-3"),
+    ("evaluate", "evaluation.generation.batch_size", "0"),
+    ("evaluate", "evaluation.generation.missing_eos_reward", "-.inf"),
+    ("evaluate", "evaluation", "null"),
+]
+
+CONFIGS = [
+    config("a tab as indentation", "seed: 1\noptim:\n\tlearning_rate: 1\n", 3),
+    config("a file in UTF-16", "seed: 1\n".encode("utf-16"), None),
+    config("a section given twice", "optim: {b1: 0.5}\nseed: 1\noptim: {b2: 0.5}\n", 3, "'optim'"),
+    config("a list for a section", "seed: 1\ntraining: [8]\n", 2, "training"),
+    config("a section for a number", "seed: 1\ntraining:\n  max_steps: {a: 1}\n", 3, "max_steps"),
+    config("two values on a line", "seed: 1\ndata: path: d\n", 2),
+    config("a quote that does not end", "seed: 1\ndata: {path: 'd}\n", None),
+    config("a key with a colon in it", "seed: 1\ntraining.max_steps:3\n", None),
+    config("a JSON list", '[{"seed": 1}]\n', 1),
+    config("a number with a unit", "training:\n  batch_size: 8 # rows\n  max_steps: 10k\n", 3),
+    config("a date as a fraction", "optim:\n  b1: 2024-10-01\n", 2, "optim.b1"),
+    Case(
+        "a folder as a config",
+        settings("sft", make=lambda ground, here: (here / "run.yaml").mkdir()),
+        ("run.yaml",),
+    ),
+    *(
+        config(f"the resolver {name}", f"seed: 1\ndata:\n  split: ${{{call}}}\n", 3, name)
+        for name, call in {
+            "oc.decode": "oc.decode:'a'",
+            "oc.create": "oc.create:{a:1}",
+            "oc.select": "oc.select:seed",
+            "oc.dict.keys": "oc.dict.keys:optim",
+            "oc.deprecated": "oc.deprecated:seed",
+            "eval": "eval:'1+1'",
+        }.items()
+    ),
+    config(
+        "a variable of the environment that is not set",
+        "seed: 1\nmodel:\n  revision: ${oc.env:COPG_IS_NOT_SET}\n",
+        3,
+        "COPG_IS_NOT_SET",
+    ),
+    config("a field that reads itself", "seed: 1\ndata: {split: '${data.split}/x'}\n", 2),
+]
+
+ARGUMENTS = [
+    argument("an argument in the manner of Hydra", "+training.max_steps=3", words=("+training",)),
+    argument("an argument with a colon", "training.max_steps: 3", words=("training.max_steps: 3",)),
+    argument("an index into a text", "data.path[0]=x", words=("data.path[0]",)),
+    argument("a field below a number", "seed.a=1", words=("seed",)),
+    argument("a field of another stage", "loss.beta=0.1", words=("'loss",)),
+    argument("an empty field", "data.=x", words=("data.",)),
+    argument("a section that is null", "data=null", words=("data",)),
+    argument(
+        "rewards that are a number", "evaluation.rewards=3", words=("rewards",), stage="evaluate"
+    ),
+]
+
+LOSSES = [
+    ("math.sqrt", "{}"),
+    ("builtins.print", "{}"),
+    ("os.getcwd", "{}"),
+    ("tests.toys", "{}"),
+    ("json.no_such", "{}"),
+    ("a..b", "{}"),
+    ("rloo", "{k: 2}"),
+    ("pg", "{baselin: 1}"),
+    ("dpo", "{label_smoothing: 0.1}"),
+]
+
+STAGES = [
+    Case(
+        "an evaluation without reward functions",
+        runs("evaluate", "evaluation.rewards=[]"),
+        ("rewards",),
+    ),
+    Case(
+        "completions longer than the model's positions",
+        runs("evaluate", "evaluation.generation.max_new_tokens=100000"),
+        ("max_new_tokens", "max_position_embeddings"),
+    ),
+    Case(
+        "completions longer than what the prompts leave of them",
+        runs(
+            "policy",
+            "evaluation={data: {path: HERE/rows.jsonl}}",
+            "evaluation.generation.num_prompts=1",
+            "evaluation.rewards=[{function: copg_jax.rewards.length}]",
+            "evaluation.generation.max_new_tokens=2048",
+            make=files(rows__jsonl='{"prompt": "Say a.", "completion": "a"}\n'),
+        ),
+        ("max_new_tokens",),
+    ),
+    *(
+        Case(
+            f"the loss {name} with {arguments}",
+            runs("policy", f"loss.name={name}", f"loss.arguments={arguments}"),
+            (name, "loss."),
+        )
+        for name, arguments in LOSSES
+    ),
+]
+
+CASES = [*(value(*row) for row in VALUES), *CONFIGS, *ARGUMENTS, *STAGES]
