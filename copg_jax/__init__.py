@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from copg_jax.data.groups import GroupBatch
     from copg_jax.losses import copg_loss, dpo_loss, ipo_loss, pg_loss, rloo_loss
     from copg_jax.objective import make_bradley_terry_loss, make_nll_loss, make_policy_loss
+    from copg_jax.relatives import asymre_loss, oapl_loss, opmd_loss
     from copg_jax.train.state import create_state
     from copg_jax.train.step import make_train_step
 
 __version__ = "0.1.0"
 __all__ = [
     "GroupBatch",
+    "asymre_loss",
     "copg_loss",
     "create_state",
     "dpo_loss",
@@ -28,6 +30,8 @@ __all__ = [
     "make_nll_loss",
     "make_policy_loss",
     "make_train_step",
+    "oapl_loss",
+    "opmd_loss",
     "pg_loss",
     "rloo_loss",
 ]
@@ -35,7 +39,7 @@ __all__ = [
 # transformers gives configs and tokenizers here; its advice to install PyTorch would mislead.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-_HOMES = ("data.groups", "losses", "objective", "train.state", "train.step")
+_HOMES = ("data.groups", "losses", "relatives", "objective", "train.state", "train.step")
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ constant). In order below:
 
 1. `regularized_reward`, Eq. (1);
 2. sample gradients: `copg_gradient` (Eq. 9 and 16, any K), `rloo_gradient`, `pg_gradient`,
-   `ipo_gradient`, `dpo_gradient`;
+   `ipo_gradient`, `dpo_gradient`; of relatives, `regression_gradient`, `topr_gradient`;
 3. population gradients of a bandit: `population_copg_gradient` (Eq. 7), `population_rloo_gradient`
    (k samplers), `population_pg_gradient`, and of the preference losses, `population_ipo_gradient`,
    `population_dpo_gradient`.
@@ -117,6 +117,32 @@ def dpo_gradient(log_ratio: Array, reward: Array, *, beta: float | Array) -> Arr
     gap = sign * (log_ratio[..., 0] - log_ratio[..., 1])
     first = -beta * sign * jax.nn.sigmoid(-beta * gap)
     return jnp.stack([first, -first], axis=-1)
+
+
+def regression_gradient(
+    log_ratio: Array, reward: Array, *, beta: float | Array, baseline: float | Array
+) -> Array:
+    """∂/∂λ_i of ½Σ(R_i − b − βλ_i)²: −β(R^π_β(y_i) − b), i.e. −β times a policy gradient with the
+    baseline b, but from any data; descent is along its negative.
+
+    Args and returns are those of `pg_gradient`.
+    """
+    return -beta * pg_gradient(log_ratio, reward, beta=beta, baseline=baseline)
+
+
+def topr_gradient(logp: Array, mu_logp: Array, reward: Array) -> Array:
+    """R where R ≥ 0 and min(π/µ, 1)·R elsewhere (Le Roux et al. 2025); ascent direction.
+
+    Args:
+        logp: ln π, nats; [..., K].
+        mu_logp: ln µ of the policy that wrote the completion, nats; [..., K].
+        reward: reward units; [..., K].
+
+    Returns:
+        Coefficients of ∇ln π(y_i), reward units; [..., K].
+    """
+    chex.assert_equal_shape([logp, mu_logp, reward])
+    return jnp.where(reward < 0, jnp.clip(jnp.exp(logp - mu_logp), 0.0, 1.0), 1.0) * reward
 
 
 def population_copg_gradient(

@@ -28,7 +28,7 @@ from jax import Array
 Loss = TypeVar("Loss", bound=Callable[..., Any])
 
 
-def _present(mask: Array | None, like: Array) -> Array:
+def present(mask: Array | None, like: Array) -> Array:
     """Returns `mask`, or all-true of the shape of `like` where no mask is given."""
     if mask is None:
         return jnp.ones(like.shape, bool)
@@ -36,16 +36,19 @@ def _present(mask: Array | None, like: Array) -> Array:
     return mask.astype(bool)
 
 
-def _masked(values: Array, mask: Array) -> Array:
+def masked(values: Array, mask: Array) -> Array:
     """Zeroes absent entries; `where`, not a product, so that NaN there stays out of gradients."""
     return jnp.where(mask, values, 0.0)
 
 
+def group_mean(values: Array, mask: Array) -> Array:
+    """Mean over the present completions of each group, 0 without any; [..., K] → [...]."""
+    return masked(values, mask).sum(-1) / jnp.maximum(mask.sum(-1), 1)
+
+
 def _centred(values: Array, mask: Array) -> Array:
     """Subtracts the mean over the present completions of each group; absent entries are 0."""
-    values = _masked(values, mask)
-    count = jnp.maximum(mask.sum(-1, keepdims=True), 1)
-    return _masked(values - values.sum(-1, keepdims=True) / count, mask)
+    return masked(values - group_mean(values, mask)[..., None], mask)
 
 
 def _num_others(mask: Array) -> Array:
@@ -55,7 +58,7 @@ def _num_others(mask: Array) -> Array:
 
 def has_pair(reward: Array, mask: Array | None = None) -> Array:
     """Marks groups with two or more present completions; [..., K] → [...]."""
-    return _present(mask, reward).sum(-1) >= 2
+    return present(mask, reward).sum(-1) >= 2
 
 
 def has_preference(reward: Array, mask: Array | None = None) -> Array:
@@ -100,7 +103,7 @@ def copg_objective(
         problem of temperature β/2 instead of β.
     """
     chex.assert_equal_shape([log_ratio, reward])
-    mask = _present(mask, log_ratio)
+    mask = present(mask, log_ratio)
     gap, reward_gap = _centred(log_ratio, mask), _centred(reward, mask)
     scale = mask.sum(-1) / _num_others(mask)
     return scale * (reward_gap * gap - 0.5 * beta * gap**2).sum(-1)
@@ -124,8 +127,8 @@ def preferences(reward: Array, mask: Array | None = None) -> Array:
     Returns:
         Boolean [..., K, K]; ties and absent completions are in no pair.
     """
-    mask = _present(mask, reward)
-    reward = _masked(reward, mask)
+    mask = present(mask, reward)
+    reward = masked(reward, mask)
     both = mask[..., :, None] & mask[..., None, :]
     return both & (reward[..., :, None] > reward[..., None, :])
 
@@ -134,7 +137,7 @@ def _mean_over_preferences(gap_loss: Callable[[Array], Array], score: Array, pre
     """Averages `gap_loss(score_winner − score_loser)` over the preferred pairs of each group; 0
     without any.
     """
-    score = _masked(score, preferred.any(-1) | preferred.any(-2))
+    score = masked(score, preferred.any(-1) | preferred.any(-2))
     gap = jnp.where(preferred, score[..., :, None] - score[..., None, :], 0.0)
     total = jnp.where(preferred, gap_loss(gap), 0.0).sum((-2, -1))
     return total / jnp.maximum(preferred.sum((-2, -1)), 1)
@@ -207,10 +210,10 @@ def pg_objective(
         The surrogate; [...].
     """
     chex.assert_equal_shape([log_ratio, reward])
-    mask = _present(mask, log_ratio)
+    mask = present(mask, log_ratio)
     baseline = jnp.broadcast_to(jnp.asarray(baseline), log_ratio.shape[:-1])[..., None]
-    advantage = _masked(reward - beta * log_ratio, mask) - baseline
-    return (jax.lax.stop_gradient(_masked(advantage, mask)) * _masked(log_ratio, mask)).sum(-1)
+    advantage = masked(reward - beta * log_ratio, mask) - baseline
+    return (jax.lax.stop_gradient(masked(advantage, mask)) * masked(log_ratio, mask)).sum(-1)
 
 
 @counting(has_pair)
@@ -237,11 +240,11 @@ def rloo_objective(
     Args and returns are those of `copg_objective`.
     """
     chex.assert_equal_shape([log_ratio, reward])
-    mask = _present(mask, log_ratio)
-    regularized = _masked(reward - beta * log_ratio, mask)
+    mask = present(mask, log_ratio)
+    regularized = masked(reward - beta * log_ratio, mask)
     others = (regularized.sum(-1, keepdims=True) - regularized) / _num_others(mask)[..., None]
-    advantage = _masked(regularized - others, mask & (mask.sum(-1, keepdims=True) > 1))
-    return (jax.lax.stop_gradient(advantage) * _masked(log_ratio, mask)).sum(-1)
+    advantage = masked(regularized - others, mask & (mask.sum(-1, keepdims=True) > 1))
+    return (jax.lax.stop_gradient(advantage) * masked(log_ratio, mask)).sum(-1)
 
 
 @counting(has_pair)
@@ -280,4 +283,4 @@ def nll_loss(seq_logp: Array, *, mask: Array | None = None) -> Array:
     Returns:
         Nats, summed over completions; [...]. Divide by the number of tokens for the usual average.
     """
-    return -_masked(seq_logp, _present(mask, seq_logp)).sum(-1)
+    return -masked(seq_logp, present(mask, seq_logp)).sum(-1)

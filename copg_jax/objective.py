@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from copg_jax import losses
+from copg_jax import losses, relatives
 from copg_jax.config.sections import POLICY_LOSSES, LossConfig
 from copg_jax.data.groups import GroupBatch
 from copg_jax.dotted import find
@@ -182,7 +182,8 @@ def find_objective(config: LossConfig) -> Callable[..., Array]:
         InputError: no such function, or one that does not take the numbers of `loss.arguments`.
     """
     if config.name in POLICY_LOSSES:
-        objective = getattr(losses, f"{config.name}_loss")
+        name = f"{config.name}_loss"
+        objective = getattr(losses if hasattr(losses, name) else relatives, name)
     else:
         objective = find(config.name, "loss.name", "my_module.my_loss")
     numbers = find_coefficients(config)

@@ -1,7 +1,7 @@
 """Figure 1: `python -m experiments.bandit [configs/bandit.yaml] [key=value ...]`.
 
-Trains every algorithm over seeds and writes figure1.png, regret.csv and summary.json to
-`output_dir`.
+Trains every algorithm over seeds, finds where relatives of CoPG end off-policy, and writes
+figure1.png, off_policy.png, regret.csv and summary.json to `output_dir`.
 """
 
 import csv
@@ -23,7 +23,7 @@ import numpy as np
 from copg_jax import run_folder
 from copg_jax.bandit import exact, population, train
 from copg_jax.config.load import run_main
-from experiments.studies import regret_figure
+from experiments.studies import off_policy, regret_figure
 
 ALGORITHMS = tuple(train.OBJECTIVES)
 
@@ -32,8 +32,7 @@ def fixed_point_regrets(bandit: exact.Bandit) -> dict[str, float]:
     """Regret where the expected update of each algorithm settles, from π_ref."""
 
     def regret(name: str) -> float:
-        follow = lambda logits: population.direction(name, logits, bandit)
-        end = jax.jit(lambda logits: population.fixed_point(follow, logits))(jnp.log(bandit.ref))
+        end = population.end_of(population.GRADIENTS[name], bandit)
         return max(0.0, float(exact.regret(end, bandit)))  # rounding may leave −1e-17
 
     return {name: regret(name) for name in ALGORITHMS}
@@ -77,6 +76,14 @@ def write_figure(path: Path, short: np.ndarray, long: np.ndarray, ends: dict[str
     plt.close(figure)
 
 
+def write_off_policy(path: Path, bandit: exact.Bandit) -> None:
+    """How far from π* each loss ends: over samplers, and over the size of groups."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
+    off_policy.draw(axes, bandit)
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+
+
 def main(config: train.BanditConfig) -> None:
     """Runs the experiment of a config."""
     with run_folder.claim(config.output_dir, config):
@@ -96,6 +103,8 @@ def _run(config: train.BanditConfig, output: Path) -> None:
                     config, num_epochs=config.long_num_epochs, num_seeds=config.long_num_seeds
                 )
             )
+        with said("ends of losses on data of other samplers"):
+            write_off_policy(output / "off_policy.png", bandit)
         summary = {
             "pi_star": np.exp(exact.optimal_policy(bandit)).tolist(),
             "J_star": float(exact.optimal_value(bandit)),
@@ -119,7 +128,7 @@ def _run(config: train.BanditConfig, output: Path) -> None:
         print(
             f"{name:9s} regret {final['mean']:.4f} ± {final['std']:.4f}, ends at {ends[name]:.5f}"
         )
-    print(f"wrote {output}/figure1.png, regret.csv, summary.json")
+    print(f"wrote {output}/figure1.png, off_policy.png, regret.csv, summary.json")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from copg_jax import losses
+from copg_jax import losses, relatives
 
 BETA = 0.4
 K = 4
@@ -23,7 +23,14 @@ LOSSES = {
     "rloo": lambda x, r, m: losses.rloo_objective(x, r, beta=BETA, mask=m),
     "bradley_terry": lambda x, r, m: losses.bradley_terry_loss(x, r, mask=m),
     "nll": lambda x, r, m: losses.nll_loss(x, mask=m),
+    "regression": lambda x, r, m: relatives.regression_loss(x, r, beta=BETA, baseline=0.3, mask=m),
+    "opmd": lambda x, r, m: relatives.opmd_loss(x, r, beta=BETA, mask=m),
+    "oapl": lambda x, r, m: relatives.oapl_loss(x, r, beta=BETA, mask=m),
+    "asymre": lambda x, r, m: relatives.asymre_objective(x, r, beta=BETA, delta_v=-0.1, mask=m),
+    "topr": lambda x, r, m: relatives.topr_objective(x, r, r, mask=m),
 }
+ALONE = {"pg", "nll", "regression", "opmd", "oapl", "asymre", "topr"}
+"""Those that a lone completion teaches something: what they compare with is not another one."""
 
 
 def groups() -> tuple[np.ndarray, np.ndarray]:
@@ -81,9 +88,8 @@ def test_numbers_of_absent_completions_change_neither_value_nor_gradient(name, j
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_groups_without_a_pair_give_exactly_nothing(name):
-    """A lone completion teaches the policy gradient (it has a baseline) and the NLL only."""
     x, r = groups()
-    alone_counts = name in ("pg", "nll")
+    alone_counts = name in ALONE
     rows = MASKS.sum(-1) <= (0 if alone_counts else 1)
     spoilt = [np.where(MASKS, a, np.float32(np.nan)) for a in (x, r)]
     value, slope = value_and_grad(name)(*spoilt, MASKS)
@@ -94,9 +100,9 @@ def test_groups_without_a_pair_give_exactly_nothing(name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_lone_completion_without_mask_is_a_group_without_a_pair(name):
-    x, r = jnp.ones((3, 1)), jnp.zeros((3, 1))
+    x, r = jnp.ones((3, 1)), jnp.full((3, 1), 0.5)
     value, slope = value_and_grad(name)(x, r, None)
-    if name in ("pg", "nll"):
+    if name in ALONE:
         assert np.all(value != 0) and np.all(slope != 0)
     else:
         np.testing.assert_array_equal(value, 0.0)

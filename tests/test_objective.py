@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from copg_jax import losses, objective
+from copg_jax import losses, objective, relatives
 from copg_jax.config.sections import POLICY_LOSSES, LossConfig
 from copg_jax.errors import InputError
 from copg_jax.objective import find_coefficients, find_objective
@@ -23,12 +23,14 @@ def look_up(params: Any, batch: Any) -> jax.Array:
 
 def policy_loss(name: str) -> objective.LossFn:
     """The loss of this name, of the model above."""
-    return objective.make_policy_loss(look_up, getattr(losses, f"{name}_loss"))
+    config = LossConfig(name, arguments=ARGUMENTS.get(name, {}))
+    return objective.make_policy_loss(look_up, find_objective(config))
 
 
 TIED = group_batch([[1.0, 1.0], [2.0, 0.5], [3.0, 3.0], [0.0, 1.0]])
 LOGP = {"logp": jnp.array([[-1.0, -2.0], [-1.5, -1.0], [-3.0, -2.5], [-0.5, -2.0]])}
-NUMBERS = {name: {"beta": 0.5} for name in POLICY_LOSSES} | {"pg": {"beta": 0.5, "baseline": 0.3}}
+ARGUMENTS = {"pg": {"baseline": 0.3}, "asymre": {"delta_v": -0.1}}
+NUMBERS = {name: {"beta": 0.5, **ARGUMENTS.get(name, {})} for name in POLICY_LOSSES}
 
 
 @pytest.mark.parametrize(
@@ -162,8 +164,9 @@ def test_the_bradley_terry_loss_and_its_metrics_are_those_of_preferred_pairs():
 
 @pytest.mark.parametrize("name", POLICY_LOSSES)
 def test_a_short_name_is_the_loss_of_that_name(name):
-    config = LossConfig(name, arguments={"baseline": 0.5} if name == "pg" else {})
-    assert find_objective(config) is getattr(losses, f"{name}_loss")
+    home = relatives if name in ("opmd", "oapl", "asymre") else losses
+    config = LossConfig(name, arguments=ARGUMENTS.get(name, {}))
+    assert find_objective(config) is getattr(home, f"{name}_loss")
 
 
 def mine(

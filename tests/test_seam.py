@@ -30,8 +30,9 @@ from copg_jax import (
     make_train_step,
 )
 from copg_jax.config.load import load_config
-from copg_jax.config.sections import POLICY_LOSSES, OptimConfig
+from copg_jax.config.sections import POLICY_LOSSES, LossConfig, OptimConfig
 from copg_jax.config.stages import PolicyConfig
+from copg_jax.objective import find_objective
 from copg_jax.train.optim import make_optimizer
 from experiments import train_policy
 from tests.toys import leaves, names_all
@@ -93,16 +94,18 @@ def train(loss_fn: Any, num_steps: int, **numbers: float) -> tuple[Any, list[dic
     return state, trace
 
 
-OBJECTIVES = {name: getattr(losses, f"{name}_loss") for name in POLICY_LOSSES}
+ARGUMENTS = {"pg": {"baseline": 0.5}, "asymre": {"delta_v": -0.1}}
+CONFIGS = {name: LossConfig(name, arguments=ARGUMENTS.get(name, {})) for name in POLICY_LOSSES}
+OBJECTIVES = {name: find_objective(config) for name, config in CONFIGS.items()}
 
 
 @pytest.mark.parametrize("name", [*OBJECTIVES, "squared_residual"])
 def test_a_model_that_is_no_llama_trains_under_every_policy_loss(name):
     objective = OBJECTIVES.get(name, squared_residual)
-    more = {"baseline": 0.5} if name == "pg" else {}
-    _, trace = train(make_policy_loss(seq_logp, objective), 300, beta=0.5, **more)
+    numbers = {"beta": 0.5, **ARGUMENTS.get(name, {})}
+    _, trace = train(make_policy_loss(seq_logp, objective), 300, **numbers)
     assert trace[0]["rewards/margins"] == 0 and trace[-1]["rewards/margins"] > 0.2
-    if name not in ("pg", "rloo"):  # surrogates, whose value means nothing
+    if name not in ("pg", "rloo", "asymre"):  # surrogates, whose value means nothing
         assert trace[-1]["loss"] < trace[0]["loss"] - 0.1
     # These know the size of a reward gap and end where βΔ is that gap.
     if name in ("copg", "rloo", "squared_residual"):

@@ -2,13 +2,15 @@
 them ends.
 
 1. `GRADIENTS`: the expected ascent direction of each algorithm, as coefficients on ∇ln π(a) (from
-   `gradients.py`);
+   `gradients.py`), `group_coefficients`: that of any loss on groups of k, by enumeration;
 2. `logit_gradient`: those coefficients as a direction for softmax logits;
-3. `fixed_point`: where the flow d(logits)/dt = direction settles;
+3. `fixed_point`: where the flow d(logits)/dt = direction settles, `end_of`: for an algorithm;
 4. `flow_spectrum`: whether it attracts.
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +62,49 @@ def _dpo(log_policy: Array, bandit: Bandit) -> Array:
     )
 
 
+def _mixture(bandit: Bandit) -> Array:
+    """µ of one completion: that of y or of y', each as often."""
+    return 0.5 * (bandit.mu1 + bandit.mu2)
+
+
+def _opmd(log_policy: Array, bandit: Bandit) -> Array:
+    return _pg(log_policy, bandit, (_mixture(bandit) * bandit.reward).sum(-1))
+
+
+def _oapl(log_policy: Array, bandit: Bandit) -> Array:
+    log_mean = jax.nn.logsumexp(jnp.log(_mixture(bandit)) + bandit.reward / bandit.beta, axis=-1)
+    return _pg(log_policy, bandit, bandit.beta * log_mean)
+
+
+def asymre(log_policy: Array, bandit: Bandit, *, delta_v: float) -> Array:
+    """µ(a)(R^π_β(a) − E_µ[R^π_β] − δV), AsymRE on groups without number; ascent direction.
+
+    Args:
+        log_policy: ln π; [..., A].
+        bandit: the problem; β = 0 is the loss as printed, without KL.
+        delta_v: δV, reward units.
+    """
+    value = gradients.regularized_reward(
+        exact.log_ratio(log_policy, bandit), bandit.reward, beta=bandit.beta
+    )
+    return _pg(log_policy, bandit, (_mixture(bandit) * value).sum(-1) + delta_v)
+
+
+def topr(log_policy: Array, bandit: Bandit, *, baseline: float | Array) -> Array:
+    """µ(a)·α(a)·(R(a) − b), TOPR on rewards of which b is the zero; ascent direction.
+
+    Args:
+        log_policy: ln π; [..., A].
+        bandit: the problem, whose β and π_ref TOPR does not know.
+        baseline: b, reward units.
+    """
+    mixture = _mixture(bandit)
+    reward = bandit.reward - baseline
+    return mixture * gradients.topr_gradient(log_policy, jnp.log(mixture), reward)
+
+
 # Expected ascent directions in the setting of Sec. 5: y ∼ μ1, y' ∼ μ2, preferences Bradley–Terry.
+# The relatives' baselines are those of groups without number, from the mixture of μ1 and μ2.
 GRADIENTS: dict[str, Coefficients] = {
     "copg": _copg,
     "rloo": _rloo,
@@ -68,7 +112,34 @@ GRADIENTS: dict[str, Coefficients] = {
     "pg_value": _pg_value,
     "ipo": _ipo,
     "dpo": _dpo,
+    "opmd": _opmd,
+    "oapl": _oapl,
 }
+
+
+def group_coefficients(
+    loss: Callable[..., Array], log_policy: Array, bandit: Bandit, *, k: int
+) -> Array:
+    """Expected ascent direction of a loss on groups of k arms drawn from the mixture of μ1 and μ2,
+    by enumeration of the A^k groups; one context only.
+
+    Args:
+        loss: (log_ratio [n, k], reward [n, k], beta=) → [n], such as `losses.copg_loss`; minimised.
+        log_policy: ln π; [A].
+        bandit: the problem.
+        k: completions of a group.
+
+    Returns:
+        Coefficients on ∇ln π(a); [A].
+    """
+    num_arms = bandit.reward.size
+    groups = jnp.stack(jnp.unravel_index(jnp.arange(num_arms**k), (num_arms,) * k), axis=-1)
+    weight = _mixture(bandit)[groups].prod(-1)
+
+    def expected_loss(log_ratio: Array) -> Any:
+        return (weight * loss(log_ratio[groups], bandit.reward[groups], beta=bandit.beta)).sum()
+
+    return -jax.grad(expected_loss)(exact.log_ratio(log_policy, bandit))
 
 
 def rl_gradient(log_policy: Array, bandit: Bandit) -> Array:
@@ -129,6 +200,22 @@ def fixed_point(
 
     flat, _ = jax.lax.scan(step, logits.reshape(-1), jnp.geomspace(1.0, 1e8, num_steps))
     return jax.nn.log_softmax(flat.reshape(shape), axis=-1)
+
+
+@partial(jax.jit, static_argnames="coefficients")
+def end_of(coefficients: Coefficients, bandit: Bandit) -> Array:
+    """Where the expected updates of an algorithm lead from π_ref; ln π, [..., A].
+
+    Args:
+        coefficients: one of `GRADIENTS`, or another function of (ln π, bandit); compiled once.
+        bandit: the problem.
+    """
+
+    def follow(logits: Array) -> Array:
+        log_policy = jax.nn.log_softmax(logits, axis=-1)
+        return logit_gradient(coefficients(log_policy, bandit), log_policy, bandit)
+
+    return fixed_point(follow, jnp.log(bandit.ref))
 
 
 def flow_spectrum(direction_fn: Callable[[Array], Array], logits: Array) -> Array:

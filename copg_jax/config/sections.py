@@ -18,7 +18,7 @@ ATTENTION_CHOICES = ("auto", *ATTENTIONS)
 DISTRIBUTED_MODES = ("auto", "on", "off")
 REMATS = ("none", "dots", "mlp", "full")
 TEXT_FORMATS = ("auto", "tldr", "text")
-POLICY_LOSSES = ("copg", "dpo", "ipo", "pg", "rloo")
+POLICY_LOSSES = ("copg", "dpo", "ipo", "pg", "rloo", "opmd", "oapl", "asymre")
 BY_DIFFERENCES = ("copg", "dpo", "ipo", "rloo")
 """Losses whose gradient is 0 at the reference where all rewards of each group are equal."""
 

@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from copg_jax.bandit import exact, population, sequences, train
-from experiments.studies import ablations, instability, regret_figure
+from experiments.studies import ablations, instability, off_policy, regret_figure
 
 jax.config.update("jax_enable_x64", True)
 # %config InlineBackend.figure_formats = ["png"]
@@ -511,3 +511,42 @@ plt.show()
 reward = values["reward"]
 print("β:", np.asarray(few), "\npeak reward", reward.max(1), "at step", 100 * reward.argmax(1))
 print("final reward", reward[:, -1], "\nfinal held-out residual", values["residual"][:, -1])
+
+# %% [markdown]
+# ## 9. Which losses are right off-policy?
+# Several papers regress the reward on the log-ratio instead of fitting gaps, with some baseline $b$:
+# $$\tfrac12\sum_i(R_i-b-\beta\lambda_i)^2=\tfrac12\sum_i\big((R_i-\bar R)-\beta(\lambda_i-\bar\lambda)\big)^2
+# +\tfrac k2\,(\bar R-b-\beta\bar\lambda)^2 .$$
+# The first part is CoPG of k, up to a constant and a factor; the best $b$ leaves it alone. GVPO, TBA (VarGrad), REBEL, RPO
+# with squares and Command A's loss are that first part (`tests/test_relatives.py` writes each down and compares). The second
+# part says where the *mean* log-ratio should be. It is right where $b=\beta\ln\mathbb E_{\pi_{\mathrm{ref}}}e^{R/\beta}$, which
+# data from another μ do not give. The expected gradient is that of an off-policy policy gradient with the baseline $b$, so
+# section 4 applies: off policy the baseline decides where training ends.
+#
+# AsymRE lowers the baseline of CoPG by |δV|, which adds maximum likelihood of the data; TOPR weighs what is worse than its
+# zero by min(π/μ, 1) and has no KL at all. Total variation to π*, for both arms of a pair from μ:
+
+# %%
+samplers = {
+    "μ = π_ref": bandit.ref,
+    "μ = (0.1, 0.2, 0.7)": bandit.mu1,
+}
+print("                               ", *samplers)
+columns = [off_policy.distances(off_policy.sampled_from(mu, bandit)) for mu in samplers.values()]
+for name in off_policy.ENDS:
+    print(f"{name:32s}", *(f"{column[name]:8.3f}" for column in columns))
+print("on groups of k:")
+problems = [off_policy.sampled_from(mu, bandit) for mu in samplers.values()]
+for name in off_policy.GROUP_LOSSES:
+    for k in (2, 8):
+        values = off_policy.group_distances(name, problems, k)
+        print(f"{name:29s} {k:2d}", *(f"{value:8.3f}" for value in values))
+fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
+off_policy.draw(axes, bandit)
+plt.show()
+
+# %% [markdown]
+# CoPG is at zero for every μ and every k. The mean reward is a wrong $b$ even for data from π_ref. The value of π_ref is the
+# right one there, but not from groups of two, whose logarithm of a mean is too low on average, nor from other data; from
+# π* itself (t = 0) it is too high, and the flow from π_ref ends at a second fixed point. The bias of AsymRE is that of its
+# δV. Without a KL, TOPR does not know π*: from good data it ends at the best arm.

@@ -101,4 +101,5 @@ def test_the_script_writes_figure_table_and_summary(tmp_path):
     with (tmp_path / "run" / "regret.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 13 and float(rows[0]["copg_mean"]) == pytest.approx(0.291867, abs=1e-6)
-    assert (tmp_path / "run" / "figure1.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("figure1.png", "off_policy.png"):
+        assert (tmp_path / "run" / picture).read_bytes().startswith(b"\x89PNG")
