@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from copg_jax.errors import InputError
+from copg_jax.errors import Ended, InputError
 
 # Where no user writes: this package, the standard library, frozen modules.
 _NOT_THE_USERS = (f"{Path(__file__).parent}{os.sep}", sysconfig.get_path("stdlib"), "<")
@@ -28,7 +28,7 @@ def find(path: str, what: str, example: str) -> Callable[..., Any]:
     module_name, _, name = path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module_name), name)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Ended):
         raise
     except BaseException as error:  # a module of the user's may do anything, `sys.exit(0)` too
         raise InputError(

@@ -1,5 +1,5 @@
-"""The one exception for bad input: what was wanted, what was got, how to fix it; and how text that
-is not ours comes to a terminal.
+"""The one exception for bad input: what was wanted, what was got, how to fix it; the one by which a
+signal ends a run; and how text that is not ours comes to a terminal.
 """
 
 import unicodedata
@@ -11,6 +11,10 @@ class InputError(ValueError):
     The text says what was wanted, what was got and how to fix it, and names the file and line or
     the field. Scripts print it without a traceback and exit with status 2.
     """
+
+
+class Ended(SystemExit):
+    """A signal asks the run to end: never a fault of the function in which it arrives."""
 
 
 def for_terminal(text: str) -> str:
