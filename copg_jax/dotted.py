@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from copg_jax.errors import InputError
+from copg_jax.errors import Ended, InputError, hidden
 
 # Where no user writes: this package, the standard library, frozen modules.
 _NOT_THE_USERS = (f"{Path(__file__).parent}{os.sep}", sysconfig.get_path("stdlib"), "<")
@@ -28,7 +28,7 @@ def find(path: str, what: str, example: str) -> Callable[..., Any]:
     module_name, _, name = path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module_name), name)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Ended):
         raise
     except BaseException as error:  # a module of the user's may do anything, `sys.exit(0)` too
         raise InputError(
@@ -52,13 +52,14 @@ def describe(error: BaseException) -> str:
         text = str(error)
     except Exception as of_text:  # of a class of the user's own
         text = f"(its text fails: {type(of_text).__name__})"
+    text = hidden(text)
     return f"{type(error).__name__}{': ' * bool(text)}{text}{own[-1] if own else ''}"
 
 
 def shown(value: Any) -> str:
     """The beginning of how a value is written, and its type; of any value."""
     try:
-        text = f"{value!r:.80}"
+        text = f"{hidden(repr(value)):.80}"  # whole: part of a secret is one
     except Exception:  # an integer of 5,000 digits, or a class of the user's own
         text = "a value that cannot be written"
     return f"{text} ({type(value).__name__})"

@@ -1,8 +1,12 @@
-"""The one exception for bad input: what was wanted, what was got, how to fix it; and how text that
-is not ours comes to a terminal.
+"""The one exception for bad input: what was wanted, what was got, how to fix it; the one by which a
+signal ends a run; and how text that is not ours, or is secret, comes to a terminal.
 """
 
+import os
 import unicodedata
+
+_SHORTEST = 6  # characters of a secret; what is shorter, such as a split, is in many a word
+_names: dict[str, str] = {}
 
 
 class InputError(ValueError):
@@ -11,6 +15,27 @@ class InputError(ValueError):
     The text says what was wanted, what was got and how to fix it, and names the file and line or
     the field. Scripts print it without a traceback and exit with status 2.
     """
+
+
+class Ended(SystemExit):
+    """A signal asks the run to end: never a fault of the function in which it arrives."""
+
+
+def hide(variable: str) -> None:
+    """From now on `hidden` shows the name of this environment variable instead of its value."""
+    value = os.environ.get(variable, "")
+    if len(value) >= _SHORTEST:
+        for text in (value, repr(value)[1:-1]):
+            _names[text] = f"${{oc.env:{variable}}}"
+
+
+def hidden(text: str) -> str:
+    """The text with the values of environment variables that were read, which may be secrets, by
+    their names.
+    """
+    for value in sorted(_names, key=len, reverse=True):
+        text = text.replace(value, _names[value])
+    return text
 
 
 def for_terminal(text: str) -> str:

@@ -9,6 +9,7 @@ time:
 3. compute ln π_ref of the same tokens and estimate the KL from the samples.
 """
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -20,13 +21,15 @@ from jax import Array
 from copg_jax import distributed, sharding
 from copg_jax.config.sections import GenerationConfig
 from copg_jax.data.dataset import GroupDataset
-from copg_jax.data.groups import GroupBatch, TokenGroup
+from copg_jax.data.groups import GroupBatch, TokenGroup, columns_by_completion
 from copg_jax.errors import InputError
 from copg_jax.infer import not_finite, one_late
 from copg_jax.models.layout import Shape, pack, pack_by_length
 from copg_jax.rewards.functions import WeightedRewards
 from copg_jax.runtime import Progress, make_pause
 from copg_jax.sampling import Sampler, Samples, row_keys
+
+log = logging.getLogger(__name__)
 
 
 def make_loss_evaluator(
@@ -142,6 +145,12 @@ class GenerationEvaluator:
         self._pause, self._is_compiled = make_pause(generator.mesh), False
         self._columns = sorted({name for prompt in prompts for name in prompt.columns})
         rewards.require_columns(self._columns)
+        if whole := columns_by_completion(prompts)[0]:
+            log.warning(
+                "columns with one entry for each completion of the data: %s: functions receive the "
+                "whole list for each generated completion",
+                ", ".join(sorted(whole)),
+            )
 
     def __call__(self, params: Any, step: int) -> tuple[dict[str, float], dict[str, str]]:
         """Metrics (`eval/…`) and sample texts of the policy `params` at `step`; see `summarize`.

@@ -27,7 +27,7 @@ import copg_jax
 from copg_jax import distributed
 from copg_jax.checksums import read_record, write_record
 from copg_jax.config.load import config_differences, to_yaml
-from copg_jax.config.schema import PATHS, leaves
+from copg_jax.config.schema import PATHS, environment_hashes, leaves
 from copg_jax.disk import disk_errors
 from copg_jax.distributed import is_main_process
 from copg_jax.errors import InputError
@@ -214,6 +214,7 @@ def write_run_header(output_dir: epath.PathLike, config: Any, inputs: Mapping[st
     """
     output_dir = epath.Path(output_dir)
     path = output_dir / "inputs.json"
+    inputs = {**inputs, **environment_hashes(config)}
     with distributed.main_first(path):
         if not is_main_process():
             return

@@ -24,7 +24,7 @@ from typing import Any, Self
 import jax
 
 from copg_jax import distributed
-from copg_jax.errors import InputError
+from copg_jax.errors import Ended, InputError
 
 log = logging.getLogger(__name__)
 
@@ -234,11 +234,11 @@ def make_pause(mesh: jax.sharding.Mesh) -> Callable[[], None]:
 
 @contextmanager
 def signals_as_exits() -> Iterator[None]:
-    """In the body, SIGTERM and SIGHUP raise SystemExit, as Ctrl-C raises KeyboardInterrupt."""
+    """In the body, SIGTERM and SIGHUP raise Ended, as Ctrl-C raises KeyboardInterrupt."""
 
     def leave(signum: int, frame: FrameType | None) -> None:
         GracefulExit._before = signal.Signals(signum).name
-        raise SystemExit(128 + signum)
+        raise Ended(128 + signum)
 
     previous = _set_handlers(leave, signal.SIGTERM, signal.SIGHUP)
     try:

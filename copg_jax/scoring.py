@@ -30,7 +30,7 @@ from copg_jax.data import scored
 from copg_jax.data.dataset import GroupDataset
 from copg_jax.data.formats.choice import FORMATS
 from copg_jax.data.formats.texts import TextGroup
-from copg_jax.data.groups import TokenGroup
+from copg_jax.data.groups import TokenGroup, columns_by_completion
 from copg_jax.data.reader import GroupReader
 from copg_jax.data.tokenizer import tokenizer_hash
 from copg_jax.errors import InputError
@@ -177,23 +177,14 @@ def _finish(dataset: GroupDataset, folder: epath.Path, side_car: scored.SideCar)
 
 def _per_completion(dataset: GroupDataset) -> set[str]:
     """Columns that hold, in every row, a list with one entry for each completion, or null."""
-    lists: set[str] = set()
-    others: dict[str, str] = {}  # name to the first row that holds something else
-    for row in dataset if dataset.stats["completions"]["max"] > 1 else ():
-        size = len(row.completions if row.kept is None else row.kept)
-        for name, values in row.columns.items():
-            if isinstance(values, list) and len(values) == size:
-                lists.add(name)
-            elif values is not None:
-                others.setdefault(name, row.where)
-    for name in sorted(lists & others.keys()):
+    spread, mixed = columns_by_completion(dataset)
+    for name, where in mixed.items():
         log.warning(
             "column %r: at %s not one entry for each completion, as in other rows: functions "
             "receive what each row has, whole",
             name,
-            others[name],
+            where,
         )
-    spread = lists - others.keys()
     if spread:
         log.info("columns with one entry for each completion: %s", ", ".join(sorted(spread)))
     return spread

@@ -118,6 +118,22 @@ def test_a_reward_that_does_not_fit_the_columns_is_refused_before_anything_is_ge
         GenerationEvaluator(GENERATION, PROMPTS, generator, rewards, beta=1.0)
 
 
+@pytest.mark.parametrize(("count", "others"), [(1, []), (2, []), (2, [["x"]])])
+def test_columns_of_the_data_s_completions_are_said_to_come_whole(count, others, caplog):
+    columns = [{"bonus": 1.0, "scores": [0.5] * count, "tags": ["a"] * 3}] * 5
+    for row, tags in enumerate(others):
+        columns[row] = columns[row] | {"scores": tags}
+    prompts = [
+        dataclasses.replace(prompt, columns=own, completions=("a",) * count)
+        for prompt, own in zip(PROMPTS, columns, strict=True)
+    ]
+    generator = Generator(lambda *_: pytest.fail("generated"), decode, mesh())
+    GenerationEvaluator(GENERATION, prompts, generator, REWARDS, beta=1.0)
+    said = [text for text in caplog.messages if "whole list" in text]
+    assert len(said) == (not others)
+    assert all(": scores: " in text and "tags" not in text for text in said)
+
+
 @pytest.fixture(scope="module")
 def params() -> Any:
     """A model sure enough of EOS that a third of the samples end."""

@@ -160,6 +160,12 @@ def test_a_column_with_one_entry_a_completion_reaches_functions_so(names, model,
         assert seen["tags"] == [tags for row in rows for tags in [row["tags"]] * 2]
 
 
+def test_a_list_of_one_entry_is_that_of_the_one_completion(model, tmp_path):
+    rows = [{"prompt": f"Say {i}.", "completion": "a", "scores": [0.5 * i]} for i in range(4)]
+    got = run(model, tmp_path, rows, f"rewards=[{{function: {__name__}.by_column}}]")
+    assert [row["reward"] for row in got] == [[0.0], [0.5], [1.0], [1.5]]
+
+
 def test_the_entry_of_a_completion_that_is_left_out_goes_with_it(model, tmp_path):
     rows = k_way(rewards=[(1.0, None, 2.0)] * 4, scores=[[i, 50, i + 1] for i in range(4)])
     for row in rows:

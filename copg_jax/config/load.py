@@ -33,12 +33,13 @@ from copg_jax.config.schema import (
 )
 from copg_jax.config.settings import SHARED, Settings
 from copg_jax.config.stages import STAGES
-from copg_jax.errors import InputError, for_terminal
+from copg_jax.errors import InputError, for_terminal, hidden, hide
 
 T = TypeVar("T")
 _MOST_READS = 1000
 _ENVIRONMENT = "${oc.env:"
 _UNESCAPED = re.compile(r"(?<!\\)" + re.escape(_ENVIRONMENT))
+_VARIABLE = re.compile(re.escape(_ENVIRONMENT) + r"(\w+)")
 _INTERPOLATION = re.compile(r"\$\{([\w.\[\]]+)\}")  # an innermost one, of a name
 
 
@@ -94,6 +95,8 @@ def _merge(cls: type, settings: Settings) -> tuple[dict[str, Any], dict[str, Any
         _require_all(cls, raw)
         _require_few_reads(raw, settings.where)
         texts = _with_texts(raw, "", settings.texts)
+        for variable in _VARIABLE.findall(str(texts)):
+            hide(variable)
         resolved = as_written(cls, _resolve(raw), _resolve(texts))
         named = _resolve(map_leaves(_escape, texts))
         shown = _with_names(resolved, named)
@@ -106,7 +109,7 @@ def _merge(cls: type, settings: Settings) -> tuple[dict[str, Any], dict[str, Any
         fix = "set it in one of the files or on the command line"
         fix += ", as those of configs/sizes and configs/losses do" * ("shared." in text)
         fix = "export it before the run" if "Environment variable" in text else fix
-        raise InputError(f"{place}{text}; {fix}") from error
+        raise InputError(hidden(f"{place}{text}; {fix}")) from error
     _require_all(cls, resolved)
     return raw, resolved
 
@@ -222,7 +225,7 @@ def run_main(main: Callable[[T], object], cls: type[T], *, description: str | No
                 "names and in what they import, and run the same command again."
             ) from error
     except InputError as error:
-        print(f"error: {for_terminal(str(error))}", file=sys.stderr)
+        print(f"error: {for_terminal(hidden(str(error)))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

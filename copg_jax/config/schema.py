@@ -9,6 +9,7 @@
 import dataclasses
 import difflib
 import functools
+import hashlib
 import json
 import os
 import types
@@ -157,23 +158,25 @@ def as_written(hint: Any, value: Any, text: Any) -> Any:
 def as_stored(config: Any) -> dict[str, Any]:
     """Plain values of a config or section, as a file may keep them.
 
-    Of texts from the environment, paths and what stands below `Any` (arguments of rewards) are kept
-    as they are written: they may be secrets, and may change between two runs of one config.
-    Anything else decides what is computed and is kept as it is.
+    Texts from the environment are kept as they are written: they may be secrets. Numbers are kept
+    as they are.
     """
-    return _stored(type(config), dataclasses.asdict(config))
+    written = lambda value: value.written if isinstance(value, EnvironmentText) else value
+    return map_leaves(written, dataclasses.asdict(config))
 
 
-def _stored(hint: Any, value: Any) -> Any:
-    hint = _required(hint, value)
-    if isinstance(value, dict):
-        hints = _hints_below(hint, value)
-        return {key: _stored(hints[key], child) for key, child in value.items()}
-    if isinstance(value, list):
-        return [_stored((typing.get_args(hint) or [Any])[-1], child) for child in value]
-    if isinstance(value, EnvironmentText):
-        return value.written if hint in (Any, os.PathLike) else str(value)
-    return value
+def environment_hashes(config: Any) -> dict[str, str]:
+    """Hash of each text from the environment that decides what is computed, by its field.
+
+    Paths and the arguments of rewards, such as a key, may change between two runs of one config.
+    """
+    return {
+        name: hashlib.sha256(value.encode()).hexdigest()
+        for name, value in leaves(dataclasses.asdict(config))
+        if isinstance(value, EnvironmentText)
+        and name.rpartition(".")[2] not in PATHS
+        and ".arguments" not in name
+    }
 
 
 def _hints_below(hint: Any, value: Mapping[Any, Any]) -> dict[Any, Any]:

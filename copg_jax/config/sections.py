@@ -46,23 +46,22 @@ def require_one_of(config: Any, choices: Sequence[str], *names: str) -> None:
     require(config, f"one of {', '.join(choices)}", choices.__contains__, *names)
 
 
-_CREDENTIALS = re.compile(  # user:password@, ?token=
-    r"//[^/@]*:[^/@]*@|[?&][^/=&]*(token|key|sig|secret|pass|cred|auth)[^/=&]*=", re.IGNORECASE
-)
+_MAY_BE_SECRET = re.compile(r"//[^/]*@|[?#].*=", re.DOTALL)  # user@, ?name=value, #name=value
 
 
 def require_path(name: str, path: str) -> None:
-    """Raises InputError for an empty path, and for a URL with a password or token in it, which
-    logs, side-cars and messages would show.
+    """Raises InputError for an empty path, and for a URL that may have a password or token in it,
+    which logs, side-cars and messages would show.
     """
     if not path.strip():
         raise InputError(f"{name} must be a path, got an empty text")
     scheme, _, rest = path.partition("://")
-    if rest and _CREDENTIALS.search(f"//{rest}"):
+    if rest and _MAY_BE_SECRET.search(f"//{rest}"):
         raise InputError(
-            f"{name} must be a URL without password or token, got one with, of {scheme}://: give "
-            "them in the file or environment variables of its client, such as "
-            "GOOGLE_APPLICATION_CREDENTIALS or AWS_SECRET_ACCESS_KEY"
+            f"{name} must be a URL without password or token, got one of {scheme}:// with user@, "
+            "?name=value or #name=value, which may be one: leave that out, and give secrets in the "
+            "file or environment variables of its client, such as GOOGLE_APPLICATION_CREDENTIALS "
+            "or AWS_SECRET_ACCESS_KEY"
         )
 
 

@@ -37,6 +37,8 @@ SHARED = "shared"
 _READ = re.compile(r"\$\{(" + SHARED + r"\.[\w.]*)")
 _INNERMOST = re.compile(r"\$\{[^${}:]*\}")  # reads a value
 _RESOLVER = re.compile(r"\$\{([^{}:]*):")
+_UNCLEAR = re.compile(r"\$\{oc\.env:(?!\w+[,}])|\\\\\$\{")
+_FAULTS = (yaml.YAMLError, OmegaConfBaseException)
 _MOST_KEYS, _DEEPEST = 10_000, 32  # aliases expanded
 _LONGEST_FILE, _LONGEST_VALUE, _MOST_READS = 1_000_000, 100_000, 100  # characters; ${ in a value
 _UNWRITABLE = re.compile(r"[\0\ud800-\udfff]")
@@ -313,14 +315,7 @@ def _read_scalar(node: yaml.ScalarNode, where: str) -> Any:
         if isinstance(value, str) and "${" in value:
             OmegaConf.create([value])  # checks its grammar
             _require_harmless(value)
-    except (
-        ValueError,
-        LookupError,
-        AttributeError,
-        RecursionError,
-        yaml.YAMLError,
-        OmegaConfBaseException,
-    ) as error:
+    except (ValueError, LookupError, AttributeError, RecursionError, *_FAULTS) as error:
         reason = str(error).partition("\n")[0]
         got = f"{node.value[:80]!a} ({node.tag.removeprefix(_TAG)})"
         raise InputError(f"{where}: wanted a value, got {got}: {reason}") from error
@@ -335,6 +330,8 @@ def _require_harmless(text: str) -> None:
     for resolver in _RESOLVER.findall(read):
         if resolver != "oc.env":
             raise ValueError(f"wanted ${{NAME}} or ${{oc.env:NAME}}, got the resolver {resolver!r}")
+    if _UNCLEAR.search(text):  # what it reads could not be told from how it is stored
+        raise ValueError("wanted ${oc.env:NAME} of a plain name, and no two backslashes before ${")
 
 
 def _key(name: str, place: str, value: yaml.Node) -> _Key:

@@ -6,7 +6,7 @@
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -63,6 +63,22 @@ class TokenGroup:
     origin: np.ndarray | None = None
     kept: np.ndarray | None = None
     columns: dict[str, Any] = field(default_factory=dict)
+
+
+def columns_by_completion(rows: Iterable[TokenGroup]) -> tuple[set[str], dict[str, str]]:
+    """Columns that hold in every row a list with one entry for each completion, or null; and those
+    that do so in some rows only, by name, with where the first other row is.
+    """
+    lists: set[str] = set()
+    others: dict[str, str] = {}
+    for row in rows:
+        size = len(row.completions if row.kept is None else row.kept)
+        for name, values in row.columns.items():
+            if isinstance(values, list) and values and len(values) == size:
+                lists.add(name)
+            elif values is not None:
+                others.setdefault(name, row.where)
+    return lists - others.keys(), {name: others[name] for name in sorted(lists & others.keys())}
 
 
 NUMBERS = ("rewards", "ref_logps", "has_eos", "origin")

@@ -5,10 +5,11 @@
 2. What it leaves out is counted by reason.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, replace
+from dataclasses import replace
 
 from etils import epath
 
@@ -85,7 +86,10 @@ class GroupReader:
         """Hash of everything that decides which groups come out: file contents and the config."""
         config = self._config
         contents = fingerprint(config.path, split=config.split, revision=config.revision)
-        return json.dumps([contents, *astuple(config), self._chosen_only])
+        # The contents stand for the path, which may be written in another way, or be a secret.
+        own = {name: value for name, value in vars(config).items() if name != "path"}
+        decides = json.dumps([contents, own, self._chosen_only])
+        return hashlib.sha256(decides.encode()).hexdigest()
 
     def __iter__(self) -> Iterator[TextGroup | TokenGroup]:
         config = self._config

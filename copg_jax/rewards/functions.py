@@ -19,7 +19,7 @@ import numpy as np
 from copg_jax.config.schema import FLOAT32_MAX, as_stored, map_leaves
 from copg_jax.config.sections import RewardSpec
 from copg_jax.dotted import describe, find, shown
-from copg_jax.errors import InputError
+from copg_jax.errors import Ended, InputError
 
 RewardFn = Callable[..., Sequence[float | None]]
 OWN = "rewards"
@@ -41,7 +41,7 @@ def load_reward(spec: RewardSpec) -> RewardFn:
     try:
         plain = lambda value: str(value) if isinstance(value, str) else value
         function = function(**map_leaves(plain, spec.arguments)) if spec.arguments else function
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Ended):
         raise
     except InputError as error:
         raise InputError(f"reward function {spec.function!r}: {error}") from error
@@ -85,25 +85,16 @@ def score_texts(
     where = where or [f"prompt {prompt!r:.60}" for prompt in prompts]
     taken = _taken(function, columns, name)
 
-    def call(rows: range) -> Any:
-        here = slice(rows.start, rows.stop)
-        own = {
-            column: copy.deepcopy(values[here])
-            for column, values in columns.items()
-            if column in taken
-        }
-        texts = {"prompts": list(prompts[here]), "completions": list(completions[here])}
-        answer: Any = function(**texts, **own)
-        is_array = hasattr(answer, "__array__") and np.ndim(answer) == 1
-        return np.ma.asarray(answer).tolist() if is_array else answer  # None where it is masked
-
+    own = {column: copy.deepcopy(columns[column]) for column in columns if column in taken}
     try:
-        answer = call(range(len(completions)))
-    except (InputError, KeyboardInterrupt):
+        answer: Any = function(prompts=list(prompts), completions=list(completions), **own)
+        if hasattr(answer, "__array__") and np.ndim(answer) == 1:
+            answer = _listed(answer)
+    except (InputError, KeyboardInterrupt, Ended):
         raise
     except BaseException as error:
-        failing = _narrow(call, range(len(completions)))
-        ends = dict.fromkeys([where[failing[0]], where[failing[-1]]])
+        # Not called again for the one row that it fails at: calls may be slow, or paid.
+        ends = dict.fromkeys([*where[:1], *where[-1:]])
         raise InputError(
             f"{' to '.join(ends)}: reward function {name} failed: {describe(error)}"
         ) from error
@@ -150,25 +141,20 @@ def _checked(
     return np.array([math.nan if value is None else _number(value) for value in answer])
 
 
+def _listed(answer: Any) -> list[Any]:
+    """The entries of an array of one axis; None where it is masked."""
+    try:
+        return np.ma.asarray(answer).tolist()
+    except Exception:  # a tensor of an accelerator, of bfloat16 or with a gradient
+        return [float(value) for value in answer]
+
+
 def _number(value: Any) -> float:
     """A reward; NaN for what float32 cannot hold, or is no number."""
     if hasattr(value, "item") and np.ndim(value) == 0:  # of NumPy or JAX
         value = value.item()
     fits = isinstance(value, int | float) and abs(value) <= FLOAT32_MAX
     return float(value) if fits else math.nan
-
-
-def _narrow(call: Callable[[range], Any], rows: range) -> range:
-    """The row at which a call fails, by halves; all of them where it fails at none alone."""
-    middle = len(rows) // 2
-    for half in (rows[:middle], rows[middle:]) if middle else ():
-        try:
-            call(half)
-        except KeyboardInterrupt:
-            raise
-        except BaseException:
-            return _narrow(call, half)
-    return rows
 
 
 def takes_own(function: RewardFn, *, required: bool = True) -> bool:

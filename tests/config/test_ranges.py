@@ -99,6 +99,9 @@ URLS = [
     f"https://host/x?token={SECRET}",
     f"https://host/x?a=1&X-Amz-Signature={SECRET}",
     f"gs://bucket/x?access_key={SECRET}",
+    f"https://{SECRET}@host/x",
+    f"https://host/x#token={SECRET}",
+    f"https://host/x?access={SECRET}",
 ]
 
 
@@ -117,7 +120,7 @@ def test_a_password_or_token_in_a_url_is_refused_and_not_shown(name, url):
 
 @pytest.mark.parametrize(
     "url",
-    ["gs://bucket/x?.jsonl", "https://host/x.parquet?download=true", "s3://me@bucket/x", "a:b@c/d"],
+    ["gs://bucket/x?.jsonl", "https://host/x.parquet", "hf://datasets/a/b@main/x", "a:b@c/d"],
 )
 def test_a_url_without_secrets_is_a_path(url):
     assert load("policy", "data.path", url).data.path == url

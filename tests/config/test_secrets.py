@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from copg_jax.config.load import config_differences, load_config, to_yaml
+from copg_jax import errors
+from copg_jax.config.load import config_differences, load_config, run_main, to_yaml
 from copg_jax.config.stages import PolicyConfig, ScoreConfig
 from copg_jax.errors import InputError
 from copg_jax.rewards.functions import WeightedRewards, load_reward
@@ -37,10 +38,19 @@ def refusing(api_key: str, **arguments: Any) -> None:
     raise ValueError("no such account")
 
 
+def telling(api_key: str, **arguments: Any) -> None:
+    raise ValueError(f"invalid key {api_key}")
+
+
+def returning(api_key: str, **arguments: Any) -> dict[str, str]:
+    return {"key": api_key}
+
+
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "_names", {})  # those of other tests
     monkeypatch.setenv("JUDGE_KEY", SECRET)
-    monkeypatch.setenv("DISK", "/here")
+    monkeypatch.setenv("DISK", "/disk/here")
 
 
 def scoring(*more: str, factory: str = f"{__name__}.judge") -> ScoreConfig:
@@ -55,11 +65,11 @@ def test_the_values_reach_the_factory_as_plain_texts_and_the_paths_their_fields(
     assert received == {
         "api_key": SECRET,
         "headers": [{"auth": f"Bearer {SECRET}"}],
-        "path": "/here/rm",
+        "path": "/disk/here/rm",
         "n": 3,
     }
     assert type(received["api_key"]) is str
-    assert config.data.path == "/here/d"
+    assert config.data.path == "/disk/here/d"
 
 
 def test_a_run_stores_names_and_no_values(tmp_path):
@@ -96,11 +106,9 @@ def test_another_key_and_another_disk_go_on_with_the_run(tmp_path, monkeypatch):
     [
         ("optim.learning_rate", "1e-3", "2e-3"),
         ("seed", "1", "2"),
-        ("loss.name", "copg", "dpo"),
-        ("data.split", "train", "test"),
     ],
 )
-def test_what_decides_the_numbers_is_stored_and_compared_by_value(
+def test_a_number_of_the_environment_is_stored_and_compared_by_value(
     monkeypatch, field, before, after
 ):
     configs = []
@@ -111,6 +119,33 @@ def test_what_decides_the_numbers_is_stored_and_compared_by_value(
     assert "oc.env" not in to_yaml(configs[0])
     [difference] = config_differences(*configs)
     assert difference.startswith(f"{field}: ")
+
+
+@pytest.mark.parametrize(
+    ("field", "before", "after"),
+    [
+        ("data.split", "train", SECRET),
+        ("data.revision", "main", SECRET),
+        ("model.revision", "main", SECRET),
+        ("loss.name", "copg", "dpo"),
+        ("evaluation.rewards", "a.b", "a.c"),
+    ],
+)
+def test_a_text_of_the_environment_is_stored_by_name_and_a_run_does_not_go_on_with_another(
+    tmp_path, monkeypatch, field, before, after
+):
+    written = "[{function: '${oc.env:SETTING}'}]" if "rewards" in field else "${oc.env:SETTING}"
+    arguments = ["output_dir=a", "model.path=m", "data.path=d", f"{field}={written}"]
+    arguments.append("evaluation.data.path=d")
+    monkeypatch.setenv("SETTING", before)
+    write_run_header(tmp_path, load_config(PolicyConfig, arguments), {})
+    write_run_header(tmp_path, load_config(PolicyConfig, arguments), {})
+    monkeypatch.setenv("SETTING", after)
+    config = load_config(PolicyConfig, arguments)
+    assert "${oc.env:SETTING}" in to_yaml(config)
+    assert after not in to_yaml(config)
+    with pytest.raises(InputError, match=f"another content of: {field}"):
+        write_run_header(tmp_path, config, {})
 
 
 def test_the_printed_config_shows_names(capsys):
@@ -151,12 +186,44 @@ def test_a_long_key_is_not_shown_in_part(monkeypatch):
     assert "kkk" not in str(caught.value)
 
 
-@pytest.mark.parametrize("factory", ["refusing", "constant"])
-def test_a_factory_that_fails_is_named_without_its_arguments(factory):
+@pytest.mark.parametrize("key", [SECRET, "k" * 200, "a\nkey'\\"], ids=["short", "long", "odd"])
+@pytest.mark.parametrize("factory", ["refusing", "constant", "telling", "returning"])
+def test_a_factory_that_fails_is_named_without_its_arguments(factory, key, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", key)
     with pytest.raises(InputError) as caught:
         load_reward(scoring(factory=f"{__name__}.{factory}").rewards[0])
     assert f"{__name__}.{factory}" in str(caught.value)
+    assert not any(part in str(caught.value) for part in (key, repr(key)[1:-1], "kkk"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("${${oc.env:JUDGE_KEY}}", "key '${oc.env:JUDGE_KEY}' not found"),
+        ("${shared.${shared.key}}", "key 'shared.${oc.env:JUDGE_KEY}' not found"),
+        ("${oc.env:${oc.env:JUDGE_KEY}}", "of a plain name"),
+        ("${oc.env:${shared.key}}", "of a plain name"),
+        ("${oc.env: JUDGE_KEY}", "of a plain name"),
+        (r"x\\${oc.env:JUDGE_KEY}", "no two backslashes"),
+        (r"x\\${shared.key}", "no two backslashes"),
+    ],
+)
+def test_what_reads_a_variable_in_another_way_is_refused_without_its_value(text, words):
+    with pytest.raises(InputError) as caught:
+        scoring(f"data.path={text}")
+    assert words in str(caught.value)
     assert SECRET not in str(caught.value)
+
+
+def test_an_error_of_the_run_is_printed_without_what_the_environment_gave(monkeypatch, capsys):
+    def main(config: ScoreConfig) -> None:
+        raise InputError(f"{config.data.path}: the key {SECRET} is refused")
+
+    monkeypatch.setattr("copg_jax.config.load.load_config", lambda *_, **__: scoring())
+    with pytest.raises(SystemExit):
+        run_main(main, ScoreConfig, description=None)
+    wanted = "error: ${oc.env:DISK}/d: the key ${oc.env:JUDGE_KEY} is refused\n"
+    assert capsys.readouterr().err == wanted
 
 
 def test_a_variable_that_is_not_set_is_named():

@@ -1,5 +1,8 @@
 """Claims about which rows of a data set are read, and what is counted."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from copg_jax.config.sections import TEXT_FORMATS, DataConfig
@@ -37,6 +40,24 @@ def test_train_and_validation_parts_share_no_post_and_miss_no_row(write_lines):
     assert not prompts["train"] & prompts["validation"]
     assert len(parts["train"]) + len(parts["validation"]) == 200
     assert 30 <= len(parts["validation"]) <= 90
+
+
+def test_the_fingerprint_knows_contents_and_settings_but_no_path(write_lines, monkeypatch):
+    path = Path(write_lines(TEXT))
+    monkeypatch.chdir(path.parent)
+    paths = [path, path.name, f"./{path.name}", f"../{path.parent.name}/{path.name}"]
+    assert len({GroupReader(DataConfig(path=str(p))).fingerprint() for p in paths}) == 1
+    first = GroupReader(DataConfig(path=str(path))).fingerprint()
+    assert GroupReader(DataConfig(path=str(path), split="test")).fingerprint() != first
+    assert GroupReader(DataConfig(path=str(path)), chosen_only=True).fingerprint() != first
+
+
+@pytest.mark.parametrize("path", ["owner/name", "owner/other"])
+def test_the_fingerprint_of_a_hub_data_set_knows_its_id_and_shows_no_setting(path):
+    config = DataConfig(path=path, revision="sk-4711")
+    fingerprint = GroupReader(config).fingerprint()
+    assert fingerprint != GroupReader(replace(config, path="owner/third")).fingerprint()
+    assert "sk-4711" not in fingerprint and path not in fingerprint
 
 
 def test_rows_that_name_another_split_are_left_out_and_counted(write_lines, comparison_row):

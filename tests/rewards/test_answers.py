@@ -13,6 +13,7 @@ import pytest
 from copg_jax.config.sections import RewardSpec
 from copg_jax.errors import InputError
 from copg_jax.rewards.functions import WeightedRewards, load_reward, score_texts
+from copg_jax.runtime import signals_as_exits
 from tests.toys import names_all
 
 
@@ -39,6 +40,22 @@ def test_an_answer_is_a_number_or_none_for_each_completion_and_none_drops_it(ans
 @pytest.mark.parametrize("module", [np, jax.numpy])
 def test_an_array_of_one_axis_is_an_answer_too(module):
     np.testing.assert_array_equal(ask(module.array([1.0, -2.5]), ["a", "b"]), [1, -2.5])
+
+
+class Tensor:
+    """One of an accelerator, which NumPy cannot read."""
+
+    ndim = 1
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        raise TypeError("can't convert it to numpy. Use Tensor.cpu() first")
+
+    def __iter__(self):
+        return iter([np.float32(1), np.float32(-2.5)])
+
+
+def test_a_tensor_that_numpy_cannot_read_is_an_answer_too():
+    np.testing.assert_array_equal(ask(Tensor(), ["a", "b"]), [1, -2.5])
 
 
 class Unwritable:
@@ -146,15 +163,15 @@ def write_module(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "words", "line"),
     [
-        ("fails", ["f:3: ", "KeyError: 'c'"], 7),
-        ("leaves", ["f:3: ", "SystemExit: 0"], 11),
-        ("reads_json", ["f:3: ", "JSONDecodeError"], 16),
+        ("fails", ["f:1 to f:4: ", "KeyError: 'c'"], 7),
+        ("leaves", ["f:1 to f:4: ", "SystemExit: 0"], 11),
+        ("reads_json", ["f:1 to f:4: ", "JSONDecodeError"], 16),
         ("moody", ["f:1 to f:4: ", "OSError: four are too many"], 20),
-        ("odd", ["f:1: ", "Odd: (its text fails"], 27),
-        ("stops", ["f:1: ", "StopIteration, at"], 30),
+        ("odd", ["f:1 to f:4: ", "Odd: (its text fails"], 27),
+        ("stops", ["f:1 to f:4: ", "StopIteration, at"], 30),
     ],
 )
-def test_what_a_function_raises_is_named_with_the_row_and_the_user_s_own_line(
+def test_what_a_function_raises_is_named_with_the_rows_and_the_user_s_own_line(
     name, words, line, write_module
 ):
     file = write_module("reward_that_fails", MODULE)
@@ -165,6 +182,46 @@ def test_what_a_function_raises_is_named_with_the_row_and_the_user_s_own_line(
     text = str(caught.value)
     names_all(text, [*words, f"reward function {name}", f"{file}:{line}"])
     assert "copg_jax" not in text
+
+
+def test_a_function_that_failed_is_not_called_again():
+    seen = []
+
+    def paid(prompts: list[str], completions: list[str]) -> list[float]:
+        seen.extend(completions)
+        return [{"a": 1.0}[text] for text in completions]
+
+    with pytest.raises(InputError):
+        score_texts(paid, ["p"] * 4, ["a", "a", "a", "b"], {}, name="paid")
+    assert seen == ["a", "a", "a", "b"]
+
+
+SIGNALLED = """import os, signal
+def send(*_, **__):
+    os.kill(os.getpid(), signal.{0})
+    return [1.0]
+"""
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGHUP", 129)])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda send: score_texts(send, ["p"] * 2, ["a", "b"], {}, name="send"),
+        lambda _: load_reward(RewardSpec("signalled.send", {"a": 1})),
+        lambda _: load_reward(RewardSpec("signalled_on_import.send")),
+    ],
+    ids=["function", "factory", "import"],
+)
+def test_a_signal_inside_a_function_ends_the_run_with_its_own_status(
+    use, name, status, write_module
+):
+    write_module("signalled", SIGNALLED.format(name))
+    write_module("signalled_on_import", SIGNALLED.format(name) + "send()\n")
+    send = load_reward(RewardSpec("signalled.send"))
+    with pytest.raises(SystemExit) as caught, signals_as_exits():
+        use(send)
+    assert caught.value.code == status
 
 
 @pytest.mark.parametrize(
