@@ -231,4 +231,4 @@ def test_validation_on_rows_that_are_trained_on_is_said(workplace, elsewhere, ca
         f"{part}.{to}" for part in ("data", "validation") for to in ("part=all", "max_rows=9")
     ]
     workplace.run("sft", elsewhere, *settings, "training.max_steps=1")
-    assert "validation: 9 of its 9 groups are trained on as well" in capsys.readouterr().err
+    assert "validation: the posts of 9 of its 9 groups are trained on as well" in capsys.readouterr().err
