@@ -122,8 +122,8 @@ def warn_of_overlap(dataset: GroupDataset, held_out: GroupDataset) -> None:
     shared = sum(post in trained for post in held_out.posts())
     if shared:
         log.warning(
-            "validation: the posts of %d of its %d groups are trained on as well, so that its loss says little. "
-            "Fix: hold posts out with data.holdout_fraction=0.05 data.part=train, "
+            "validation: the posts of %d of its %d groups are trained on as well, so that its loss "
+            "says little. Fix: hold posts out with data.holdout_fraction=0.05 data.part=train, "
             "validation.holdout_fraction=0.05 validation.part=validation.",
             shared,
             len(held_out),
