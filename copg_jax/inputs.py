@@ -45,6 +45,7 @@ def open_data(
     name: str,
     *,
     chosen_only: bool = False,
+    by_choice: bool = False,
 ) -> GroupDataset:
     """Tokenises a data set into `folder`/tokens (once) and logs what was kept, cut and dropped.
 
@@ -54,9 +55,11 @@ def open_data(
         folder: output folder of the run.
         name: of the file and in the log.
         chosen_only: see `GroupReader`.
+        by_choice: see `GroupReader`.
     """
     path = scratch_folder(folder, jax.process_index()) / "tokens" / f"{name}.arrow"
-    rows, vocab_size = GroupReader(section, chosen_only=chosen_only), model.arch.vocab_size
+    rows = GroupReader(section, chosen_only=chosen_only, by_choice=by_choice)
+    vocab_size = model.arch.vocab_size
     turn: AbstractContextManager[None] = nullcontext()
     if jax.process_count() > 1:
         try:
@@ -114,12 +117,13 @@ def _require_same(key: str, path: str) -> None:
 
 
 def warn_of_overlap(dataset: GroupDataset, held_out: GroupDataset) -> None:
-    """Says how many groups of a held-out set are trained on."""
-    shared = len(dataset.rows() & held_out.rows())
+    """Says how many groups of a held-out set have posts, or other prompts, that are trained on."""
+    trained = set(dataset.posts())
+    shared = sum(post in trained for post in held_out.posts())
     if shared:
         log.warning(
-            "validation: %d of its %d groups are trained on as well, so that its loss says little. "
-            "Fix: hold posts out with data.holdout_fraction=0.05 data.part=train, "
+            "validation: the posts of %d of its %d groups are trained on as well, so that its loss "
+            "says little. Fix: hold posts out with data.holdout_fraction=0.05 data.part=train, "
             "validation.holdout_fraction=0.05 validation.part=validation.",
             shared,
             len(held_out),

@@ -2,6 +2,7 @@
 
     python -m experiments.train_reward configs/tldr.yaml configs/sizes/llama2_7b.yaml
 
+It learns the human choice where a row has one, the rows' scores where it has none.
 Writes metrics.jsonl, checkpoints/ and model/, which `AutoModelForSequenceClassification` loads (one
 label).
 """
@@ -34,6 +35,7 @@ def main(config: RewardModelConfig) -> None:
             ),
             check_section=require_preferences,
             check_data=check_data,
+            by_choice=True,
         ),
     )
 

@@ -111,10 +111,11 @@ def test_a_copy_is_made_once_and_again_when_the_bucket_has_changed(bucket):
 
 
 def test_a_file_and_a_glob_are_copied_by_name(bucket):
-    bucket.pipe({"/b/data/train.jsonl": b'{"a": 1}\n', "/b/data/valid.jsonl": b'{"a": 2}\n'})
-    assert [row for _, row in read_rows("gs://b/data/train.jsonl")] == [{"a": 1}]
+    for name in ("train-1", "train-2", "valid"):
+        bucket.pipe({f"/b/data/{name}.jsonl": b'{"a": 1}\n'})
+    assert [row for _, row in read_rows("gs://b/data/train-1.jsonl")] == [{"a": 1}]
     names = [file.name for file in find_files("gs://b/data/*.jsonl")]
-    assert names == ["train.jsonl", "valid.jsonl"]
+    assert names == ["train-1.jsonl", "train-2.jsonl"]
     assert [file.name for file in find_files("gs://b/data", "valid")] == ["valid.jsonl"]
     assert Path(local_copy("data/x.jsonl", SUFFIXES)) == Path("data/x.jsonl")
 

@@ -188,7 +188,7 @@ def test_scoring_a_scored_folder_keeps_its_ids_ends_and_origins(
     parts = {path.name: file_sum(path) for path in folder.glob("part-*.parquet")}
     whole_side_car = scored.read_side_car(epath.Path(folder))
     scored.write_side_car(epath.Path(folder), replace(whole_side_car, parts=parts))
-    monkeypatch.setattr(Encoder, "encode_completion", None)
+    monkeypatch.setattr(Encoder, "encode_completions", None)
     samples = tokenized(tokenizer, str(folder), tmp_path / "samples.arrow")
     score(samples, tmp_path / "again", side_car)
     (parts, _), wanted = contents(tmp_path / "again"), iter(samples)

@@ -7,7 +7,11 @@ import shutil
 import pytest
 
 from copg_jax import checksums, lock
+from copg_jax.config.sections import Limits
+from copg_jax.data.dataset import prepare
+from copg_jax.data.formats.texts import TextGroup
 from copg_jax.data.tokenizer import load_tokenizer
+from copg_jax.inputs import warn_of_overlap
 from tests.toys import names_all
 from tests.workplace import MAINS, Workplace, tiny_model
 
@@ -231,4 +235,36 @@ def test_validation_on_rows_that_are_trained_on_is_said(workplace, elsewhere, ca
         f"{part}.{to}" for part in ("data", "validation") for to in ("part=all", "max_rows=9")
     ]
     workplace.run("sft", elsewhere, *settings, "training.max_steps=1")
-    assert "validation: 9 of its 9 groups are trained on as well" in capsys.readouterr().err
+    said = "validation: the posts of 9 of its 9 groups are trained on as well"
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["posts", "prompts"])
+def test_validation_on_a_copy_of_rows_that_are_trained_on_is_said(
+    kind, workplace, tmp_path, caplog
+):
+    tokenizer = load_tokenizer(workplace.folder / "base")
+    prompt = "SUBREDDIT: r/a\n\nTITLE: t{}\n\nPOST: {}\n\nTL;DR:"
+    prompt = prompt if kind == "posts" else "Say {}."
+
+    def dataset(name, numbers):
+        rows = [TextGroup(f"{i}", f"{name}:{i}", prompt.format(i, name), ("a",)) for i in numbers]
+        path = tmp_path / f"{name}.arrow"
+        return prepare(rows, tokenizer, path=path, limits=Limits(), vocab_size=len(tokenizer))
+
+    train = dataset("train", range(8))
+    warn_of_overlap(train, dataset("other", range(8, 12)))
+    assert not caplog.records
+    warn_of_overlap(train, dataset("val", range(5, 12)))
+    assert "the posts of 3 of its 7 groups are trained on as well" in caplog.text
+
+
+def test_a_reward_model_is_trained_on_the_choices_of_pairs_whose_scores_are_equal(
+    workplace, elsewhere, tmp_path
+):
+    row = {"prompt": "Say a.", "chosen": "a", "rejected": "b", "rewards": [1, 1]}
+    (tmp_path / "pairs.jsonl").write_text(f"{json.dumps(row)}\n" * 16)
+    settings = [f"data.path={tmp_path / 'pairs.jsonl'}", "validation=null", "data.part=all"]
+    workplace.run("reward", elsewhere, *settings, "training.max_steps=1")
+    stats = json.loads((tmp_path / "run" / "tokens" / "train.json").read_text())["stats"]
+    assert stats["kept"] == stats["with_rewards"] == 16

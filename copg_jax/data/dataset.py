@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from copg_jax.checksums import check_file, file_sum, read_record, write_record
 from copg_jax.config.sections import Limits
 from copg_jax.data.formats.texts import TextGroup
+from copg_jax.data.formats.tldr import post_fraction
 from copg_jax.data.groups import NUMBERS, TokenGroup, fit_group, tokenize_group
 from copg_jax.data.reader import GroupReader
 from copg_jax.data.rows import InvalidRow
@@ -114,9 +115,10 @@ class GroupDataset:
     def __iter__(self) -> Iterator[TokenGroup]:
         return (self[index] for index in range(len(self)))
 
-    def rows(self) -> set[str]:
-        """File and line of every group."""
-        return {where for batch in self._batches for where in batch["where"].to_pylist()}
+    def posts(self) -> Iterator[float]:
+        """What tells the post of each group from others, however it was written or cut."""
+        prompts = (prompt for batch in self._batches for prompt in batch["prompt"].to_pylist())
+        return map(post_fraction, prompts)
 
     @property
     def has_rewards(self) -> bool:
@@ -207,7 +209,8 @@ def data_key(
     """
     own = tokenizer_hash(tokenizer)
     rows.check_ids(own)
-    return json.dumps([_FORMAT, rows.fingerprint(), own, *limits, vocab_size])
+    made_of = rows.fingerprint(), rows.by_choice
+    return json.dumps([_FORMAT, *made_of, own, *limits, vocab_size])
 
 
 def is_prepared(path: Path, key: str) -> bool:

@@ -22,6 +22,7 @@ from copg_jax.errors import InputError
 
 TOO_FEW = "too few completions left"
 EOS_INSIDE = "EOS inside a completion"
+NO_TOKENS = "no tokens"
 REPEATED = "prompt that all its completions begin with"
 
 
@@ -97,14 +98,20 @@ def tokenize_group(
         counts: increased by what is changed or left out, and by what is odd, by reason.
 
     Raises:
-        InvalidRow: the prompt cannot be cut to the limit, or a completion contains EOS.
+        InvalidRow: the prompt cannot be cut to the limit, or a completion contains EOS or has text
+            but no tokens.
     """
     prompt, prompt_ids = _fit_prompt(group, encoder, limits.max_prompt_tokens)
-    completions, notes = zip(
-        *(encoder.encode_completion(prompt, prompt_ids, text) for text in group.completions),
-        strict=True,
-    )
+    encoded = encoder.encode_completions(prompt, prompt_ids, group.completions)
+    completions, notes = zip(*encoded, strict=True)
     for index, ids in enumerate(completions):
+        if len(ids) == 1 and group.completions[index]:
+            raise InvalidRow(
+                group.where,
+                NO_TOKENS,
+                f"completion {index}, {group.completions[index]!r:.60}, has no tokens: the "
+                "tokenizer leaves out all of its text.",
+            )
         if encoder.eos_id in ids[:-1]:
             raise InvalidRow(
                 group.where,

@@ -38,6 +38,7 @@ class GroupReader:
         config: where they are, and which of them.
         chosen_only: of a preference only the chosen completion, without a reward; other rows with
             rewards for several completions are refused.
+        by_choice: the rewards of a pair of which one is chosen are 1 and 0, whatever its scores.
 
     Attributes:
         counts: rows that the last pass left out, by reason.
@@ -45,8 +46,11 @@ class GroupReader:
         text_format: name of the format of the texts, once one was read.
     """
 
-    def __init__(self, config: DataConfig, *, chosen_only: bool = False) -> None:
+    def __init__(
+        self, config: DataConfig, *, chosen_only: bool = False, by_choice: bool = False
+    ) -> None:
         self._config, self._chosen_only = config, chosen_only
+        self.by_choice = by_choice
         self.counts: Counter[str] = Counter()
         self.changed: Counter[str] = Counter()
         self.text_format: str | None = None
@@ -169,6 +173,9 @@ class GroupReader:
             self._check_one_schema(where, schema.name + scores)
             if _is_contradicted(group):
                 self.changed[CONTRADICTED] += 1
+            if self.by_choice and group.chosen is not None:
+                choice = [float(k == group.chosen) for k in range(len(group.completions))]
+                group = replace(group, rewards=tuple(choice), is_choice=True)
         return group
 
     def _check_one_schema(self, where: str, name: str) -> None:
@@ -183,7 +190,7 @@ class GroupReader:
 
 
 def _is_contradicted(group: TextGroup) -> bool:
-    """Whether the scores of a pair, by which it is learnt, prefer the rejected completion."""
+    """Whether the scores of a pair prefer the rejected completion."""
     if group.chosen is None or group.rewards is None:
         return False
     chosen = group.rewards[group.chosen]

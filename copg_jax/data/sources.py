@@ -36,6 +36,10 @@ _SPLITS = {
 _FAMILY = {word: family for family, words in _SPLITS.items() for word in words}
 _SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(_FAMILY)})(?![a-z])")
 _NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # surrogates: bytes that are no UTF-8
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\Z")
+_TWICE = (
+    "Rows would be read twice. Remove one of them, or let data.path name the files that are meant."
+)
 _NUM_LISTED = 5
 
 
@@ -55,22 +59,38 @@ def find_files(path: str, split: str = "train") -> list[Path]:
     Of a folder or glob, these are no data: names that begin with a dot or two underscores, and
     files that describe a data set. Where files are named after splits (`train.jsonl`,
     `valid-00000.parquet`, `test/0.parquet`), only those of `split` are kept; those without such a
-    name are of the split `train` if no other is.
+    name are of the split `train` if no other is. A glob that matches files of one split alone means
+    these, whatever `split` is.
 
     Raises:
         InputError: nothing there, no data file in the folder, no file of this split, or the same
             data in two formats.
     """
+    return _find_files(path, split)[0]
+
+
+def _find_files(path: str, split: str) -> tuple[list[Path], list[Path]]:
+    """The data files behind a path, and those that look like data and are left out."""
     place = Path(local_copy(path, SUFFIXES))
     if place.is_file():
-        files = [place]
+        found = files = [place]
     elif place.is_dir():
         found = [file for file in place.rglob("*") if file.suffix in SUFFIXES and not file.is_dir()]
         if (place / SIDE_CAR).exists():
             found = list(place.glob("part-*.parquet"))
         files = _of_split(place, _data_of(place, found), split)
     else:
-        files = _data_of(_fixed_part(place), map(Path, glob(str(place), recursive=True)))
+        matches = [Path(match) for match in glob(str(place), recursive=True)]
+        found = [match for match in matches if not match.is_dir()]
+        if matches and not found:
+            raise InputError(
+                f"{path}: wanted files, got folders alone ({_listed(sorted(matches))}). Let "
+                f"data.path name the files in them: {path.rstrip('/')}/*.jsonl, for example."
+            )
+        root = _fixed_part(place)
+        files = _data_of(root, found)
+        if len({word and _FAMILY[word] for word in _words(root, files).values()}) > 1:
+            files = _of_split(root, files, split)
     if not files:
         raise InputError(_nothing_at(path))
     for file in files:
@@ -85,17 +105,21 @@ def find_files(path: str, split: str = "train") -> list[Path]:
                 f"{file}: wanted a file, got a link to {os.readlink(file)}, which is not there. "
                 "Restore that file, or remove the link."
             )
-    _require_one_format(files)
-    return files
+    _require_once(files)
+    return files, sorted({file for file in found if file.suffix in SUFFIXES} - set(files))
 
 
 def describe_files(path: str, split: str = "train") -> str:
-    """The files behind a path for a log: how many, and the names of the first ones."""
+    """The files behind a path for a log: how many are read and left out, and the first names."""
     if is_hub_id(path):
         return "a data set of the hub"
-    files = find_files(path, split)
-    names = ", ".join(map(str, files[:_NUM_LISTED])) + ", ..." * (len(files) > _NUM_LISTED)
-    return f"{len(files)} file{'s' * (len(files) > 1)}: {names}"
+    files, left = _find_files(path, split)
+    text = f"{len(files)} file{'s' * (len(files) > 1)}: {_listed(files)}"
+    return text + f"; {len(left)} left out: {_listed(left)}" * bool(left)
+
+
+def _listed(files: Sequence[Path]) -> str:
+    return ", ".join(map(str, files[:_NUM_LISTED])) + ", ..." * (len(files) > _NUM_LISTED)
 
 
 def fingerprint(path: str, *, split: str = "train", revision: str | None = None) -> str:
@@ -103,21 +127,26 @@ def fingerprint(path: str, *, split: str = "train", revision: str | None = None)
 
     Note:
         For a hub id it covers id, split and revision only: a commit as revision pins the contents.
+
+    Raises:
+        InputError: a file that cannot be read, or two with the same contents.
     """
     digest = hashlib.sha256()
     if is_hub_id(path):
         digest.update(repr((path, split, revision)).encode())
         return digest.hexdigest()
+    seen: dict[bytes, Path] = {}
     for file in find_files(path, split):
         try:
-            digest.update(f"{file.name}:{file.stat().st_size}\n".encode())
             with file.open("rb") as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
+                contents = hashlib.file_digest(stream, "sha256").digest()
         except OSError as error:
             raise InputError(
                 f"{file}: cannot be read ({error}). Check the file and its permissions."
             ) from error
+        digest.update(f"{file.name}:".encode() + contents)
+        if (other := seen.setdefault(contents, file)) != file:
+            raise InputError(f"{file} and {other}: the same contents. {_TWICE}")
     return digest.hexdigest()
 
 
@@ -148,6 +177,16 @@ def _fixed_part(pattern: Path) -> Path:
     return next(parent for parent in pattern.parents if not has_magic(str(parent)))
 
 
+def _words(folder: Path, files: Sequence[Path]) -> dict[Path, str | None]:
+    """The word for a split in the name of each file below a folder."""
+
+    def word_of(file: Path) -> str | None:
+        parts = reversed(file.relative_to(folder).parts)  # the file's own name says more
+        return next((word for part in parts if (word := _split_word(part))), None)
+
+    return {file: word_of(file) for file in files}
+
+
 def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
     if not files:
         raise InputError(
@@ -155,11 +194,7 @@ def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
             f"{', '.join(SUFFIXES)} that is not hidden and no metadata."
         )
 
-    def word_of(file: Path) -> str | None:
-        parts = reversed(file.relative_to(folder).parts)  # the file's own name says more
-        return next((word for part in parts if (word := _split_word(part))), None)
-
-    words = {file: word_of(file) for file in files}
+    words = _words(folder, files)
     if not any(words.values()):
         return files
     family = split_family(split) or split
@@ -177,16 +212,21 @@ def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
     )
 
 
-def _require_one_format(files: Sequence[Path]) -> None:
-    """Raises InputError where two files differ in their endings alone: they hold the same rows."""
-    seen: dict[Path, Path] = {}
+def _require_once(files: Sequence[Path]) -> None:
+    """Raises InputError where the names of two files say that they hold the same rows: those of
+    `train.jsonl`, `train.parquet`, `train-00000-of-00002.parquet` and `train/0.jsonl`.
+    """
+    seen: dict[Path, tuple[Path, tuple[str, str]]] = {}
     for file in files:
-        other = seen.setdefault(file.with_suffix(""), file)
-        if other != file:
-            raise InputError(
-                f"{file} and {other}: the same name in two formats, so that their rows would be "
-                "read twice. Remove one of them, or let data.path name the files that are meant."
-            )
+        stem = _SHARD.sub("", file.stem)
+        form = file.suffix, file.stem.removeprefix(stem)[6:]  # with the number of parts
+        other, other_form = seen.setdefault(file.with_name(stem), (file, form))
+        if other != file and other_form != form:
+            raise InputError(f"{file} and {other}: the same name in two formats. {_TWICE}")
+    for file in files:
+        for parent in file.parents:
+            if parent in seen:
+                raise InputError(f"{file} and {seen[parent][0]}: the same name twice. {_TWICE}")
 
 
 def _nothing_at(path: str) -> str:

@@ -9,6 +9,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,11 @@ from copg_jax.errors import InputError
 
 SEPARATE = "completion encoded by itself: a token would reach over from its prompt"
 NOT_EXACT = "text that the tokenizer does not give back exactly"
+# A prompt is long and its completions are many: only its last words are encoded with each of them.
+_MOST_TAIL, _LEAST_TAIL = 128, 32  # characters
+_WORD = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")  # a blank between two letters
+_SPLITTERS = ("ByteLevel", "Digits", "Split", "Whitespace", "WhitespaceSplit", "BertPreTokenizer")
+_LOOKS_BACK = re.compile(r"\(\?<|\\[bBAGK]|(?<!\[)\^")  # parts of a regular expression
 _MAY_PUT_BLANK = ("Sequence", "Prepend", "Metaspace", "ByteLevel")
 
 
@@ -99,6 +105,7 @@ class Encoder:
         self._bare: Any = self._backend
         if bare != rules:
             self._bare = tokenizers.Tokenizer.from_str(json.dumps(bare))
+        self._splits_at_words = _splits_at_words(rules, self._backend)
         self._anchor: list[int] = self._ids(self._bare, "a")
         if not self._anchor:
             raise InputError(
@@ -126,18 +133,40 @@ class Encoder:
         """Returns a prompt's ids behind the prefix, unless its text begins with that."""
         return self._with_prefix(self._ids(self._backend, prompt))
 
-    def encode_completion(
-        self, prompt: str, prompt_ids: list[int], completion: str
-    ) -> tuple[list[int], str]:
-        """Encodes a completion behind its prompt, whose ids are those of `encode_prompt`.
+    def encode_completions(
+        self, prompt: str, prompt_ids: list[int], completions: Sequence[str]
+    ) -> list[tuple[list[int], str]]:
+        """Encodes completions behind their prompt, whose ids are those of `encode_prompt`.
 
         As in TRL, the ids are those of both texts together, less those of the prompt. Where a token
         would reach over the border between the two, the completion is encoded by itself.
 
         Returns:
-            ids, EOS last; and what was unusual, "" if nothing was: `SEPARATE` or `NOT_EXACT`.
+            for each: ids, EOS last; and what was unusual, "" if nothing was: `SEPARATE` or
+            `NOT_EXACT`.
         """
-        both = self.encode_prompt(prompt + completion)
+        head, tail = self._border(prompt, prompt_ids)
+        behind_head = self._batch_ids([tail + text for text in completions])
+        return [
+            self._completion(self._with_prefix(head + ids), prompt_ids, text)
+            for ids, text in zip(behind_head, completions, strict=True)
+        ]
+
+    def _border(self, prompt: str, prompt_ids: list[int]) -> tuple[list[int], str]:
+        """The ids of a prompt that no text behind it can change, and the text after those."""
+        match = _WORD.search(prompt, max(0, len(prompt) - _MOST_TAIL), len(prompt) - _LEAST_TAIL)
+        if self._splits_at_words and match:
+            tail = prompt[match.start() :]
+            ids = self._ids(self._backend, tail)
+            size = len(prompt_ids) - len(ids)
+            if size >= 0 and prompt_ids[size:] == ids:
+                return prompt_ids[:size], tail
+        return [], prompt
+
+    def _completion(
+        self, both: list[int], prompt_ids: list[int], completion: str
+    ) -> tuple[list[int], str]:
+        """A completion of `encode_completions`, of the ids of it and its prompt together."""
         size = len(prompt_ids)
         behind = both[size:] if both[:size] == prompt_ids else None
         if behind is not None and self.completion_text(behind) == completion:
@@ -171,11 +200,39 @@ class Encoder:
                 "knows every text, or has an unk_token."
             ) from error
 
+    def _batch_ids(self, texts: list[str]) -> list[list[int]]:
+        """Ids of several texts, on all cores."""
+        try:
+            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception:  # which does not say of which text
+            return [self._ids(self._backend, text) for text in texts]
+        return [encoding.ids for encoding in encodings]
+
     def _with_prefix(self, ids: list[int]) -> list[int]:
         return ids if ids[: len(self.prefix)] == self.prefix else [*self.prefix, *ids]
 
     def _decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=False)
+
+
+def _splits_at_words(rules: dict[str, Any], backend: Any) -> bool:
+    """Whether a word that follows a blank has the same ids whatever stands in front of both.
+
+    So it is where text is split at blanks before anything else, by what looks forward only.
+    """
+    normalizer, splitter = rules["normalizer"], rules["pre_tokenizer"]
+    if splitter is None or splitter != _without_blank(splitter):
+        return False
+    if (normalizer or {"type": "NFC"})["type"] != "NFC":
+        return False
+    parts = splitter.get("pretokenizers", [splitter])
+    pieces = backend.pre_tokenizer.pre_tokenize_str("ab cd")
+    return (
+        all(part["type"] in _SPLITTERS for part in parts)
+        and not any(_LOOKS_BACK.search(str(part.get("pattern"))) for part in parts)
+        and any(end == 2 for _, (_, end) in pieces)
+        and not any(re.search(r"\s", token["content"]) for token in rules["added_tokens"])
+    )
 
 
 def _without_blank(rules: Any) -> Any:

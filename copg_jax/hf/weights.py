@@ -45,10 +45,9 @@ from copg_jax.hf.tensor_files import (
 )
 from copg_jax.models.params import Architecture, Params
 
-_MARKS = {"config.json", "tokenizer_config.json"}
-_WRITTEN = (  # beside these, into a model's folder
-    r"model.*\.safetensors(\.index\.json)?|(tokenizer|vocab|merges|added_tokens|generation_config|"
-    r"special_tokens_map|chat_template|checksums)\.(json|model|txt|jinja)"
+_WRITTEN = re.compile(  # into a model's folder, by `save_pretrained`
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|chat_template\.jinja|"
+    r"(config|checksums|tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json"
 )
 RESTORE = (
     "Fix: copy the folder again, or let the run that wrote it export it anew (the same command); "
@@ -163,7 +162,7 @@ def save_pretrained(
     Every process calls it, to gather each tensor in turn; process 0 writes.
 
     Args:
-        folder: target; replaced where it is a model folder already.
+        folder: target; replaced where it holds such an export and no other file.
         arch: sizes of the model.
         params: tree of `init_params`, any sharding.
         head: "lm" -> the family's ForCausalLM, "score" -> ForSequenceClassification of one label.
@@ -210,14 +209,14 @@ def _save_tokenizer(tokenizer: Any, folder: epath.Path) -> None:
 
 
 def _check_replaceable(folder: epath.Path) -> None:
-    """Raises InputError unless a folder is new, empty, or holds a model, or what an interrupted
-    removal has left of one.
+    """Raises InputError unless a folder is new, empty, or holds what is written here and no more:
+    a model, or what an interrupted removal has left of one.
     """
-    names = {item.name for item in folder.iterdir()} if folder.exists() else set()
-    if not names & _MARKS and not all(re.fullmatch(_WRITTEN, name) for name in names):
+    names = sorted(item.name for item in folder.iterdir()) if folder.exists() else []
+    if others := [name for name in names if not _WRITTEN.fullmatch(name)]:
         raise InputError(
-            f"{folder}: wanted a new folder or an older model folder to replace, got other "
-            "files; choose another folder"
+            f"{folder}: wanted a new folder or an older export to replace, got other files "
+            f"({', '.join(others[:5])}), which would be lost; choose another folder"
         )
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import jax
 
-from copg_jax.config.sections import DTYPES, Limits, MeshConfig, ModelConfig
+from copg_jax.config.sections import DTYPES, TEXT_FORMATS, Limits, MeshConfig, ModelConfig
 from copg_jax.data import groups
-from copg_jax.data.formats.choice import format_of_prompt
+from copg_jax.data.formats.choice import FORMATS, own_format
 from copg_jax.data.formats.texts import TextGroup
 from copg_jax.data.groups import TokenGroup
 from copg_jax.data.rows import InvalidRow
@@ -31,8 +31,7 @@ class RewardModel:
     """A Bradley–Terry reward model as a reward function.
 
     Texts are tokenised with the model's own tokenizer and end in its EOS, whether or not the policy
-    wrote one. A prompt in the frame of TL;DR is read in the format `tldr`, any other one in the
-    format `text`, as `data.format=auto` reads them in training.
+    wrote one.
 
     Args:
         path: folder or hub id that `AutoModelForSequenceClassification` (num_labels=1) could load.
@@ -40,6 +39,8 @@ class RewardModel:
         dtype: compute dtype.
         max_prompt_tokens: longer TL;DR prompts are cut as in training, so this is the limit it was
             trained with.
+        text_format: `data.format` of its training. "auto": each prompt says it, those in the frame
+            of TL;DR are read in the format `tldr` and others in `text`.
     """
 
     def __init__(
@@ -48,12 +49,17 @@ class RewardModel:
         batch_size: int = 16,
         dtype: str = "float32",
         max_prompt_tokens: int = 512,
+        text_format: str = "auto",
     ):
         for name, count in (("batch_size", batch_size), ("max_prompt_tokens", max_prompt_tokens)):
             if not isinstance(count, int) or isinstance(count, bool) or count < 1:
                 raise InputError(f"{name}: wanted a whole number of at least 1, got {count!r:.80}")
         if dtype not in DTYPES:
             raise InputError(f"dtype: wanted one of {', '.join(DTYPES)}, got {dtype!r:.80}")
+        if text_format not in TEXT_FORMATS:
+            wanted = ", ".join(TEXT_FORMATS)
+            raise InputError(f"text_format: wanted one of {wanted}, got {text_format!r:.80}")
+        self._format = FORMATS.get(text_format)
         # All devices, whatever the run's mesh; the weights in as many pieces as are equal.
         width = read_architecture(resolve(path)).hidden_size
         shards = math.gcd(len(jax.devices()), width)
@@ -75,7 +81,7 @@ class RewardModel:
     def __call__(
         self, /, prompts: Sequence[str], completions: Sequence[str], **columns: Any
     ) -> list[float | None]:
-        """Scores, reward units, one a completion; None for a text that spells EOS."""
+        """Scores, reward units, one a completion; None for text that spells EOS or has no tokens."""
         runs = self._group(prompts, completions)
         scores = self._forward([group for group, _ in runs])
         rewards: list[float | None] = [None] * len(completions)
@@ -93,10 +99,25 @@ class RewardModel:
             found for _, run in runs for found in self._tokenize(list(run), prompts, completions)
         ]
 
+    def _render(self, text: TextGroup) -> TextGroup:
+        """Texts in the format of the model's training.
+
+        Raises:
+            InvalidRow: they cannot be in this format, or it leaves them out.
+        """
+        format = self._format or own_format(text)
+        if not format.recognises(text):
+            reason = f"not in the format '{format.name}'"
+        elif isinstance(rendered := format.render(text), TextGroup):
+            return rendered
+        else:
+            reason = rendered
+        raise InvalidRow(text.where, reason, f"the prompt cannot be read: {reason}.")
+
     def _tokenize(
         self, run: list[int], prompts: Sequence[str], completions: Sequence[str]
     ) -> list[tuple[TokenGroup, list[int]]]:
-        """One group of a run; completions that cannot be encoded (they spell EOS) are left out."""
+        """One group of a run; completions that spell EOS or have no tokens are left out."""
         text = TextGroup(
             id=str(run[0]),
             where=f"prompt {prompts[run[0]][:60]!r}",
@@ -104,14 +125,14 @@ class RewardModel:
             completions=tuple(completions[i] for i in run),
         )
         try:
-            text = format_of_prompt(text.prompt).render(text)
-            assert isinstance(text, TextGroup)  # what is left out is no prompt of TL;DR
-            tokens = groups.tokenize_group(text, self._encoder, self._limits, Counter())
+            rendered = self._render(text)
+            tokens = groups.tokenize_group(rendered, self._encoder, self._limits, Counter())
         except InvalidRow as error:
-            if error.reason != groups.EOS_INSIDE:
+            if error.reason not in (groups.EOS_INSIDE, groups.NO_TOKENS):
                 raise InputError(
                     f"reward model: {error}\nIts own limit is the reward function's argument "
-                    f"max_prompt_tokens={self._limits.max_prompt_tokens}."
+                    f"max_prompt_tokens={self._limits.max_prompt_tokens}; with text_format=text it "
+                    "reads every prompt as it is."
                 ) from error
             alone = [[i] for i in run] if len(run) > 1 else []
             return [found for one in alone for found in self._tokenize(one, prompts, completions)]

@@ -57,6 +57,7 @@ class Stage:
         Callable[[PretrainedModel, epath.Path], tuple[GenerationEvaluator, dict[str, str]]] | None
     ) = None
     chosen_only: bool = False  # of preferences, train on the chosen completion alone
+    by_choice: bool = False  # learn the human choice where a row has one, not its scores
     best_metric: str | None = None  # whose best trained step is exported to best/
 
 
@@ -199,7 +200,14 @@ def _prepare(config: TrainConfig, stage: Stage) -> _Run:
     for name, section in (("train", config.data), ("validation", config.validation)):
         if section is None:
             continue
-        dataset = inputs.open_data(section, model, folder, name, chosen_only=stage.chosen_only)
+        dataset = inputs.open_data(
+            section,
+            model,
+            folder,
+            name,
+            chosen_only=stage.chosen_only,
+            by_choice=stage.by_choice,
+        )
         if stage.check_data is not None:
             stage.check_data(section, model, dataset)
         datasets.append(dataset)

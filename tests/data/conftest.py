@@ -100,6 +100,33 @@ def plain() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
+def llama_3() -> PreTrainedTokenizerFast:
+    """Byte-level tokenizer that splits by the expression of Llama 3; EOS is 0."""
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    pattern = words + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+    bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    rules = json.loads(byte_level(TEXT.split("\n"), 400, bos=False).backend_tokenizer.to_str())
+    rules["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [split | {"invert": False}, bytes_ | {"trim_offsets": True}],
+    }
+    tokenizer = Tokenizer.from_str(json.dumps(rules))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def words() -> PreTrainedTokenizerFast:
+    """Like WordPiece of BERT: what it has no piece for is left out, or [UNK]; EOS is 1."""
+    pieces = ["[UNK]", "</s>", "my", "bike", "a", "b", "##b", "##a", ":", "1", "##2", "broke"]
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="[UNK]")
+
+
+@pytest.fixture(scope="session")
 def with_bos() -> PreTrainedTokenizerFast:
     """Byte-level tokenizer with BOS 1; EOS is 0."""
     return byte_level(TEXT.split("\n"), 400, bos=True)

@@ -212,3 +212,16 @@ def test_what_an_ended_process_left_of_a_token_file_is_removed(plain, tmp_path):
     prepare_rows(tmp_path, plain)
     names = sorted(path.name for path in (tmp_path / "tokens").iterdir())
     assert names == ["a.arrow", "a.json"]
+
+
+def test_data_that_is_learnt_by_choice_is_not_that_which_is_learnt_by_scores(
+    plain, write_lines, tmp_path
+):
+    row = {"prompt": "a", "chosen": "b", "rejected": "c", "rewards": [2, 5]}
+    config, rewards = DataConfig(path=write_lines(row)), []
+    for by_choice in (False, True):
+        reader = GroupReader(config, by_choice=by_choice)
+        path = tmp_path / "a.arrow"
+        (group,) = prepare(reader, plain, path=path, limits=Limits(), vocab_size=VOCAB)
+        rewards.append(group.rewards.tolist())
+    assert rewards == [[2.0, 5.0], [1.0, 0.0]]

@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from copg_jax.config.sections import Limits
 from copg_jax.data.formats.texts import TextGroup
 from copg_jax.data.formats.tldr import Post, format_prompt
-from copg_jax.data.groups import TOO_FEW, TokenGroup, collate, tokenize_group
+from copg_jax.data.groups import NO_TOKENS, TOO_FEW, TokenGroup, collate, tokenize_group
 from copg_jax.data.rows import InvalidRow
 from copg_jax.data.tokenizer import Encoder
 from copg_jax.errors import InputError
@@ -73,6 +75,18 @@ def test_prompts_that_cannot_be_cut_name_place_limit_and_fix(plain):
 def test_eos_inside_a_completion_is_refused(plain):
     with pytest.raises(InvalidRow, match=r"completion 1 contains the end-of-sequence token '</s>'"):
         tokenize_group(text_group((" a", " b</s>")), Encoder(plain), Limits(), Counter())
+
+
+@pytest.mark.parametrize("text", ["\u200b", "\u200b\u200c "])
+def test_a_completion_whose_text_has_no_tokens_is_refused(words, text):
+    tokenizer = Tokenizer.from_str(words.backend_tokenizer.to_str())
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    encoder = Encoder(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>"))
+    with pytest.raises(InvalidRow, match=r"f.jsonl:4: completion 1, .* has no tokens") as error:
+        tokenize_group(text_group(("a", text)), encoder, Limits(), Counter())
+    assert error.value.reason == NO_TOKENS
+    empty = tokenize_group(text_group(("a", "")), encoder, Limits(), Counter())
+    assert empty.completion_tokens[1].tolist() == [encoder.eos_id]  # as a model may write it
 
 
 def test_collate_pads_on_the_right_and_fills_up_with_absent_groups(with_bos):

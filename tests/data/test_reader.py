@@ -217,6 +217,34 @@ def test_pairs_whose_scores_contradict_the_choice_are_counted(
 
 
 @pytest.mark.parametrize(
+    ("scores", "by_scores"),
+    [
+        ({"score_chosen": 2.0, "score_rejected": 5.0}, (2.0, 5.0)),
+        ({"rewards": [1, 1]}, (1, 1)),
+        ({"chosen_reward": 3.0, "rejected_reward": None}, (3.0, None)),
+        ({}, (1.0, 0.0)),
+    ],
+)
+def test_by_choice_a_pair_is_learnt_as_it_was_chosen_whatever_its_scores(
+    write_lines, scores, by_scores
+):
+    config = DataConfig(path=write_lines(TEXT | scores))
+    (scored_group,), (chosen,) = (GroupReader(config, by_choice=by) for by in (False, True))
+    assert scored_group.rewards == by_scores
+    assert chosen.rewards == (1.0, 0.0) and chosen.completions == scored_group.completions
+
+
+def test_by_choice_a_comparison_keeps_its_choice_and_a_group_without_one_its_scores(
+    write_lines, comparison_row
+):
+    (comparison,) = GroupReader(DataConfig(path=write_lines(comparison_row)), by_choice=True)
+    assert comparison.rewards == (0.0, 1.0)
+    row = {"prompt": "Say a.", "completions": ["a", "b"], "rewards": [2, 5]}
+    (group,) = GroupReader(DataConfig(path=write_lines(row)), by_choice=True)
+    assert group.rewards == (2, 5)
+
+
+@pytest.mark.parametrize(
     "nulls",
     [
         {"score_chosen": None, "score_rejected": None},

@@ -142,7 +142,7 @@ def test_ids_reach_the_batch_as_they_are_without_a_tokenizer(plain, tmp_path, mo
     def never(*_):
         raise AssertionError("text was tokenised")
 
-    for name in ("encode_prompt", "encode_completion", "token_ends"):
+    for name in ("encode_prompt", "encode_completions", "token_ends"):
         monkeypatch.setattr(Encoder, name, never)
     dataset = prepared(path, plain)
     batch = collate(list(dataset), *dataset.shape(multiple=1))

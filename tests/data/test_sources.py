@@ -4,7 +4,13 @@ import os
 
 import pytest
 
-from copg_jax.data.sources import describe_files, find_files, is_hub_id, split_family
+from copg_jax.data.sources import (
+    describe_files,
+    find_files,
+    fingerprint,
+    is_hub_id,
+    split_family,
+)
 from copg_jax.errors import InputError
 
 
@@ -76,14 +82,78 @@ def test_a_word_that_holds_the_name_of_a_split_is_none():
     assert [split_family(name) for name in names] == [None] * len(names)
 
 
-@pytest.mark.parametrize("other", ["train.parquet", "train.json"])
-def test_the_same_name_in_two_formats_is_refused_with_both(tmp_path, other):
-    path = make(tmp_path, "train.jsonl", other)
-    for place in (path, f"{path}/train*"):
-        with pytest.raises(InputError, match=r"train.jsonl.* in two formats") as caught:
+TWICE = [
+    ("train.jsonl", "train.parquet"),
+    ("train.jsonl", "train.json"),
+    ("train.jsonl", "train-00000-of-00001.parquet"),
+    ("train-00000-of-00001.jsonl", "train-00000-of-00002.jsonl"),
+    ("train.jsonl", "train/0.jsonl"),
+    ("a.jsonl", "a/b/0.parquet"),
+]
+
+
+@pytest.mark.parametrize("names", TWICE)
+def test_the_same_name_in_two_forms_is_refused_with_both(tmp_path, names):
+    path = make(tmp_path, *names)
+    for place in (path, f"{path}/**"):
+        with pytest.raises(InputError, match=r"the same name .* read twice") as caught:
             found(place)
-        assert other in str(caught.value)
-    assert found(f"{path}/*.jsonl") == ["train.jsonl"]
+        assert all(f"{path}/{name}" in str(caught.value) for name in names)
+    assert found(f"{path}/{names[0]}") == [names[0]]
+
+
+def test_files_that_are_parts_of_one_data_set_are_all_read(tmp_path):
+    names = ["a/0.jsonl", "b/0.jsonl", "c-00000-of-00002.jsonl", "c-00001-of-00002.jsonl"]
+    path = make(tmp_path, *names)
+    assert len(found(path)) == len(found(f"{path}/**")) == 4
+
+
+@pytest.mark.parametrize("names", [("a.jsonl", "b.jsonl"), ("x/0.jsonl", "copy of x/0.jsonl")])
+def test_two_files_of_the_same_contents_are_refused_with_both(tmp_path, names):
+    path = make(tmp_path, *names)
+    with pytest.raises(InputError, match=r"the same contents.* read twice") as caught:
+        fingerprint(path)
+    assert all(f"{path}/{name}" in str(caught.value) for name in names)
+    (tmp_path / names[0]).write_text('{"prompt": "p"}\n')
+    assert fingerprint(path) != fingerprint(f"{path}/{names[1]}")
+
+
+@pytest.mark.parametrize("pattern", ["**", "*", "*/*", "**/*.jsonl"])
+def test_a_glob_gives_files_alone_whatever_folders_it_matches(tmp_path, pattern):
+    path = make(tmp_path, "in/a.jsonl", "in/b.jsonl/c.jsonl")
+    assert "a.jsonl" in found(f"{path}/in/{pattern}" if pattern != "*/*" else f"{path}/*/*")
+
+
+@pytest.mark.parametrize("pattern", ["in*", "*", "i[n]"])
+def test_a_glob_that_matches_folders_alone_names_them_and_the_fix(tmp_path, pattern):
+    path = make(tmp_path, "in/a.jsonl")
+    with pytest.raises(InputError, match=r"got folders alone \(.*/in\)") as caught:
+        found(f"{path}/{pattern}")
+    assert f"{path}/{pattern}/*.jsonl" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "split", "wanted"),
+    [
+        ("*.jsonl", "train", "train.jsonl"),
+        ("*.jsonl", "validation", "val.jsonl"),
+        ("[tv]*", "train", "train.jsonl"),
+        ("**/*", "val", "val.jsonl"),
+        ("v*.jsonl", "train", "val.jsonl"),  # which names one split alone
+    ],
+)
+def test_a_glob_over_several_splits_keeps_the_one_that_is_meant_and_says_so(
+    tmp_path, pattern, split, wanted
+):
+    path = f"{make(tmp_path, 'train.jsonl', 'val.jsonl')}/{pattern}"
+    assert found(path, split) == [wanted]
+    left = {"train.jsonl": "val.jsonl", "val.jsonl": "train.jsonl"}[wanted]
+    said = f"1 file: {tmp_path}/{wanted}"
+    said += f"; 1 left out: {tmp_path}/{left}" * (pattern != "v*.jsonl")
+    assert describe_files(path, split) == said
+    if pattern == "*.jsonl":
+        with pytest.raises(InputError, match=r"no file of split 'test'"):
+            found(path, "test")
 
 
 def test_the_files_that_are_read_are_listed_the_first_few_and_how_many(tmp_path):

@@ -1,5 +1,7 @@
 """Claims about what is put in front of and behind texts, for each kind of tokenizer."""
 
+import json
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,7 +22,8 @@ PROMPT = "my bike TL;DR:"
 
 def encode(encoder, prompt, completion):
     """Ids of a completion and what was unusual."""
-    return encoder.encode_completion(prompt, encoder.encode_prompt(prompt), completion)
+    (found,) = encoder.encode_completions(prompt, encoder.encode_prompt(prompt), [completion])
+    return found
 
 
 @pytest.mark.parametrize(
@@ -148,6 +151,63 @@ def test_any_text_is_given_back_character_by_character(prompt, completion, kind,
     if encoder.gives_back(prompt, prompt_ids):
         whole = encoder._decode([*prompt_ids, *ids[:-1]][len(encoder.prefix) :])
         assert whole == prompt + completion
+
+
+LONG = st.lists(ANY | st.sampled_from([" bike", " my", " 12", "</s>", "\n"]), max_size=90)
+
+
+@pytest.mark.parametrize("kind", ["plain", "llama_3", "words", "metaspace"])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(prompt=LONG.map("".join), completions=st.lists(ANY, min_size=1, max_size=3))
+def test_a_long_prompt_s_completions_get_the_ids_of_both_texts_together(
+    kind, prompt, completions, request
+):
+    encoder = Encoder(request.getfixturevalue(kind))
+    prompt_ids = encoder.encode_prompt(prompt)
+    plainly = [
+        encoder._completion(encoder.encode_prompt(prompt + text), prompt_ids, text)
+        for text in completions
+    ]
+    assert encoder.encode_completions(prompt, prompt_ids, completions) == plainly
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_short"),
+    [("plain", True), ("llama_3", True), ("words", True), ("metaspace", False)],
+)
+def test_only_the_last_words_of_a_prompt_are_encoded_again_where_words_are_apart(
+    kind, is_short, request, monkeypatch
+):
+    encoder, prompt = Encoder(request.getfixturevalue(kind)), "my bike broke " * 99
+    prompt_ids, lengths = encoder.encode_prompt(prompt), []
+    own = encoder._batch_ids
+    monkeypatch.setattr(
+        encoder, "_batch_ids", lambda texts: lengths.extend(map(len, texts)) or own(texts)
+    )
+    encoder.encode_completions(prompt, prompt_ids, ["a", "b"])
+    assert [length < 300 for length in lengths] == [is_short] * 2
+
+
+BLANKS_BEHIND = {"type": "Split", "pattern": {"Regex": r"(?<= )\S"}, "behavior": "Isolated"}
+UNSPLIT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pre_tokenizer": {**UNSPLIT, "trim_offsets": True}},
+        {"pre_tokenizer": {**BLANKS_BEHIND, "invert": False}},
+        {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": False}},
+    ],
+)
+def test_a_tokenizer_whose_words_depend_on_the_text_before_encodes_the_whole(plain, changes):
+    rules = json.loads(plain.backend_tokenizer.to_str()) | changes
+    tokenizer = Tokenizer.from_str(json.dumps(rules))
+    encoder = Encoder(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>"))
+    prompt = "my bike broke " * 99
+    assert encoder._border(prompt, encoder.encode_prompt(prompt)) == ([], prompt)
 
 
 def test_text_that_a_tokenizer_changes_is_noted(llama2_like, metaspace):

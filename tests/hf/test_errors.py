@@ -255,13 +255,19 @@ def test_an_unreachable_hub_id_says_so() -> None:
         weights.resolve("nobody-at-all/nothing-here")
 
 
-def test_export_does_not_replace_a_folder_of_something_else(folder: Path) -> None:
+@pytest.mark.parametrize("name", ["notes.json", "vocab.txt", "model_important.safetensors"])
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_export_does_not_replace_a_folder_with_a_file_of_something_else(
+    folder: Path, name: str, is_whole: bool
+) -> None:
     arch = weights.read_architecture(folder)
     params = _load(folder)
-    (folder / "config.json").rename(folder / "notes.json")
-    with pytest.raises(InputError, match="other files"):
+    (folder / name).write_text("mine")
+    if not is_whole:
+        (folder / "config.json").unlink()
+    with pytest.raises(InputError, match=f"got other files .*{name}.* choose another folder"):
         weights.save_pretrained(folder, arch, params, head="lm", tokenizer=tiny.tokenizer())
-    assert (folder / "notes.json").is_file()
+    assert (folder / name).read_text() == "mine"
 
 
 @pytest.mark.parametrize("left", ["model.safetensors", "tokenizer.json", "checksums.json"])

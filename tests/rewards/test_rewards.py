@@ -201,19 +201,55 @@ def test_a_text_longer_than_the_reward_model_sees_is_refused_with_the_numbers(
     names_all(str(caught.value), ["reward model", "A short prompt", f"{field}=12", "Fix"])
 
 
+NEWS = "TITLE: t\n\nnews\n\nTL;DR:"
+NO_POST = POST.replace("It broke.", " ")
+
+
 @pytest.mark.parametrize(
-    "prompt", ["A short prompt", "Answer: ", "TITLE: t\n\nnews\n\nTL;DR:", POST]
+    ("prompt", "text_format"),
+    [
+        ("A short prompt", "auto"),
+        ("Answer: ", "auto"),
+        (POST, "auto"),
+        (POST, "tldr"),
+        (POST, "text"),
+        (NEWS, "text"),
+        (NO_POST, "text"),
+    ],
 )
-def test_the_reward_model_gives_the_number_that_its_training_saw(folder, prompt):
+def test_the_reward_model_gives_the_number_that_its_training_saw(folder, prompt, text_format):
     arch = hf_weights.read_architecture(folder)
     params = hf_weights.load_params(folder, arch, head="score")
     row = {"prompt": prompt, "chosen": TEXTS[0], "rejected": TEXTS[1]}
-    group = FormatChoice("auto" if prompt == POST else "text").render(to_group("f:1", row))
+    group = FormatChoice(text_format).render(to_group("f:1", row))
     tokens = tokenize_group(group, Encoder(load_tokenizer(folder)), Limits(), Counter())
     batch = collate([tokens, None], prompt_size=64, num_completions=3, completion_size=40)
     scores = jax.jit(make_score(arch))(params, batch)
-    given = RewardModel(str(folder))([prompt] * 2, TEXTS[:2])
+    given = RewardModel(str(folder), text_format=text_format)([prompt] * 2, TEXTS[:2])
     np.testing.assert_allclose(scores[0, :2], given, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text_format", "reason"),
+    [
+        (NEWS, "auto", "news"),
+        (NEWS, "tldr", "CNN/DM article"),
+        (NO_POST, "auto", "the post is empty"),
+        ("A short prompt", "tldr", "not in the format 'tldr'"),
+    ],
+)
+def test_a_prompt_that_the_reward_model_s_format_leaves_out_is_refused_with_the_one_that_does_not(
+    folder, prompt, text_format, reason
+):
+    with pytest.raises(InputError) as caught:
+        RewardModel(str(folder), text_format=text_format)([prompt], ["one"])
+    names_all(str(caught.value), ["reward model", reason, "text_format=text"])
+
+
+@pytest.mark.parametrize("name", ["TLDR", "", None])
+def test_a_text_format_that_there_is_not_is_refused_with_those_that_there_are(folder, name):
+    with pytest.raises(InputError, match=r"text_format: wanted one of auto, tldr, text, got"):
+        RewardModel(str(folder), text_format=name)
 
 
 def test_one_leading_blank_or_none_is_the_same_behind_a_post_alone(folder):

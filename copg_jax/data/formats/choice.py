@@ -1,7 +1,7 @@
 """Which format the texts of a data set are in: the one that is named, or that of its first row."""
 
 from copg_jax.data.formats.texts import TextFormat, TextGroup
-from copg_jax.data.formats.tldr import Tldr, parse_prompt
+from copg_jax.data.formats.tldr import Tldr
 from copg_jax.data.formats.verbatim import Verbatim
 from copg_jax.data.rows import InvalidRow
 
@@ -9,9 +9,9 @@ from copg_jax.data.rows import InvalidRow
 FORMATS: dict[str, TextFormat] = {format.name: format for format in (Tldr(), Verbatim())}
 
 
-def format_of_prompt(prompt: str) -> TextFormat:
-    """The format of a prompt of which nothing else is known."""
-    return FORMATS["text" if parse_prompt(prompt) is None else "tldr"]
+def own_format(group: TextGroup) -> TextFormat:
+    """The format that the texts of a row, as they are given, say they are in."""
+    return next(format for format in FORMATS.values() if format.recognises(group))
 
 
 class FormatChoice:
@@ -31,7 +31,7 @@ class FormatChoice:
         Raises:
             InvalidRow: its texts are in another format, empty or the same.
         """
-        own = next(format for format in FORMATS.values() if format.recognises(group))
+        own = own_format(group)
         format = self.chosen or own
         self._check(group, own)
         rendered = format.render(group)

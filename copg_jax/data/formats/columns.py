@@ -179,18 +179,30 @@ SCHEMAS = (
 
 def _check_values(where: str, row: Row) -> None:
     """Raises InvalidRow for what neither a tokenizer, a file nor a reward function could take."""
-    for name, value in row.items():
-        if _depth(value) > _MAX_NESTING:
-            detail = f"field {name!r} is nested deeper than {_MAX_NESTING} levels."
-            raise InvalidRow(where, "nested too deep", detail)
-        try:
-            json.dumps({name: value}, ensure_ascii=False, default=str).encode()
-        except UnicodeEncodeError as error:
-            detail = (
-                f"field {name!r} has half of a surrogate pair, {error.object[error.start]!r}, "
-                "which is no Unicode text: an emoji was cut in two."
-            )
-            raise InvalidRow(where, "half a surrogate pair", detail) from error
+    if _depth(row) > 1 + _MAX_NESTING:
+        name = next(name for name, value in row.items() if _depth(value) > _MAX_NESTING)
+        detail = f"field {name!r} is nested deeper than {_MAX_NESTING} levels."
+        raise InvalidRow(where, "nested too deep", detail)
+    try:
+        _to_bytes(row)
+    except UnicodeEncodeError as error:
+        name = next(name for name, value in row.items() if not _is_unicode({name: value}))
+        detail = (
+            f"field {name!r} has half of a surrogate pair, {error.object[error.start]!r}, "
+            "which is no Unicode text: an emoji was cut in two."
+        )
+        raise InvalidRow(where, "half a surrogate pair", detail) from error
+
+
+def _to_bytes(row: Row) -> bytes:
+    return json.dumps(row, ensure_ascii=False, default=str).encode()
+
+
+def _is_unicode(row: Row) -> bool:
+    try:
+        return bool(_to_bytes(row))
+    except UnicodeEncodeError:
+        return False
 
 
 def _depth(value: Any) -> int:
