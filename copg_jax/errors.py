@@ -1,4 +1,4 @@
-"""The one exception for bad input: what was wanted, what was got, how to fix it; and how text that
+"""The exception for bad input: what was wanted, what was got, how to fix it; and how text that
 is not ours comes to a terminal.
 """
 
@@ -10,6 +10,12 @@ class InputError(ValueError):
 
     The text says what was wanted, what was got and how to fix it, and names the file and line or
     the field. Scripts print it without a traceback and exit with status 2.
+    """
+
+
+class Damaged(InputError):
+    """A file that a run wrote is missing, or is not as it was written: reading it again does not
+    help, unlike where a disk, a share or a bucket does not answer.
     """
 
 
