@@ -30,8 +30,8 @@ _THREADS = 4
 
 def write_record(path: epath.PathLike, values: Mapping[str, Any]) -> None:
     """Writes a JSON object with its checksum, in place of an earlier one, at once or not at all."""
-    values = json.loads(json.dumps(dict(values)))  # as they are read back: JSON's keys are strings
-    write_text(path, json.dumps(values | {_OWN: _sum_of_values(values)}, indent=1) + "\n")
+    read_back = json.loads(json.dumps(dict(values)))  # a key of JSON is a string
+    write_text(path, json.dumps(read_back | {_OWN: _sum_of_values(read_back)}, indent=1) + "\n")
 
 
 def read_record(path: epath.PathLike, *, wanted: Collection[str] = (), fix: str) -> dict[str, Any]:
@@ -92,8 +92,8 @@ def _reading(path: epath.PathLike, fix: str) -> Iterator[None]:
             raise Damaged(f"{path}: cannot be read ({error.strerror or error}). {fix}") from error
         except OSError as error:
             raise InputError(
-                f"{path}: cannot be read ({error.strerror or error}). Fix: see to its disk, network "
-                "and permissions, and run the same command again."
+                f"{path}: cannot be read ({error.strerror or error}). Fix: see to its disk, "
+                "network and permissions, and run the same command again."
             ) from error
 
 
