@@ -5,7 +5,6 @@ done at checkpoints by opening and restoring them, elsewhere by the whole comman
 """
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from etils import epath
 
-from copg_jax import sharding
+from copg_jax import checksums, sharding
 from copg_jax.checksums import file_sum
 from copg_jax.config.sections import DataConfig, Limits, MeshConfig, ModelConfig
 from copg_jax.data import scored
@@ -293,6 +292,21 @@ def test_a_complete_run_keeps_what_says_how_it_was_made(place, stage):
     place.run(stage)
     assert before == [(path, path.stat().st_mtime_ns, path.stat().st_ino) for path in there]
     assert len(before) >= 3
+
+
+def test_an_export_that_cannot_be_read_now_is_not_written_again(place, monkeypatch):
+    restore(place.kept("policy"), place.folder / "policy")
+    check = checksums.check
+
+    def failing(folder: epath.Path, **more: Any) -> Any:
+        if folder.name == "model":
+            raise InputError("not now")
+        return check(folder, **more)
+
+    monkeypatch.setattr(checksums, "check", failing)
+    monkeypatch.setattr(training, "save_pretrained", None)
+    with pytest.raises(InputError, match="not now"):
+        place.run("policy")
 
 
 @pytest.mark.parametrize("name", ["model/config.json", "best/model.safetensors"])
