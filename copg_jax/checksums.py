@@ -3,20 +3,23 @@
 1. A record is a small JSON file that holds its own checksum: `write_record`, `read_record`.
 2. A sealed folder has a record, `checksums.json`, with the checksums of its files; it comes last,
    so that a folder that has it is whole. `check` finds what has changed since `seal`.
+3. What is missing, malformed or changed is `Damaged`. What cannot be read now is an InputError that
+   is not: a network that does not answer must not cost what is whole.
 
 Checksums are SHA-256: 2 GB/s on one core, and a few files are read at once.
 """
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 from etils import epath
 
-from copg_jax.errors import InputError
-from copg_jax.files import write_text
+from copg_jax.errors import Damaged, InputError
+from copg_jax.files import bucket_errors, write_text
 
 NAME = "checksums.json"
 
@@ -27,8 +30,8 @@ _THREADS = 4
 
 def write_record(path: epath.PathLike, values: Mapping[str, Any]) -> None:
     """Writes a JSON object with its checksum, in place of an earlier one, at once or not at all."""
-    values = dict(values)
-    write_text(path, json.dumps(values | {_OWN: _sum_of_values(values)}, indent=1) + "\n")
+    read_back = json.loads(json.dumps(dict(values)))  # a key of JSON is a string
+    write_text(path, json.dumps(read_back | {_OWN: _sum_of_values(read_back)}, indent=1) + "\n")
 
 
 def read_record(path: epath.PathLike, *, wanted: Collection[str] = (), fix: str) -> dict[str, Any]:
@@ -40,27 +43,28 @@ def read_record(path: epath.PathLike, *, wanted: Collection[str] = (), fix: str)
         fix: the way out, for the error.
 
     Raises:
-        InputError: absent, unreadable, changed, or without one of the names.
+        Damaged: absent, malformed, changed, or without one of the names.
+        InputError: it cannot be read now.
     """
     values = read_object(path, fix=fix)
     missing = sorted({*wanted, _OWN} - values.keys())
     if missing:
-        raise InputError(f"{path}: {', '.join(missing)} missing: not a file of this version. {fix}")
+        raise Damaged(f"{path}: {', '.join(missing)} missing: not a file of this version. {fix}")
     if values.pop(_OWN) != _sum_of_values(values):
-        raise InputError(f"{path}: damaged: its values do not fit its checksum. {fix}")
+        raise Damaged(f"{path}: damaged: its values do not fit its checksum. {fix}")
     return values
 
 
 def read_object(path: epath.PathLike, *, fix: str) -> dict[str, Any]:
     """Reads a JSON object, whoever wrote it; arguments and errors are those of `read_record`."""
+    with _reading(path, fix):
+        raw = epath.Path(path).read_bytes()
     try:
-        values = json.loads(epath.Path(path).read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}). {fix}") from error
+        values = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: damaged: wanted JSON ({error}). {fix}") from error
+        raise Damaged(f"{path}: damaged: wanted JSON ({error}). {fix}") from error
     if not isinstance(values, dict):
-        raise InputError(f"{path}: wanted a JSON object, got {type(values).__name__}. {fix}")
+        raise Damaged(f"{path}: wanted a JSON object, got {type(values).__name__}. {fix}")
     return values
 
 
@@ -68,16 +72,29 @@ def file_sum(path: epath.PathLike, *, fix: str = "Check the file and its permiss
     """SHA-256 (hex) of the contents of a file.
 
     Raises:
-        InputError: it cannot be read; ends in `fix`.
+        Damaged: there is no such file; ends in `fix`.
+        InputError: it cannot be read now.
     """
     digest = hashlib.sha256()
-    try:
-        with epath.Path(path).open("rb") as stream:
-            while piece := stream.read(_PIECE_BYTES):
-                digest.update(piece)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}). {fix}") from error
+    with _reading(path, fix), epath.Path(path).open("rb") as stream:
+        while piece := stream.read(_PIECE_BYTES):
+            digest.update(piece)
     return digest.hexdigest()
+
+
+@contextmanager
+def _reading(path: epath.PathLike, fix: str) -> Iterator[None]:
+    """Raises Damaged, which ends in `fix`, where there is no such file, and else InputError."""
+    with bucket_errors(path):
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise Damaged(f"{path}: cannot be read ({error.strerror or error}). {fix}") from error
+        except OSError as error:
+            raise InputError(
+                f"{path}: cannot be read ({error.strerror or error}). Fix: see to its disk, "
+                "network and permissions, and run the same command again."
+            ) from error
 
 
 def seal(
@@ -91,13 +108,15 @@ def seal(
         leave_out: name of a file that will still be changed.
     """
     folder = epath.Path(folder)
-    names = sorted(set(_names(folder)) - {NAME, leave_out})
-    write_record(folder / NAME, {"files": _sums(folder, names), "facts": dict(facts or {})})
+    with bucket_errors(folder):
+        names = sorted(set(_names(folder)) - {NAME, leave_out})
+        write_record(folder / NAME, {"files": _sums(folder, names), "facts": dict(facts or {})})
 
 
 def is_sealed(folder: epath.PathLike) -> bool:
     """Whether a folder has checksums; one of another program has none."""
-    return (epath.Path(folder) / NAME).exists()
+    with _reading(folder, fix=""):
+        return (epath.Path(folder) / NAME).exists()
 
 
 def check(folder: epath.PathLike, *, fix: str, but: str = "") -> dict[str, Any]:
@@ -109,28 +128,31 @@ def check(folder: epath.PathLike, *, fix: str, but: str = "") -> dict[str, Any]:
         but: ending of the names of files that are not looked at.
 
     Raises:
-        InputError: not sealed, or a file of it is absent or changed; names the first.
+        Damaged: not sealed, or a file of it is absent or changed; names the first.
+        InputError: one cannot be read now.
     """
     folder = epath.Path(folder)
     record = read_record(folder / NAME, wanted=("files", "facts"), fix=fix)
     names = sorted(name for name in record["files"] if not (but and name.endswith(but)))
     for name in names:
-        if not (folder / name).exists():
-            raise InputError(f"{folder / name}: missing; {NAME} lists it. {fix}")
+        with _reading(folder / name, fix):
+            is_there = (folder / name).exists()
+        if not is_there:
+            raise Damaged(f"{folder / name}: missing; {NAME} lists it. {fix}")
     for name, found in _sums(folder, names).items():
         expect_sum(folder / name, found, record["files"][name], fix=fix)
     return record["facts"]
 
 
 def check_file(path: epath.PathLike, wanted: str, *, fix: str) -> None:
-    """Raises InputError, which ends in `fix`, unless a file has the checksum that is wanted."""
+    """Raises Damaged, which ends in `fix`, unless a file has the checksum that is wanted."""
     expect_sum(path, file_sum(path, fix=fix), wanted, fix=fix)
 
 
 def expect_sum(path: epath.PathLike, found: str, wanted: str, *, fix: str) -> None:
     """`check_file` of a file whose checksum is known."""
     if found != wanted:
-        raise InputError(
+        raise Damaged(
             f"{path}: damaged or changed since it was written: wanted SHA-256 {wanted[:12]}…, got "
             f"{found[:12]}…. {fix}"
         )
@@ -147,7 +169,8 @@ def note(folder: epath.PathLike, facts: Mapping[str, Any]) -> None:
     """Exchanges facts of a sealed folder, at once or not at all."""
     path = epath.Path(folder) / NAME
     record = read_record(path, wanted=("files", "facts"), fix="Restore it from a copy.")
-    write_record(path, record | {"facts": record["facts"] | dict(facts)})
+    with bucket_errors(path):
+        write_record(path, record | {"facts": record["facts"] | dict(facts)})
 
 
 def _sums(folder: epath.Path, names: Collection[str]) -> dict[str, str]:

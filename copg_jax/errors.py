@@ -17,6 +17,12 @@ class InputError(ValueError):
     """
 
 
+class Damaged(InputError):
+    """A file that a run wrote is missing, or is not as it was written: reading it again does not
+    help, unlike where a disk, a share or a bucket does not answer.
+    """
+
+
 class Ended(SystemExit):
     """A signal asks the run to end: never a fault of the function in which it arrives."""
 

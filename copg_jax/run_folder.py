@@ -1,12 +1,12 @@
 """The output folder of a run: one run at a time, of one config and one content of its inputs.
 
 1. `claim` checks what can be wrong with it before any work, and holds it until the run ends.
-2. `write_run_header` writes the resolved config, the versions and the hashes of the inputs, never
-   over those of another run.
+2. `check_inputs` compares the inputs with those that the run began with, also where it is complete.
+3. `write_run_header` writes the resolved config, the versions and the hashes of the inputs, never
+   over those of another run, and not where no work follows: it would speak of that work.
 """
 
 import dataclasses
-import json
 import logging
 import os
 import platform
@@ -30,7 +30,7 @@ from copg_jax.config.load import config_differences, to_yaml
 from copg_jax.config.schema import PATHS, environment_hashes, leaves
 from copg_jax.disk import disk_errors
 from copg_jax.distributed import is_main_process
-from copg_jax.errors import InputError
+from copg_jax.errors import Damaged, InputError
 from copg_jax.files import bucket_errors, is_remote, write_text
 from copg_jax.lock import hold
 from copg_jax.runtime import signals_as_exits
@@ -198,6 +198,26 @@ def _check_names(folder: epath.Path) -> None:
             )
 
 
+def check_inputs(output_dir: epath.PathLike, inputs: Mapping[str, str]) -> None:
+    """Compares the inputs of a run, see `write_run_header`, with those that it began with, if it
+    has begun; says where its versions.json is damaged.
+
+    Raises:
+      InputError: The run began with other inputs.
+    """
+    output_dir = epath.Path(output_dir)
+    with distributed.main_first(output_dir):
+        if is_main_process() and (output_dir / "inputs.json").exists():
+            _check_same_inputs(output_dir / "inputs.json", inputs)
+            try:
+                fix = (
+                    "What it said of earlier work is lost; work that is still to do is noted anew."
+                )
+                read_record(output_dir / "versions.json", fix=fix)
+            except Damaged as error:
+                log.warning("%s", error)
+
+
 def write_run_header(output_dir: epath.PathLike, config: Any, inputs: Mapping[str, str]) -> None:
     """Write config.yaml, versions.json and inputs.json into `output_dir`; process 0 writes them.
 
@@ -222,7 +242,7 @@ def write_run_header(output_dir: epath.PathLike, config: Any, inputs: Mapping[st
             _check_same_inputs(path, inputs)
         output_dir.mkdir(parents=True, exist_ok=True)
         write_text(output_dir / "config.yaml", to_yaml(config) + _CONFIG_END)
-        write_text(output_dir / "versions.json", json.dumps(_versions(), indent=2) + "\n")
+        write_record(output_dir / "versions.json", _versions())
         write_record(path, inputs)
 
 

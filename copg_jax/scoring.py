@@ -4,6 +4,7 @@ Both are constants of training, so computing them here leaves training with one 
 function.
 
 1. Groups are taken part by part; parts that are on disk already, as they were written, are skipped.
+   Of a folder that `is_complete` nothing is written.
 2. The reward function sees the texts, the reference model the tokens: a completion that is there
    several times in one part is computed once, one that is in several parts once in each.
 3. Each part is written whole or not at all; the side-car that makes the folder usable comes last.
@@ -12,11 +13,13 @@ Every process calls the reward functions (a model that is spread over all device
 and process 0 writes what it was told.
 """
 
+import hashlib
+import json
 import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import compress
 from typing import Any
 
@@ -33,12 +36,12 @@ from copg_jax.data.formats.texts import TextGroup
 from copg_jax.data.groups import TokenGroup, columns_by_completion
 from copg_jax.data.reader import GroupReader
 from copg_jax.data.tokenizer import tokenizer_hash
-from copg_jax.errors import InputError
+from copg_jax.errors import Damaged, InputError
 from copg_jax.hf.pretrained import PretrainedModel
 from copg_jax.infer import GroupForward
 from copg_jax.rewards.functions import OWN, WeightedRewards
 from copg_jax.runtime import Progress
-from copg_jax.tracking import MetricsLogger
+from copg_jax.tracking import MetricsLogger, warn_of_lost_lines
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +102,33 @@ def make_side_car(
     )
 
 
+def is_complete(folder: epath.Path, num_groups: int, part_size: int) -> bool:
+    """Whether a folder is scored to its end, and its parts are as they were written.
+
+    Raises:
+        InputError: a part that is not of it, or that cannot be read.
+    """
+    is_whole = False
+    with distributed.main_first(folder):
+        if distributed.is_main_process() and scored.is_scored(str(folder)):
+            side_car = scored.read_side_car(folder)
+            try:
+                scored.check_parts(folder, side_car)
+                is_whole = side_car.complete
+            except Damaged:
+                pass  # scoring names it
+    is_whole = bool(distributed.from_main(is_whole))
+    if is_whole:
+        warn_of_lost_lines(folder, _ends(num_groups, part_size).tolist())
+        log.info("%s: already complete (%d groups)", folder, num_groups)
+    return is_whole
+
+
+def _ends(num_groups: int, part_size: int) -> np.ndarray:
+    """How many groups are in each part and those before it: the step of its line in the log."""
+    return np.minimum(np.arange(0, num_groups, part_size) + part_size, num_groups)
+
+
 def score_dataset(
     dataset: GroupDataset,
     *,
@@ -122,13 +152,15 @@ def score_dataset(
         InputError: a reward function that misbehaves; finished parts stay.
     """
     first_rows = range(0, len(dataset), part_size)
+    decides = json.dumps([asdict(side_car), dataset.fingerprint, part_size])
+    key = hashlib.sha256(decides.encode()).hexdigest()
     with distributed.main_first(folder / scored.SIDE_CAR):
         if distributed.is_main_process():
-            side_car = replace(side_car, parts=scored.whole_parts(folder))
+            side_car = replace(side_car, parts=scored.whole_parts(folder, key))
             scored.write_side_car(folder, side_car)
     names = [scored.part_name(part) for part in range(len(first_rows))]
     finished = distributed.from_main(np.isin(names, list(side_car.parts)))
-    ends = np.minimum(np.add(first_rows, part_size), len(dataset))
+    ends = _ends(len(dataset), part_size)
     done = int((ends - first_rows)[finished].sum())
     with MetricsLogger(
         folder,
@@ -137,6 +169,7 @@ def score_dataset(
         log_every=1,
         resume_step=done or None,
         is_done=set(ends[finished].tolist()).__contains__,
+        logged=ends[finished].tolist(),
     ) as logger:
         log.info("scoring %d groups", len(dataset) - done)
         spread = _per_completion(dataset)
@@ -149,7 +182,7 @@ def score_dataset(
             logger.log(end, metrics)
             logger.sync()
             if distributed.is_main_process():
-                written = scored.write_part(folder, part, groups)
+                written = scored.write_part(folder, part, groups, key)
                 side_car = replace(side_car, parts=side_car.parts | written)
                 scored.write_side_car(folder, side_car)
     with distributed.main_first(folder):

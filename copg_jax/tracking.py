@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -39,6 +39,7 @@ class MetricsLogger:
       resume_step: Last step already done, None for a fresh start. Lines of later steps are removed
         first, so that an interrupted and resumed run leaves the file of an uninterrupted one.
       is_done: Whether a step is done, where steps are not done in their order; its line stays.
+      logged: Steps that have a line, as is known; those whose line is lost are named.
 
     Raises:
       InputError: TensorBoard was asked for and is not installed.
@@ -55,6 +56,7 @@ class MetricsLogger:
         quiet: bool = False,
         resume_step: int | None = None,
         is_done: Callable[[int], bool] | None = None,
+        logged: Collection[int] = (),
     ) -> None:
         self._total_steps, self._unit = total_steps, unit
         self._log_every = log_every
@@ -72,7 +74,10 @@ class MetricsLogger:
         path = epath.Path(output_dir) / FILE_NAME
         kept: list[str] = []
         if (last := resume_step) is not None:
+            warn_of_lost_lines(output_dir, logged)
             kept = _kept_lines(path, is_done or (lambda step: step <= last))
+        elif count := len(list(_lines(path))):
+            log.warning("%s: its %d lines are left out: the run begins anew", path, count)
         self._file = GrowingFile(path, kept)
 
     def __enter__(self) -> Self:
@@ -162,18 +167,40 @@ class MetricsLogger:
             console.print(f"  {name}: {for_terminal(value)}", markup=False, emoji=False)
 
 
+def warn_of_lost_lines(output_dir: epath.PathLike, logged: Collection[int]) -> None:
+    """Names the steps whose lines are not in metrics.jsonl, though they were written."""
+    if not is_main_process():
+        return
+    path = epath.Path(output_dir) / FILE_NAME
+    lost = sorted(set(logged) - {step for _, step in _lines(path)})
+    if lost:
+        log.warning(
+            "%s: deleted or damaged: the lines of %d steps from %d to %d are lost",
+            path,
+            len(lost),
+            lost[0],
+            lost[-1],
+        )
+
+
 def _kept_lines(path: epath.Path, is_done: Callable[[int], bool]) -> list[str]:
     """The lines of steps that are done; says how many are no lines of a log, which are left out."""
     kept, foreign = [], 0
-    for line, row in read_json_lines(path) if path.exists() else ():
-        step = row.get("step") if isinstance(row, dict) else None
-        if not isinstance(step, int):
+    for line, step in _lines(path):
+        if step is None:
             foreign += 1
         elif is_done(step):
             kept.append(line + "\n")
     if foreign:
         log.warning("%s: %d lines are cut short or foreign and are left out", path, foreign)
     return kept
+
+
+def _lines(path: epath.Path) -> Iterator[tuple[str, int | None]]:
+    """Lines of a log and their steps; None for what is no line of a log."""
+    for line, row in read_json_lines(path) if path.exists() else ():
+        step = row.get("step") if isinstance(row, dict) else None
+        yield line, step if isinstance(step, int) else None
 
 
 def _tensorboard_writer(output_dir: epath.Path, resume_step: int | None) -> Any:

@@ -55,21 +55,25 @@ def _evaluate(config: EvaluateConfig) -> dict[str, float]:
         reference=reference,
         logits_chunk=config.logits_chunk,
     )
-    run_folder.write_run_header(folder, config, hashes | {"model": model.hash})
-
+    hashes = hashes | {"model": model.hash}
+    run_folder.check_inputs(folder, hashes)
     sizes = config.evaluation.generation
     path = folder / "generations.jsonl"
     found = in_prompt_order(_read(path, sizes.num_samples))
     of_main = np.isin(np.arange(sizes.num_prompts), [g.index for g in found])
     finished = set(np.flatnonzero(distributed.from_main(of_main)).tolist())
     total = sizes.num_prompts * sizes.num_samples
-    params = model.load_frozen() if len(finished) < sizes.num_prompts else None
+    params = None
+    if len(finished) < sizes.num_prompts:
+        run_folder.write_run_header(folder, config, hashes)
+        params = model.load_frozen()
     logger = MetricsLogger(
         folder,
         total_steps=sizes.num_prompts,
         unit="prompt",
         log_every=1,
         resume_step=len(finished) or None,
+        logged=[len(finished)] if finished else [],
     )
     # Every process generates and knows the averages; process 0 writes.
     is_main = distributed.is_main_process()

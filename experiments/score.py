@@ -34,7 +34,11 @@ def _score(config: ScoreConfig) -> None:
     dataset = open_data(config.data, model, folder, "groups")
     rewards = scoring.open_rewards(config, dataset)
     hashes = {"reference": model.hash, "data": dataset.fingerprint}
-    run_folder.write_run_header(folder, config, hashes | {"rewards": rewards.fingerprint})
+    hashes |= {"rewards": rewards.fingerprint}
+    run_folder.check_inputs(folder, hashes)
+    if scoring.is_complete(folder, len(dataset), config.part_size):
+        return
+    run_folder.write_run_header(folder, config, hashes)
     num_tokens = int(dataset.num_tokens(np.arange(len(dataset))).sum())
     # An id has 4 bytes, and its text about as many.
     disk.warn_of_space(folder, 8 * num_tokens - disk.folder_bytes(folder))

@@ -104,7 +104,7 @@ def write_line(folder: epath.Path) -> None:
 
 
 def write_part(folder: epath.Path) -> None:
-    scored.write_part(folder, 0, [])
+    scored.write_part(folder, 0, [], "key")
 
 
 @pytest.mark.parametrize(

@@ -207,7 +207,7 @@ def test_interrupted_and_resumed_scoring_is_uninterrupted_scoring(
     failing_call.append(2)
     with pytest.raises(InputError, match="down"):
         score(dataset, tmp_path, side_car)
-    assert list(scored.whole_parts(epath.Path(tmp_path))) == ["part-00000.parquet"]
+    assert list(scored.whole_parts(epath.Path(tmp_path), "")) == ["part-00000.parquet"]
     with pytest.raises(InputError, match="interrupted after 1 parts"):
         scored.verify(tmp_path, reference_hash="reference")
     failing_call.clear()
@@ -224,10 +224,10 @@ def test_a_part_and_its_line_in_the_log_are_never_apart(
 ):
     write_part = scored.write_part
 
-    def ended(folder: Any, index: int, groups: Any) -> Any:
+    def ended(folder: Any, index: int, groups: Any, key: str) -> Any:
         if index == part:
             raise KeyboardInterrupt
-        return write_part(folder, index, groups)
+        return write_part(folder, index, groups, key)
 
     monkeypatch.setattr(scored, "write_part", ended)
     with pytest.raises(KeyboardInterrupt):
@@ -235,6 +235,43 @@ def test_a_part_and_its_line_in_the_log_are_never_apart(
     monkeypatch.undo()
     score(dataset, tmp_path, side_car)
     assert contents(tmp_path) == contents(whole)
+
+
+def test_no_part_is_scored_again_for_a_lost_side_car(whole, dataset, side_car, tmp_path):
+    shutil.copytree(whole, tmp_path / "s")
+    (tmp_path / "s" / "scored.json").unlink()
+    calls.clear()
+    score(dataset, tmp_path / "s", side_car)
+    assert calls == []
+    assert contents(tmp_path / "s") == contents(whole)
+    assert (tmp_path / "s" / "scored.json").read_bytes() == (whole / "scored.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change", ["one bit", "halved", "of another place", "of another reference"]
+)
+def test_without_a_side_car_a_part_counts_that_is_whole_and_of_this_data(
+    whole, dataset, side_car, tmp_path, change
+):
+    shutil.copytree(whole, tmp_path / "s")
+    (tmp_path / "s" / "scored.json").unlink()
+    path = tmp_path / "s" / "part-00000.parquet"
+    raw = bytearray(path.read_bytes())
+    if change == "one bit":
+        raw[60] ^= 1
+        path.write_bytes(raw)
+    elif change == "halved":
+        path.write_bytes(raw[: len(raw) // 2])
+    elif change == "of another place":
+        shutil.copy(tmp_path / "s" / "part-00001.parquet", path)
+    else:
+        other = replace(side_car, reference_hash="another")
+        score(dataset, tmp_path / "other", other)
+        shutil.copy(tmp_path / "other" / path.name, path)
+    calls.clear()
+    score(dataset, tmp_path / "s", side_car)
+    assert calls == [20]
+    assert contents(tmp_path / "s")[0] == contents(whole)[0]
 
 
 @pytest.mark.parametrize("change", ["one bit", "gone"])

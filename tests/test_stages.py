@@ -115,7 +115,7 @@ def test_the_scored_folder_says_where_its_numbers_come_from(workplace):
     folder = workplace.folder / "score"
     side_car = scored.read_side_car(folder)
     assert list(side_car.parts) == ["part-00000.parquet", "part-00001.parquet"]
-    assert scored.whole_parts(folder) == side_car.parts
+    assert scored.whole_parts(folder, "") == side_car.parts
     assert side_car.complete
     assert side_car.reference_hash == hf_weights.params_hash(workplace.folder / "sft" / "model")
     assert side_car.rewards[0]["function"] == "copg_jax.rewards.RewardModel"

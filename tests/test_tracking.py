@@ -209,3 +209,31 @@ def test_a_log_of_steps_out_of_order_keeps_those_that_are_done(tmp_path):
     ) as logger:
         logger.log(20, {})
     assert [line["step"] for line in lines_of(tmp_path)] == [10, 30, 20]
+
+
+@pytest.mark.parametrize(
+    ("left", "text"),
+    [
+        (None, "the lines of 3 steps from 1 to 3 are lost"),
+        ([], "the lines of 3 steps from 1 to 3 are lost"),
+        ([0, 1], "the lines of 2 steps from 2 to 3 are lost"),
+        ([0, 1, 3], "the lines of 1 steps from 2 to 2 are lost"),
+        ([1, 2, 3, 4], ""),
+    ],
+)
+def test_a_resumed_run_names_the_lines_that_are_lost(tmp_path, caplog, left, text):
+    path = tmp_path / "metrics.jsonl"
+    if left is not None:
+        path.write_text("".join(f'{{"step": {step}}}\n' for step in left))
+    with MetricsLogger(tmp_path, total_steps=5, quiet=True, resume_step=3, logged=range(1, 4)):
+        pass
+    assert text in caplog.text and bool(text) == bool(caplog.text)
+    assert not text or str(path) in caplog.text
+
+
+def test_a_run_that_begins_anew_says_which_lines_it_leaves_out(tmp_path, caplog):
+    for text in ("", "metrics.jsonl: its 1 lines are left out"):
+        caplog.clear()
+        with MetricsLogger(tmp_path, total_steps=5, quiet=True) as logger:
+            logger.log(1, {"loss": 1.0})
+        assert text in caplog.text and bool(text) == bool(caplog.text)

@@ -21,6 +21,7 @@ from copg_jax.data.formats.texts import TextGroup
 from copg_jax.data.formats.tldr import post_fraction
 from copg_jax.data.groups import TokenGroup
 from copg_jax.data.rows import InvalidRow, Row, read_rows
+from copg_jax.data.scored_rows import read_row
 from copg_jax.data.sources import SIDE_CAR, describe_files, fingerprint, split_family
 from copg_jax.errors import InputError
 from copg_jax.files import bucket_errors
@@ -100,7 +101,7 @@ class GroupReader:
         self._make = self._text_group
         self._choice = FormatChoice(config.format)
         if scored.is_scored(config.path):
-            self._make = scored.read_row
+            self._make = read_row
             self.text_format = scored.read_side_car(epath.Path(config.path)).text_format
         self.counts.clear()
         self.changed.clear()

@@ -1,78 +1,33 @@
-"""Scored data, format 2: what training reads, as token ids, with rewards and ln π_ref, in Parquet.
+"""The folder of scored data: `part-00000.parquet`, ..., of `scored_rows`, and `scored.json`.
 
-A folder has `part-00000.parquet`, ..., one row for each group of K completions:
-
-| column | type | meaning |
-|---|---|---|
-| `id` | string | the row's own id, else the file and line it came from |
-| `prompt` | string | text of the prompt, as it was cut |
-| `prompt_token_ids` | [p] int32 | the prompt as models read it, BOS included |
-| `completions` | [K] string | texts, as the reward functions saw them |
-| `completion_token_ids` | [K] [c] int32 | the completions as they were scored |
-| `has_eos` | [K] bool | whether the completion really ended; then its last id is the end token |
-| `origin` | [K] int8 | which µ the completion is from; 0 for data as given |
-| `rewards` | name → [K] float32 | each reward function's numbers; null: it gave none |
-| `reward` | [K] float32 | their weighted sum, which is trained on; null: completion to leave out |
-| `ref_logp` | [K] float32 | ln π_ref of the completion's ids, nats, summed |
-| `logp_mu` | [K] float32 or null | ln µ of the completion's ids where a sampler knows it, nats |
-| `columns` | string | the row's other columns, as JSON |
-
-1. `write_part` writes groups. `read_row` reads them back, number for number.
+1. `write_part` writes groups.
 2. `write_side_car` says beside them, in `scored.json`, what decides these numbers, and the checksum
-   of each part: `whole_parts` are finished, and an interrupted run goes on with the others.
+   of each part: `whole_parts` are finished, and an interrupted run goes on with the others. A part
+   also tells by itself what it is of and whether it is whole, should `scored.json` be lost.
 3. `verify` refuses data of another tokenizer, text format, reference or dtype, or half-scored data;
    `check_parts` refuses parts that are not as they were written.
 """
 
 import json
 import logging
-import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
 from copg_jax.checksums import check_file, file_sum, read_object, read_record, write_record
-from copg_jax.data.groups import NUMBERS, TokenGroup
-from copg_jax.data.rows import Row
+from copg_jax.data.scored_rows import FORMAT, SCHEMA, ScoredGroup, make_row
 from copg_jax.data.sources import SIDE_CAR
-from copg_jax.errors import InputError
+from copg_jax.errors import Damaged, InputError
 from copg_jax.files import bucket_errors
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
-_MOST_LOGP = 0.1  # nats; what float32 may add to a sum over thousands of tokens
-SCHEMA = pa.schema(
-    {
-        "id": pa.string(),
-        "prompt": pa.string(),
-        "prompt_token_ids": pa.list_(pa.int32()),
-        "completions": pa.list_(pa.string()),
-        "completion_token_ids": pa.list_(pa.list_(pa.int32())),
-        "has_eos": pa.list_(pa.bool_()),
-        "origin": pa.list_(pa.int8()),
-        "rewards": pa.map_(pa.string(), pa.list_(pa.float32())),
-        "reward": pa.list_(pa.float32()),
-        "ref_logp": pa.list_(pa.float32()),
-        "logp_mu": pa.list_(pa.float32()),
-        "columns": pa.string(),
-    }
-)
-
-
-class ScoredGroup(NamedTuple):
-    """A group with its rewards and ref_logps, and the numbers of each reward function, [K] by name,
-    whose (weighted) sum the rewards are; NaN means that there is none.
-    """
-
-    group: TokenGroup
-    by_name: Mapping[str, np.ndarray]
+_KEY = b"copg_jax.key"  # in the metadata of a part
 
 
 @dataclass(frozen=True)
@@ -106,8 +61,16 @@ def part_name(index: int) -> str:
     return f"part-{index:05d}.parquet"
 
 
-def write_part(folder: epath.Path, index: int, groups: Sequence[ScoredGroup]) -> dict[str, str]:
+def write_part(
+    folder: epath.Path, index: int, groups: Sequence[ScoredGroup], key: str
+) -> dict[str, str]:
     """Writes one part, at once or not at all, and returns its name with its checksum.
+
+    Args:
+        folder: the scored folder.
+        index: of the part.
+        groups: what it holds.
+        key: what decides the parts of this folder, see `whole_parts`.
 
     Raises:
         InputError: other numbers of ids and scores than completions, an infinite reward, or a
@@ -118,61 +81,55 @@ def write_part(folder: epath.Path, index: int, groups: Sequence[ScoredGroup]) ->
         left.unlink()  # of a process that was ended
     path = folder / part_name(index)
     part = folder / f".{path.name}.tmp"
-    table = pa.Table.from_pylist([_row(scored) for scored in groups], SCHEMA)
+    schema = SCHEMA.with_metadata({_KEY: _own_key(path, key)})
+    table = pa.Table.from_pylist([make_row(scored) for scored in groups], schema)
     try:
         with part.open("wb") as file:
-            pq.write_table(table, file)
+            pq.write_table(table, file, write_page_checksum=True)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
     return {path.name: file_sum(path)}
 
 
-def read_row(where: str, row: Row) -> TokenGroup:
-    """Makes a group of one row of a part: the ids and numbers that are stored.
-
-    Raises:
-        InputError: a column that is missing, or numbers that do not fit the completions.
-    """
-    try:
-        group = TokenGroup(
-            id=row["id"],
-            where=where,
-            prompt=row["prompt"],
-            prompt_tokens=np.array(row["prompt_token_ids"], np.int32),
-            completions=tuple(row["completions"]),
-            completion_tokens=tuple(np.array(i, np.int32) for i in row["completion_token_ids"]),
-            rewards=np.array(row["reward"], np.float32),
-            ref_logps=np.array(row["ref_logp"], np.float32),
-            has_eos=np.array(row["has_eos"], bool),
-            origin=np.array(row["origin"], np.int8),
-            columns=json.loads(row["columns"]),
-        )
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise InputError(
-            f"{where}: not a row of scored data of format {FORMAT}: {type(error).__name__}: "
-            f"{error}. Score again."
-        ) from error
-    _check(group)
-    return group
-
-
-def whole_parts(folder: epath.Path) -> dict[str, str]:
+def whole_parts(folder: epath.Path, key: str) -> dict[str, str]:
     """Returns names and checksums of the parts of a scored folder, finished or not, that are as
     they were written; names the others in the log, since they are to be scored again.
 
+    Args:
+        folder: the scored folder; need not exist.
+        key: what decides its parts, and which rows are in which. A part that the side-car does not
+            name was written with the same one.
+
     Raises:
-        InputError: the side-car cannot be read.
+        InputError: the side-car or a part cannot be read.
     """
+    named = read_side_car(folder).parts if is_scored(str(folder)) else {}
     whole = {}
-    for name, wanted in read_side_car(folder).parts.items() if is_scored(str(folder)) else ():
+    for name, wanted in named.items():
         try:
             check_file(folder / name, wanted, fix="It is scored again.")
-        except InputError as error:
+        except Damaged as error:
             log.warning("%s", error)
         else:
             whole[name] = wanted
-    return whole
+    with bucket_errors(folder):
+        others = [p for p in sorted(folder.glob("part-*.parquet")) if p.name not in named]
+        return whole | {path.name: file_sum(path) for path in others if _is_whole(path, key)}
+
+
+def _own_key(path: epath.Path, key: str) -> bytes:
+    return f"{path.name} of {key}".encode()
+
+
+def _is_whole(path: epath.Path, key: str) -> bool:
+    """Whether a part is of this key, and all of its pages fit their checksums."""
+    raw = pa.BufferReader(path.read_bytes())
+    try:
+        schema = pq.read_table(raw, page_checksum_verification=True).schema
+    except (OSError, pa.ArrowException):
+        return False
+    return schema.equals(SCHEMA) and (schema.metadata or {}).get(_KEY) == _own_key(path, key)
 
 
 def check_parts(folder: epath.PathLike, side_car: SideCar) -> None:
@@ -230,10 +187,12 @@ def read_side_car(folder: epath.Path) -> SideCar:
     )
     values = read_object(path, fix=fix)
     names = {item.name for item in fields(SideCar)}
-    if values.get("format") != FORMAT or not names < set(values):
+    missing = ", ".join(sorted(names - values.keys()))
+    if values.get("format") != FORMAT or missing:
+        got = f"format {values.get('format')}"
+        got += f" of an earlier version of copg_jax, without {missing}" if missing else ""
         raise InputError(
-            f"{path}: wanted scored data of format {FORMAT}, got format {values.get('format')} "
-            f"(fields missing: {sorted(names - set(values))}). Score again:\n"
+            f"{path}: wanted scored data of format {FORMAT}, got {got}. Score again:\n"
             f"    {_score_command(folder, values)}"
         )
     values = read_record(path, fix=fix)
@@ -285,59 +244,3 @@ def _score_command(folder: epath.Path, values: Mapping[str, Any]) -> str:
         arguments += [f"data.{name}={value}" for name, value in limits.items()]
     arguments.append(f"output_dir={folder}-format{FORMAT}")
     return shlex.join(["python", "-m", "experiments.score", *arguments])
-
-
-def _check(group: TokenGroup) -> None:
-    """Raises InputError unless there are ids and finite numbers for each completion."""
-    count, ids = len(group.completions), [group.prompt_tokens, *group.completion_tokens]
-    numbers = {name: getattr(group, name) for name in NUMBERS}
-    sizes = {name: len(values) for name, values in numbers.items() if values is not None}
-    if {len(ids) - 1, *sizes.values()} != {count} or not all(map(len, ids)):
-        raise InputError(
-            f"{group.where}: wanted ids of the prompt and, for each of {count} completions, ids "
-            f"and numbers, got {list(map(len, ids))} ids and {sizes} numbers. Score again."
-        )
-    _check_finite(group.where, "reward", group.rewards, or_nan=True)
-    _check_finite(group.where, "reference log-probability", group.ref_logps, or_nan=False)
-    ref_logps = np.asarray(group.ref_logps)
-    for index in np.flatnonzero(ref_logps > _MOST_LOGP):
-        raise InputError(
-            f"{group.where}: the reference log-probability of completion {index} is "
-            f"{ref_logps[index]}: wanted one of at most 0 nats, to rounding. Score again."
-        )
-
-
-def _check_finite(where: str, what: str, values: Any, *, or_nan: bool) -> None:
-    with np.errstate(over="ignore"):
-        values = np.asarray(values, np.float32)  # as it will be written
-    bad = np.isinf(values) if or_nan else ~np.isfinite(values)
-    for index in np.flatnonzero(bad):
-        raise InputError(
-            f"{where}: the {what} of completion {index} is {values[index]}: wanted a finite number"
-            f"{', or None or NaN to leave the completion out' if or_nan else ''}. Check what "
-            "computes it, and its dtype."
-        )
-
-
-def _row(scored: ScoredGroup) -> dict[str, Any]:
-    group, count = scored.group, len(scored.group.completions)
-    _check(group)
-    for name, values in scored.by_name.items():
-        _check_finite(group.where, f"reward '{name}'", values, or_nan=True)
-    return {
-        "id": group.id,
-        "prompt": group.prompt,
-        "prompt_token_ids": group.prompt_tokens,
-        "completions": group.completions,
-        "completion_token_ids": group.completion_tokens,
-        "has_eos": [True] * count if group.has_eos is None else group.has_eos,
-        "origin": [0] * count if group.origin is None else group.origin,
-        "rewards": [(name, _or_null(values)) for name, values in scored.by_name.items()],
-        "reward": _or_null(group.rewards),
-        "ref_logp": group.ref_logps,
-        "columns": json.dumps(group.columns, default=str),
-    }
-
-
-def _or_null(values: Any) -> list[float | None]:
-    return [None if math.isnan(value) else float(value) for value in values]

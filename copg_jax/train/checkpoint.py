@@ -4,7 +4,8 @@
    The data order needs no file of its own: batches are a function of the step.
 2. A step is sealed with checksums of all its files before it appears (Orbax and TensorStore have
    none of the arrays themselves), and with what is known of its evaluation.
-3. Opening reads the newest step whole. A damaged one is set aside, and the one before it is taken.
+3. Opening reads the newest step whole. A damaged one is set aside, and the one before it is taken;
+   one that cannot be read now ends the run and stays where it is.
 
 Of several processes all see the steps that process 0 lists.
 """
@@ -23,13 +24,16 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from copg_jax import checksums, distributed
-from copg_jax.errors import InputError
-from copg_jax.files import is_remote
+from copg_jax.errors import Damaged, InputError
+from copg_jax.files import bucket_errors, is_remote
 from copg_jax.train import state as train_state
 from copg_jax.train.state import TrainState
 
 log = logging.getLogger(__name__)
 
+# Until all is written and sealed. Orbax's own 20 minutes are not enough for sealing hundreds of GB
+# in a bucket, which are read back; after it a save has failed, and the run with it.
+_COMMIT_SEC = 4 * 3600
 _OF_ORBAX = "_CHECKPOINT_METADATA"  # written again after sealing; nothing here reads it
 
 
@@ -56,7 +60,7 @@ class Checkpoints:
             newest only.
 
     Raises:
-        InputError: the best step is damaged, and no newer one takes its place.
+        InputError: a step cannot be read now.
     """
 
     def __init__(self, folder: epath.PathLike, *, best_metric: str | None = None) -> None:
@@ -70,7 +74,7 @@ class Checkpoints:
         self._saving: tuple[int, dict[str, Any]] | None = None
         found = None
         # A process that did not see it would not take part when Orbax lists the steps.
-        with distributed.main_first(self.folder):
+        with distributed.main_first(self.folder), bucket_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             if distributed.is_main_process():
                 found = self._newest_whole()
@@ -82,7 +86,9 @@ class Checkpoints:
                 preservation_policy=self._kept,
                 lightweight_initialize=True,  # what Orbax notes of a step is not needed
                 cleanup_tmp_directories=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+                async_options=ocp.AsyncOptions(
+                    timeout_secs=_COMMIT_SEC, post_finalization_callback=self._seal
+                ),
             ),
             item_handlers=ocp.StandardCheckpointHandler(),
         )
@@ -195,46 +201,44 @@ class Checkpoints:
         return place
 
     def _newest_whole(self) -> tuple[int, dict[str, Any]] | None:
-        """The newest step that is as it was saved, and what it knows; those after it, which are
-        not, are set aside.
+        """The newest step that is as it was saved, and what it knows; without a best step that is
+        not there whole. Damaged ones are set aside.
         """
         steps = sorted(ocp.utils.checkpoint_steps(self.folder), reverse=True)
         for step in steps:
-            try:
-                facts = checksums.check(self.folder / str(step), fix="It cannot be gone on with.")
-            except InputError as error:
-                self._set_aside(step, error)
+            facts = self._facts(step)
+            if facts is None:
                 continue
-            self._check_best(step, facts, is_newest=step == steps[0])
+            best = facts["best"]
+            # It is also gone where a step that was set aside was better.
+            if best is not None and best[0] != step and self._facts(best[0]) is None:
+                log.warning(
+                    "%s: step %d, the best until step %d, is not there whole: best/ will be made "
+                    "of the steps that are evaluated from here on, if any.",
+                    self.folder,
+                    best[0],
+                    step,
+                )
+                facts = facts | {"best": None}
             return step, facts
+        if steps:
+            log.warning("%s: no step is whole: the run goes on from its start.", self.folder)
         return None
 
-    def _set_aside(self, step: int, error: InputError) -> None:
-        names = {item.name for item in self.folder.iterdir()}
-        number = next(i for i in range(len(names) + 1) if f"damaged-{step}-{i}" not in names)
-        aside = self.folder / f"damaged-{step}-{number}"
-        (self.folder / str(step)).rename(aside)
-        log.warning(
-            "%s\nThe checkpoint of step %d is now %s, and the run goes on from the one before it, "
-            "or from its start where there is none. Delete that folder when you have seen why.",
-            error,
-            step,
-            aside,
-        )
-
-    def _check_best(self, step: int, facts: dict[str, Any], *, is_newest: bool) -> None:
-        """Raises InputError where the best step until `step` is damaged."""
-        if facts["best"] is None or facts["best"][0] == step:
-            return
-        best = self.folder / str(facts["best"][0])
-        # A step that was set aside may have been better, so that the best until then was deleted;
-        # the run comes to that step again.
-        if is_newest or best.exists():
-            checksums.check(
-                best,
-                fix=f"It is the best step until {step}, of which best/ will be made. Fix: restore "
-                f"it from a copy, or delete {self.folder} to train anew with the same command.",
-            )
+    def _facts(self, step: int) -> dict[str, Any] | None:
+        """What a step knows; None where it is not as it was saved, and is now out of the way."""
+        folder = self.folder / str(step)
+        try:
+            return checksums.check(folder, fix="It cannot be gone on with.")
+        except Damaged as error:
+            log.warning("%s", error)
+        if folder.exists():
+            names = {item.name for item in self.folder.iterdir()}
+            number = next(i for i in range(len(names) + 1) if f"damaged-{step}-{i}" not in names)
+            aside = self.folder / f"damaged-{step}-{number}"
+            folder.rename(aside)
+            log.warning("%s is now %s. Delete it when you have seen why.", folder, aside)
+        return None
 
     def _take_over(self, found: tuple[int, dict[str, Any]] | None) -> None:
         """Takes what the newest whole step, which process 0 has found, says of the evaluations."""

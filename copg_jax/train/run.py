@@ -25,13 +25,13 @@ from copg_jax.config.sections import DataConfig
 from copg_jax.config.stages import MAY_DIFFER, TrainConfig
 from copg_jax.data.dataset import GroupDataset
 from copg_jax.data.stream import GroupStream, num_steps
-from copg_jax.errors import InputError
+from copg_jax.errors import Damaged
 from copg_jax.evaluate import GenerationEvaluator, make_loss_evaluator
 from copg_jax.hf.pretrained import PretrainedModel, open_model
 from copg_jax.hf.weights import save_pretrained
 from copg_jax.models.layout import pack
 from copg_jax.objective import LossFn
-from copg_jax.tracking import MetricsLogger
+from copg_jax.tracking import MetricsLogger, warn_of_lost_lines
 from copg_jax.train import loop, optim
 from copg_jax.train.checkpoint import Checkpoints
 from copg_jax.train.metrics import LateMetrics
@@ -95,12 +95,14 @@ def _run_stage(config: TrainConfig, stage: Stage) -> None:
     if stage.open_evaluation is not None:
         generation, hashes = stage.open_evaluation(run.model, run.folder)
     # Before a run that is complete says so, too: it may be asked of other inputs.
-    run_folder.write_run_header(run.folder, config, run.inputs | hashes)
+    run_folder.check_inputs(run.folder, run.inputs | hashes)
     with Checkpoints(run.folder / "checkpoints", best_metric=stage.best_metric) as checkpoints:
         start = checkpoints.latest_step or 0
         if start >= run.num_steps and _is_exported(run, checkpoints):
+            warn_of_lost_lines(run.folder, range(1, run.num_steps + 1))
             log.info("%s: already complete (%d steps)", run.folder, run.num_steps)
             return
+        run_folder.write_run_header(run.folder, config, run.inputs | hashes)
         disk.warn_of_space(run.folder, _bytes_to_write(run, stage.best_metric is not None))
         with MetricsLogger(
             run.folder,
@@ -108,6 +110,7 @@ def _run_stage(config: TrainConfig, stage: Stage) -> None:
             log_every=config.training.log_every,
             tensorboard=config.training.tensorboard,
             resume_step=start or None,
+            logged=range(1, start + 1),
         ) as logger:
             trained = _train(run, stage, checkpoints, logger, generation, start)
         _export_all(run, checkpoints, trained)
@@ -299,16 +302,17 @@ def _evaluation(
 
 def _is_exported(run: _Run, checkpoints: Checkpoints) -> bool:
     """Whether the folders that a complete run leaves are there and as they were written."""
-    problem = None
-    if distributed.is_main_process():
-        try:
-            for name in ("model", *(["best"] if checkpoints.best() else [])):
-                checksums.check(run.folder / name, fix="It is exported again.")
-        except InputError as error:
-            problem = error
-    if problem is not None and checksums.is_sealed(run.folder / "model"):
-        log.warning("%s", problem)
-    return bool(distributed.from_main(problem is None))
+    is_exported = False
+    with distributed.main_first(run.folder):
+        if distributed.is_main_process():
+            try:
+                for name in ("model", *(["best"] if checkpoints.best() else [])):
+                    checksums.check(run.folder / name, fix="It is exported again.")
+                is_exported = True
+            except Damaged as error:
+                if checksums.is_sealed(run.folder / "model"):
+                    log.warning("%s", error)
+    return bool(distributed.from_main(is_exported))
 
 
 def _export_all(run: _Run, checkpoints: Checkpoints, last: Any) -> None:

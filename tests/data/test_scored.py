@@ -17,7 +17,7 @@ from copg_jax.checksums import file_sum
 from copg_jax.config.load import load_config
 from copg_jax.config.sections import DataConfig
 from copg_jax.config.stages import ScoreConfig
-from copg_jax.data import scored
+from copg_jax.data import scored, scored_rows
 from copg_jax.data.dataset import prepare
 from copg_jax.data.formats.choice import FORMATS
 from copg_jax.data.formats.columns import InvalidRow
@@ -69,7 +69,7 @@ def write(folder, *groups, tokenizer=None, **changes) -> str:
     """A scored folder of one part; returns its path."""
     folder = epath.Path(folder)
     own = {} if tokenizer is None else {"tokenizer_hash": tokenizer_hash(tokenizer)}
-    parts = scored.write_part(folder, 0, groups)
+    parts = scored.write_part(folder, 0, groups, "key")
     scored.write_side_car(folder, dataclasses.replace(SIDE_CAR, parts=parts, **own, **changes))
     return str(folder)
 
@@ -123,7 +123,7 @@ def test_what_was_scored_comes_back_number_for_number(plain, tmp_path, rng):
 
 def test_the_columns_are_those_of_the_docstring_with_every_reward_by_its_name(tmp_path):
     table = pq.read_table(Path(write(tmp_path, scored_group())) / "part-00000.parquet")
-    assert re.findall(r"^\| `(\w+)` \|", scored.__doc__, re.MULTILINE) == table.column_names
+    assert re.findall(r"^\| `(\w+)` \|", scored_rows.__doc__, re.MULTILINE) == table.column_names
     (row,) = table.to_pylist()
     assert dict(row["rewards"]) == {"a": [0.5, None], "b": [1.5, None]}
     assert row["reward"] == [1.5, None] and row["ref_logp"] == [-3.25, -4.5]
@@ -206,16 +206,16 @@ def test_parts_and_limits_of_posts_hold_for_scored_data_too(plain, tmp_path):
 
 
 def test_only_whole_parts_count_as_finished(tmp_path):
-    assert scored.whole_parts(tmp_path) == {}
+    assert scored.whole_parts(tmp_path, "key") == {}
     (tmp_path / ".part-00003.parquet.77").write_bytes(b"half")
     parts = {}
     for index in (0, 2):
-        parts |= scored.write_part(tmp_path, index, [scored_group()])
+        parts |= scored.write_part(tmp_path, index, [scored_group()], "key")
     assert [path.name for path in tmp_path.glob(".*")] == []
     scored.write_side_car(tmp_path, dataclasses.replace(SIDE_CAR, parts=parts))
     with pytest.raises(InputError):
-        scored.write_part(tmp_path, 4, [scored_group(), scored_group((math.inf, 0.0))])
-    assert list(scored.whole_parts(tmp_path)) == ["part-00000.parquet", "part-00002.parquet"]
+        scored.write_part(tmp_path, 4, [scored_group(), scored_group((math.inf, 0.0))], "key")
+    assert list(scored.whole_parts(tmp_path, "key")) == ["part-00000.parquet", "part-00002.parquet"]
     assert len(find_files(str(tmp_path))) == 2
     assert scored.count_rewards(tmp_path) == {"completions scored": 4, "without a reward": 2}
 
@@ -241,7 +241,7 @@ def test_only_whole_parts_count_as_finished(tmp_path):
 )
 def test_scores_that_cannot_be_trained_on_name_place_and_completion(tmp_path, group, text):
     with pytest.raises(InputError, match=f"f.jsonl:8: {text}"):
-        scored.write_part(tmp_path, 0, [scored_group(), group])
+        scored.write_part(tmp_path, 0, [scored_group(), group], "key")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -329,6 +329,18 @@ def test_unfinished_missing_or_foreign_side_cars_are_refused(tmp_path):
         read_side_car(folder)
     (folder / "scored.json").write_text(json.dumps({"format": 0}))
     with pytest.raises(InputError, match="wanted scored data of format 2, got format 0"):
+        read_side_car(folder)
+
+
+@pytest.mark.parametrize("name", ["parts", "reference_dtype"])
+def test_a_side_car_of_an_earlier_version_is_told_so(tmp_path, name):
+    folder = epath.Path(tmp_path)
+    scored.write_side_car(folder, SIDE_CAR)
+    values = json.loads((folder / "scored.json").read_text())
+    del values[name]
+    (folder / "scored.json").write_text(json.dumps(values))
+    text = f"of an earlier version of copg_jax, without {name}. Score again:\n .*experiments.score"
+    with pytest.raises(InputError, match=text):
         read_side_car(folder)
 
 

@@ -1,12 +1,16 @@
 """Checkpoints: the newest and the best are kept, any mesh restores, other models are refused."""
 
+import errno
+import os
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
+from etils.epath import gpath
 
 from copg_jax.errors import InputError
 from copg_jax.train import state as train_state
@@ -163,7 +167,7 @@ def test_a_damaged_newest_step_is_set_aside_and_may_be_saved_again(tmp_path, tra
         assert checkpoints.latest_step == 1
         assert int(checkpoints.restore(1, trained.abstract, trained.layout).step) == 1
         checkpoints.save(2, trained.state)
-    names_all(caplog.text, ["damaged or changed", "damaged-2-0", "from the one before it"])
+    names_all(caplog.text, ["damaged or changed", "damaged-2-0"])
     damage(tmp_path / "2")
     with Checkpoints(tmp_path) as checkpoints:  # the folders set aside do not meet
         assert checkpoints.latest_step == 1
@@ -182,31 +186,76 @@ def test_a_step_that_is_not_whole_is_no_step(tmp_path, trained, stray):
         assert checkpoints.latest_step == 1
 
 
-def test_a_run_without_a_whole_step_begins_anew(tmp_path, trained):
+@pytest.mark.parametrize("number", [errno.ETIMEDOUT, errno.ESTALE, errno.EACCES, errno.EMFILE])
+@pytest.mark.parametrize("name", ["checksums.json", "default"])
+def test_a_step_that_cannot_be_read_now_ends_the_run_and_stays(
+    tmp_path, trained, monkeypatch, number, name
+):
+    save_steps(tmp_path, trained, {1: None, 2: None})
+
+    def failing(method):
+        def read(path, *arguments):
+            if name in path.parts:
+                raise OSError(number, os.strerror(number))
+            return method(path, *arguments)
+
+        return read
+
+    for method in ("open", "read_bytes"):
+        monkeypatch.setattr(
+            gpath.PosixGPath, method, failing(getattr(gpath.PosixGPath, method)), raising=False
+        )
+    with pytest.raises(InputError, match=rf"2/.*{name}.*{os.strerror(number)}.*same command"):
+        Checkpoints(tmp_path)
+    monkeypatch.undo()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step == 2
+
+
+def test_a_save_may_take_hours_until_it_is_sealed(tmp_path, monkeypatch):
+    options = {}
+    monkeypatch.setattr(ocp, "AsyncOptions", lambda **given: options.update(given))
+    with Checkpoints(tmp_path):
+        assert options["timeout_secs"] >= 2 * 3600
+
+
+def test_a_run_without_a_whole_step_begins_anew_and_says_so(tmp_path, trained, caplog):
     save_steps(tmp_path, trained, {1: 3.0, 2: 1.0}, best_metric=METRIC)
     damage(tmp_path / "1")
     damage(tmp_path / "2")
     with Checkpoints(tmp_path, best_metric=METRIC) as checkpoints:
         assert checkpoints.latest_step is None and checkpoints.best() is None
+    assert "no step is whole: the run goes on from its start" in caplog.text
 
 
 @pytest.mark.parametrize("how", ["changed", "deleted"])
-def test_a_damaged_best_step_is_named_and_not_replaced_by_another(tmp_path, trained, how):
+def test_a_damaged_best_step_is_named_and_the_run_goes_on(tmp_path, trained, caplog, how):
     save_steps(tmp_path, trained, {1: 3.0, 2: 1.0, 3: 2.0}, best_metric=METRIC)
     if how == "changed":
         damage(tmp_path / "1")
     else:
         shutil.rmtree(tmp_path / "1")
-    with pytest.raises(InputError, match=rf"{tmp_path}/1/.*the best step until 3.*delete"):
-        Checkpoints(tmp_path, best_metric=METRIC)
+    for _ in range(2):  # each opening says so, until another one is the best
+        caplog.clear()
+        with Checkpoints(tmp_path, best_metric=METRIC) as checkpoints:
+            assert checkpoints.latest_step == 3 and checkpoints.best() is None
+        names_all(caplog.text, [f"{tmp_path}/1", "step 1, the best until step 3", "from here on"])
+    assert (tmp_path / "damaged-1-0").exists() == (how == "changed")
+    save_steps(tmp_path, trained, {4: 0.5}, best_metric=METRIC)
+    caplog.clear()
+    with Checkpoints(tmp_path, best_metric=METRIC) as checkpoints:
+        assert checkpoints.best() == (4, 0.5)
+    assert caplog.text == ""
 
 
-def test_a_best_step_that_a_damaged_one_has_replaced_is_forgotten_until_then(tmp_path, trained):
+def test_a_best_step_that_a_damaged_one_has_replaced_is_forgotten(tmp_path, trained):
     save_steps(tmp_path, trained, {1: 3.0, 2: 1.0, 3: 2.0, 4: 5.0}, best_metric=METRIC)
     assert not (tmp_path / "1").exists()
     damage(tmp_path / "4")
+    for _ in range(2):  # also where the run is ended before it comes to step 4 again
+        with Checkpoints(tmp_path, best_metric=METRIC) as checkpoints:
+            assert checkpoints.latest_step == 3 and checkpoints.best() is None
     with Checkpoints(tmp_path, best_metric=METRIC) as checkpoints:
-        assert checkpoints.latest_step == 3 and checkpoints.best() == (1, 3.0)
         with pytest.raises(InputError, match="wanted the checkpoint of step 1"):
             checkpoints.restore_params(1, trained.abstract, trained.layout)
         checkpoints.save(4, trained.state, 5.0)
