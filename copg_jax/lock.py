@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -55,8 +55,8 @@ class _Claim:
 
 
 @contextmanager
-def hold(folder: epath.PathLike) -> Iterator[None]:
-    """Holds a folder, which exists, while the body runs.
+def hold(folder: epath.PathLike) -> Iterator[Callable[[], None]]:
+    """Holds a folder, which exists, while the body runs; gives what lets it go before that.
 
     Raises:
         InputError: another run has it; names that run and what to do.
@@ -65,7 +65,7 @@ def hold(folder: epath.PathLike) -> Iterator[None]:
     try:
         claim.begin()
         claim.outwait_others()
-        yield
+        yield claim.release
     finally:
         claim.release()
 
