@@ -96,10 +96,11 @@ def warn_of_space(folder: epath.PathLike, num_bytes: float) -> None:
 
     Args:
         folder: output folder of the run, which exists.
-        num_bytes: what the run may have on disk at a time, beside what is there now.
+        num_bytes: what the run may have there at a time; what is there now is part of it.
     """
     if is_remote(folder):
         return
+    num_bytes -= folder_bytes(folder)
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         log.warning(

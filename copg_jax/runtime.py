@@ -175,6 +175,7 @@ class GracefulExit:
 
     in_force: "ClassVar[GracefulExit | None]" = None  # signals are of the process, so is this
     _before: str | None = None  # the signal that `signals_as_exits` got
+    _is_heard = False  # whether a handler has run since that began
 
     def __init__(self) -> None:
         self.requested: str | None = None
@@ -202,6 +203,7 @@ class GracefulExit:
         _restore_handlers(self._previous)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
+        GracefulExit._is_heard = True
         # os.write and os._exit: neither allocates locks nor waits for threads of a pending save.
         if self.requested is not None:
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"\nsecond signal: exit\n")
@@ -244,25 +246,25 @@ def signals_as_exits() -> Iterator[list[Callable[[], None]]]:
     Returns:
         A list for what is to be done before it ends at once.
     """
-    is_heard, before_exit = threading.Event(), []
+    before_exit: list[Callable[[], None]] = []
 
     def leave(signum: int, frame: FrameType | None) -> None:
-        is_heard.set()
+        GracefulExit._is_heard = True
         GracefulExit._before = signal.Signals(signum).name
         raise SystemExit(128 + signum)
 
     previous = _set_handlers(leave, signal.SIGTERM, signal.SIGHUP)
     try:
-        with _signals_to(partial(_end_if_unheard, is_heard=is_heard, before_exit=before_exit)):
+        with _signals_to(partial(_end_if_unheard, before_exit=before_exit)):
             yield before_exit
     finally:
-        GracefulExit._before = None
+        GracefulExit._before, GracefulExit._is_heard = None, False
         _restore_handlers(previous)
 
 
 @contextmanager
 def _signals_to(listen: Callable[[int], None]) -> Iterator[None]:
-    """In the body, a thread reads from a pipe the numbers of the signals that come, at once."""
+    """In the body, a thread reads the numbers of signals from a pipe, whatever Python waits for."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -280,23 +282,22 @@ def _signals_to(listen: Callable[[int], None]) -> Iterator[None]:
         os.close(reading)
 
 
-def _end_if_unheard(
-    pipe: int, is_heard: threading.Event, before_exit: Sequence[Callable[[], None]]
-) -> None:
-    first = None
+def _end_if_unheard(pipe: int, before_exit: Sequence[Callable[[], None]]) -> None:
+    """Ends the process where Python does not get to a signal, and at a second one."""
+    first = 0
     while True:
         if select.select([pipe], [], [], _PATIENCE_SEC if first else None)[0]:
             if not (received := os.read(pipe, 1)):
                 return
-            is_ours = received[0] in (signal.SIGTERM, signal.SIGHUP)
-            if not is_ours or GracefulExit.in_force is not None:
+            if received[0] not in (signal.SIGTERM, signal.SIGHUP) or GracefulExit.in_force:
                 continue
-            if first is None:
+            if not first:
                 first = received[0]
                 continue
-        elif is_heard.is_set() or GracefulExit.in_force is not None:
+        elif GracefulExit._is_heard:
             continue  # it leaves in order, as long as that takes
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"\nexit at once\n")
+        message = f"\n{signal.Signals(first).name}: exit at once\n"
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, message.encode())
         for act in before_exit:
             act()
         os._exit(128 + first)

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from etils import epath
 
-from copg_jax import disk
+from copg_jax import disk, inputs
+from copg_jax.config.sections import DataConfig
 from copg_jax.data import scored
 from copg_jax.disk import disk_errors
 from copg_jax.errors import InputError
@@ -179,6 +180,32 @@ def test_too_little_room_is_said_with_both_numbers(tmp_path, caplog, monkeypatch
     assert caplog.text == ""
     disk.warn_of_space(tmp_path, 80 * 2**30)
     names_all(caplog.text, [f"output_dir {tmp_path}", "80 GiB", "3 GiB are free", "Fix"])
+
+
+@pytest.mark.parametrize(
+    ("stage", "models"),
+    [("sft", ["model"]), ("score", ["reference"]), ("evaluate", ["model", "reference"])],
+)
+def test_too_little_room_is_said_before_data_is_tokenised(
+    tmp_path, capsys, monkeypatch, stage, models
+):
+    def stop(*_: Any, **__: Any) -> Any:
+        raise InputError("tokenising")
+
+    place, usage = Workplace(tmp_path), namedtuple("usage", ["free"])
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage(0))
+    monkeypatch.setattr("copg_jax.inputs.prepare", stop)
+    base = [f"{name}.path={place.folder / 'base'}" for name in models]
+    assert place.refusal(stage, *base) == "tokenising"
+    names_all(capsys.readouterr().err, ["the run may write", "0 B are free"])
+
+
+def test_prepared_data_is_about_twice_its_files(tmp_path):
+    section = DataConfig(path=str(tmp_path / "*.jsonl"))
+    assert inputs.prepared_bytes(section, None) == 0
+    (tmp_path / "a.jsonl").write_bytes(b"x" * 100)
+    assert inputs.prepared_bytes(section, None) == 200
+    assert inputs.prepared_bytes(DataConfig(path="gs://bucket/a.jsonl")) == 0
 
 
 def test_what_is_there_counts_as_written(tmp_path):
