@@ -6,7 +6,7 @@
 """
 
 import logging
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 
@@ -22,7 +22,7 @@ from copg_jax.data import scored
 from copg_jax.data.dataset import GroupDataset, data_key, format_stats, is_prepared, prepare
 from copg_jax.data.groups import REPEATED, TokenGroup
 from copg_jax.data.reader import GroupReader
-from copg_jax.data.sources import describe_files
+from copg_jax.data.sources import describe_files, find_files, is_hub_id
 from copg_jax.data.tokenizer import Encoder, tokenizer_hash
 from copg_jax.errors import InputError
 from copg_jax.evaluate import GenerationEvaluator, Generator
@@ -79,6 +79,20 @@ def open_data(
     fix = "lower data.max_prompt_tokens or data.max_completion_tokens"
     model.require_context(section.path, prompt, completion, fix=fix)
     return dataset
+
+
+def prepared_bytes(*sections: DataConfig | None) -> int:
+    """About what `open_data` writes of data: an id has 4 bytes, and its text, kept too, as many.
+
+    Data that is not on this disk yet counts as 0. So does what cannot be found: `open_data` tells.
+    """
+    num_bytes = 0
+    for section in sections:
+        if section is not None and not (is_remote(section.path) or is_hub_id(section.path)):
+            with suppress(InputError, OSError):
+                files = find_files(section.path, section.split)
+                num_bytes += 2 * sum(file.stat().st_size for file in files)
+    return num_bytes
 
 
 def _report(dataset: GroupDataset, section: DataConfig, name: str) -> None:

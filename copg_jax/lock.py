@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -55,8 +55,8 @@ class _Claim:
 
 
 @contextmanager
-def hold(folder: epath.PathLike) -> Iterator[None]:
-    """Holds a folder, which exists, while the body runs.
+def hold(folder: epath.PathLike) -> Iterator[Callable[[], None]]:
+    """Holds a folder, which exists, while the body runs; gives what lets it go before that.
 
     Raises:
         InputError: another run has it; names that run and what to do.
@@ -65,7 +65,7 @@ def hold(folder: epath.PathLike) -> Iterator[None]:
     try:
         claim.begin()
         claim.outwait_others()
-        yield
+        yield claim.release
     finally:
         claim.release()
 
@@ -102,7 +102,10 @@ class _OwnClaim:
         """Removes the claim."""
         with self._writing:
             self._released.set()
-            _remove(self._path)
+            try:
+                _remove(self._path)
+            except Exception as error:  # each kind of bucket fails in its own way
+                log.warning("%s could not be removed (%s): remove it", self._path, error)
 
     def _outwait(self, path: epath.Path) -> None:
         """Returns once another claim is gone; raises InputError where it comes first."""
@@ -110,9 +113,9 @@ class _OwnClaim:
         text = _read(path)
         while text is not None:
             claim = _parse(text)
-            if claim is not None and claim.machine == self._claim.machine:
-                is_alive = _process_start(claim.pid) == claim.process_start
-                is_dead = not is_alive
+            is_running = claim and _is_running(claim, self._claim.machine)
+            if is_running is not None:
+                is_alive, is_dead = is_running, not is_running
             else:  # clocks of machines differ: it lives if its heartbeat moves
                 is_alive, is_dead = has_moved, time.monotonic() - moved > _DEAD_SEC
                 if not is_watched:
@@ -136,22 +139,33 @@ class _OwnClaim:
                 text = json.dumps(asdict(replace(self._claim, heartbeat=_now())), indent=1)
                 write_text(self._path, text + "\n")
 
+    def _is_lost(self) -> bool:
+        """Whether the claim was removed, or another run has come to hold the folder as well."""
+        if not self._path.exists():
+            return True
+        paths = self._folder.glob(f"{PREFIX}*") if self._claim.is_held else ()
+        others = (_read(path) for path in paths if path != self._path and path.suffix != ".tmp")
+        claims = (_parse(text) for text in others if text is not None)
+        return any(claim is not None and claim.is_held for claim in claims)
+
     def _beat(self) -> None:
         while not self._released.wait(_BEAT_SEC):
             try:
-                if self._path.exists():
+                is_lost = self._is_lost()
+                if not is_lost:
                     self._write()
-                    continue
+                    is_lost = self._is_lost()  # it may have been suspended since the look before
             except Exception as error:  # the run itself meets a disk or a bucket that fails
                 log.debug("%s: no heartbeat: %s", self._path, error)
                 continue
-            if not self._released.is_set():
+            if is_lost and not self._released.is_set():
                 # Two runs in one folder would be worse than a run that ends without saving.
                 message = (
                     f"\nerror: {self._folder}: another run has taken it over, since this one gave "
                     f"no heartbeat for {_DEAD_SEC:g} s or {self._path.name} was removed\n"
                 )
                 os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, message.encode())
+                self.release()
                 os._exit(2)
 
 
@@ -197,10 +211,26 @@ def _machine() -> str:
         return uuid.uuid4().hex
 
 
+def _is_running(claim: _Claim, machine: str) -> bool | None:
+    """Whether the process of a claim lives; None where this `machine` cannot tell."""
+    if claim.machine != machine:
+        return None
+    try:
+        os.kill(claim.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # there is a process, of another user
+        pass
+    start = _process_start(claim.pid)
+    return None if start is None else start == claim.process_start
+
+
 def _process_start(pid: int) -> str | None:
-    """When a process began, in ticks; None where it has ended."""
+    """When a process began, in ticks; "ended" for one that nobody has waited for; None where it
+    is gone, or /proc does not show the processes of other users.
+    """
     try:
         state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return None if state in "ZX" else numbers[18]
+    return "ended" if state in "ZX" else numbers[18]

@@ -12,7 +12,7 @@ import os
 import platform
 import posixpath
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from glob import glob, has_magic
 from importlib import metadata
@@ -66,25 +66,28 @@ def claim(output_dir: str, config: Any, *, may_differ: Sequence[str] = ()) -> It
     with bucket_errors(output_dir):
         folder = epath.Path(output_dir)
     check_run_folder(folder, config, may_differ=may_differ)  # before anything is written there
-    with signals_as_exits(), disk_errors(folder), ExitStack() as stack:
+    with signals_as_exits() as before_exit, disk_errors(folder), ExitStack() as stack:
         with distributed.main_first(folder):
             if is_main_process():
-                stack.enter_context(_held(folder))
+                before_exit.append(stack.enter_context(_held(folder)))
         # What another run has written there until it let go counts as well.
         check_run_folder(folder, config, may_differ=may_differ)
         yield
 
 
 @contextmanager
-def _held(folder: epath.Path) -> Iterator[None]:
-    """Makes and holds the folder, which is left as it was where the run has written nothing."""
+def _held(folder: epath.Path) -> Iterator[Callable[[], None]]:
+    """Makes and holds the folder, which is left as it was where the run has written nothing; gives
+    what lets it go.
+    """
     is_new = not folder.exists()
     try:
         with ExitStack() as stack:
             with _named(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(hold(folder))  # the first file in it: it can be written
-            yield
+                # The first file in it: it can be written.
+                let_go = stack.enter_context(hold(folder))
+            yield let_go
     finally:
         if is_new and not is_remote(folder):
             with suppress(OSError):  # which says that it holds something

@@ -10,16 +10,18 @@
 import ctypes
 import logging
 import os
+import select
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 
@@ -29,6 +31,7 @@ from copg_jax.errors import Ended, InputError
 log = logging.getLogger(__name__)
 
 _PROGRESS_SEC = 30.0
+_PATIENCE_SEC = 10.0  # between a signal and what Python makes of it
 _MALLOPT = {  # of malloc.h
     -4: 0,  # M_MMAP_MAX: take large pieces from the heap
     -1: 2**31 - 1,  # M_TRIM_THRESHOLD: leave what is free at its end
@@ -170,8 +173,9 @@ class GracefulExit:
     Outside the `with` block the previous handlers are back.
     """
 
-    _entered: "GracefulExit | None" = None  # signals are the process's, and so is what they asked
+    in_force: "ClassVar[GracefulExit | None]" = None  # signals are of the process, so is this
     _before: str | None = None  # the signal that `signals_as_exits` got
+    _is_heard = False  # whether a handler has run since that began
 
     def __init__(self) -> None:
         self.requested: str | None = None
@@ -183,7 +187,7 @@ class GracefulExit:
         return 128 + signal.Signals[self.requested] if self.requested else 0
 
     def __enter__(self) -> Self:
-        GracefulExit._entered = self
+        GracefulExit.in_force = self
         # Where Python cannot pass an exception on, as out of a callback, SystemExit was lost.
         self.requested = GracefulExit._before
         self._previous = _set_handlers(self._handle, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -195,10 +199,11 @@ class GracefulExit:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        GracefulExit._entered = None
+        GracefulExit.in_force = None
         _restore_handlers(self._previous)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
+        GracefulExit._is_heard = True
         # os.write and os._exit: neither allocates locks nor waits for threads of a pending save.
         if self.requested is not None:
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"\nsecond signal: exit\n")
@@ -216,16 +221,15 @@ def make_pause(mesh: jax.sharding.Mesh) -> Callable[[], None]:
 
     It raises `LeaveRequest` once a signal came to any process, inside a `GracefulExit`.
     """
-    host_max, asked = distributed.make_host_max(mesh), [0]
+    host_max, newest = distributed.make_host_max(mesh), 0
 
     def pause() -> None:
-        entered = GracefulExit._entered
-        if entered is None:
+        nonlocal newest
+        if GracefulExit.in_force is None:
             return
-        asked.append(host_max(entered.exit_code))
+        before, newest = newest, host_max(GracefulExit.in_force.exit_code)
         # Of several processes the answer to the question before, which the device has by now.
-        exit_code = int(asked[-1] if jax.process_count() == 1 else asked[-2])
-        del asked[:-1]
+        exit_code = int(newest if jax.process_count() == 1 else before)
         if exit_code:
             raise LeaveRequest(exit_code)
 
@@ -233,19 +237,70 @@ def make_pause(mesh: jax.sharding.Mesh) -> Callable[[], None]:
 
 
 @contextmanager
-def signals_as_exits() -> Iterator[None]:
-    """In the body, SIGTERM and SIGHUP raise Ended, as Ctrl-C raises KeyboardInterrupt."""
+def signals_as_exits() -> Iterator[list[Callable[[], None]]]:
+    """In the body, SIGTERM and SIGHUP raise Ended, as Ctrl-C raises KeyboardInterrupt.
+
+    Where Python does not get to that within 10 seconds, since it waits in a library (as for a long
+    compilation, or for another process), and at a second signal, the process ends at once.
+
+    Returns:
+        A list for what is to be done before it ends at once.
+    """
+    before_exit: list[Callable[[], None]] = []
 
     def leave(signum: int, frame: FrameType | None) -> None:
+        GracefulExit._is_heard = True
         GracefulExit._before = signal.Signals(signum).name
         raise Ended(128 + signum)
 
     previous = _set_handlers(leave, signal.SIGTERM, signal.SIGHUP)
     try:
+        with _signals_to(partial(_end_if_unheard, before_exit=before_exit)):
+            yield before_exit
+    finally:
+        GracefulExit._before, GracefulExit._is_heard = None, False
+        _restore_handlers(previous)
+
+
+@contextmanager
+def _signals_to(listen: Callable[[int], None]) -> Iterator[None]:
+    """In the body, a thread reads the numbers of signals from a pipe, whatever Python waits for."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    previous = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    listener = threading.Thread(target=listen, args=(reading,), name="signals", daemon=True)
+    listener.start()
+    try:
         yield
     finally:
-        GracefulExit._before = None
-        _restore_handlers(previous)
+        signal.set_wakeup_fd(previous)
+        os.close(writing)  # which ends the thread
+        listener.join()
+        os.close(reading)
+
+
+def _end_if_unheard(pipe: int, before_exit: Sequence[Callable[[], None]]) -> None:
+    """Ends the process where Python does not get to a signal, and at a second one."""
+    first = 0
+    while True:
+        if select.select([pipe], [], [], _PATIENCE_SEC if first else None)[0]:
+            if not (received := os.read(pipe, 1)):
+                return
+            if received[0] not in (signal.SIGTERM, signal.SIGHUP) or GracefulExit.in_force:
+                continue
+            if not first:
+                first = received[0]
+                continue
+        elif GracefulExit._is_heard:
+            continue  # it leaves in order, as long as that takes
+        message = f"\n{signal.Signals(first).name}: exit at once\n"
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, message.encode())
+        for act in before_exit:
+            act()
+        os._exit(128 + first)
 
 
 def _set_handlers(handler: Any, *signums: signal.Signals) -> dict[signal.Signals, Any]:

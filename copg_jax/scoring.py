@@ -179,7 +179,8 @@ def score_dataset(
             rows = [dataset[i] for i in range(first, end)]
             groups, metrics = _score_rows(rows, spread, rewards, reference)
             # Before the part: what is finished has its line.
-            logger.log(end, metrics)
+            done += len(rows)
+            logger.log(end, metrics, done=done)
             logger.sync()
             if distributed.is_main_process():
                 written = scored.write_part(folder, part, groups, key)

@@ -110,7 +110,12 @@ class MetricsLogger:
             self._file.close()
 
     def log(
-        self, step: int, values: Mapping[str, float], *, text: Mapping[str, str] | None = None
+        self,
+        step: int,
+        values: Mapping[str, float],
+        *,
+        text: Mapping[str, str] | None = None,
+        done: int | None = None,
     ) -> None:
         """Log scalars, and texts such as samples, of one step; NaN and infinities become null.
 
@@ -118,6 +123,7 @@ class MetricsLogger:
           step: Steps done, counted from 1 (0 for numbers from before training).
           values: Metric name to scalar.
           text: Name to text, kept under the key "text".
+          done: Steps done, where they are not done in their order; what the console shows.
         """
         if self._file is None:
             return
@@ -133,7 +139,7 @@ class MetricsLogger:
             for name, value in (text or {}).items():
                 self._writer.add_text(name, value, step)
         if self._console is not None:
-            self._show(self._console, step, numbers, text or {})
+            self._show(self._console, step if done is None else done, numbers, text or {})
 
     def sync(self) -> None:
         """Sees to it that what was logged outlives this process; a checkpoint comes after it."""

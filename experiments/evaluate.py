@@ -20,19 +20,20 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from copg_jax import distributed, run_folder, runtime, sharding
+from copg_jax import disk, distributed, run_folder, runtime, sharding
 from copg_jax.config.load import run_main
 from copg_jax.config.stages import MAY_DIFFER, EvaluateConfig
 from copg_jax.errors import InputError
 from copg_jax.evaluate import Generation, in_prompt_order, sample_texts, summarize
 from copg_jax.files import GrowingFile, read_json_lines, write_text
 from copg_jax.hf.pretrained import open_model
-from copg_jax.inputs import open_evaluation
+from copg_jax.inputs import open_evaluation, prepared_bytes
 from copg_jax.tracking import MetricsLogger
 
 log = logging.getLogger("copg_jax.evaluate")  # a script's own name is __main__
 
 _CHECKSUM = "crc32"  # of a line of generations.jsonl
+_BYTES_A_TOKEN = 10  # of a generation, at most: its text as JSON
 
 
 def main(config: EvaluateConfig) -> dict[str, float]:
@@ -46,6 +47,7 @@ def _evaluate(config: EvaluateConfig) -> dict[str, float]:
     folder = epath.Path(config.output_dir)
     mesh = sharding.make_mesh(config.mesh)
     model = open_model(config.model, mesh)
+    disk.warn_of_space(folder, _bytes_to_write(config))
     reference = config.reference and open_model(config.reference, mesh)
     evaluator, hashes = open_evaluation(
         config.evaluation,
@@ -99,6 +101,13 @@ def _evaluate(config: EvaluateConfig) -> dict[str, float]:
     log.info("wrote %s and %s", averages, path)
     _report_rewards(metrics["eval/dropped_rewards"], total, path)
     return metrics
+
+
+def _bytes_to_write(config: EvaluateConfig) -> int:
+    """The tokens of the prompts and, twice while they are written anew, the generations."""
+    sizes = config.evaluation.generation
+    num_tokens = sizes.num_prompts * sizes.num_samples * sizes.max_new_tokens
+    return prepared_bytes(config.evaluation.data) + 2 * _BYTES_A_TOKEN * num_tokens
 
 
 def _report_rewards(num_dropped: float, total: int, path: epath.Path) -> None:

@@ -7,7 +7,6 @@ interrupted run goes on at the first part that is not finished. Rows that bring 
 along need no reward function: those are kept.
 """
 
-import numpy as np
 from etils import epath
 
 from copg_jax import disk, run_folder, runtime, scoring, sharding
@@ -15,7 +14,7 @@ from copg_jax.config.load import run_main
 from copg_jax.config.stages import MAY_DIFFER, ScoreConfig
 from copg_jax.hf.pretrained import open_model
 from copg_jax.infer import GroupForward
-from copg_jax.inputs import open_data
+from copg_jax.inputs import open_data, prepared_bytes
 from copg_jax.models.forward import make_seq_logp
 
 
@@ -31,6 +30,8 @@ def _score(config: ScoreConfig) -> None:
     scoring.check_folder(folder)
     mesh = sharding.make_mesh(config.mesh)
     model = open_model(config.reference, mesh)
+    # The tokens, and as much again as parts.
+    disk.warn_of_space(folder, 2 * prepared_bytes(config.data))
     dataset = open_data(config.data, model, folder, "groups")
     rewards = scoring.open_rewards(config, dataset)
     hashes = {"reference": model.hash, "data": dataset.fingerprint}
@@ -39,9 +40,6 @@ def _score(config: ScoreConfig) -> None:
     if scoring.is_complete(folder, len(dataset), config.part_size):
         return
     run_folder.write_run_header(folder, config, hashes)
-    num_tokens = int(dataset.num_tokens(np.arange(len(dataset))).sum())
-    # An id has 4 bytes, and its text about as many.
-    disk.warn_of_space(folder, 8 * num_tokens - disk.folder_bytes(folder))
     reference = GroupForward(
         make_seq_logp(model.arch, model.partitioner, chunk=config.logits_chunk),
         model.load_frozen(),

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +175,39 @@ def test_a_process_that_is_gone_or_another_of_its_number_is_dead(folder, of_anot
         assert len(claims(folder)) == 1
 
 
+def raise_permission(pid: int, number: int) -> None:
+    raise PermissionError(1, "Operation not permitted")
+
+
+@pytest.mark.parametrize("kill", [None, raise_permission], ids=["same user", "another user"])
+def test_where_processes_are_hidden_a_live_run_is_told_by_its_heartbeat(
+    tmp_path, quick, monkeypatch, kill
+):
+    monkeypatch.setattr(lock, "_process_start", lambda pid: None)  # /proc with hidepid
+    monkeypatch.setattr(lock, "_DEAD_SEC", 60.0)
+    if kill:
+        monkeypatch.setattr(lock.os, "kill", kill)
+    folder = epath.Path(tmp_path)
+    ended, thread = beating(folder, machine=lock._machine(), pid=os.getpid())
+    names_all(refusal(folder), [f"process {os.getpid()} on host elsewhere", "beat "])
+    ended.set()
+    thread.join()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_claim_that_cannot_be_removed_neither_ends_a_run_nor_hides_its_error(
+    folder, monkeypatch, caplog, fails
+):
+    def refuse(path: epath.Path) -> None:
+        raise OSError(30, "Read-only file system")
+
+    with pytest.raises(KeyError) if fails else nullcontext(), lock.hold(folder):
+        monkeypatch.setattr(lock, "_remove", refuse)
+        if fails:
+            raise KeyError("of the run")
+    names_all(caplog.text, [str(folder / lock.PREFIX), "Read-only file system", "remove it"])
+
+
 @pytest.mark.parametrize("is_held", [True, False])
 def test_a_run_on_another_host_is_taken_over_once_its_heartbeat_stands_still(
     folder, quick, caplog, is_held
@@ -245,19 +278,27 @@ def test_the_heartbeat_goes_on_while_the_folder_is_held(folder, quick):
         assert json.loads(path.read_text())["is_held"] is True
 
 
-def test_a_run_whose_folder_was_taken_over_ends_at_once(tmp_path):
-    script = """
-    import sys, time
-    from pathlib import Path
-    from copg_jax import lock
-    lock._BEAT_SEC = 0.02
-    with lock.hold(sys.argv[1]):
-        for path in Path(sys.argv[1]).glob(".lock-*"):
-            path.unlink()
-        time.sleep(600)
-    """
-    script = "\n".join(line.removeprefix("    ") for line in script.splitlines())
-    command = [sys.executable, "-c", script, str(tmp_path)]
+_TAKEN_OVER = """
+import sys, time
+from pathlib import Path
+from copg_jax import lock
+
+folder, is_removed = Path(sys.argv[1]), sys.argv[2] == "removed"
+lock._BEAT_SEC = 0.02
+with lock.hold(folder):
+    (path,) = folder.glob(".lock-*")
+    if is_removed:
+        path.unlink()
+    else:  # as where it was suspended before it wrote a heartbeat, which made its claim anew
+        (folder / ".lock-other").write_text(path.read_text())
+    time.sleep(20)
+"""
+
+
+@pytest.mark.parametrize(("how", "left"), [("removed", []), ("held", [".lock-other"])])
+def test_a_run_whose_folder_was_taken_over_ends_at_once(tmp_path, how, left):
+    command = [sys.executable, "-c", _TAKEN_OVER, str(tmp_path), how]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     names_all(done.stderr, [f"error: {tmp_path}", "another run has taken it over"])
+    assert [path.name for path in tmp_path.iterdir()] == left

@@ -121,6 +121,30 @@ def test_a_second_signal_exits_at_once():
     assert "SIGTERM: saving after this step" in done.stderr
 
 
+_WAITING = """
+import ctypes, os, signal, sys
+from copg_jax import runtime
+
+runtime._PATIENCE_SEC, signals = float(sys.argv[1]), int(sys.argv[2])
+with runtime.signals_as_exits() as before_exit:
+    before_exit.append(lambda: print("let go", flush=True))
+    shell = f"for i in $(seq {signals}); do sleep 0.5; kill -TERM {os.getpid()}; done"
+    os.posix_spawn("/bin/sh", ["sh", "-c", shell], os.environ)
+    libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    for _ in range(2):  # the second one waits for ever, also after a signal
+        libc.pthread_mutex_lock(mutex)
+"""
+
+
+@pytest.mark.parametrize(("patience", "signals"), [(0.2, 1), (600, 2)])
+def test_a_process_that_waits_in_a_library_ends_by_a_signal_in_time_and_by_a_second_one_at_once(
+    patience, signals
+):
+    command = [sys.executable, "-c", _WAITING, str(patience), str(signals)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (143, "let go\n")
+
+
 @pytest.mark.parametrize("names", ["cuda,cpu", "cuda", "tpu,cpu", "rocm"])
 def test_an_accelerator_that_is_asked_for_and_not_there_is_named(names, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", names)

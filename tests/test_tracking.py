@@ -83,6 +83,19 @@ def test_what_is_counted_is_named(tmp_path, capsys):
     assert "s/prompt  ETA " in second
 
 
+def test_parts_that_are_done_again_have_a_rate_and_the_time_left(tmp_path, capsys):
+    # Of four parts of ten, the second and the third were damaged.
+    with MetricsLogger(
+        tmp_path, total_steps=40, log_every=1, resume_step=20, is_done={10, 40}.__contains__
+    ) as logger:
+        logger.log(20, {"a": 1.0}, done=30)
+        logger.log(30, {"a": 1.0}, done=40)
+    _, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("step 40/40  a 1  ")
+    assert last.endswith("s/step  ETA 0:00:00")
+    assert [row["step"] for row in lines_of(tmp_path)] == [20, 30]
+
+
 def test_evaluation_and_texts_show_at_any_step(tmp_path, capsys):
     with MetricsLogger(tmp_path, total_steps=100, log_every=50) as logger:
         logger.log(1, {"eval/kl": 0.5}, text={"sample": "[b]words"})

@@ -45,6 +45,10 @@ class Hook(Protocol):
         """Does it; called after the steps at which any hook is due, in the order of the hooks."""
         ...
 
+    def raise_failure(self) -> None:
+        """Raises what it does in the background has failed with; called after every step."""
+        ...
+
     def leave(self, step: int, state: TrainState) -> None:
         """The run stops after `step`, before its time."""
         ...
@@ -89,6 +93,9 @@ class EvaluationHook:
             log.warning("step %d: no %s, so that it cannot be the best", step, self._best_metric)
         self.last = step, value
 
+    def raise_failure(self) -> None:
+        pass
+
     def leave(self, step: int, state: TrainState) -> None:
         pass
 
@@ -118,7 +125,6 @@ class CheckpointHook:
         self._best = -np.inf if found is None else found[1]
 
     def is_due(self, step: int) -> bool:
-        self._checkpoints.raise_failure()  # at the next step, not at the next save
         return step % self._every == 0 or step == self._num_steps
 
     def __call__(self, step: int, state: TrainState) -> None:
@@ -133,6 +139,10 @@ class CheckpointHook:
         if is_best or self.is_due(step):
             self._logger.sync()
             self._checkpoints.save(step, state, value)
+
+    def raise_failure(self) -> None:
+        """Raises what a save has failed with: at the next step, not at the next save."""
+        self._checkpoints.raise_failure()
 
     def leave(self, step: int, state: TrainState) -> None:
         """Saves, saying whether the evaluation of this step is still to be done."""
@@ -214,6 +224,8 @@ def _take_steps(
             exit_codes = host_max(exit_request.exit_code)
             state, values = step_fn(step, state, distributed.place(batch, placement))
             metrics.add(step, ids, batch, values)
+            for hook in hooks:
+                hook.raise_failure()
             exit_code = exit_request.exit_code if is_alone else int(exit_codes)
             if exit_code or any(hook.is_due(step) for hook in hooks):
                 metrics.flush()
@@ -250,4 +262,5 @@ def _leave(hooks: Sequence[Hook], step: int, state: TrainState) -> None:
 
 def _say_saved(request: LeaveRequest, step: int, num_steps: int) -> None:
     if distributed.is_main_process():
-        print(f"{request}: saved step {step} of {num_steps}", flush=True)
+        saved = f"saved step {step} of {num_steps}" if step else "nothing to save yet"
+        print(f"{request}: {saved}", flush=True)

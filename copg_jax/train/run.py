@@ -24,7 +24,7 @@ from copg_jax import checksums, disk, distributed, flops, inputs, run_folder, ru
 from copg_jax.config.sections import DataConfig
 from copg_jax.config.stages import MAY_DIFFER, TrainConfig
 from copg_jax.data.dataset import GroupDataset
-from copg_jax.data.stream import GroupStream, num_steps
+from copg_jax.data.stream import GroupStream, num_ordered, num_steps
 from copg_jax.errors import Damaged
 from copg_jax.evaluate import GenerationEvaluator, make_loss_evaluator
 from copg_jax.hf.pretrained import PretrainedModel, open_model
@@ -103,7 +103,6 @@ def _run_stage(config: TrainConfig, stage: Stage) -> None:
             log.info("%s: already complete (%d steps)", run.folder, run.num_steps)
             return
         run_folder.write_run_header(run.folder, config, run.inputs | hashes)
-        disk.warn_of_space(run.folder, _bytes_to_write(run, stage.best_metric is not None))
         with MetricsLogger(
             run.folder,
             total_steps=run.num_steps,
@@ -196,6 +195,12 @@ def _prepare(config: TrainConfig, stage: Stage) -> _Run:
     mesh = sharding.make_mesh(config.mesh)
     loop.check_batch(training.batch_size, training.num_microbatches, mesh)
     model = open_model(config.model, mesh, head=stage.head, remat=training.remat)
+    optimizer = optim.make_optimizer(config.optim)
+    shapes = abstract_state(optimizer, model.shapes)
+    if not checksums.is_sealed(folder / "model"):  # else it is complete
+        to_write = _bytes_to_write(shapes, stage.best_metric is not None)
+        tokens = inputs.prepared_bytes(config.data, config.validation)
+        disk.warn_of_space(folder, to_write + tokens)
     datasets = []
     for section in (config.data, config.validation):
         if section is not None and stage.check_section is not None:
@@ -220,7 +225,9 @@ def _prepare(config: TrainConfig, stage: Stage) -> _Run:
     total = total if training.max_steps is None else min(total, training.max_steps)
     warmup = optim.warmup_steps(config.optim, total)
     log.info("%d steps; the learning rate rises over the first %d", total, warmup)
-    optimizer = optim.make_optimizer(config.optim)
+    ordered = num_ordered(len(datasets[0]), training.num_epochs)
+    if total > num_steps(len(datasets[0]), training.batch_size, ordered):
+        log.info("after %d epochs the same batches come again, in their order", ordered)
     return _Run(
         config=config,
         folder=folder,
@@ -230,21 +237,20 @@ def _prepare(config: TrainConfig, stage: Stage) -> _Run:
         held_out=datasets[1] if len(datasets) > 1 else None,
         num_steps=total,
         optimizer=optimizer,
-        shapes=abstract_state(optimizer, model.shapes),
+        shapes=shapes,
         shardings=state_shardings(mesh, optimizer, model.shapes, model.axes),
     )
 
 
-def _bytes_to_write(run: _Run, keeps_best: bool) -> int:
-    """What a run may add to its folder: checkpoints, one of them before an older one is removed,
+def _bytes_to_write(shapes: TrainState, keeps_best: bool) -> int:
+    """What a run may write beside tokens: checkpoints, one of them before an older one is removed,
     and exports in float32.
     """
     state, params = (
         sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-        for tree in (run.shapes, run.shapes.params)
+        for tree in (shapes, shapes.params)
     )
-    all_of_them = (3 + keeps_best) * state + (1 + keeps_best) * params
-    return all_of_them - disk.folder_bytes(run.folder)
+    return (3 + keeps_best) * state + (1 + keeps_best) * params
 
 
 def _stream(run: _Run, start: int) -> GroupStream:

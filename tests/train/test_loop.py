@@ -166,7 +166,8 @@ def test_a_run_leaves_an_evaluation_at_the_next_batch_and_owes_it(
         train(tmp_path, evaluate=evaluate)
     assert caught.value.code == code
     assert begun.count(at) == 2
-    assert f"{signal.Signals(number).name}: saved step {at} of {STEPS}" in capfd.readouterr().out
+    saved = f"saved step {at} of {STEPS}" if at else "nothing to save yet"
+    assert f"{signal.Signals(number).name}: {saved}\n" in capfd.readouterr().out
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.latest_step == (at or None)
         assert at == 0 or not checkpoints.is_evaluated(at)
@@ -389,9 +390,13 @@ class Noted:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
+        self.asked = 0
 
     def is_due(self, step: int) -> bool:
         return step % 3 == 0
+
+    def raise_failure(self) -> None:
+        self.asked += 1
 
     def __call__(self, step: int, state: TrainState) -> None:
         assert int(state.step) == step
@@ -407,6 +412,7 @@ def test_hooks_are_called_where_any_is_due_and_told_where_a_run_stops_before_its
     train(tmp_path / "whole", more_hooks=[whole])
     # Its own steps are 0, 3 and 6; evaluations are at 2, 4 and 6, and the last step is 7.
     assert whole.calls == [("reach", step) for step in (0, 2, 3, 4, 6, 7)]
+    assert whole.asked == STEPS
     with pytest.raises(SystemExit):
         train(tmp_path / "cut", more_hooks=[cut], spoil=signal_at(3))
     assert cut.calls == [("reach", 0), ("reach", 2), ("leave", 3)]
