@@ -81,7 +81,7 @@ class RewardModel:
     def __call__(
         self, /, prompts: Sequence[str], completions: Sequence[str], **columns: Any
     ) -> list[float | None]:
-        """Scores, reward units, one a completion; None for a text that spells EOS or has no token."""
+        """Scores, reward units, one a completion; None for text without tokens, or with EOS."""
         runs = self._group(prompts, completions)
         scores = self._forward([group for group, _ in runs])
         rewards: list[float | None] = [None] * len(completions)

@@ -149,7 +149,7 @@ NOTHING_TO_LEARN = [
     only(*[TIED] * 9, stage="reward", name="a reward model of ties", words=("data",)),
     only(*[GROUP | {"rewards": [None, 1.0]}] * 9, stage="reward",
          name="a reward model of single completions", words=("reward",)),
-    only(*[GOOD_PAIR | {"score_chosen": 2, "score_rejected": 2}] * 9, stage="reward",
+    only(*[GROUP | {"rewards": [2.0] * len(GROUP["completions"])}] * 9, stage="reward",
          name="a reward model of equal scores", words=("data",)),
     only(*[{"prompt": "p", "completions": ["a", "b", "c"]}] * 9, stage="reward",
          name="a reward model of groups without rewards", words=("rewards",)),
