@@ -174,11 +174,16 @@ class MetricsLogger:
 
 
 def warn_of_lost_lines(output_dir: epath.PathLike, logged: Collection[int]) -> None:
-    """Names the steps whose lines are not in metrics.jsonl, though they were written."""
+    """Names the steps whose lines are not in metrics.jsonl, though they were written; says how many
+    are no lines of a log.
+    """
     if not is_main_process():
         return
     path = epath.Path(output_dir) / FILE_NAME
-    lost = sorted(set(logged) - {step for _, step in _lines(path)})
+    steps = [step for _, step in _lines(path)]
+    if foreign := steps.count(None):
+        log.warning("%s: damaged: %d lines are cut short or foreign", path, foreign)
+    lost = sorted(set(logged).difference(steps))
     if lost:
         log.warning(
             "%s: deleted or damaged: the lines of %d steps from %d to %d are lost",
@@ -190,16 +195,8 @@ def warn_of_lost_lines(output_dir: epath.PathLike, logged: Collection[int]) -> N
 
 
 def _kept_lines(path: epath.Path, is_done: Callable[[int], bool]) -> list[str]:
-    """The lines of steps that are done; says how many are no lines of a log, which are left out."""
-    kept, foreign = [], 0
-    for line, step in _lines(path):
-        if step is None:
-            foreign += 1
-        elif is_done(step):
-            kept.append(line + "\n")
-    if foreign:
-        log.warning("%s: %d lines are cut short or foreign and are left out", path, foreign)
-    return kept
+    """The lines of steps that are done."""
+    return [line + "\n" for line, step in _lines(path) if step is not None and is_done(step)]
 
 
 def _lines(path: epath.Path) -> Iterator[tuple[str, int | None]]:

@@ -186,7 +186,7 @@ def test_a_resume_keeps_every_line_of_steps_that_are_not_done_again(tmp_path, ca
     with MetricsLogger(tmp_path, total_steps=4, quiet=True, resume_step=2):
         pass
     assert path.read_bytes() == whole
-    assert f"{path}: {len(FOREIGN)} lines are cut short or foreign" in caplog.text
+    assert f"{path}: damaged: {len(FOREIGN)} lines are cut short or foreign" in caplog.text
     assert [row["text"]["sample"] for _, row in read_json_lines(path)] == texts
 
 
