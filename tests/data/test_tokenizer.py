@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -137,10 +137,14 @@ ANY = st.text(min_size=1, max_size=12) | st.text(" \t\n\r\u2028ab", min_size=1, 
 
 
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(prompt=ANY, completion=ANY, kind=st.sampled_from(EXACT))
 def test_any_text_is_given_back_character_by_character(prompt, completion, kind, request):
+    assume(not prompt.startswith("<s>"))  # which spells BOS: it is there once
     encoder = Encoder(request.getfixturevalue(kind))
     ids, note = encode(encoder, prompt, completion)
     if "▁" in completion and kind in ("metaspace", "prepending"):
@@ -158,7 +162,10 @@ LONG = st.lists(ANY | st.sampled_from([" bike", " my", " 12", "</s>", "\n"]), ma
 
 @pytest.mark.parametrize("kind", ["plain", "llama_3", "words", "metaspace"])
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(prompt=LONG.map("".join), completions=st.lists(ANY, min_size=1, max_size=3))
 def test_a_long_prompt_s_completions_get_the_ids_of_both_texts_together(
