@@ -80,7 +80,7 @@ def pipeline(request: pytest.FixtureRequest, tmp_path_factory) -> Pipeline:
     ("pipeline", "sizes"),
     [
         *(("llama", sizes) for sizes in ((1, 8, 1), (1, 4, 2), (2, 2, 2))),
-        *((family, (2, 2, 2)) for family in RELATIVES),
+        ("qwen2", (2, 2, 2)),  # whose biases are cut too; of the others a step is compared
     ],
     indirect=["pipeline"],
     ids=lambda value: value if isinstance(value, str) else "x".join(map(str, value)),
