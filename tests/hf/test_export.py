@@ -10,6 +10,7 @@ import pytest
 import transformers
 
 from copg_jax.hf import weights
+from copg_jax.hf.config_json import read_config
 from copg_jax.models.decoder import Decoder
 from copg_jax.models.forward import make_score
 from copg_jax.models.params import Architecture, Params, init_params
@@ -36,7 +37,12 @@ def _export(folder: Path, kind: str, head: str) -> tuple[Architecture, Params, P
         params,
     )
     weights.save_pretrained(
-        folder / "model", arch, params, head=head, tokenizer=tiny.tokenizer(), source=source
+        folder / "model",
+        arch,
+        params,
+        head=head,
+        tokenizer=tiny.tokenizer(),
+        source=read_config(source),
     )
     return arch, params, folder / "model"
 
