@@ -235,7 +235,7 @@ def test_sizes_of_a_reward_model_are_checked_before_it_is_read(arguments):
     ((name, value),) = arguments.items()
     with pytest.raises(InputError) as caught:
         load_reward(spec)
-    names_all(str(caught.value), [f"{name}: wanted a whole number of at least 1", str(value)])
+    names_all(str(caught.value), [f"{name} must be an integer >= 1", str(value)])
 
 
 def huge(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
