@@ -16,12 +16,14 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from copg_jax.errors import InputError
 
 SEPARATE = "completion encoded by itself: a token would reach over from its prompt"
 NOT_EXACT = "text that the tokenizer does not give back exactly"
+_GENERAL = ("TokenizersBackend", "PreTrainedTokenizerFast")  # classes that are what the files say
 # A prompt is long and its completions are many: only its last words are encoded with each of them.
 _MOST_TAIL, _LEAST_TAIL = 128, 32  # characters
 _WORD = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")  # a blank between two letters
@@ -38,7 +40,11 @@ def load_tokenizer(path_or_id: str | Path, revision: str | None = None) -> PreTr
             in its vocabulary.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        # AutoTokenizer lets the model_type of some families overrule a general class that is named,
+        # and the other class brings a token and rules of its own.
+        named = get_tokenizer_config(str(path_or_id), revision=revision).get("tokenizer_class")
+        loader: Any = PreTrainedTokenizerFast if named in _GENERAL else AutoTokenizer
+        tokenizer = loader.from_pretrained(
             str(path_or_id), revision=revision, trust_remote_code=False
         )
         Encoder(tokenizer)

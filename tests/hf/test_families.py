@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 
 from copg_jax import checksums
 from copg_jax.config.sections import MeshConfig
+from copg_jax.data.tokenizer import load_tokenizer, tokenizer_hash
 from copg_jax.errors import InputError
 from copg_jax.hf import weights
 from copg_jax.hf.config_json import read_config
@@ -255,6 +256,17 @@ def test_an_export_keeps_what_the_config_of_its_source_says_besides(
     assert AutoConfig.from_pretrained(out).num_labels == (1 if head == "score" else 2)
     expected = {"eos_token_id": 1, "pad_token_id": 2}
     assert {name: written[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("kind", OF_FAMILY.values())
+def test_the_tokenizer_of_an_export_is_the_one_that_was_given(kind: str, tmp_path: Path):
+    """Of qwen2, transformers would exchange its class for one with a token more."""
+    arch, given = to_architecture(tiny.KINDS[kind]), tiny.tokenizer()
+    params = init_params(arch, jax.random.key(0))
+    weights.save_pretrained(tmp_path / "out", arch, params, head="lm", tokenizer=given)
+    again = load_tokenizer(tmp_path / "out")
+    assert again.get_vocab() == given.get_vocab()
+    assert tokenizer_hash(again) == tokenizer_hash(given)
 
 
 @pytest.mark.parametrize(
