@@ -6,6 +6,7 @@
 """
 
 import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
@@ -20,7 +21,7 @@ from copg_jax.config.sections import DataConfig
 from copg_jax.config.stages import PolicyEvaluationConfig
 from copg_jax.data import scored
 from copg_jax.data.dataset import GroupDataset, data_key, format_stats, is_prepared, prepare
-from copg_jax.data.groups import REPEATED, TokenGroup
+from copg_jax.data.groups import REPEATED, GroupBatch, TokenGroup
 from copg_jax.data.reader import GroupReader
 from copg_jax.data.sources import describe_files, find_files, is_hub_id
 from copg_jax.data.tokenizer import Encoder, tokenizer_hash
@@ -232,6 +233,19 @@ def _first_prompts(dataset: GroupDataset, num_prompts: int, path: str) -> list[T
     )
 
 
+def _load_token_logp(
+    reference: PretrainedModel, mesh: jax.sharding.Mesh, logits_chunk: int | None
+) -> Callable[[GroupBatch], jax.Array]:
+    """ln π_ref of the tokens of a batch, nats, [B, K, C]; holds the weights."""
+    token_logp = jax.jit(
+        make_token_logp(reference.arch, reference.partitioner, chunk=logits_chunk),
+        in_shardings=(None, batch_sharding(mesh)),
+        out_shardings=replicated(mesh),
+    )
+    # An argument of the compiled function, not a constant inside it.
+    return partial(token_logp, reference.load_frozen())
+
+
 def open_evaluation(
     section: PolicyEvaluationConfig,
     model: PretrainedModel,
@@ -274,13 +288,7 @@ def open_evaluation(
     ref_token_logp = None
     if reference is not None:
         hashes["reference"] = reference.hash
-        # An argument of the compiled function, not a constant inside it.
-        token_logp = jax.jit(
-            make_token_logp(reference.arch, reference.partitioner, chunk=logits_chunk),
-            in_shardings=(None, batch_sharding(model.mesh)),
-            out_shardings=replicated(model.mesh),
-        )
-        ref_token_logp = partial(token_logp, reference.load_frozen())
+        ref_token_logp = _load_token_logp(reference, model.mesh, logits_chunk)
     sampler = make_sampler(
         model.arch,
         eos_id=model.tokenizer.eos_token_id,

@@ -76,8 +76,7 @@ def measure(
     if num_steps < 1 or num_warmup < 1:
         raise InputError(f"--steps and --warmup must be >= 1, got {num_steps} and {num_warmup}")
     check_batch(batch_size, num_microbatches, mesh)
-    if profile is not None:
-        _make_folder(profile)
+    _make_folder(profile)
     num_bins = sharding.num_batch_shards(mesh) * num_microbatches
     batches = make_batches(workload, batch_size, num_bins, num_warmup + 2 * num_steps)
     traces: list[int] = []
@@ -93,9 +92,8 @@ def measure(
     step_sec = statistics.median(runner.run([batch]) for batch in batches[first:second])
     with jax.profiler.trace(profile) if profile else contextlib.nullcontext():
         steady_sec = runner.run(batches[second:]) / num_steps
-    timed = batches[first:second]
     return {
-        **_rates(arch, timed, step_sec, mesh, peak_tflops),
+        **_rates(arch, batches[first:second], step_sec, mesh, peak_tflops),
         "steady_pairs_per_s": batch_size / steady_sec,
         "compiled_flops": cost.flops,
         "temp_bytes": cost.temp_bytes,
@@ -105,10 +103,11 @@ def measure(
     }
 
 
-def _make_folder(profile: Path) -> None:
+def _make_folder(profile: Path | None) -> None:
     """Raises InputError, before anything is compiled, where a trace could not be written."""
     try:
-        profile.mkdir(parents=True, exist_ok=True)
+        if profile is not None:
+            profile.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
             f"--profile {profile}: wanted a folder that can be written, got {error}. Fix: give "
