@@ -1,10 +1,10 @@
 """The order of training: from a data set to the same batches on one host or many.
 
 1. Rows are shuffled anew in each epoch and the epochs are laid end to end (grain, index by index).
-2. A `Pack` composes batches of neighbours in that order, all of one shape; a tail that does not
-   fill a batch is left out.
-3. Steps 1 and 2 are done before the run starts, since the one shape must fit all batches; of a run
-   of very many epochs for the first ones (`num_ordered`), after which the same batches come again.
+2. A `Pack` composes batches of neighbours in that order; a tail that does not fill a batch is left
+   out. Batches are composed when they are loaded, so the number of epochs costs nothing.
+3. They have one shape, that of the largest batch of the first epochs (`num_measured`). A larger one
+   in a later epoch has a larger shape, which is compiled then.
 4. Each host loads its slice of every batch, in background threads; resuming is starting at a step.
 """
 
@@ -23,30 +23,29 @@ from copg_jax.errors import InputError
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
 
-class Batches(Protocol):
-    """Batches of a data set: which groups they hold, and how these are collated."""
+class Batch(Protocol):
+    """Which groups a batch holds, and how these are collated."""
 
     @property
     def rows(self) -> np.ndarray:
-        """Index of each group of each batch, -1 = none; int [b, B]."""
+        """The place of each of its groups in the order of training; int [B]."""
         ...
 
     def collate(self, groups: Sequence[TokenGroup | None]) -> GroupBatch:
-        """Of all groups of a batch, or of a host's share."""
+        """Of all groups of the batch, or of a host's share."""
         ...
 
 
-Pack = Callable[..., Batches]
-"""(num_tokens [n, 2], batch_size=, num_bins=, sizes=(P, K, C), epoch_size=) → Batches.
+Pack = Callable[..., Callable[[int], Batch]]
+"""(num_tokens: places [n] → [n, 2], batch_size=, num_bins=, sizes=(P, K, C), epoch_size=,
+num_fitted=) → (index → Batch). See `models.layout.pack_epochs`."""
 
-See `models.layout.pack`."""
 
+def num_measured(num_rows: int, num_epochs: int) -> int:
+    """Returns the number of epochs whose batches are measured before the first step.
 
-def num_ordered(num_rows: int, num_epochs: int) -> int:
-    """Returns the number of epochs that get an order of their own.
-
-    They bound the memory and the time before the first step: as many as half a million rows make,
-    but 16 to 64 (grain takes 50 ms for the order of an epoch, however short).
+    They bound the time until then: as many as half a million rows make, but 16 to 64 (an epoch of
+    117,000 takes a second).
     """
     return min(num_epochs, max(16, min(64, 2**19 // num_rows)))
 
@@ -61,7 +60,7 @@ class GroupStream:
 
     Args:
         dataset: groups to read.
-        pack: composes batches of one shape, see `Pack`.
+        pack: composes batches, see `Pack`.
         batch_size: groups in a global batch, over all hosts.
         num_epochs: number of times each group is seen, but for the tail.
         seed: decides the order; 0 to 2**32 - 1.
@@ -103,28 +102,32 @@ class GroupStream:
         self._start_step, self._host, self._num_hosts = start_step, host, num_hosts
         # The seed goes through `.seed`: `shuffle(seed)` adds the epoch to it, so that the second
         # epoch of one seed would be the first epoch of the next.
-        ordered = num_ordered(len(dataset), num_epochs)
-        order = grain.MapDataset.range(len(dataset)).seed(seed).shuffle().repeat(ordered)
-        shuffled = np.array([order[i] for i in range(len(order))], np.int32)
-        batches = pack(
-            dataset.num_tokens(shuffled),
+        order = grain.MapDataset.range(len(dataset)).seed(seed).shuffle()
+        # No index of grain's is larger, and no run is longer.
+        self._order = order.repeat(min(num_epochs, sys.maxsize // len(dataset)))
+        self._batch = pack(
+            lambda places: dataset.num_tokens(self._in_order(places)),
             batch_size=batch_size,
             num_bins=num_bins,
             sizes=dataset.shape(),
             epoch_size=len(dataset),
+            num_fitted=num_steps(len(dataset), batch_size, num_measured(len(dataset), num_epochs)),
         )
-        self._rows, self._collate = shuffled[batches.rows], batches.collate
+
+    def _in_order(self, places: np.ndarray) -> np.ndarray:
+        """Rows of the data set at these places in the order of training."""
+        return np.array([self._order[place] for place in places.tolist()])
 
     def __iter__(self) -> Iterator[tuple[list[str], GroupBatch]]:
-        # No index of grain's is larger, and no run is longer.
         after = min(self.num_steps, sys.maxsize)
         steps = grain.MapDataset.range(self._start_step, after).map(self._load)
         return iter(steps.to_iter_dataset(_READ_OPTIONS))
 
     def _load(self, step: int) -> tuple[list[str], GroupBatch]:
-        rows = np.split(self._rows[step % len(self._rows)], self._num_hosts)[self._host]
-        groups = [self._dataset[int(row)] for row in rows]
-        return [group.id for group in groups], self._collate(groups)
+        batch = self._batch(step)
+        own = np.split(batch.rows, self._num_hosts)[self._host]
+        groups = [self._dataset[int(row)] for row in self._in_order(own)]
+        return [group.id for group in groups], batch.collate(groups)
 
 
 def _check(num_rows: int, batch_size: int, num_bins: int, num_hosts: int) -> None:

@@ -6,9 +6,9 @@ several, for each device and microbatch; all bins have the same shape, so that o
 serves every batch, and capacity that is left over is computed for nothing.
 
 On the host, in NumPy:
-1. `pack` and `pack_by_length` deal groups into batches, and batches into bins, of nearly equal
-   numbers of tokens, and find the `Shape` that fits them all; `ReusedShapes` keeps shapes from
-   call to call.
+1. `pack`, `pack_epochs` and `pack_by_length` deal groups into batches, and batches into bins, of
+   nearly equal numbers of tokens, and find the `Shape` that fits them all; `ReusedShapes` keeps
+   shapes from call to call.
 2. `Shape.collate` makes a `GroupBatch` with its `Layout`, the slots that are computed.
 
 On devices:
@@ -22,9 +22,9 @@ A batch without a layout is computed as it is padded, a bin a group.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -156,7 +156,7 @@ def _indices(valid: np.ndarray, capacity: int) -> np.ndarray:
 class PackedBatches(NamedTuple):
     """Batches of one shape, and which groups they hold."""
 
-    rows: np.ndarray  # int [b, B], index of the group in each place; -1 = none
+    rows: np.ndarray  # int [b, B], or [B] of one batch: index of the group in each place; -1 = none
     shape: Shape
 
     def collate(self, groups: Sequence[TokenGroup | None]) -> GroupBatch:
@@ -165,48 +165,86 @@ class PackedBatches(NamedTuple):
 
 
 def pack(
-    num_tokens: np.ndarray,
+    num_tokens: np.ndarray, *, batch_size: int, num_bins: int, sizes: tuple[int, int, int]
+) -> PackedBatches:
+    """Deals groups into batches of one shape that fits them all; the last may have empty places.
+
+    Args:
+        num_tokens: of each group, as (prompt, all completions); [n, 2].
+        batch_size: B.
+        num_bins: R, divides B.
+        sizes: P, K and C that fit every group.
+    """
+    rows = _deal(num_tokens, batch_size, num_bins)
+    return PackedBatches(rows, _fit(_in_places(num_tokens, rows, num_bins), sizes, multiple=8))
+
+
+def pack_epochs(
+    num_tokens: Callable[[np.ndarray], np.ndarray],
     *,
     batch_size: int,
     num_bins: int,
     sizes: tuple[int, int, int],
-    epoch_size: int | None = None,
-) -> PackedBatches:
-    """Deals groups into batches of one shape that fits them all.
+    epoch_size: int,
+    num_fitted: int,
+) -> Callable[[int], PackedBatches]:
+    """Deals the groups of epochs that are laid end to end, a window of neighbours at a time.
 
     Args:
-        num_tokens: of each group, as (prompt, all completions); [n, 2], in the order of training.
+        num_tokens: of the groups at these places in the order of training, int [n], as (prompt, all
+            completions); [n, 2].
         batch_size: B.
         num_bins: R, divides B.
         sizes: P, K and C that fit every group.
-        epoch_size: groups of an epoch. Only neighbours, of one epoch, are dealt together, and a
-            tail that does not fill a batch is left out; None deals all of them together.
+        epoch_size: groups of an epoch, at least B. Only those of one epoch are dealt together.
+        num_fitted: batches from the first one that share a shape which fits them all.
+
+    Returns:
+        Batch `index`, dealt when it is asked for, with rows [B]. One after `num_fitted` may be
+        larger than the shape of the others; it has a shape of its own, the same each time.
     """
-    if epoch_size is None:
-        firsts = [0, -(-len(num_tokens) // batch_size)]
-    else:
-        firsts = _windows(len(num_tokens), batch_size, epoch_size)
-    found, lengths = [], []
-    for first, after in itertools.pairwise(firsts):
-        window = slice(first * batch_size, after * batch_size)
-        rows = _deal(num_tokens[window], batch_size, num_bins)
-        lengths.append(_in_places(num_tokens[window], rows, num_bins))
-        found.append(np.where(rows < 0, -1, rows + window.start))
-    return PackedBatches(np.concatenate(found), _fit(np.concatenate(lengths), sizes, multiple=8))
+
+    def deal(window: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """Rows [b, B] and tokens by place of the batches of a window."""
+        groups = np.arange(window[0] * batch_size, window[1] * batch_size)
+        sizes_of_groups = num_tokens(groups)
+        rows = _deal(sizes_of_groups, batch_size, num_bins)
+        return groups[rows], _in_places(sizes_of_groups, rows, num_bins)
+
+    lengths, after = [], 0
+    while after < num_fitted:
+        window = _window(after, batch_size, epoch_size)
+        lengths.append(deal(window)[1])
+        after = window[1]
+    shape = _fit(np.concatenate(lengths), sizes, multiple=8)
+
+    @lru_cache(maxsize=4)  # those of neighbours are asked for together
+    def dealt(window: tuple[int, int]) -> PackedBatches:
+        rows, lengths = deal(window)
+        return PackedBatches(rows, _widen(shape, lengths))
+
+    def batch_at(index: int) -> PackedBatches:
+        window = _window(index, batch_size, epoch_size)
+        of_window = dealt(window)
+        return of_window._replace(rows=of_window.rows[index - window[0]])
+
+    return batch_at
 
 
-def _windows(num_groups: int, batch_size: int, epoch_size: int) -> list[int]:
-    """First batches of the windows, then the number of batches; no window mixes two epochs.
+def _window(batch: int, batch_size: int, epoch_size: int) -> tuple[int, int]:
+    """First batch of the window that a batch is dealt in, and that after it.
 
     A batch that lies across the end of an epoch is a window of its own; the others of an epoch are
     equally long, but for a batch, as a short one would even out little.
     """
-    firsts: set[int] = set()
-    for start in range(0, num_groups, epoch_size):
-        first, after = -(-start // batch_size), (start + epoch_size) // batch_size
-        windows = max(1, round((after - first) * batch_size / WINDOW))
-        firsts.update(np.linspace(first, after, windows + 1, dtype=int).tolist())
-    return sorted(firsts)
+    start = batch * batch_size // epoch_size * epoch_size  # of the epoch
+    first, after = -(-start // batch_size), (start + epoch_size) // batch_size
+    if batch >= after:
+        return batch, batch + 1
+    windows = max(1, round((after - first) * batch_size / WINDOW))
+    firsts = np.unique(np.linspace(first, after, windows + 1, dtype=int))
+    number = int(np.searchsorted(firsts, batch, side="right"))
+    return int(firsts[number - 1]), int(firsts[number])
 
 
 def pack_by_length(
@@ -322,6 +360,20 @@ def _fit(lengths: np.ndarray, sizes: tuple[int, int, int], *, multiple: int) -> 
     most = (prompts + completions).max(), completions.max()
     capacity = Capacity(*(round_up(int(number), multiple) for number in most))
     return Shape(lengths.shape[1], prompt_sizes, *sizes, capacity)
+
+
+def _widen(shape: Shape, lengths: np.ndarray) -> Shape:
+    """The shape where these batches fit in it, else one with more capacity by whole sixteenths, so
+    that few are compiled; lengths from `_in_places`.
+    """
+    sizes = shape.prompt_size, shape.num_completions, shape.completion_size
+    own = _fit(lengths, sizes, multiple=1)
+    pairs = zip(shape.capacity, own.capacity, strict=True)
+    capacity = (
+        old if new <= old else round_up(new, round_up(-(-old // 16), 8)) for old, new in pairs
+    )
+    widths = map(max, shape.prompt_sizes, own.prompt_sizes)
+    return shape._replace(prompt_sizes=tuple(widths), capacity=Capacity(*capacity))
 
 
 def _balance(num_tokens: np.ndarray, num_bins: int) -> np.ndarray:

@@ -24,12 +24,12 @@ from copg_jax import checksums, disk, distributed, flops, inputs, run_folder, ru
 from copg_jax.config.sections import DataConfig
 from copg_jax.config.stages import MAY_DIFFER, TrainConfig
 from copg_jax.data.dataset import GroupDataset
-from copg_jax.data.stream import GroupStream, num_ordered, num_steps
+from copg_jax.data.stream import GroupStream, num_steps
 from copg_jax.errors import Damaged
 from copg_jax.evaluate import GenerationEvaluator, make_loss_evaluator
 from copg_jax.hf.pretrained import PretrainedModel, open_model
 from copg_jax.hf.weights import save_pretrained
-from copg_jax.models.layout import pack
+from copg_jax.models.layout import pack_epochs
 from copg_jax.objective import LossFn
 from copg_jax.tracking import MetricsLogger, warn_of_lost_lines
 from copg_jax.train import loop, optim
@@ -152,7 +152,7 @@ def _train(
 
 
 class _Step:
-    """The step of a run, compiled once: a batch of another shape or dtype is an error.
+    """The step of a run, compiled once for all batches of one shape.
 
     Args:
         run: gives optimiser, mesh and learning rate.
@@ -170,18 +170,20 @@ class _Step:
         )
         self._coefficients = as_arguments(coefficients)
         self._learning_rate = partial(optim.learning_rate, run.config.optim, run.num_steps)
-        self._compiled: Any = None
+        self._compiled: dict[Any, Any] = {}  # by the shape of the batch
 
     def __call__(self, step: int, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
         arguments = self._coefficients | {
             "learning_rate": np.float32(self._learning_rate(step - 1))
         }
-        if self._compiled is None:
-            log.info("compiling the training step")
+        shape = jax.tree.structure(batch), tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+        if shape not in self._compiled:
+            larger = " anew: the batch is larger than those before it" * bool(self._compiled)
+            log.info("compiling the training step%s", larger)
             begin = time.perf_counter()
-            self._compiled = self._step_fn.lower(state, batch, **arguments).compile()
+            self._compiled[shape] = self._step_fn.lower(state, batch, **arguments).compile()
             log.info("compiled in %.0f s", time.perf_counter() - begin)
-        return self._compiled(state, batch, **arguments)
+        return self._compiled[shape](state, batch, **arguments)
 
 
 def as_arguments(coefficients: Mapping[str, float]) -> dict[str, np.float32]:
@@ -225,9 +227,6 @@ def _prepare(config: TrainConfig, stage: Stage) -> _Run:
     total = total if training.max_steps is None else min(total, training.max_steps)
     warmup = optim.warmup_steps(config.optim, total)
     log.info("%d steps; the learning rate rises over the first %d", total, warmup)
-    ordered = num_ordered(len(datasets[0]), training.num_epochs)
-    if total > num_steps(len(datasets[0]), training.batch_size, ordered):
-        log.info("after %d epochs the same batches come again, in their order", ordered)
     return _Run(
         config=config,
         folder=folder,
@@ -259,7 +258,7 @@ def _stream(run: _Run, start: int) -> GroupStream:
     host, num_hosts = sharding.batch_share(run.mesh)
     return GroupStream(
         run.data,
-        pack,
+        pack_epochs,
         batch_size=training.batch_size,
         num_epochs=training.num_epochs,
         seed=run.config.seed,

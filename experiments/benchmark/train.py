@@ -26,7 +26,7 @@ from copg_jax.errors import InputError
 from copg_jax.flops import PEAK_TFLOPS, useful_flops
 from copg_jax.losses import copg_loss
 from copg_jax.models.forward import make_seq_logp
-from copg_jax.models.layout import pack
+from copg_jax.models.layout import pack_epochs
 from copg_jax.models.params import Architecture, abstract_params, init_params, logical_axes
 from copg_jax.objective import make_policy_loss
 from copg_jax.sharding import Partitioner
@@ -150,7 +150,7 @@ def make_batches(
     """
     stream = GroupStream(
         workload,
-        pack,
+        pack_epochs,
         batch_size=batch_size,
         num_epochs=-(-batch_size * num_batches // len(workload)),
         seed=0,

@@ -202,7 +202,6 @@ def _full_batch(config: TrainConfig, num_completions: int, *, num_bins: int) -> 
         batch_size=size,
         num_bins=num_bins,
         sizes=(longest[0], num_completions, longest[1]),
-        epoch_size=num_groups,
     )
     return batches.collate([_token_group(int(prompts[i]), completions[i]) for i in batches.rows[0]])
 

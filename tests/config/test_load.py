@@ -534,6 +534,7 @@ def test_signals_keep_their_status(monkeypatch):
 
 _IMPORTING = """
 import os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which one in the background has not
 sys.argv[:] = ["-m"]  # as `python -m` sets it while it looks for the script
 import experiments
 class Slow:
@@ -554,7 +555,9 @@ def test_ctrl_c_during_the_imports_of_a_script_is_no_traceback():
 
 def test_ctrl_c_is_python_s_again_once_main_begins_and_imports_leave_a_program_of_ones_own_alone():
     script = (
-        "import signal, experiments\n"
+        "import signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import experiments\n"
         "print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)\n"
         "signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
         "from copg_jax.config.load import run_main\n"

@@ -1,8 +1,8 @@
 """Claims about the order: same on all hosts, resumable, reshuffled, each row once an epoch."""
 
 import hashlib
+import itertools
 from collections import Counter
-from itertools import islice
 
 import jax
 import numpy as np
@@ -11,9 +11,9 @@ import pytest
 from copg_jax.config.sections import Limits
 from copg_jax.data.dataset import prepare
 from copg_jax.data.formats.texts import TextGroup
-from copg_jax.data.stream import GroupStream, num_ordered, num_steps
+from copg_jax.data.stream import GroupStream, num_measured, num_steps
 from copg_jax.errors import InputError
-from copg_jax.models.layout import WINDOW, _windows, pack
+from copg_jax.models.layout import WINDOW, _window, pack_epochs
 
 ROWS = 22
 
@@ -30,7 +30,7 @@ def dataset(plain, tmp_path_factory):
 
 def steps(dataset, **changes):
     settings = {"batch_size": 4, "num_epochs": 3, "seed": 5}
-    return list(GroupStream(dataset, pack, **(settings | changes)))
+    return list(GroupStream(dataset, pack_epochs, **(settings | changes)))
 
 
 def assert_same(left, right):
@@ -80,7 +80,7 @@ def test_resuming_at_any_step_continues_the_uninterrupted_order(dataset, start):
 
 
 def test_one_stream_can_be_iterated_again(dataset):
-    stream = GroupStream(dataset, pack, batch_size=4, num_epochs=1, seed=0)
+    stream = GroupStream(dataset, pack_epochs, batch_size=4, num_epochs=1, seed=0)
     assert stream.num_steps == 5
     assert_same(list(stream), list(stream))
 
@@ -118,33 +118,67 @@ def test_batches_and_their_shape_are_those_that_were_recorded(
     dataset = make(plain, tmp_path, num_rows)
     settings = {"batch_size": batch_size, "num_epochs": num_epochs, "num_bins": num_bins}
     digest = hashlib.sha256()
-    for ids, batch in GroupStream(dataset, pack, seed=seed, **settings):
+    for ids, batch in GroupStream(dataset, pack_epochs, seed=seed, **settings):
         sizes = [batch.layout.token_slots.shape, batch.layout.completion_slots.shape]
         digest.update(repr((ids, batch.layout.prompt_sizes, *sizes)).encode())
     assert digest.hexdigest()[:16] == recorded
 
 
 @pytest.mark.parametrize(("batch_size", "num_epochs"), [(4, 65), (22, 10**9), (5, 10**25)])
-def test_epochs_beyond_those_with_an_order_of_their_own_cost_nothing_and_begin_again(
+def test_any_number_of_epochs_starts_at_once_and_with_the_batches_of_a_shorter_run(
     dataset, batch_size, num_epochs
 ):
     settings = {"batch_size": batch_size, "num_epochs": num_epochs, "seed": 5}
-    stream = GroupStream(dataset, pack, **settings)
+    stream = GroupStream(dataset, pack_epochs, **settings)
     assert stream.num_steps == ROWS * num_epochs // batch_size
-    own = ROWS * 64 // batch_size
-    first = list(islice(stream, 5))
     few = steps(dataset, batch_size=batch_size, num_epochs=5)
-    assert [ids for ids, _ in first] == [ids for ids, _ in few[:5]]
-    again = GroupStream(dataset, pack, start_step=own, **settings)
-    assert_same(list(islice(again, 1)), first[:1])
+    assert [ids for ids, _ in itertools.islice(stream, 5)] == [ids for ids, _ in few[:5]]
+
+
+def test_epochs_after_those_that_were_measured_have_an_order_of_their_own(dataset):
+    stream = GroupStream(dataset, pack_epochs, batch_size=11, num_epochs=10**13, seed=5)
+
+    def ids_of(epoch):
+        return [stream._load(step)[0] for step in (2 * epoch, 2 * epoch + 1)]
+
+    epochs = [0, 1, 63, 64, 65, 128, 10**6, 2**31 + 3, 10**12]
+    found = [ids_of(epoch) for epoch in epochs]
+    for first, second in found:
+        assert sorted(first + second, key=int) == [str(i) for i in range(ROWS)]
+    assert all(a != b for a, b in itertools.combinations(found, 2))
+    assert found == [ids_of(epoch) for epoch in epochs]
+
+
+def test_a_batch_that_is_larger_than_the_measured_ones_has_a_larger_shape_each_time(uneven):
+    batch_at = pack_epochs(
+        lambda places: uneven.num_tokens(places * 7919 % 5000),  # stands for an order of training
+        batch_size=48,
+        num_bins=2,
+        sizes=uneven.shape(),
+        epoch_size=5000,
+        num_fitted=num_steps(5000, 48, 2),
+    )
+    usual = batch_at(0).shape
+    assert batch_at(num_steps(5000, 48, 2) - 1).shape == usual
+    # Across the end of an epoch, groups are not dealt: such a batch is the largest most often.
+    across = [5000 * epoch // 48 for epoch in range(3, 200) if 5000 * epoch % 48]
+    shapes = {step: batch_at(step).shape for step in across}
+    larger = {step: shape for step, shape in shapes.items() if shape != usual}
+    assert larger and len(set(larger.values())) < len(larger)
+    for step, shape in larger.items():
+        pairs = zip(shape.prompt_sizes, usual.prompt_sizes, strict=True)
+        assert all(
+            new >= old for new, old in [*pairs, *zip(shape.capacity, usual.capacity, strict=True)]
+        )
+        assert batch_at(step).shape == shape
 
 
 @pytest.mark.parametrize(
     ("num_rows", "num_epochs", "wanted"),
     [(22, 3, 3), (22, 64, 64), (22, 10**9, 64), (20_000, 10**9, 26), (10**7, 20, 16)],
 )
-def test_the_number_of_epochs_with_an_order_of_their_own_is_bounded(num_rows, num_epochs, wanted):
-    assert num_ordered(num_rows, num_epochs) == wanted
+def test_the_number_of_measured_epochs_is_bounded(num_rows, num_epochs, wanted):
+    assert num_measured(num_rows, num_epochs) == wanted
 
 
 @pytest.mark.parametrize("num_rows", [22, 2048, 5003, 92_858])
@@ -153,8 +187,13 @@ def test_windows_cover_the_run_in_nearly_equal_parts_and_mix_no_epochs(
     num_rows, batch_size, num_epochs
 ):
     num_rows = max(num_rows, batch_size)  # fewer are refused
-    firsts = _windows(num_rows * num_epochs, batch_size, num_rows)
-    assert firsts == sorted(set(firsts)) and firsts[0] == 0
+    after, firsts = 0, [0]
+    while after < num_steps(num_rows, batch_size, num_epochs):
+        first, after = _window(firsts[-1], batch_size, num_rows)
+        assert first == firsts[-1] < after
+        for inside in {first, (first + after) // 2, after - 1}:
+            assert _window(inside, batch_size, num_rows) == (first, after)
+        firsts.append(after)
     assert firsts[-1] == num_steps(num_rows, batch_size, num_epochs)
     for epoch in range(num_epochs):
         inside = [f for f in firsts if epoch * num_rows <= f * batch_size <= (epoch + 1) * num_rows]
@@ -182,7 +221,7 @@ def uneven(plain, tmp_path_factory):
 @pytest.mark.parametrize(("batch_size", "num_bins"), [(8, 1), (64, 1), (64, 8), (64, 16)])
 def test_what_is_computed_is_95_percent_useful_in_one_shape(uneven, batch_size, num_bins):
     stream = GroupStream(
-        uneven, pack, batch_size=batch_size, num_epochs=2, seed=0, num_bins=num_bins
+        uneven, pack_epochs, batch_size=batch_size, num_epochs=2, seed=0, num_bins=num_bins
     )
     batches = [batch for _, batch in stream]
     assert len(batches) == num_steps(5000, batch_size, 2)
@@ -198,7 +237,7 @@ def test_what_is_computed_is_95_percent_useful_in_one_shape(uneven, batch_size, 
 
 
 def test_every_valid_token_is_computed_once_and_nothing_else(uneven):
-    stream = GroupStream(uneven, pack, batch_size=16, num_epochs=1, seed=3, num_bins=4)
+    stream = GroupStream(uneven, pack_epochs, batch_size=16, num_epochs=1, seed=3, num_bins=4)
     _, batch = next(iter(stream))
     size = batch.completion_tokens.shape[2]
     completion = np.arange(size) < batch.completion_length[..., None]

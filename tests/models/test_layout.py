@@ -9,8 +9,8 @@ import pytest
 from copg_jax.data.groups import TokenGroup
 from copg_jax.errors import InputError
 from copg_jax.models.layout import (
-    WINDOW,
     Capacity,
+    PackedBatches,
     Packing,
     ReusedShapes,
     Shape,
@@ -18,9 +18,9 @@ from copg_jax.models.layout import (
     _deal,
     _fit,
     _in_places,
-    _windows,
     pack,
     pack_by_length,
+    pack_epochs,
 )
 
 
@@ -160,14 +160,18 @@ def _packed(pairs, batch_size, num_bins, num_epochs=2):
     """Of epochs laid end to end, in the order of a run; returns the pairs in that order too."""
     order = grain.MapDataset.range(len(pairs)).seed(0).shuffle().repeat(num_epochs)
     ordered = pairs[[order[i] for i in range(len(order))]]
-    packed = pack(
-        np.stack([ordered[:, 0], ordered[:, 1:].sum(1)], axis=1),
+    num_batches = len(ordered) // batch_size
+    batch_at = pack_epochs(
+        np.stack([ordered[:, 0], ordered[:, 1:].sum(1)], axis=1).__getitem__,
         batch_size=batch_size,
         num_bins=num_bins,
         sizes=(int(pairs[:, 0].max()), 2, int(pairs[:, 1:].max())),
         epoch_size=len(pairs),
+        num_fitted=num_batches,
     )
-    return ordered, packed
+    batches = [batch_at(index) for index in range(num_batches)]
+    (shape,) = {batch.shape for batch in batches}
+    return ordered, PackedBatches(np.stack([batch.rows for batch in batches]), shape)
 
 
 @pytest.mark.parametrize(("batch_size", "num_bins"), [(8, 1), (64, 1), (64, 8), (64, 16)])
@@ -222,28 +226,11 @@ def test_each_group_is_dealt_once_an_epoch_but_for_the_tail(pairs, num_epochs):
         )
 
 
-def test_without_an_epoch_all_groups_are_dealt_and_the_last_batch_has_empty_places(pairs):
+def test_groups_of_no_epochs_are_dealt_together_and_the_last_batch_has_empty_places(pairs):
     num_tokens = np.stack([pairs[:, 0], pairs[:, 1:].sum(1)], axis=1)[:100]
     packed = pack(num_tokens, batch_size=32, num_bins=4, sizes=(700, 2, 70))
     assert packed.rows.shape == (4, 32)
     assert sorted(packed.rows[packed.rows >= 0].tolist()) == list(range(100))
-
-
-@pytest.mark.parametrize("epoch_size", [22, 2048, 5003, 92_858])
-@pytest.mark.parametrize(("batch_size", "num_epochs"), [(1, 1), (8, 2), (128, 3), (4096, 1)])
-def test_windows_cover_the_run_in_nearly_equal_parts_and_mix_no_epochs(
-    epoch_size, batch_size, num_epochs
-):
-    epoch_size = max(epoch_size, batch_size)  # fewer are refused by the stream
-    firsts = _windows(num_epochs * epoch_size, batch_size, epoch_size)
-    assert firsts == sorted(set(firsts)) and firsts[0] == 0
-    assert firsts[-1] == num_epochs * epoch_size // batch_size
-    for epoch in range(num_epochs):
-        first, after = epoch * epoch_size, (epoch + 1) * epoch_size
-        inside = [f for f in firsts if first <= f * batch_size <= after]
-        sizes = np.diff(inside)
-        assert not len(sizes) or np.ptp(sizes) <= 1
-        assert (sizes * batch_size < 1.5 * WINDOW + batch_size).all()
 
 
 @pytest.mark.parametrize("num_bins", [1, 4])
