@@ -152,7 +152,8 @@ def _train(
 
 
 class _Step:
-    """The step of a run, compiled once for all batches of one shape.
+    """The step of a run, compiled once for each layout of its batches, most often one: a batch of
+    another shape or dtype is an error.
 
     Args:
         run: gives optimiser, mesh and learning rate.
@@ -170,20 +171,21 @@ class _Step:
         )
         self._coefficients = as_arguments(coefficients)
         self._learning_rate = partial(optim.learning_rate, run.config.optim, run.num_steps)
-        self._compiled: dict[Any, Any] = {}  # by the shape of the batch
+        self._compiled: dict[Any, Any] = {}  # by layout
 
     def __call__(self, step: int, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
         arguments = self._coefficients | {
             "learning_rate": np.float32(self._learning_rate(step - 1))
         }
-        shape = jax.tree.structure(batch), tuple(leaf.shape for leaf in jax.tree.leaves(batch))
-        if shape not in self._compiled:
+        arrays, structure = jax.tree.flatten(batch.layout)
+        layout = structure, *(array.shape for array in arrays)
+        if layout not in self._compiled:
             larger = " anew: the batch is larger than those before it" * bool(self._compiled)
             log.info("compiling the training step%s", larger)
             begin = time.perf_counter()
-            self._compiled[shape] = self._step_fn.lower(state, batch, **arguments).compile()
+            self._compiled[layout] = self._step_fn.lower(state, batch, **arguments).compile()
             log.info("compiled in %.0f s", time.perf_counter() - begin)
-        return self._compiled[shape](state, batch, **arguments)
+        return self._compiled[layout](state, batch, **arguments)
 
 
 def as_arguments(coefficients: Mapping[str, float]) -> dict[str, np.float32]:

@@ -10,7 +10,7 @@ from copg_jax.config.sections import OptimConfig, TrainingConfig
 from copg_jax.objective import LossOutput
 from copg_jax.train import run
 from copg_jax.train.optim import learning_rate, make_optimizer
-from tests.toys import Toy, group_batch, leaves, toy_loss
+from tests.toys import Toy, group_batch, in_bins, leaves, toy_loss
 
 OPTIM = OptimConfig(learning_rate=0.25, warmup_fraction=0.5, decay="cosine", b1=0.0)
 STEPS = 6
@@ -67,3 +67,17 @@ def test_a_batch_of_another_shape_or_dtype_is_an_error_and_no_second_compilation
     # What was compiled goes on, and the state was not lost.
     state, metrics = step(3, state, toy.place(batch))
     assert metrics["finite"] and int(state.step) == 3
+
+
+def test_a_larger_layout_is_compiled_once_and_said_in_the_log(toy, step, caplog):
+    batch = group_batch(np.ones((8, 2)))
+    state = toy.state
+    with caplog.at_level("INFO"):
+        for number, num_bins in enumerate([4, 2, 4, 2], start=1):  # 2 bins have more capacity each
+            state, metrics = step(number, state, toy.place(in_bins(batch, num_bins)))
+    assert metrics["finite"] and int(state.step) == 4
+    compiling = [text for text in caplog.messages if text.startswith("compiling")]
+    assert compiling == [
+        "compiling the training step",
+        "compiling the training step anew: the batch is larger than those before it",
+    ]
