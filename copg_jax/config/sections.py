@@ -118,7 +118,7 @@ class DataConfig:
     """Where the rows are and which of them to use."""
 
     path: str = option(
-        help="file, folder or glob of .jsonl/.json/.parquet, scored folder, or hub id owner/name"
+        help="file, folder or glob of .jsonl/.json (.gz, .zst)/.parquet, scored folder, or hub id"
     )
     split: str = option(
         "train", "hub split, or the files or rows of this split where they name one"
@@ -149,6 +149,11 @@ class DataConfig:
         require(self, "at least 1", lambda count: count >= 1, *names)
         require(self, "in [0, 1)", lambda share: 0 <= share < 1, "holdout_fraction")
         require_one_of(self, TEXT_FORMATS, "format")
+        if len(set(self.columns.values())) < len(self.columns):
+            raise InputError(
+                f"columns must name a field of the data once, got {self.columns}: each of them is "
+                "read as one thing"
+            )
         require_one_of(self, ("all", "train", "validation"), "part")
         require_one_of(self, ("error", "drop"), "invalid_rows")
         if self.part == "validation" and self.holdout_fraction == 0.0:

@@ -164,12 +164,12 @@ class GroupReader:
                 f"{where}: a part of scored data without its {SIDE_CAR}. Let data.path name the "
                 "whole folder that experiments.score wrote."
             )
+        row = rename(where, row, config.columns)
         own_split = row.get("split")
         if isinstance(own_split, str) and (split_family(own_split) or own_split) != (
             split_family(config.split) or config.split
         ):
             return OTHER_SPLIT
-        row = rename(where, row, config.columns)
         group = to_group(where, row)
         if isinstance(group, TextGroup):
             group = self._choice.render(group)

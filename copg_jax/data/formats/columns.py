@@ -58,6 +58,14 @@ def detect_schema(where: str, keys: Collection[str]) -> Schema:
     for schema in SCHEMAS:
         if all(name in keys for name in schema.fields):
             return schema
+    if "prompt" in keys and not any(name in keys for name in _ANSWERS):
+        raise InvalidRow(
+            where,
+            "no completion",
+            f"the row has a prompt and no completion; got {sorted(keys)}. Give `completion`, or "
+            "`chosen` and `rejected`, or `completions` with `rewards`; data.columns reads them from "
+            "fields of other names.",
+        )
     nearest = max(SCHEMAS, key=lambda s: sum(name in keys for name in s.fields) / len(s.fields))
     missing = [name for name in nearest.fields if name not in keys]
     known = "; ".join(f"{schema.name}: {', '.join(schema.fields)}" for schema in SCHEMAS)
@@ -67,6 +75,9 @@ def detect_schema(where: str, keys: Collection[str]) -> Schema:
         f"fields {missing} are missing for the nearest schema ({nearest.name}); got "
         f"{sorted(keys)}. Known schemas: {known}.",
     )
+
+
+_ANSWERS = ("completion", "completions", "chosen", "rejected", "label")
 
 
 def _post_row(where: str, row: Row) -> TextGroup:
