@@ -63,8 +63,8 @@ def detect_schema(where: str, keys: Collection[str]) -> Schema:
             where,
             "no completion",
             f"the row has a prompt and no completion; got {sorted(keys)}. Give `completion`, or "
-            "`chosen` and `rejected`, or `completions` with `rewards`; data.columns reads them from "
-            "fields of other names.",
+            "`chosen` and `rejected`, or `completions` with `rewards`; data.columns reads them "
+            "from fields of other names.",
         )
     nearest = max(SCHEMAS, key=lambda s: sum(name in keys for name in s.fields) / len(s.fields))
     missing = [name for name in nearest.fields if name not in keys]

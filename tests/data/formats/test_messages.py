@@ -92,7 +92,7 @@ BAD = [
     ({"messages": "hi"}, "wrong type", "'messages': wanted a list"),
     ({"messages": [ASKS]}, "no answer", "'messages' ends in a turn of 'user'"),
     ({"messages": [SAYS]}, "empty prompt", "'messages' has no turn in front of the answer"),
-    ({"messages": [ASKS, SAYS, OTHER]}, "two assistant turns at the end", "wanted a turn of the us"),
+    ({"messages": [ASKS, SAYS, OTHER]}, "two assistant turns at the end", "wanted a turn of"),
     ({"prompt": [ASKS, SAYS], "completion": [OTHER]}, "two assistant turns at the end", "answer"),
     (CHAT | {"completion": [SAYS, OTHER]}, "no single answer", "turns of .*assistant.*assistant"),
     (CHAT | {"completion": [ASKS]}, "no single answer", r"completion 0: wanted one .*\['user'\]"),
@@ -108,8 +108,8 @@ BAD = [
     (PAIRS[3] | {"prompt": "Another?"}, "two prompts", "'prompt' is 'Another.'"),
     (CHAT | {"tools": [{"name": "f"}]}, "tools", "'tools' has values, which are not supported"),
     (CHAT | {"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs", "which are not read"),
-    ({"messages": [ASKS, {"role": "tool", "content": "3"}, SAYS]}, "tools", r"'messages\[1\]' is o"),
-    ({"messages": [ASKS, SAYS | {"tool_calls": [{"name": "f"}]}]}, "tools", r"'messages\[1\]' is of"),
+    ({"messages": [ASKS, {"role": "tool", "content": "3"}, SAYS]}, "tools", r"'messages\[1\]' is"),
+    ({"messages": [ASKS, SAYS | {"tool_calls": [{"name": "f"}]}]}, "tools", r"'messages\[1\]' is"),
 ]  # fmt: skip
 
 
