@@ -1,4 +1,4 @@
-"""Chat through the stages: messages for rewards, ids for models, and generations that go back in."""
+"""Chat through the stages: messages for rewards, ids for models, generations as rows again."""
 
 import json
 from dataclasses import replace

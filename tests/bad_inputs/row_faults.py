@@ -120,9 +120,6 @@ LINES = [
     line("a message without text", {"messages": [{"role": "user"}, SAYS]}, "messages[0].content"),
     line("a role that there is not", {"messages": [ASKS | {"role": "critic"}, SAYS]}, "critic"),
     line("two answers", {"messages": [ASKS, SAYS, SAYS]}, "turn of the user"),
-    line(
-        "an answer of nothing", {"messages": [ASKS, SAYS | {"content": ""}]}, "empty", first=CHOSEN
-    ),
     line("messages of tools", {"messages": [ASKS, SAYS], "tools": [{"name": "f"}]}, "tools"),
     line("an answer in text to messages", {"prompt": [ASKS], "completion": "b"}, "prompt"),
     line("NUL in a text", {"prompt": "p", "completion": "a\0"}, "completion", "NUL"),
