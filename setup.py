@@ -21,6 +21,7 @@ REQUIRES = [
     "grain>=0.2.18,<0.3",
     "huggingface-hub>=2.4,<3",
     "jax" + JAX,
+    "jinja2>=3.1.6,<4",
     "matplotlib>=3.11,<4",
     "ml-dtypes>=0.6,<0.7",
     "numpy>=2.4,<3",

@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from copg_jax import distributed, sharding
+from copg_jax.data.formats.texts import Text
 from copg_jax.data.groups import TokenGroup
 from copg_jax.errors import InputError
 from copg_jax.models.forward import BatchFn
@@ -104,7 +105,7 @@ class GroupForward:
                 yield batch, self._function(self._params, placed)
 
 
-def not_finite(model: str, value: float, where: str, text: str) -> InputError:
+def not_finite(model: str, value: float, where: str, text: Text) -> InputError:
     """The error of a number of a model of ours that is NaN or infinite.
 
     Args:

@@ -17,7 +17,7 @@ ATTENTIONS = ("xla", "splash", "cudnn")
 ATTENTION_CHOICES = ("auto", *ATTENTIONS)
 DISTRIBUTED_MODES = ("auto", "on", "off")
 REMATS = ("none", "dots", "mlp", "full")
-TEXT_FORMATS = ("auto", "tldr", "text")
+TEXT_FORMATS = ("auto", "tldr", "text", "chat")
 POLICY_LOSSES = ("copg", "dpo", "ipo", "pg", "rloo", "opmd", "oapl", "asymre")
 BY_DIFFERENCES = ("copg", "dpo", "ipo", "rloo")
 """Losses whose gradient is 0 at the reference where all rewards of each group are equal."""
@@ -118,7 +118,7 @@ class DataConfig:
     """Where the rows are and which of them to use."""
 
     path: str = option(
-        help="file, folder or glob of .jsonl/.json/.parquet, scored folder, or hub id owner/name"
+        help="file, folder or glob of .jsonl/.json (.gz, .zst)/.parquet, scored folder, or hub id"
     )
     split: str = option(
         "train", "hub split, or the files or rows of this split where they name one"
@@ -126,8 +126,11 @@ class DataConfig:
     revision: str | None = option(None, "hub revision; a commit pins the contents")
     format: str = option(
         "auto",
-        "tldr (posts in their frame), text (prompt and completion, byte for byte) or auto, which "
-        "the first row decides",
+        "tldr (posts in their frame), text (prompt and completion, byte for byte), chat (messages, "
+        "by the tokenizer's template) or auto, which the first row decides",
+    )
+    columns: dict[str, str] = option(
+        {}, "fields that have other names in the data, e.g. {prompt: question, completion: answer}"
     )
     max_prompt_tokens: int = option(512, "longer posts are cut at a newline until the prompt fits")
     max_completion_tokens: int = option(
@@ -146,6 +149,11 @@ class DataConfig:
         require(self, "at least 1", lambda count: count >= 1, *names)
         require(self, "in [0, 1)", lambda share: 0 <= share < 1, "holdout_fraction")
         require_one_of(self, TEXT_FORMATS, "format")
+        if len(set(self.columns.values())) < len(self.columns):
+            raise InputError(
+                f"columns must name a field of the data once, got {self.columns}: each of them is "
+                "read as one thing"
+            )
         require_one_of(self, ("all", "train", "validation"), "part")
         require_one_of(self, ("error", "drop"), "invalid_rows")
         if self.part == "validation" and self.holdout_fraction == 0.0:

@@ -2,16 +2,18 @@
 
 1. `read_rows` yields `(where, row)`: `where` is `file:line` for every error text to come.
 2. A row that cannot be read comes as the `InvalidRow` that says why, so that reading can go on.
-3. A path that is not local and looks like `owner/name` is streamed from the hub.
+3. `rename` gives fields that have other names in a data set those that are known.
+4. A path that is not local and looks like `owner/name` is streamed from the hub.
 """
 
+import io
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from copg_jax.data.sources import find_files, is_hub_id
+from copg_jax.data.sources import COMPRESSED, find_files, is_hub_id
 from copg_jax.errors import InputError
 
 Row = dict[str, Any]
@@ -40,7 +42,7 @@ def read_rows(
     """Yields `(where, row)` for each row of a local file, folder, glob or hub data set.
 
     Args:
-        path: `.jsonl`, `.json` or `.parquet` file, folder or glob of such, or hub id `owner/name`.
+        path: file of `sources.SUFFIXES`, folder or glob of such, or hub id `owner/name`.
         split: hub split; in a folder whose files are named after splits, the files to read.
         revision: hub revision; None is the default branch (the Parquet one of a script-only set).
 
@@ -55,15 +57,33 @@ def read_rows(
         try:
             yield from reader(file)
         except OSError as error:
-            raise InputError(
-                f"{file}: cannot be read ({error}). Check the file and its permissions."
-            ) from error
+            fix = "Check the file and its permissions."
+            if file.suffix in COMPRESSED:
+                fix = "Where it is damaged or cut short, fetch it again."
+            raise InputError(f"{file}: cannot be read ({error}). {fix}") from error
+
+
+def rename(where: str, row: Row, names: Mapping[str, str]) -> Row:
+    """The row with `data.columns`: for each field that is known, the name it has in the row.
+
+    Raises:
+        InvalidRow: no such field, or the known name is there too.
+    """
+    for name, own in names.items():
+        is_read = f"data.columns reads '{name}' from the field {own!r}, "
+        if own not in row:
+            detail = f"{is_read}which is missing; the row has {sorted(row)}."
+            raise InvalidRow(where, f"no field '{own}'", detail)
+        if name in row and name not in names.values():
+            detail = f"{is_read}but the row has {name!r} too: wanted one field for it."
+            raise InvalidRow(where, "two fields for one", detail)
+    kept = {name: value for name, value in row.items() if name not in names.values()}
+    return kept | {name: row[own] for name, own in names.items()}
 
 
 def _read_json(file: Path) -> Iterator[tuple[str, Row | InvalidRow]]:
-    with file.open("rb") as stream:
-        start = stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
-        stream.seek(0)
+    with _open(file) as stream:
+        start = stream.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n")
         if start.startswith(b"["):
             # An array is read whole, having no lines to stop at: large data belongs in JSON lines.
             rows = _parse_json(stream.read(), file, 1)
@@ -79,6 +99,16 @@ def _read_json(file: Path) -> Iterator[tuple[str, Row | InvalidRow]]:
             if line.strip():
                 where = f"{file}:{number}"
                 yield where, _checked(where, _parse_json(line.rstrip(b"\r\n"), file, number))
+
+
+def _open(file: Path) -> io.BufferedReader:
+    """The bytes of a file, without its compression."""
+    import pyarrow as pa
+
+    if file.suffix not in COMPRESSED:
+        return file.open("rb")
+    stream: Any = pa.input_stream(file, compression={".gz": "gzip", ".zst": "zstd"}[file.suffix])
+    return io.BufferedReader(stream)
 
 
 class _Twice(ValueError):

@@ -16,7 +16,8 @@ from pathlib import Path
 from copg_jax.errors import InputError
 from copg_jax.files import local_copy
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
+_PLAIN, COMPRESSED = (".jsonl", ".json"), (".gz", ".zst")
+SUFFIXES = (*_PLAIN, ".parquet", *(plain + end for plain in _PLAIN for end in COMPRESSED))
 SIDE_CAR = "scored.json"
 # Files that lie beside data and describe it.
 _METADATA = {
@@ -41,6 +42,11 @@ _TWICE = (
     "Rows would be read twice. Remove one of them, or let data.path name the files that are meant."
 )
 _NUM_LISTED = 5
+
+
+def suffix_of(file: Path) -> str:
+    """The ending of a file's name that says what it holds, such as `.jsonl.gz`."""
+    return next((ending for ending in SUFFIXES if file.name.endswith(ending)), file.suffix)
 
 
 def is_hub_id(path: str) -> bool:
@@ -75,7 +81,7 @@ def _find_files(path: str, split: str) -> tuple[list[Path], list[Path]]:
     if place.is_file():
         found = files = [place]
     elif place.is_dir():
-        found = [file for file in place.rglob("*") if file.suffix in SUFFIXES and not file.is_dir()]
+        found = [file for file in place.rglob("*") if _looks_like_data(file) and not file.is_dir()]
         if (place / SIDE_CAR).exists():
             found = list(place.glob("part-*.parquet"))
         files = _of_split(place, _data_of(place, found), split)
@@ -96,9 +102,10 @@ def _find_files(path: str, split: str) -> tuple[list[Path], list[Path]]:
     for file in files:
         if _NO_TEXT.search(str(file)):
             raise InputError(f"{str(file)!r}: wanted a file name that is text. Rename the file.")
-        if file.suffix not in SUFFIXES:
+        if not _looks_like_data(file):
             raise InputError(
                 f"{file}: unknown file type '{file.suffix}'. Wanted one of {', '.join(SUFFIXES)}."
+                f"{_convert(file)}"
             )
         if not file.exists():
             raise InputError(
@@ -106,7 +113,25 @@ def _find_files(path: str, split: str) -> tuple[list[Path], list[Path]]:
                 "Restore that file, or remove the link."
             )
     _require_once(files)
-    return files, sorted({file for file in found if file.suffix in SUFFIXES} - set(files))
+    return files, sorted(set(filter(_looks_like_data, found)) - set(files))
+
+
+def _looks_like_data(file: Path) -> bool:
+    return suffix_of(file) in SUFFIXES
+
+
+def _convert(file: Path) -> str:
+    """How a file of comma-separated values becomes data; nothing for another one."""
+    if file.suffix not in (".csv", ".tsv"):
+        return ""
+    options = ", parse_options=csv.ParseOptions(delimiter='\\t')" * (file.suffix == ".tsv")
+    options += ", parse_options=csv.ParseOptions(newlines_in_values=True)" * (not options)
+    target = file.with_suffix(".parquet").name
+    return (
+        " Types of its values, and line breaks in them, are a guess: convert it and look at the "
+        'result: python -c "from pyarrow import csv, parquet; '
+        f"parquet.write_table(csv.read_csv('{file.name}'{options}), '{target}')\""
+    )
 
 
 def describe_files(path: str, split: str = "train") -> str:
@@ -189,9 +214,11 @@ def _words(folder: Path, files: Sequence[Path]) -> dict[Path, str | None]:
 
 def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
     if not files:
+        tables = sorted(file for file in folder.rglob("*") if _convert(file))
         raise InputError(
             f"{folder}: the folder holds no data file. Wanted at least one of "
             f"{', '.join(SUFFIXES)} that is not hidden and no metadata."
+            + "".join(f" Of {file}:{_convert(file)}" for file in tables[:1])
         )
 
     words = _words(folder, files)
@@ -218,8 +245,9 @@ def _require_once(files: Sequence[Path]) -> None:
     """
     seen: dict[Path, tuple[Path, tuple[str, str]]] = {}
     for file in files:
-        stem = _SHARD.sub("", file.stem)
-        form = file.suffix, file.stem.removeprefix(stem)[6:]  # with the number of parts
+        whole = file.name.removesuffix(suffix_of(file))
+        stem = _SHARD.sub("", whole)
+        form = suffix_of(file), whole.removeprefix(stem)[6:]  # with the number of parts
         other, other_form = seen.setdefault(file.with_name(stem), (file, form))
         if other != file and other_form != form:
             raise InputError(f"{file} and {other}: the same name in two formats. {_TWICE}")

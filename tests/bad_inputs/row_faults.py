@@ -32,6 +32,8 @@ COMPARISON = {
     "choice": 1,
 }
 SCORES = GOOD_PAIR | {"score_chosen": 1, "score_rejected": 0}
+ASKS, SAYS = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+CHOSEN = {"messages": [ASKS, SAYS]}
 PATH = "data.path=HERE/data"
 
 
@@ -113,7 +115,16 @@ LINES = [
     line("bytes of something else", bytes(range(128, 256)) + b"\n"),
     line("a comment", "// the second row"),
     line("an empty object", "{}", "prompt"),
-    line("messages alone", {"messages": [{"role": "user", "content": "a"}]}),
+    line("a question alone", {"messages": [ASKS]}, "messages"),
+    line("a message without a role", {"messages": [{"content": "a"}, SAYS]}, "messages[0].role"),
+    line("a message without text", {"messages": [{"role": "user"}, SAYS]}, "messages[0].content"),
+    line("a role that there is not", {"messages": [ASKS | {"role": "critic"}, SAYS]}, "critic"),
+    line("two answers", {"messages": [ASKS, SAYS, SAYS]}, "turn of the user"),
+    line("messages of tools", {"messages": [ASKS, SAYS], "tools": [{"name": "f"}]}, "tools"),
+    line("an answer in text to messages", {"prompt": [ASKS], "completion": "b"}, "prompt"),
+    line("NUL in a text", {"prompt": "p", "completion": "a\0"}, "completion", "NUL"),
+    line("a prompt without an answer", {"prompt": "p"}, "completion"),
+    line("an answer that spells the end", {"prompt": "p", "completion": "a</s>b"}, "</s>"),
 ]
 FIELDS = [
     field("a label that is null", {"prompt": "p", "label": None}, "label"),
@@ -142,6 +153,26 @@ FIELDS = [
     field("a pair of lists", {"prompt": "p", "chosen": ["a"], "rejected": ["b"]}, "chosen"),
     field("a score that is a list", GOOD_PAIR | {"reward_chosen": [1], "reward_rejected": 0},
           "reward_chosen", first=GOOD_PAIR | {"reward_chosen": 1, "reward_rejected": 0}),
+]  # fmt: skip
+
+COLUMNS = "data.columns={prompt: question}"
+MEANT_OTHERWISE = [
+    only(*[CHOSEN] * 9, stage="sft", name="messages for a tokenizer without a template",
+         words=("base: the data have messages", "chat template")),
+    only(*[GOOD] * 9, stage="sft", name="messages that are texts", more=["data.format=chat"],
+         words=("rows.jsonl:1", "data.format=text")),
+    only(*[CHOSEN] * 9, stage="sft", name="texts that are messages", more=["data.format=text"],
+         words=("rows.jsonl:1", "data.format=chat")),
+    only(*[GOOD] * 9, stage="sft", name="a column that is not there", more=[COLUMNS],
+         words=("rows.jsonl:1", "question", "'completion', 'prompt'")),
+    only(*[GOOD | {"question": "q"}] * 9, stage="sft", name="two columns for one", more=[COLUMNS],
+         words=("rows.jsonl:1", "question", "'prompt' too")),
+    only(*[GOOD] * 9, stage="reward", name="a reward model of single answers",
+         words=("rows.jsonl:1", "chosen", "rejected")),
+    only(*[{"prompt": "p"}] * 9, stage="score", name="scores of prompts alone",
+         words=("rows.jsonl:1", "no completion", "completions")),
+    only(*[GOOD_PAIR] * 9, stage="policy", name="a policy on rows that are not scored",
+         words=("data.path", "experiments.score")),
 ]  # fmt: skip
 
 TIED = GROUP | {"rewards": [0.5, 0.5]}
@@ -200,8 +231,12 @@ FILES = [
     read("an empty file", files(rows__jsonl=b""), "rows.jsonl", path=f"{PATH}/rows.jsonl"),
     read("a file of blank lines", files(rows__jsonl=b"\n \n\n"), "rows.jsonl",
          path=f"{PATH}/rows.jsonl"),
-    read("a compressed file", files(rows__jsonl__gz=gzip.compress(NINE)), "rows.jsonl.gz",
-         path=f"{PATH}/rows.jsonl.gz"),
+    read("half a compressed file", files(rows__jsonl__gz=gzip.compress(NINE)[:40]),
+         "rows.jsonl.gz", path=f"{PATH}/rows.jsonl.gz"),
+    read("a compressed file that is none", files(rows__jsonl__zst=NINE), "rows.jsonl.zst",
+         path=f"{PATH}/rows.jsonl.zst"),
+    read("a folder of tables", files(rows__csv=b"prompt,completion\na,b\n"), "rows.csv",
+         "parquet.write_table"),
     read("a compressed file named otherwise", files(rows__jsonl=gzip.compress(NINE)),
          "rows.jsonl:1", path=f"{PATH}/rows.jsonl"),
     read("a file of tables", files(rows__tsv=b"prompt\tcompletion\n"), "rows.tsv",
@@ -265,4 +300,7 @@ FOLDERS = [
                                            b__jsonl=lines(*[COMPARISON] * 9)), "b.jsonl:1"),
 ]  # fmt: skip
 
-CASES = [*SURROGATES, *MONSTERS, *LINES, *FIELDS, *NOTHING_TO_LEARN, *FILES, *FOLDERS]
+CASES = [
+    *(*SURROGATES, *MONSTERS, *LINES, *FIELDS),
+    *(*MEANT_OTHERWISE, *NOTHING_TO_LEARN, *FILES, *FOLDERS),
+]
