@@ -147,6 +147,7 @@ class GenerationEvaluator:
         self._pause, self._is_compiled = make_pause(generator.mesh), False
         self._columns = sorted({name for prompt in prompts for name in prompt.columns})
         rewards.require_columns(self._columns)
+        rewards.check_rows(prompts)
         if whole := columns_by_completion(prompts)[0]:
             log.warning(
                 "columns with one entry for each completion of the data: %s: functions receive the "

@@ -59,14 +59,16 @@ def open_rewards(config: ScoreConfig, dataset: GroupDataset) -> WeightedRewards:
 
     Raises:
         InputError: no function and rows without rewards, or with human choices alone; a function
-            that needs the rewards of rows that have none.
+            that needs the rewards of rows that have none, or that cannot use a row.
     """
     bare = None
     if not dataset.has_rewards:
         where = next(row.where for row in dataset if row.rewards is None)
         bare = f"the row at {where} has no rewards of its own"
     if config.rewards:
-        return WeightedRewards(config.rewards, no_own=bare)
+        rewards = WeightedRewards(config.rewards, no_own=bare)
+        rewards.check_rows(dataset)
+        return rewards
     wanted = "rewards: wanted at least one reward function, got none"
     name = "name a function, e.g. rewards='[{function: copg_jax.rewards.rouge_l}]'"
     if bare is not None:

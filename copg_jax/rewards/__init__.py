@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from copg_jax.rewards.answers import exact_match, math_answer, regex
     from copg_jax.rewards.model import RewardModel
+    from copg_jax.rewards.nli import entailment
     from copg_jax.rewards.programs import unit_tests
     from copg_jax.rewards.protocol import Missing
     from copg_jax.rewards.text import given, length, rouge_l
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Missing",
     "RewardModel",
+    "entailment",
     "exact_match",
     "given",
     "length",
@@ -25,6 +27,7 @@ __all__ = [
 _HOMES = {
     "Missing": "protocol",
     "RewardModel": "model",
+    "entailment": "nli",
     "exact_match": "answers",
     "given": "text",
     "length": "text",

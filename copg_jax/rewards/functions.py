@@ -9,16 +9,26 @@ import inspect
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
 
 from copg_jax.config.schema import FLOAT32_MAX, as_stored, map_leaves
 from copg_jax.config.sections import RewardSpec
+from copg_jax.data.groups import TokenGroup
 from copg_jax.dotted import describe, find, shown
 from copg_jax.errors import Ended, InputError
-from copg_jax.rewards.protocol import COLUMNS, Answer, RewardFn, ask, columns_taken, takes_own
+from copg_jax.rewards.protocol import (
+    COLUMNS,
+    Answer,
+    RewardFn,
+    ask,
+    check_entries,
+    columns_taken,
+    has_check,
+    takes_own,
+)
 from copg_jax.rewards.workers import WorkerPool
 
 log = logging.getLogger(__name__)
@@ -116,10 +126,18 @@ class WeightedRewards:
         """How many functions there are."""
         return len(self._parts)
 
+    def check_rows(self, rows: Iterable[TokenGroup]) -> None:
+        """Raises InputError, before any work, for a row that a function cannot use."""
+        checked = [(spec, function) for spec, function in self._parts if has_check(function)]
+        for row in rows if checked else ():
+            for spec, function in checked:
+                entries = {name: [row.columns.get(name)] for name in getattr(function, COLUMNS)}
+                check_entries(function, entries, [row.where], spec.function)
+
     @property
     def row_columns(self) -> set[str]:
         """Columns of which a function gets what each row has, whole."""
-        return {name for _, function in self._parts for name in getattr(function, COLUMNS, ())}
+        return {name for _, function in self._parts for name in getattr(function, COLUMNS, {})}
 
     def __call__(
         self,

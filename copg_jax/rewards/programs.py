@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from copg_jax.errors import InputError
-from copg_jax.rewards.protocol import FaultyEntry, Missing, RewardFn, reading
+from copg_jax.rewards.protocol import Missing, RewardFn, reading
 from copg_jax.rewards.text import as_text
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def unit_tests(
     def score(
         prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
     ) -> list[float | Missing]:
-        tests = [_tests(value, column, i) for i, value in enumerate(columns[column])]
+        tests = map(_tests, columns[column])
         rewards: list[float | Missing] = []
         for prompt, completion, own in zip(prompts, completions, tests, strict=True):
             program = as_text(completion)
@@ -107,7 +107,7 @@ def unit_tests(
             rewards.append(Missing("timeout") if outcome.ended == "timeout" else share)
         return rewards
 
-    return reading(column, score)
+    return reading(column, score, _tests)
 
 
 def _limits(given: dict[str, int]) -> ProgramLimits:
@@ -126,19 +126,19 @@ def last_block(text: str) -> str:
     return blocks[-1] if blocks else text
 
 
-def _tests(value: Any, column: str, index: int) -> list[str]:
+def _tests(value: Any) -> list[str]:
     """The tests of a row; none where it has null.
 
     Raises:
         InputError: what is no Python, or what tests nothing.
     """
     tests = [] if value is None else [value] if isinstance(value, str) else value
-    wanted = f"column {column!r}: wanted a text of Python, or a list of such texts"
+    wanted = "wanted a text of Python, or a list of such texts"
     if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
-        raise FaultyEntry(index, f"{wanted}, got {value!r:.80} ({type(value).__name__})")
+        raise InputError(f"{wanted}, got {value!r:.80} ({type(value).__name__})")
     for number, test in enumerate(tests):
         if (fault := _fault_of_test(test)) is not None:
-            raise FaultyEntry(index, f"{wanted}; test {number} {fault}: {test!r:.80}")
+            raise InputError(f"{wanted}; test {number} {fault}: {test!r:.80}")
     return tests
 
 

@@ -23,7 +23,7 @@ from copg_jax.errors import Ended, InputError
 RewardFn = Callable[..., Sequence[Any]]
 OWN = "rewards"
 """The column of the rewards that rows bring along."""
-COLUMNS = "row_columns"  # attribute of a function: names of columns that it needs
+COLUMNS = "row_columns"  # attribute of a function: columns that it needs, each with its check
 
 
 class Missing(NamedTuple):
@@ -36,14 +36,6 @@ class FunctionFailed(InputError):
     """A reward function raised something."""
 
 
-class FaultyEntry(InputError):
-    """What the row of one completion has cannot be used; raised by a reward function."""
-
-    def __init__(self, index: int, text: str) -> None:
-        super().__init__(text)
-        self.index = index
-
-
 class Answer(NamedTuple):
     """What a reward function said of N completions."""
 
@@ -52,10 +44,37 @@ class Answer(NamedTuple):
     remarks: dict[str, str]  # what else is to be said of the function; one for each kind
 
 
-def reading(column: str, function: RewardFn) -> RewardFn:
-    """Notes that a function needs a column, of which it gets what each row has, whole."""
-    vars(function)[COLUMNS] = (column,)
+def reading(
+    column: str, function: RewardFn, check: Callable[[Any], object] | None = None
+) -> RewardFn:
+    """Notes that a function needs a column, of which it gets what each row has, whole.
+
+    Args:
+        column: its name.
+        function: the function.
+        check: raises InputError for an entry that the function cannot use.
+    """
+    vars(function)[COLUMNS] = {column: check}
     return function
+
+
+def has_check(function: RewardFn) -> bool:
+    """Whether a function can tell from the columns alone that it cannot use a row."""
+    return any(getattr(function, COLUMNS, {}).values())
+
+
+def check_entries(
+    function: RewardFn, columns: Mapping[str, Sequence[Any]], where: Sequence[str], name: str
+) -> None:
+    """Raises InputError, with the row, for an entry that a function cannot use."""
+    for column, check in getattr(function, COLUMNS, {}).items():
+        for place, entry in zip(where, columns[column] if check else [], strict=False):
+            try:
+                check(entry)
+            except InputError as error:
+                raise InputError(
+                    f"{place}: reward function {name}: column {column!r}: {error}"
+                ) from error
 
 
 def score_texts(
@@ -99,7 +118,7 @@ def ask(
     """
     where = where or [f"prompt {prompt!r:.60}" for prompt in prompts]
     taken = columns_taken(function, columns, name)
-
+    check_entries(function, columns, where, name)
     given = {"prompts": list(prompts), "completions": list(completions)}
     given |= {column: columns[column] for column in columns if column in taken}
     own, heard = copy.deepcopy(given), _Heard(sys.stdout)
@@ -108,8 +127,6 @@ def ask(
             answer: Any = function(**own)
             if hasattr(answer, "__array__") and np.ndim(answer) == 1:
                 answer = _listed(answer)
-    except FaultyEntry as error:
-        raise InputError(f"{where[error.index]}: reward function {name}: {error}") from error
     except (InputError, KeyboardInterrupt, Ended):
         raise
     except BaseException as error:
@@ -146,7 +163,7 @@ def columns_taken(function: RewardFn, columns: Collection[str], name: str) -> se
     Raises:
         InputError: it cannot be called with them.
     """
-    for column in getattr(function, COLUMNS, ()):
+    for column in getattr(function, COLUMNS, {}):
         if column not in columns:
             raise InputError(
                 f"reward function {name}: wanted the column {column!r}, got data with the columns "
