@@ -166,7 +166,9 @@ class GenerationEvaluator:
         return metrics, sample_texts(found, self._config)
 
     def dropped(self) -> dict[str, float]:
-        """Rewards that are missing among what was generated last, by function and reason."""
+        """Rewards that are missing, by function and reason, among what the last call of `batches`
+        generated.
+        """
         return {f"eval/{name}": float(number) for name, number in self._counts.items()}
 
     def batches(

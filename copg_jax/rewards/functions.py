@@ -10,6 +10,7 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -35,7 +36,6 @@ log = logging.getLogger(__name__)
 
 DROPPED = "/dropped/"
 """In the name of a count of missing rewards, `rewards/<function>/dropped/<reason>`."""
-_MAY_DIFFER = ("num_workers", "batch_size")  # fields of a spec that only say how it is computed
 
 
 def load_reward(spec: RewardSpec) -> RewardFn:
@@ -112,8 +112,7 @@ class WeightedRewards:
     def provenance(self) -> list[dict[str, Any]]:
         """Each spec with a hash of what computes it: a model's weights, or a function's source."""
         return [
-            {name: value for name, value in as_stored(spec).items() if name not in _MAY_DIFFER}
-            | {"hash": _fingerprint(spec.function, function)}
+            as_stored(_what_it_computes(spec)) | {"hash": _fingerprint(spec.function, function)}
             for spec, function in self._parts
         ]
 
@@ -209,6 +208,13 @@ class WeightedRewards:
             if (spec.function, kind) not in self._said:
                 self._said.add((spec.function, kind))
                 log.warning("reward function %s %s", spec.function, text)
+
+
+def _what_it_computes(spec: RewardSpec) -> RewardSpec:
+    """The spec without what only says how. Of the workers it counts whether there are any: what a
+    function raises drops a completion there, and ends the run elsewhere.
+    """
+    return replace(spec, num_workers=min(spec.num_workers, 1), batch_size=None)
 
 
 def _fingerprint(name: str, function: RewardFn) -> str:

@@ -66,7 +66,7 @@ class _Classifier:
 
     def __init__(self, path: str, max_tokens: int | None) -> None:
         try:
-            import torch
+            import torch  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise InputError(
                 f"wanted the library torch, which is not installed ({error}). Fix: install the "

@@ -8,11 +8,11 @@ why.
 import contextlib
 import copy
 import inspect
-import io
 import math
+import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO, cast
 
 import numpy as np
 
@@ -123,7 +123,7 @@ def ask(
     given |= {column: columns[column] for column in columns if column in taken}
     own, heard = copy.deepcopy(given), _Heard(sys.stdout)
     try:
-        with contextlib.redirect_stdout(heard):
+        with contextlib.redirect_stdout(cast(TextIO, heard)):
             answer: Any = function(**own)
             if hasattr(answer, "__array__") and np.ndim(answer) == 1:
                 answer = _listed(answer)
@@ -143,18 +143,18 @@ def ask(
     return Answer(*_checked(answer, completions, where, name), remarks)
 
 
-class _Heard(io.TextIOBase):
-    """Passes on what is printed, and keeps the beginning."""
+class _Heard:
+    """Standard output that keeps the beginning of what is printed."""
 
-    def __init__(self, to: TextIO) -> None:
-        self.text, self._to = "", to
+    def __init__(self, stdout: Any) -> None:
+        self.text, self._stdout = "", stdout
 
     def write(self, text: str) -> int:
         self.text += text[: max(0, 80 - len(self.text))]
-        return self._to.write(text)
+        return self._stdout.write(text)
 
-    def flush(self) -> None:
-        self._to.flush()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stdout, name)
 
 
 def columns_taken(function: RewardFn, columns: Collection[str], name: str) -> set[str]:
@@ -199,6 +199,12 @@ def _checked(
     reasons = [
         value.reason if isinstance(value, Missing) else "none" * (value is None) for value in answer
     ]
+    for reason in filter(None, reasons):
+        if not re.fullmatch(r"\w+", reason, re.ASCII):
+            raise InputError(
+                f"reward function {name}: Missing: wanted a reason of letters, digits and _, got "
+                f"{shown(reason)}"
+            )
     answer = [None if reason else value for value, reason in zip(answer, reasons, strict=True)]
     for place, text, value in zip(where, completions, answer, strict=True):
         if value is not None and math.isnan(_number(value)):

@@ -252,7 +252,9 @@ def test_how_rewards_are_computed_is_no_part_of_what_they_are():
     one = WeightedRewards([RewardSpec(JUDGE, num_workers=1, timeout_sec=1.0)])
     two = WeightedRewards([RewardSpec(JUDGE, num_workers=2, timeout_sec=1.0, batch_size=3)])
     other = WeightedRewards([RewardSpec(JUDGE, num_workers=1, timeout_sec=2.0)])
-    assert one.fingerprint == two.fingerprint != other.fingerprint
+    here = WeightedRewards([RewardSpec(JUDGE)])
+    assert one.fingerprint == two.fingerprint
+    assert len({one.fingerprint, other.fingerprint, here.fingerprint}) == 3
 
 
 def test_batches_in_the_run_s_own_process_give_the_same_and_say_how_far_they_are():
