@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from tests.bad_inputs.ground import Act, Case, Ground, rows, runs, write
+from tests.bad_inputs.ground import Act, Case, Ground, rows, runs, settings, write
 
 OWN = "tests.bad_inputs.functions"
 
@@ -110,6 +110,33 @@ FACTORIES = [
     scoring("a reward model whose path is a list", "copg_jax.rewards.RewardModel", "RewardModel",
             arguments="{path: [5]}"),
 ]  # fmt: skip
+PROGRAMS = "copg_jax.rewards.unit_tests"
+WORKERS = [
+    scoring("unit tests without arguments", PROGRAMS, PROGRAMS, "A factory needs `arguments`"),
+    scoring("unit tests of a column that there is not", PROGRAMS, PROGRAMS, "'checks'",
+            arguments="{column: checks}"),
+    scoring("a limit that there is not", PROGRAMS, PROGRAMS, "cpu_seconds",
+            arguments="{column: checks, cpu_seconds: 3}"),
+    Case("unit tests that are no Python",
+         rows("score", {"prompt": "Say a.", "completions": ["a", "b"], "checks": "assert ("},
+              more=[f"rewards=[{{function: {PROGRAMS}, arguments: {{column: checks}}}}]"]),
+         (PROGRAMS, "rows.jsonl:1", "'checks'", "is no Python")),
+    scoring("a pattern that is none", "copg_jax.rewards.regex", "regex", "pattern",
+            arguments="{pattern: '('}"),
+    Case("a time-out without workers",
+         settings("score", "rewards=[{function: copg_jax.rewards.length, timeout_sec: 5}]"),
+         ("rewards[0]", "timeout_sec", "num_workers")),
+    Case("workers for a reward model",
+         runs("score", "rewards=[{function: copg_jax.rewards.RewardModel, arguments: {path: m}, "
+              "num_workers: 2}]"),
+         ("RewardModel", "num_workers", "accelerator")),
+    Case("a function that answers wrongly in a worker",
+         runs("score", f"rewards=[{{function: {OWN}.exact, num_workers: 1}}]"),
+         ("exact", "comparisons.jsonl:1", "Decimal")),
+    Case("a function whose worker always ends",
+         runs("score", f"rewards=[{{function: {OWN}.leaves, num_workers: 1}}]"),
+         ("leaves", "the first 32 completions all failed", "SystemExit")),
+]  # fmt: skip
 ANSWERS = [
     answering("StopIteration in a function", "stops", "StopIteration"),
     answering("MemoryError in a function", "takes_all_memory", "MemoryError"),
@@ -142,4 +169,4 @@ COLUMNS = [
     with_column("self", "judge", function=f"{OWN}.judge"),
 ]
 
-CASES = [*NAMES, *FACTORIES, *ANSWERS, *MODULES, *COLUMNS]
+CASES = [*NAMES, *FACTORIES, *WORKERS, *ANSWERS, *MODULES, *COLUMNS]

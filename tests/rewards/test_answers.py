@@ -12,7 +12,9 @@ import pytest
 
 from copg_jax.config.sections import RewardSpec
 from copg_jax.errors import InputError
-from copg_jax.rewards.functions import WeightedRewards, load_reward, score_texts
+from copg_jax.rewards import Missing
+from copg_jax.rewards.functions import WeightedRewards, load_reward
+from copg_jax.rewards.protocol import score_texts
 from copg_jax.runtime import signals_as_exits
 from tests.toys import names_all
 
@@ -27,6 +29,7 @@ def ask(answer: Any, completions: list[str]) -> np.ndarray:
     [
         [1, None, 2.5],
         (True, None, 2.5),
+        [1, Missing("no_answer"), 2.5],
         np.array([1, None, 2.5], object),
         [np.float32(1), None, jax.numpy.float32(2.5)],
         [np.True_, None, np.array(2.5)],
@@ -100,6 +103,7 @@ class Unwritable:
             ]
         ),
         (None, ["NoneType", "a `return` missing?"]),
+        ([1.0, Missing("no answer")], ["Missing", "a reason of letters", "'no answer'"]),
     ],
 )
 def test_an_answer_that_is_no_list_of_rewards_is_refused(answer, words):
