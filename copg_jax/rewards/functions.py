@@ -11,6 +11,7 @@ import copy
 import hashlib
 import inspect
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ import numpy as np
 
 from copg_jax.config.schema import FLOAT32_MAX, as_stored, map_leaves
 from copg_jax.config.sections import RewardSpec
+from copg_jax.data.combine import combine, require_float32
 from copg_jax.dotted import describe, find, shown
 from copg_jax.errors import Ended, InputError
 
@@ -188,6 +190,12 @@ class WeightedRewards:
             raise InputError(
                 "rewards: wanted a weight other than 0, got none: their sum says nothing"
             )
+        for name, count in Counter(spec.label for spec in specs).items():
+            if count > 1:
+                raise InputError(
+                    f"rewards: wanted a name of its own for each, got {count} that are named "
+                    f"{name!r}. Fix: give them a `name`, such as {{function: ..., name: {name}_2}}."
+                )
         self._parts = [(spec, load_reward(spec)) for spec in specs]
         for spec, function in self._parts:
             if no_own is not None and takes_own(function):
@@ -205,7 +213,7 @@ class WeightedRewards:
     def provenance(self) -> list[dict[str, Any]]:
         """Each spec with a hash of what computes it: a model's weights, or a function's source."""
         return [
-            as_stored(spec) | {"hash": _fingerprint(spec.function, function)}
+            as_stored(spec) | {"name": spec.label, "hash": _fingerprint(spec.function, function)}
             for spec, function in self._parts
         ]
 
@@ -214,29 +222,66 @@ class WeightedRewards:
         for spec, function in self._parts:
             _taken(function, columns, spec.function)
 
+    @property
+    def names(self) -> list[str]:
+        """Their names, in the order of the config."""
+        return [spec.label for spec, _ in self._parts]
+
     def __call__(
         self,
         prompts: Sequence[str],
         completions: Sequence[str],
         columns: Mapping[str, Sequence[Any]],
         where: Sequence[str] | None = None,
+        *,
+        num_tokens: Sequence[int],
+        counts: Counter[str] | None = None,
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Total [N] (NaN where any part is absent) and the parts by dotted path, each [N]."""
-        total, parts = np.zeros(len(completions)), {}
-        for number, (spec, function) in enumerate(self._parts):
+        """Calls each function and adds up what they return, by weight.
+
+        Args:
+            prompts: one a completion; [N].
+            completions: [N].
+            columns: further fields of the data set, each [N].
+            where: `file:line` of each completion, for messages; [N].
+            num_tokens: of each completion, end token included; [N].
+            counts: increased by the values that a spec's `clip` and `overlong` change, by name.
+
+        Returns:
+            Total [N], NaN where a reward is absent whose weight is not 0; and each reward by its
+            name, [N].
+
+        Raises:
+            InputError: a function that misbehaves, or a total that float32 cannot hold.
+        """
+        counts = Counter() if counts is None else counts
+        parts = {}
+        for spec, function in self._parts:
             values = score_texts(
                 function, prompts, completions, columns, name=spec.function, where=where
             )
-            name = spec.function if spec.function not in parts else f"{spec.function}[{number}]"
-            parts[name] = values
-            total = total + spec.weight * values
-        for index in np.flatnonzero(np.abs(total) > FLOAT32_MAX).tolist():
-            raise InputError(
-                f"{where[index] if where else f'prompt {prompts[index]!r:.60}'}: the weighted sum "
-                f"of the rewards is {total[index]:.4g}: wanted a finite number of float32. Fix: "
-                "smaller weights, or rewards of another unit."
-            )
+            parts[spec.label] = _shaped(values, spec, np.asarray(num_tokens, int), counts)
+        total = combine(parts, {spec.label: spec.weight for spec, _ in self._parts})
+        require_float32(total, where or [f"prompt {prompt!r:.60}" for prompt in prompts])
         return total, parts
+
+
+def _shaped(
+    values: np.ndarray, spec: RewardSpec, num_tokens: np.ndarray, counts: Counter[str]
+) -> np.ndarray:
+    """The values of a function, clipped and less what long completions cost; [N]."""
+    if spec.clip is not None:
+        lo, hi = spec.clip
+        clipped = np.clip(values, lo, hi)
+        counts[f"rewards/{spec.label}/clipped"] += int((np.abs(clipped - values) > 0).sum())
+        values = clipped
+    if spec.overlong is not None:
+        most, buffer = spec.overlong.max_tokens, spec.overlong.buffer_tokens
+        over = num_tokens - most
+        share = np.clip((over + buffer) / buffer, 0, 1) if buffer else (over > 0).astype(float)
+        counts[f"rewards/{spec.label}/overlong"] += int(((share > 0) & ~np.isnan(values)).sum())
+        values = values - spec.overlong.penalty * share
+    return values
 
 
 def _fingerprint(name: str, function: RewardFn) -> str:
