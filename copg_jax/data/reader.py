@@ -107,11 +107,11 @@ class GroupReader:
 
     def __iter__(self) -> Iterator[TextGroup | TokenGroup]:
         config = self._config
-        _require_stored(config)
+        combination = _combination(config)
         self._make = self._text_group
         self._choice = FormatChoice(config.format)
         if scored.is_scored(config.path):
-            self._make = partial(read_row, combination=_combination(config))
+            self._make = partial(read_row, combination=combination)
             self.text_format = scored.read_side_car(epath.Path(config.path)).text_format
         self.counts.clear()
         self.changed.clear()
@@ -227,12 +227,14 @@ def _require_stored(config: DataConfig) -> None:
 
 def _combination(config: DataConfig) -> Callable[[Mapping[str, np.ndarray]], np.ndarray] | None:
     """What makes the reward of the stored ones, where the config does not keep that of scoring."""
-    if not config.rewards:
+    _require_stored(config)
+    weights, how = config.rewards, config.combine
+    if not weights:
         return None
     found: dict[str, Moments] = {}
-    if config.combine == "standardized_sum":
+    if how == "standardized_sum":
         stored = read_rewards(config.path).by_name
-        found = {name: moments(stored[name]) for name in that_decide(config.rewards)}
+        found = {name: moments(stored[name]) for name in that_decide(weights)}
     for name, (mean, std) in found.items():
         if not std > 0:
             raise InputError(
@@ -247,9 +249,9 @@ def _combination(config: DataConfig) -> Callable[[Mapping[str, np.ndarray]], np.
             name,
             mean,
             std,
-            config.rewards[name] / std,
+            weights[name] / std,
         )
-    return partial(combine, weights=config.rewards, how=config.combine, moments=found)
+    return partial(combine, weights=weights, how=how, moments=found)
 
 
 def _is_contradicted(group: TextGroup) -> bool:
