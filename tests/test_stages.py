@@ -138,11 +138,12 @@ def test_a_watched_reward_is_logged_with_its_error_and_decides_nothing(workplace
 
 
 def test_a_run_does_not_go_on_with_another_combination_of_its_rewards(workplace):
-    text = workplace.refusal("policy", "data.rewards={words: 1.0}")
-    names_all(text, ["data.rewards", "words", str(workplace.folder / "policy")])
-    text = workplace.refusal(
-        "policy", "data.rewards={RewardModel: 1.0}", "data.combine=standardized_sum"
+    both = lambda setting: [f"{section}.{setting}" for section in ("data", "validation")]
+    words = both("rewards={words: 1.0}")
+    names_all(
+        workplace.refusal("policy", *words), ["data.rewards", str(workplace.folder / "policy")]
     )
+    text = workplace.refusal("policy", *words, *both("combine=standardized_sum"))
     names_all(text, ["data.combine: sum -> standardized_sum"])
 
 

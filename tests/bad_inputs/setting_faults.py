@@ -124,12 +124,21 @@ SPECS = [
 ]
 REWARDS = [
     argument(
-        f"a reward with {spec}",
-        f"rewards=[{{function: copg_jax.rewards.length, {spec}}}]",
-        words=(f"rewards[0].{field}",),
-        stage="score",
-    )
-    for spec, field in SPECS
+        "held-out data of another reward",
+        "data.rewards={a: 1}",
+        "validation.path=d",
+        words=("validation.rewards", "data.rewards"),
+        stage="policy",
+    ),
+    *(
+        argument(
+            f"a reward with {spec}",
+            f"rewards=[{{function: copg_jax.rewards.length, {spec}}}]",
+            words=(f"rewards[0].{field}",),
+            stage="score",
+        )
+        for spec, field in SPECS
+    ),
 ]
 
 LOSSES = [
