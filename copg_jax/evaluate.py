@@ -11,8 +11,8 @@ time:
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -23,9 +23,9 @@ from copg_jax import distributed, sharding
 from copg_jax.config.sections import GenerationConfig
 from copg_jax.data.dataset import GroupDataset
 from copg_jax.data.formats.choice import FORMATS
-from copg_jax.data.formats.texts import Text, content
 from copg_jax.data.groups import GroupBatch, TokenGroup, columns_by_completion
 from copg_jax.errors import InputError
+from copg_jax.generations import Generation, in_prompt_order, sample_texts, summarize
 from copg_jax.infer import not_finite, one_late
 from copg_jax.models.layout import Shape, pack, pack_by_length
 from copg_jax.rewards.functions import WeightedRewards
@@ -90,22 +90,6 @@ def make_loss_evaluator(
         }
 
     return evaluate
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One generated completion with what was measured on it."""
-
-    index: int  # of its prompt among the fixed ones
-    id: str
-    prompt: Text  # messages where those of the prompt's row are
-    completion: Text
-    reward: float  # NaN where the reward function gave None
-    logp: float  # ln π, nats
-    ref_logp: float  # ln π_ref, nats; NaN without a reference
-    kl_k3: float  # k3 estimate, nats; NaN without a reference
-    length: int  # tokens, the end token included
-    has_eos: bool
 
 
 class Generator(NamedTuple):
@@ -273,6 +257,7 @@ class GenerationEvaluator:
                         prompt=prompt.prompt,
                         completion=FORMATS[prompt.format].answer(text),
                         reward=np.nan,
+                        rewards={},
                         logp=float(logp.sum()),
                         ref_logp=float((logp - log_ratio).sum()),
                         kl_k3=float((np.expm1(-log_ratio) + log_ratio).sum()),
@@ -288,71 +273,21 @@ class GenerationEvaluator:
         columns = {name: [row.get(name) for row in rows] for name in self._columns}
         number = len(found) * len(self._rewards)
         with Progress(f"rewards of {len(found)} generations", number, "rewards") as progress:
-            rewards, _ = self._rewards(
+            rewards, by_name = self._rewards(
                 [g.prompt for g in found],
                 [g.completion for g in found],
                 columns,
                 [self._prompts[g.index].where for g in found],
+                num_tokens=[g.length for g in found],
                 counts=self._counts,
                 update=progress.update,
             )
         penalty = self._config.missing_eos_reward
         return [
-            replace(g, reward=float(reward if penalty is None or g.has_eos else penalty))
-            for g, reward in zip(found, rewards, strict=True)
+            replace(
+                g,
+                reward=float(rewards[i] if penalty is None or g.has_eos else penalty),
+                rewards={name: float(values[i]) for name, values in by_name.items()},
+            )
+            for i, g in enumerate(found)
         ]
-
-
-def in_prompt_order(generations: Iterable[Generation]) -> list[Generation]:
-    """The same generations as the prompts come, whatever the batches were."""
-    return sorted(generations, key=lambda g: g.index)
-
-
-def sample_texts(generations: Sequence[Generation], sizes: GenerationConfig) -> dict[str, str]:
-    """The first completions of the first prompts, with their rewards, to look at.
-
-    Args:
-        generations: all of an evaluation, from `in_prompt_order`.
-        sizes: numbers of samples and of texts.
-    """
-    shown = generations[:: sizes.num_samples][: sizes.num_texts]
-    return {
-        f"sample/{i}": f"[reward {g.reward:.3f}] {content(g.completion).strip()}"
-        for i, g in enumerate(shown)
-    }
-
-
-def summarize(generations: Sequence[Generation], *, beta: float) -> dict[str, float]:
-    """Averages of an evaluation.
-
-    `eval/kl` is the k1 estimate E[ln π − ln π_ref], unbiased and possibly negative on few samples;
-    `eval/kl_k3` sums k3 = exp(−d) − 1 + d over tokens, d = ln π − ln π_ref of the token, unbiased
-    too and never negative. Both estimate KL(π‖π_ref) for samples of temperature 1. `eval/objective`
-    is E[R] − β·`eval/kl`. Standard errors count samples of one prompt as one observation (their
-    mean), since they are not independent.
-
-    Args:
-        generations: from `GenerationEvaluator.batches`.
-        beta: the paper's β.
-    """
-    reward = np.array([g.reward for g in generations])
-    known = np.isfinite(reward)
-    by_prompt: dict[int, list[float]] = {}
-    for g in generations:
-        if np.isfinite(g.reward):
-            by_prompt.setdefault(g.index, []).append(g.reward)
-    means = np.array([np.mean(values) for values in by_prompt.values()])
-    stderr = means.std(ddof=1) / np.sqrt(len(means)) if len(means) > 1 else float("nan")
-    kl = np.array([g.logp - g.ref_logp for g in generations]).mean()
-    mean = means.mean() if len(means) else float("nan")
-    return {
-        "eval/reward_mean": float(mean),
-        "eval/reward_stderr": float(stderr),
-        "eval/kl": float(kl),
-        "eval/kl_k3": float(np.mean([g.kl_k3 for g in generations])),
-        "eval/objective": float(mean - beta * kl),
-        "eval/length": float(np.mean([g.length for g in generations])),
-        "eval/eos_rate": float(np.mean([g.has_eos for g in generations])),
-        "eval/num_prompts": float(len({g.id for g in generations})),
-        "eval/dropped_rewards": float((~known).sum()),
-    }

@@ -86,10 +86,13 @@ def make_bradley_terry_loss(score: ModelFn) -> LossFn:
         per_group = losses.bradley_terry_loss(scores, batch.reward, mask=mask)
         preferred = losses.preferences(batch.reward, mask)
         gap = scores[:, :, None] - scores[:, None, :]
+        longer = batch.completion_length[:, :, None] - batch.completion_length[:, None, :]
         total, weight = _ratio(per_group, preferred.any((-2, -1)))
         metrics = {
             "loss": (total, weight),
             "rewards/accuracies": _ratio((gap > 0).astype(jnp.float32), preferred),
+            # What "the longer one, in tokens" would have, guessing between equals.
+            "data/longer_accuracies": _ratio((1 + jnp.sign(longer)) / 2, preferred),
             "rewards/margins": _ratio(gap, preferred),
             "rewards/mean": _ratio(scores, mask),
         }

@@ -16,7 +16,6 @@ and process 0 writes what it was told.
 import hashlib
 import json
 import logging
-import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -36,6 +35,13 @@ from copg_jax.data.formats.choice import text_format_hash
 from copg_jax.data.formats.texts import TextGroup
 from copg_jax.data.groups import TokenGroup, columns_by_completion
 from copg_jax.data.reader import GroupReader
+from copg_jax.data.reward_stats import (
+    TOTAL,
+    describe_rewards,
+    format_rewards,
+    moments,
+    read_rewards,
+)
 from copg_jax.data.tokenizer import Encoder
 from copg_jax.errors import Damaged, InputError
 from copg_jax.hf.pretrained import PretrainedModel
@@ -199,21 +205,25 @@ def score_dataset(
 
 def _finish(dataset: GroupDataset, folder: epath.Path, side_car: scored.SideCar) -> None:
     """Makes the folder usable: the side-car with the counts of all parts."""
-    dropped = scored.count_dropped(folder)
-    counts = dataset.stats | scored.count_rewards(folder) | {"rewards missing": dropped}
-    if counts["without a reward"] == counts["completions scored"]:
-        names = " or ".join(spec["function"] for spec in side_car.rewards)
+    stored, dropped = read_rewards(folder), scored.count_dropped(folder)
+    stats = describe_rewards(stored)
+    total, missing = len(stored.total), stats[TOTAL]["missing"]
+    if missing == total:
+        names = " or ".join(spec["name"] for spec in side_car.rewards if spec["weight"])
         raise InputError(
-            f"{folder}: not one of {counts['completions scored']} completions has a reward: each "
-            f"got None of {names} ({dropped}). Correct that, and score into another output_dir."
+            f"{folder}: not one of {total} completions has a reward: each got None of {names} "
+            f"({dropped}). Correct that, and score into another output_dir."
         )
+    counts = {"completions scored": total, "without a reward": missing, "rewards": stats}
+    counts = dataset.stats | counts | {"rewards missing": dropped}
     scored.write_side_car(folder, replace(side_car, complete=True, counts=counts))
     log.info(
-        "%s: %d completions scored, %d of them without a reward (they will be left out)%s",
+        "%s: %d completions scored, %d of them without a reward (they will be left out)%s\n%s",
         folder,
-        counts["completions scored"],
-        counts["without a reward"],
+        total,
+        missing,
         "".join(f"\n  {name}: {number}" for name, number in dropped.items()),
+        format_rewards(stats),
     )
 
 
@@ -258,12 +268,14 @@ def _score_rows(
         for row, total, ref_logp, of_row in zip(rows, totals, ref_logps, parts, strict=True)
     ]
     seconds = time.perf_counter() - begin
-    values = np.concatenate(totals)
-    kept = values[~np.isnan(values)]
+    measured = {"reward": totals}
+    measured |= {f"rewards/{name}": [of_row[name] for of_row in parts] for name in rewards.names}
     return groups, {
-        "reward/mean": float(kept.mean()) if len(kept) else math.nan,
-        "reward/std": float(kept.std()) if len(kept) else math.nan,
-        "reward/dropped": len(values) - len(kept),
+        **{
+            f"{name}/{what}": value
+            for name, values in measured.items()
+            for what, value in _moments_and_dropped(np.concatenate(values)).items()
+        },
         **counts,
         "ref_logp/mean": float(np.concatenate(ref_logps).mean()),
         "perf/groups_per_sec": len(rows) / seconds,
@@ -271,10 +283,17 @@ def _score_rows(
     }
 
 
+def _moments_and_dropped(values: np.ndarray) -> dict[str, float]:
+    mean, std = moments(values)
+    return {"mean": mean, "std": std, "dropped": int(np.isnan(values).sum())}
+
+
 def _reward_groups(
     rewards: WeightedRewards, rows: Sequence[TokenGroup], spread: set[str], counts: Counter[str]
 ) -> tuple[list[np.ndarray], list[dict[str, np.ndarray]]]:
-    """Total reward and its parts of each group; NaN where a reward is absent, counted by reason."""
+    """Total reward of each group and each reward by name; NaN where one is absent. Counts what is
+    missing by reason, and what was clipped or too long.
+    """
     cells = [(row, k) for row in rows for k in range(len(row.completions))]
 
     def entry(row: TokenGroup, k: int, name: str) -> Any:
@@ -292,6 +311,7 @@ def _reward_groups(
             [row.completions[k] for row, k in cells],
             columns,
             [row.where for row, _ in cells],
+            num_tokens=[len(row.completion_tokens[k]) for row, k in cells],
             counts=counts,
             update=progress.update,
         )

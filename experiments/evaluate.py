@@ -22,10 +22,11 @@ from etils import epath
 
 from copg_jax import disk, distributed, run_folder, runtime, sharding
 from copg_jax.config.load import run_main
+from copg_jax.config.schema import map_leaves
 from copg_jax.config.stages import MAY_DIFFER, EvaluateConfig
 from copg_jax.errors import InputError
-from copg_jax.evaluate import Generation, in_prompt_order, sample_texts, summarize
 from copg_jax.files import GrowingFile, read_json_lines, write_text
+from copg_jax.generations import Generation, in_prompt_order, sample_texts, summarize
 from copg_jax.hf.pretrained import open_model
 from copg_jax.inputs import open_evaluation, prepared_bytes
 from copg_jax.tracking import MetricsLogger
@@ -136,8 +137,7 @@ def _read(path: epath.Path, num_samples: int) -> list[Generation]:
     for number, row in enumerate(rows, start=1):
         try:
             checksum = row.pop(_CHECKSUM)
-            values: dict[str, Any] = {k: math.nan if v is None else v for k, v in row.items()}
-            generation = Generation(**values)
+            generation = Generation(**_with_nan(row))
         except (KeyError, TypeError, AttributeError):
             checksum = generation = None
         if generation is None or checksum != _checksum(generation):
@@ -159,7 +159,12 @@ def _checksum(generation: Generation) -> str:
 
 def _jsonable(values: dict[str, Any]) -> dict[str, Any]:
     """NaN (no reference, no reward) becomes null, which JSON has."""
-    return {name: None if value != value else value for name, value in values.items()}
+    return map_leaves(lambda value: None if value != value else value, values)
+
+
+def _with_nan(values: dict[str, Any]) -> dict[str, Any]:
+    """What `_jsonable` made null is NaN again."""
+    return map_leaves(lambda value: math.nan if value is None else value, values)
 
 
 if __name__ == "__main__":

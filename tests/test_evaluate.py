@@ -13,11 +13,11 @@ import pytest
 from etils import epath
 
 import experiments.evaluate
-from copg_jax import evaluate
 from copg_jax.config.sections import GenerationConfig, RewardSpec
 from copg_jax.data.groups import TokenGroup
 from copg_jax.errors import InputError
-from copg_jax.evaluate import Generation, GenerationEvaluator, Generator, summarize
+from copg_jax.evaluate import GenerationEvaluator, Generator
+from copg_jax.generations import Generation, in_prompt_order, summarize
 from copg_jax.models.forward import make_token_logp
 from copg_jax.models.params import init_params
 from copg_jax.rewards.functions import WeightedRewards
@@ -31,18 +31,23 @@ EOS = 3
 def generation(prompt: str, reward: float, **numbers: Any) -> Generation:
     """A generation with small defaults."""
     values = {"logp": -4.0, "ref_logp": -5.0, "kl_k3": 0.5, "length": 4, "has_eos": True}
-    values |= {"completion": "", "index": 0} | numbers
+    values |= {"completion": "", "index": 0, "rewards": {}} | numbers
     return Generation(id=prompt, prompt=prompt, reward=reward, **values)
 
 
 def test_averages_are_those_by_hand_with_prompts_as_observations():
+    named = [{"judge": value, "gold": -value} for value in (1.0, 3.0, 6.0, math.nan)]
+    named[3]["gold"] = 0.0
     rows = [
-        generation("a", 1.0, logp=-4.0, ref_logp=-6.0, kl_k3=0.5, length=2),
-        generation("a", 3.0, logp=-4.0, ref_logp=-4.0, kl_k3=0.1, length=4),
-        generation("b", 6.0, logp=-4.0, ref_logp=-3.0, kl_k3=0.3, length=6, has_eos=False),
-        generation("b", math.nan, logp=-4.0, ref_logp=-5.0, kl_k3=0.3, length=4),
+        generation("a", 1.0, logp=-4.0, ref_logp=-6.0, kl_k3=0.5, length=2, rewards=named[0]),
+        generation("a", 3.0, logp=-4.0, ref_logp=-4.0, kl_k3=0.1, length=4, rewards=named[1]),
+        generation(
+            "b", 6.0, logp=-4.0, ref_logp=-3.0, kl_k3=0.3, length=6, has_eos=False, rewards=named[2]
+        ),
+        generation("b", math.nan, logp=-4.0, ref_logp=-5.0, kl_k3=0.3, length=4, rewards=named[3]),
     ]
-    # Means of the prompts are 2 and 6; their standard error is sqrt(8) / sqrt(2) = 2.
+    # Means of the prompts are 2 and 6; their standard error is sqrt(8) / sqrt(2) = 2. Those of gold
+    # are -2 and -3, with sqrt(1/2) / sqrt(2).
     assert summarize(rows, beta=0.5) == pytest.approx(
         {
             "eval/reward_mean": 4.0,
@@ -54,6 +59,12 @@ def test_averages_are_those_by_hand_with_prompts_as_observations():
             "eval/eos_rate": 0.75,
             "eval/num_prompts": 2,
             "eval/dropped_rewards": 1,
+            "eval/reward/judge": 4.0,
+            "eval/reward_stderr/judge": 2.0,
+            "eval/dropped_rewards/judge": 1,
+            "eval/reward/gold": -2.5,
+            "eval/reward_stderr/gold": 0.5,
+            "eval/dropped_rewards/gold": 0,
         }
     )
 
@@ -320,8 +331,8 @@ def test_an_interrupted_evaluation_goes_on_with_the_other_prompts_on_another_mes
     devices = mesh(2)
     other = evaluator(sampler_on(devices), prompts=prompts, batch_size=4, on=devices)
     rest = list(other.batches(params, 7, finished))
-    whole = evaluate.in_prompt_order(generate(evaluator(sampler, prompts=prompts), params, 7))
-    got = evaluate.in_prompt_order(g for batch in [*done, *rest] for g in batch)
+    whole = in_prompt_order(generate(evaluator(sampler, prompts=prompts), params, 7))
+    got = in_prompt_order(g for batch in [*done, *rest] for g in batch)
     assert [g.index for g in whole] == [i for i in range(7) for _ in range(3)]
     assert [(g.index, g.id, g.completion, g.logp) for g in got] == [
         (g.index, g.id, g.completion, pytest.approx(g.logp, abs=1e-5)) for g in whole
@@ -331,7 +342,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_other_prompts_on_another_mes
 
 def test_what_was_written_is_read_again_up_to_the_last_whole_prompt(tmp_path):
     rows = [
-        generation(id, 1.0, completion=f"two\u2028lines\n{id}", index=index)
+        generation(id, 1.0, completion=f"two\u2028lines\n{id}", index=index, rewards={"a": 0.5})
         for id, index in zip("aabb", (0, 0, 1, 1), strict=True)
     ]
     lines = [experiments.evaluate._line(row) for row in rows]

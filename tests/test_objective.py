@@ -147,7 +147,10 @@ def test_the_sft_loss_is_the_mean_over_completion_tokens():
 
 def test_the_bradley_terry_loss_and_its_metrics_are_those_of_preferred_pairs():
     # Gaps of preferred pairs: 2 of the first group, -1 of the second; the third is a tie.
-    batch = group_batch([[1.0, 0.0, 9.0], [0.0, 1.0, 9.0], [1.0, 1.0, 9.0]], [[2, 2, 0]] * 3)
+    # The preferred one is the longer one in the first, and as long as the other in the second.
+    batch = group_batch(
+        [[1.0, 0.0, 9.0], [0.0, 1.0, 9.0], [1.0, 1.0, 9.0]], [[3, 2, 0], [2, 2, 0], [1, 2, 0]]
+    )
     scores = {"logp": jnp.array([[3.0, 1.0, 5.0], [2.0, 1.0, 5.0], [4.0, 1.0, 5.0]])}
     output = objective.make_bradley_terry_loss(look_up)(scores, batch)
     got = {name: float(total / weight) for name, (total, weight) in output.metrics.items()}
@@ -155,6 +158,7 @@ def test_the_bradley_terry_loss_and_its_metrics_are_those_of_preferred_pairs():
         {
             "loss": (np.log1p(np.exp(-2)) + np.log1p(np.exp(1))) / 2,
             "rewards/accuracies": 0.5,
+            "data/longer_accuracies": (1 + 0.5) / 2,
             "rewards/margins": 0.5,
             "rewards/mean": 2.0,
         }

@@ -171,6 +171,32 @@ def test_metrics_count_the_dropped_rewards(whole, dataset):
     dropped = sum("you know" in text for row in dataset for text in row.completions)
     assert sum(row["reward/dropped"] for row in metrics) == dropped
     assert {"reward/mean", "reward/std", "ref_logp/mean"} <= metrics[0].keys()
+    assert sum(row["rewards/by_length/dropped"] for row in metrics) == dropped
+    words = [-len(text.split()) for row in dataset for text in row.completions]
+    parts = [
+        row["rewards/length/mean"] * size for row, size in zip(metrics, (20, 20, 8), strict=True)
+    ]
+    assert sum(parts) == pytest.approx(sum(words))
+
+
+def test_the_side_car_and_the_log_have_the_statistics_of_each_reward(
+    dataset, side_car, tmp_path, caplog
+):
+    caplog.set_level("INFO", "copg_jax")
+    score(dataset, tmp_path, side_car)
+    found = scored.read_side_car(epath.Path(tmp_path)).counts["rewards"]
+    assert list(found) == ["by_length", "length", "total reward"]
+    texts = [text for row in dataset for text in row.completions]
+    missing = sum("you know" in text for text in texts)
+    assert [found[name]["missing"] for name in found] == [missing, 0, missing]
+    words = [-len(text.split()) for text in texts]
+    assert found["length"]["mean"] == pytest.approx(np.mean(words))
+    pairs = np.array(words).reshape(-1, 2)  # K = 2
+    assert found["length"]["gap_std"] == pytest.approx(np.sqrt((np.diff(pairs) ** 2).mean()))
+    assert found["length"]["ties"] == np.mean(np.diff(pairs) == 0)
+    assert found["by_length"]["length_corr"] > 0.5 > -0.5 > found["length"]["length_corr"]
+    (table,) = [text for text in caplog.messages if "gap_std" in text]
+    names_all(table, ["length_corr", "by_length", "total reward", f"{np.mean(words):.4g}"])
 
 
 def test_scoring_a_scored_folder_keeps_its_ids_ends_and_origins(

@@ -112,7 +112,7 @@ def test_without_a_function_the_rewards_of_the_rows_are_kept_and_train(
     assert "no reward function is named: the rewards that the rows bring along are kept" in said
     for row, own in zip(got, 2 * OWN, strict=True):
         assert row["reward"] == pytest.approx(own)
-        assert dict(row["rewards"])[GIVEN] == pytest.approx(own)
+        assert dict(row["rewards"])["given"] == pytest.approx(own)
         assert all(logp < 0 for logp in row["ref_logp"])
     side_car = scored.read_side_car(epath.Path(tmp_path / "scored"))
     assert side_car.complete and [spec["function"] for spec in side_car.rewards] == [GIVEN]
@@ -132,8 +132,8 @@ def test_given_and_computed_rewards_are_added_by_weight(rows, weight, model, tmp
     got = run(model, tmp_path, rows, f"rewards=[{{function: {GIVEN}}}, {length}]")
     for row, own in zip(got, OWN, strict=True):
         by_name = dict(row["rewards"])
-        assert by_name[GIVEN] == pytest.approx(own)
-        assert by_name["copg_jax.rewards.length"] == [-2.0, -4.0]
+        assert by_name["given"] == pytest.approx(own)
+        assert by_name["length"] == [-2.0, -4.0]
         assert row["reward"] == pytest.approx([own[0] - weight * 2, own[1] - weight * 4])
 
 
@@ -240,7 +240,7 @@ def test_choices_without_scores_are_rewards_only_where_that_is_asked_for(
 @pytest.mark.parametrize("rows", [k_way(rewards=OWN), pairs("{}_reward")], ids=["rewards", "pairs"])
 def test_all_none_is_an_error_and_no_folder_to_train_on(rows, model, tmp_path):
     text = refusal(model, tmp_path, rows, f"rewards=[{{function: {__name__}.nothing}}]")
-    names_all(text, [f"{__name__}.nothing", "not one of 8 completions", "None"])
+    names_all(text, ["None of nothing", "not one of 8 completions"])
     assert not scored.read_side_car(epath.Path(tmp_path / "scored")).complete
 
 

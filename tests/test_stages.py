@@ -21,6 +21,7 @@ from copg_jax.config.schema import iter_fields
 from copg_jax.data import scored
 from copg_jax.data.tokenizer import load_tokenizer
 from copg_jax.errors import InputError
+from copg_jax.files import read_json_lines
 from copg_jax.hf import weights as hf_weights
 from copg_jax.hf.pretrained import open_model
 from copg_jax.models.params import abstract_params
@@ -92,9 +93,9 @@ def test_sft_logs_its_losses_and_leaves_a_language_model(workplace):
 
 def test_the_reward_stage_leaves_a_sequence_classifier(workplace):
     folder = workplace.folder / "reward"
-    assert {"loss", "rewards/accuracies", "rewards/margins", "rewards/mean"} <= names_in(
-        workplace.metrics("reward")
-    )
+    rows = workplace.metrics("reward")
+    assert {"loss", "rewards/accuracies", "rewards/margins", "rewards/mean"} <= names_in(rows)
+    assert {"data/longer_accuracies", "eval/data/longer_accuracies"} <= names_in(rows)
     raw = json.loads((folder / "model" / "config.json").read_text())
     assert raw["architectures"] == ["LlamaForSequenceClassification"]
     loaded = hf_weights.load_params(
@@ -119,6 +120,31 @@ def test_the_scored_folder_says_where_its_numbers_come_from(workplace):
     assert side_car.complete
     assert side_car.reference_hash == hf_weights.params_hash(workplace.folder / "sft" / "model")
     assert side_car.rewards[0]["function"] == "copg_jax.rewards.RewardModel"
+    assert [spec["name"] for spec in side_car.rewards] == ["RewardModel", "words"]
+    assert list(side_car.counts["rewards"]) == ["RewardModel", "words", "total reward"]
+
+
+def test_a_watched_reward_is_logged_with_its_error_and_decides_nothing(workplace):
+    averages = json.loads((workplace.folder / "evaluate" / "evaluation.json").read_text())
+    for name in ("mean", "stderr"):
+        own = "eval/reward/" if name == "mean" else "eval/reward_stderr/"
+        assert averages[f"{own}RewardModel"] == averages[f"eval/reward_{name}"]
+        assert averages[f"{own}words"] != averages[f"eval/reward_{name}"]
+    rows = [row for row in workplace.metrics("policy") if "eval/reward_mean" in row]
+    assert all({"eval/reward/words", "eval/reward_stderr/words"} <= row.keys() for row in rows)
+    for _, row in read_json_lines(workplace.folder / "evaluate" / "generations.jsonl"):
+        assert row["rewards"].keys() == {"RewardModel", "words"}
+        assert row["reward"] == row["rewards"]["RewardModel"]
+
+
+def test_a_run_does_not_go_on_with_another_combination_of_its_rewards(workplace):
+    both = lambda setting: [f"{section}.{setting}" for section in ("data", "validation")]
+    words = both("rewards={words: 1.0}")
+    names_all(
+        workplace.refusal("policy", *words), ["data.rewards", str(workplace.folder / "policy")]
+    )
+    text = workplace.refusal("policy", *words, *both("combine=standardized_sum"))
+    names_all(text, ["data.combine: sum -> standardized_sum"])
 
 
 def test_the_policy_starts_at_its_reference_and_the_last_and_the_best_model_are_left(workplace):

@@ -77,7 +77,9 @@ class Workplace:
         folder = self.folder
         sft = folder / "sft" / "model"
         reward = f"copg_jax.rewards.RewardModel, arguments: {{path: {folder / 'reward' / 'model'}}}"
-        rewards = f"rewards=[{{function: {reward}}}]"
+        watched = "copg_jax.rewards.length, name: words, weight: 0, clip: [-50, 0]"
+        watched += ", overlong: {max_tokens: 60, buffer_tokens: 10, penalty: 2}"
+        rewards = f"rewards=[{{function: {reward}}}, {{function: {watched}}}]"
         evaluation = [
             f"evaluation.data.path={self.posts}",
             *held_out(0.2, "evaluation.data"),

@@ -19,6 +19,7 @@ DISTRIBUTED_MODES = ("auto", "on", "off")
 REMATS = ("none", "dots", "mlp", "full")
 TEXT_FORMATS = ("auto", "tldr", "text", "chat")
 POLICY_LOSSES = ("copg", "dpo", "ipo", "pg", "rloo", "opmd", "oapl", "asymre")
+COMBINATIONS = ("sum", "min", "standardized_sum")
 BY_DIFFERENCES = ("copg", "dpo", "ipo", "rloo")
 """Losses whose gradient is 0 at the reference where all rewards of each group are equal."""
 
@@ -142,6 +143,16 @@ class DataConfig:
         "error", "error: stop at the first bad row; drop: leave out and count"
     )
     max_rows: int | None = option(None, "stop after this many rows of the part")
+    rewards: dict[str, float] = option(
+        {},
+        "scored data: weights of its stored rewards by name, in place of those it was scored with; "
+        "0 leaves one out",
+    )
+    combine: str = option(
+        "sum",
+        "what becomes of the weighted rewards: sum, min or standardized_sum (each by its mean and "
+        "standard deviation over the whole data set)",
+    )
 
     def __post_init__(self) -> None:
         require_path("path", self.path)
@@ -156,6 +167,14 @@ class DataConfig:
             )
         require_one_of(self, ("all", "train", "validation"), "part")
         require_one_of(self, ("error", "drop"), "invalid_rows")
+        require_one_of(self, COMBINATIONS, "combine")
+        if self.rewards and not any(self.rewards.values()):
+            raise InputError(f"rewards must have a weight other than 0, got {self.rewards}")
+        if not self.rewards and self.combine != "sum":
+            raise InputError(
+                f"combine is {self.combine} but rewards is empty: set the weights of the stored "
+                "rewards that it combines, such as rewards={length: 0.01}"
+            )
         if self.part == "validation" and self.holdout_fraction == 0.0:
             raise InputError(
                 "part is validation but holdout_fraction is 0, which holds no post out: set it "
@@ -249,6 +268,27 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class OverlongPenalty:
+    """What a long completion costs: `penalty`·min(1, max(0, n − `max_tokens` + `buffer_tokens`) /
+    `buffer_tokens`) for n tokens, as in DAPO (arXiv 2503.14476, Eq. 13).
+    """
+
+    max_tokens: int = option(
+        help="a completion of more tokens, end token included, costs all of it"
+    )
+    buffer_tokens: int = option(0, "it begins so many tokens before, and grows linearly")
+    penalty: float = option(1.0, "what is taken off the reward at most")
+
+    def __post_init__(self):
+        require_positive(self, "max_tokens")
+        require(self, ">= 0", lambda number: number >= 0, "buffer_tokens", "penalty")
+        require(self, "<= max_tokens", lambda size: size <= self.max_tokens, "buffer_tokens")
+
+
+_REWARD_NAME = re.compile(r"[A-Za-z_][\w-]*", re.ASCII)
+
+
+@dataclass(frozen=True)
 class RewardSpec:
     """One reward function and its share in the total."""
 
@@ -256,7 +296,18 @@ class RewardSpec:
     arguments: dict[str, Any] = option(
         {}, "if given, the path names a factory that is called with these and returns the function"
     )
-    weight: float = option(1.0, "factor of this reward in the sum")
+    weight: float = option(
+        1.0, "factor of this reward in the sum; 0 = it is stored and logged, and decides nothing"
+    )
+    name: str | None = option(
+        None, "by which it is stored and logged; null = the last part of `function`"
+    )
+    clip: list[float] | None = option(
+        None, "[lo, hi]: values outside are set to the nearer; null = none"
+    )
+    overlong: OverlongPenalty | None = option(
+        None, "what a long completion costs, after clipping; null = nothing"
+    )
     num_workers: int = option(
         0, "processes that call the function; 0 = the run's own, where nothing can stop it"
     )
@@ -278,6 +329,15 @@ class RewardSpec:
                 f"timeout_sec is {self.timeout_sec:g} but num_workers is 0: nothing can stop a "
                 "function in the run's own process. Set num_workers to 1 or more."
             )
+        wanted = "made of letters, digits, _ and -, the first no digit or -"
+        require(self, wanted, lambda name: _REWARD_NAME.fullmatch(name) is not None, "name")
+        wanted = "two numbers [lo, hi], lo < hi"
+        require(self, wanted, lambda clip: len(clip) == 2 and clip[0] < clip[1], "clip")
+
+    @property
+    def label(self) -> str:
+        """The name by which it is stored and logged."""
+        return self.name or self.function.rpartition(".")[2]
 
 
 @dataclass(frozen=True)

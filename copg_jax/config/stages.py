@@ -26,6 +26,7 @@ from copg_jax.config.sections import (
     require_seed,
     require_size,
 )
+from copg_jax.errors import InputError
 
 MAY_DIFFER = (
     "output_dir",  # a folder may be moved
@@ -145,6 +146,13 @@ class PolicyConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         require_positive(self, "logits_chunk")
+        for name in ("rewards", "combine"):
+            own, held_out = (getattr(x, name, None) for x in (self.data, self.validation))
+            if self.validation is not None and own != held_out:
+                raise InputError(
+                    f"validation.{name} must be data.{name}, {own}, got {held_out}: else the "
+                    "held-out loss is that of another reward"
+                )
 
 
 @dataclass(frozen=True)

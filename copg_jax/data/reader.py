@@ -7,26 +7,32 @@
 
 import hashlib
 import json
+import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 from etils import epath
 
 from copg_jax.config.sections import DataConfig
 from copg_jax.data import scored
+from copg_jax.data.combine import Moments, combine, that_decide
 from copg_jax.data.formats.choice import FormatChoice, text_format_hash
 from copg_jax.data.formats.columns import detect_schema, to_group
 from copg_jax.data.formats.texts import TextGroup, stored_text
 from copg_jax.data.formats.tldr import post_fraction
 from copg_jax.data.groups import TokenGroup
+from copg_jax.data.reward_stats import moments, read_rewards, stored_names
 from copg_jax.data.rows import InvalidRow, Row, read_rows, rename
 from copg_jax.data.scored_rows import read_row
 from copg_jax.data.sources import SIDE_CAR, describe_files, fingerprint, split_family
 from copg_jax.data.tokenizer import Encoder
 from copg_jax.errors import InputError
 from copg_jax.files import bucket_errors
+
+log = logging.getLogger(__name__)
 
 OTHER_SPLIT = "row of another split"
 OTHER_PART = "post of another part"
@@ -74,6 +80,7 @@ class GroupReader:
         config = self._config
         if not scored.is_scored(config.path):
             _refuse_bare_parts(config.path)
+            _require_stored(config)
             return
         name = scored.read_side_car(epath.Path(config.path)).text_format
         if config.format not in ("auto", name):
@@ -92,6 +99,7 @@ class GroupReader:
             text_format_hash=text_format_hash(name, encoder),
         )
         scored.check_parts(config.path, side_car)
+        _require_stored(config)
 
     def fingerprint(self) -> str:
         """Hash of everything that decides which groups come out: file contents and the config."""
@@ -99,16 +107,18 @@ class GroupReader:
         contents = fingerprint(config.path, split=config.split, revision=config.revision)
         # The contents stand for the path, which may be written in another way, or be a secret.
         own = {name: value for name, value in vars(config).items() if name != "path"}
-        decides = json.dumps([contents, own, self._chosen_only])
+        decides = json.dumps([contents, own, self._chosen_only], sort_keys=True)
         return hashlib.sha256(decides.encode()).hexdigest()
 
     def __iter__(self) -> Iterator[TextGroup | TokenGroup]:
         config = self._config
+        combination = _combination(config)
         self._make = self._text_group
         self._choice = FormatChoice(config.format)
         if scored.is_scored(config.path):
             name = scored.read_side_car(epath.Path(config.path)).text_format
-            self._make, self.text_format = partial(read_row, text_format=name), name
+            self._make = partial(read_row, text_format=name, combination=combination)
+            self.text_format = name
         self.counts.clear()
         self.changed.clear()
         self._first = None
@@ -122,6 +132,7 @@ class GroupReader:
                 self.counts[group] += 1
             else:
                 kept += 1
+                self._count_absent(row)
                 yield group
 
     def _group_or_reason(self, where: str, row: Row | InvalidRow) -> TextGroup | TokenGroup | str:
@@ -141,6 +152,13 @@ class GroupReader:
                 raise
             return error.reason
         return group
+
+    def _count_absent(self, row: Row | InvalidRow) -> None:
+        """Counts the completions that lack a reward which decides, by its name."""
+        for name in that_decide(self._config.rewards):
+            assert isinstance(row, dict)  # it became a group
+            values = dict(row["rewards"])[name]
+            self.changed[f"completion without the reward '{name}'"] += values.count(None)
 
     def _only_chosen(self, group: TextGroup | TokenGroup) -> TextGroup | TokenGroup:
         """A group of one completion, or of several that all may be learnt."""
@@ -195,6 +213,52 @@ class GroupReader:
                 "one schema in a data set. Let data.path name the files of one schema, by a glob "
                 "perhaps."
             )
+
+
+def _require_stored(config: DataConfig) -> None:
+    """Raises InputError where weights are given for rewards that the data does not have."""
+    if not config.rewards:
+        return
+    if not scored.is_scored(config.path):
+        raise InputError(
+            f"data.rewards: weights of stored rewards want a folder that experiments.score wrote, "
+            f"got {config.path}. Fix: score it, and point data.path at the folder that writes."
+        )
+    names = stored_names(config.path)
+    for unknown in sorted(config.rewards.keys() - names):
+        raise InputError(
+            f"data.rewards: {config.path} has no reward {unknown!r}; it has {', '.join(names)}. "
+            "Fix: name these, or score again with that reward too."
+        )
+
+
+def _combination(config: DataConfig) -> Callable[[Mapping[str, np.ndarray]], np.ndarray] | None:
+    """What makes the reward of the stored ones, where the config does not keep that of scoring."""
+    _require_stored(config)
+    weights, how = config.rewards, config.combine
+    if not weights:
+        return None
+    found: dict[str, Moments] = {}
+    if how == "standardized_sum":
+        stored = read_rewards(config.path).by_name
+        found = {name: moments(stored[name]) for name in that_decide(weights)}
+    for name, (mean, std) in found.items():
+        if not std > 0:
+            raise InputError(
+                f"data.combine: wanted different values of the reward {name!r} in {config.path}, "
+                "got none or the same everywhere: without a standard deviation it cannot be "
+                "standardised. Fix: leave it out of data.rewards."
+            )
+        log.info(
+            "%s: reward '%s' has mean %.4g and standard deviation %.4g, so that its weight in the "
+            "sum is %.4g",
+            config.path,
+            name,
+            mean,
+            std,
+            weights[name] / std,
+        )
+    return partial(combine, weights=weights, how=how, moments=found)
 
 
 def _is_contradicted(group: TextGroup) -> bool:

@@ -159,17 +159,6 @@ def check_parts(folder: epath.PathLike, side_car: SideCar) -> None:
             )
 
 
-def count_rewards(folder: epath.Path) -> dict[str, int]:
-    """Returns how many completions the parts hold and how many have no reward."""
-    total = absent = 0
-    for path in sorted(folder.glob("part-*.parquet")):
-        with path.open("rb") as file:
-            column = pq.read_table(file, columns=["reward"])["reward"]
-        rewards = column.combine_chunks().flatten()
-        total, absent = total + len(rewards), absent + rewards.null_count
-    return {"completions scored": total, "without a reward": absent}
-
-
 def count_dropped(folder: epath.Path) -> dict[str, int]:
     """Returns how many rewards of all parts are missing, by function and reason."""
     total: Counter[str] = Counter()

@@ -11,7 +11,7 @@ One for each group of K completions, in Parquet:
 | `completion_token_ids` | [K] [c] int32 | the completions as they were scored |
 | `has_eos` | [K] bool | whether the completion really ended; then its last id is the end token |
 | `origin` | [K] int8 | which µ the completion is from; 0 for data as given |
-| `rewards` | name → [K] float32 | each reward function's numbers; null: it gave none |
+| `rewards` | name → [K] float32 | each reward's numbers; null: it has none |
 | `reward` | [K] float32 | their weighted sum, which is trained on; null: completion to leave out |
 | `ref_logp` | [K] float32 | ln π_ref of the completion's ids, nats, summed |
 | `logp_mu` | [K] float32 or null | ln µ of the completion's ids where a sampler knows it, nats |
@@ -23,12 +23,14 @@ Texts of the format `chat` are messages, as JSON.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from copg_jax.data.combine import require_float32
 from copg_jax.data.formats.texts import given_text, stored_text
 from copg_jax.data.groups import NUMBERS, TokenGroup
 from copg_jax.data.rows import Row
@@ -89,18 +91,31 @@ def make_row(scored: ScoredGroup) -> Row:
     }
 
 
-def read_row(where: str, row: Row, *, text_format: str) -> TokenGroup:
+def read_row(
+    where: str,
+    row: Row,
+    *,
+    text_format: str,
+    combination: Callable[[Mapping[str, np.ndarray]], np.ndarray] | None = None,
+) -> TokenGroup:
     """Makes a group of one row of a part: the ids and numbers that are stored.
 
     Args:
-        where: file and line of the row.
-        row: the row.
+        where: part and number of the row.
+        row: of SCHEMA.
         text_format: name of the format of its texts.
+        combination: makes the reward of the values of each reward by name, [K]; None: the stored
+            one.
 
     Raises:
         InputError: a column that is missing, or numbers that do not fit the completions.
     """
     try:
+        if combination is None:
+            rewards = np.array(row["reward"], np.float32)
+        else:
+            stored = {name: np.array(values, np.float32) for name, values in row["rewards"]}
+            rewards = combination(stored)
         group = TokenGroup(
             id=row["id"],
             where=where,
@@ -108,7 +123,7 @@ def read_row(where: str, row: Row, *, text_format: str) -> TokenGroup:
             prompt_tokens=np.array(row["prompt_token_ids"], np.int32),
             completions=tuple(given_text(text, text_format) for text in row["completions"]),
             completion_tokens=tuple(np.array(i, np.int32) for i in row["completion_token_ids"]),
-            rewards=np.array(row["reward"], np.float32),
+            rewards=rewards,
             ref_logps=np.array(row["ref_logp"], np.float32),
             has_eos=np.array(row["has_eos"], bool),
             origin=np.array(row["origin"], np.int8),
@@ -120,6 +135,9 @@ def read_row(where: str, row: Row, *, text_format: str) -> TokenGroup:
             f"{where}: not a row of scored data of format {FORMAT}: {type(error).__name__}: "
             f"{error}. Score again."
         ) from error
+    if combination is not None:
+        require_float32(rewards, [where] * len(rewards))
+        group = replace(group, rewards=rewards.astype(np.float32))
     _check(group)
     return group
 

@@ -15,8 +15,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from copg_jax.config.schema import FLOAT32_MAX, as_stored, map_leaves
+from copg_jax.config.schema import as_stored, map_leaves
 from copg_jax.config.sections import RewardSpec
+from copg_jax.data.combine import combine, require_float32
 from copg_jax.data.formats.texts import Text
 from copg_jax.data.groups import TokenGroup
 from copg_jax.dotted import describe, find, shown
@@ -36,7 +37,7 @@ from copg_jax.rewards.workers import WorkerPool
 log = logging.getLogger(__name__)
 
 DROPPED = "/dropped/"
-"""In the name of a count of missing rewards, `rewards/<function>/dropped/<reason>`."""
+"""In the name of a count of missing rewards, `rewards/<name>/dropped/<reason>`."""
 
 
 def load_reward(spec: RewardSpec) -> RewardFn:
@@ -94,6 +95,12 @@ class WeightedRewards:
             raise InputError(
                 "rewards: wanted a weight other than 0, got none: their sum says nothing"
             )
+        for name, count in Counter(spec.label for spec in specs).items():
+            if count > 1:
+                raise InputError(
+                    f"rewards: wanted a name of its own for each, got {count} that are named "
+                    f"{name!r}. Fix: give them a `name`, such as {{function: ..., name: {name}_2}}."
+                )
         self._parts = [(spec, load_reward(spec)) for spec in specs]
         self._pools = [WorkerPool(spec) if spec.num_workers else None for spec in specs]
         self._said: set[tuple[str, str]] = set()
@@ -113,7 +120,8 @@ class WeightedRewards:
     def provenance(self) -> list[dict[str, Any]]:
         """Each spec with a hash of what computes it: a model's weights, or a function's source."""
         return [
-            as_stored(_what_it_computes(spec)) | {"hash": _fingerprint(spec.function, function)}
+            as_stored(_what_it_computes(spec))
+            | {"name": spec.label, "hash": _fingerprint(spec.function, function)}
             for spec, function in self._parts
         ]
 
@@ -139,6 +147,11 @@ class WeightedRewards:
         """Columns of which a function gets what each row has, whole."""
         return {name for _, function in self._parts for name in getattr(function, COLUMNS, {})}
 
+    @property
+    def names(self) -> list[str]:
+        """Their names, in the order of the config."""
+        return [spec.label for spec, _ in self._parts]
+
     def __call__(
         self,
         prompts: Sequence[Text],
@@ -146,34 +159,40 @@ class WeightedRewards:
         columns: Mapping[str, Sequence[Any]],
         where: Sequence[str] | None = None,
         *,
+        num_tokens: Sequence[int],
         counts: Counter[str] | None = None,
         update: Callable[[int], object] = lambda done: None,
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Total [N] (NaN where any part is absent) and the parts by dotted path, each [N].
+        """Calls each function and adds up what they return, by weight.
 
         Args:
             prompts: one a completion; [N].
             completions: [N].
             columns: further fields of the data set, each [N].
             where: `file:line` of each completion, for messages; [N].
-            counts: increased by the rewards that are missing, by function and reason.
+            num_tokens: of each completion, end token included; [N].
+            counts: increased by the rewards that are missing, by name and reason, and by the values
+                that a spec's `clip` and `overlong` change, by name.
             update: is told how many rewards are done, of N times the number of functions.
+
+        Returns:
+            Total [N], NaN where a reward is absent whose weight is not 0; and each reward by its
+            name, [N].
+
+        Raises:
+            InputError: a function that misbehaves, or a total that float32 cannot hold.
         """
         where = where or [f"prompt {prompt!r:.60}" for prompt in prompts]
-        total, parts = np.zeros(len(completions)), {}
+        counts = Counter() if counts is None else counts
+        parts = {}
         for number, (spec, _) in enumerate(self._parts):
             before = number * len(completions)
             told = lambda done, before=before: update(before + done)
             answer = self._ask(number, prompts, completions, columns, where, told)
-            self._report(spec, answer, Counter() if counts is None else counts)
-            name = spec.function if spec.function not in parts else f"{spec.function}[{number}]"
-            parts[name] = answer.values
-            total = total + spec.weight * answer.values
-        for index in np.flatnonzero(np.abs(total) > FLOAT32_MAX).tolist():
-            raise InputError(
-                f"{where[index]}: the weighted sum of the rewards is {total[index]:.4g}: wanted a "
-                "finite number of float32. Fix: smaller weights, or rewards of another unit."
-            )
+            self._report(spec, answer, counts)
+            parts[spec.label] = _shaped(answer.values, spec, np.asarray(num_tokens, int), counts)
+        total = combine(parts, {spec.label: spec.weight for spec, _ in self._parts})
+        require_float32(total, where)
         return total, parts
 
     def _ask(
@@ -203,8 +222,8 @@ class WeightedRewards:
 
     def _report(self, spec: RewardSpec, answer: Answer, counts: Counter[str]) -> None:
         """Counts the rewards that are missing, and says once what is to be said of a function."""
-        name = spec.function.rpartition(".")[2]
-        counts.update(f"rewards/{name}{DROPPED}{reason}" for reason in answer.reasons if reason)
+        missing = filter(None, answer.reasons)
+        counts.update(f"rewards/{spec.label}{DROPPED}{reason}" for reason in missing)
         for kind, text in answer.remarks.items():
             if (spec.function, kind) not in self._said:
                 self._said.add((spec.function, kind))
@@ -216,6 +235,24 @@ def _what_it_computes(spec: RewardSpec) -> RewardSpec:
     function raises drops a completion there, and ends the run elsewhere.
     """
     return replace(spec, num_workers=min(spec.num_workers, 1), batch_size=None)
+
+
+def _shaped(
+    values: np.ndarray, spec: RewardSpec, num_tokens: np.ndarray, counts: Counter[str]
+) -> np.ndarray:
+    """The values of a function, clipped and less what long completions cost; [N]."""
+    if spec.clip is not None:
+        lo, hi = spec.clip
+        clipped = np.clip(values, lo, hi)
+        counts[f"rewards/{spec.label}/clipped"] += int((np.abs(clipped - values) > 0).sum())
+        values = clipped
+    if spec.overlong is not None:
+        most, buffer = spec.overlong.max_tokens, spec.overlong.buffer_tokens
+        over = num_tokens - most
+        share = np.clip((over + buffer) / buffer, 0, 1) if buffer else (over > 0).astype(float)
+        counts[f"rewards/{spec.label}/overlong"] += int(((share > 0) & ~np.isnan(values)).sum())
+        values = values - spec.overlong.penalty * share
+    return values
 
 
 def _fingerprint(name: str, function: RewardFn) -> str:

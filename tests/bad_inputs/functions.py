@@ -12,6 +12,11 @@ class Unspeakable(Exception):
         raise RuntimeError("no text")
 
 
+def nan(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """A number that is none."""
+    return [float("nan")] * len(completions)
+
+
 def stops(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
     """Ends an iteration that is not its own."""
     return [next(iter([])) for _ in completions]

@@ -149,8 +149,19 @@ ANSWERS = [
     scoring("a function to be awaited", f"{OWN}.is_awaited", "is_awaited"),
     scoring("a reward times its weight beyond float32", f"{OWN}.huge", "comparisons.jsonl:1",
             weight="2"),
-    Case("rewards whose sum is beyond float32",
+    Case("two rewards of one name",
          runs("score", f"rewards=[{{function: {OWN}.huge}}, {{function: {OWN}.huge}}]"),
+         ("rewards", "'huge'", "name: huge_2")),
+    *(
+        Case(f"NaN from one reward of several, of weight {weight}",
+             runs("score", "rewards=[{function: copg_jax.rewards.length}, "
+                  f"{{function: {OWN}.nan, weight: {weight}}}]"),
+             ("comparisons.jsonl:1", f"{OWN}.nan", "nan"))
+        for weight in (1, 0)
+    ),
+    Case("rewards whose sum is beyond float32",
+         runs("score", f"rewards=[{{function: {OWN}.huge}}, "
+              f"{{function: {OWN}.huge, name: again}}]"),
          ("comparisons.jsonl:1",)),
     Case("no reward for any generation",
          runs("evaluate", f"evaluation.rewards=[{{function: {OWN}.none_at_all}}]"),

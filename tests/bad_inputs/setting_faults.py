@@ -52,6 +52,11 @@ VALUES = [
     ("evaluate", "evaluation.generation.batch_size", "0"),
     ("evaluate", "evaluation.generation.missing_eos_reward", "-.inf"),
     ("evaluate", "evaluation", "null"),
+    ("policy", "data.combine", "mean"),
+    ("policy", "data.combine", "min"),  # without weights
+    ("policy", "data.rewards", "{a: 0}"),
+    ("policy", "data.rewards", "{a: .nan}"),
+    ("policy", "data.rewards", "[a]"),
 ]
 
 CONFIGS = [
@@ -104,6 +109,38 @@ ARGUMENTS = [
     ),
 ]
 
+SPECS = [
+    ("clip: [1, -1]", "clip"),
+    ("clip: [1, 1]", "clip"),
+    ("clip: [1]", "clip"),
+    ("clip: 1", "clip"),
+    ("clip: [0, .nan]", "clip"),
+    ("name: a/b", "name"),
+    ("name: ''", "name"),
+    ("overlong: 5", "overlong"),
+    ("overlong: {}", "overlong.max_tokens"),
+    ("overlong: {max_tokens: 4, buffer_tokens: 5}", "overlong.buffer_tokens"),
+    ("overlong: {max_tokens: 4, penalty: -1}", "overlong.penalty"),
+]
+REWARDS = [
+    argument(
+        "held-out data of another reward",
+        "data.rewards={a: 1}",
+        "validation.path=d",
+        words=("validation.rewards", "data.rewards"),
+        stage="policy",
+    ),
+    *(
+        argument(
+            f"a reward with {spec}",
+            f"rewards=[{{function: copg_jax.rewards.length, {spec}}}]",
+            words=(f"rewards[0].{field}",),
+            stage="score",
+        )
+        for spec, field in SPECS
+    ),
+]
+
 LOSSES = [
     ("math.sqrt", "{}"),
     ("builtins.print", "{}"),
@@ -117,6 +154,16 @@ LOSSES = [
 ]
 
 STAGES = [
+    Case(
+        "weights that name a reward that is not stored",
+        runs("policy", "data.rewards={lenght: 1.0}"),
+        ("data.rewards", "'lenght'", "it has length"),
+    ),
+    Case(
+        "weights for data that was not scored",
+        runs("sft", "data.rewards={length: 1.0}"),
+        ("data.rewards", "experiments.score"),
+    ),
     Case(
         "an evaluation without reward functions",
         runs("evaluate", "evaluation.rewards=[]"),
@@ -149,4 +196,4 @@ STAGES = [
     ),
 ]
 
-CASES = [*(value(*row) for row in VALUES), *CONFIGS, *ARGUMENTS, *STAGES]
+CASES = [*(value(*row) for row in VALUES), *CONFIGS, *ARGUMENTS, *REWARDS, *STAGES]

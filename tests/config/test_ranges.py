@@ -15,7 +15,8 @@ from experiments.quickstart import QuickstartConfig
 CONFIGS: dict[str, type] = STAGES | {"quickstart": QuickstartConfig, "bandit": BanditConfig}
 NEEDED = ["output_dir=a", "model.path=m", "data.path=d", "evaluation.data.path=d"]
 NEEDED += ["reference.path=m", "validation.path=d"]
-REWARD = "[{{function: f.f, weight: {}}}]"
+# What a field of a reward needs beside it.
+BESIDE = {"buffer_tokens": {"max_tokens": 9}, "penalty": {"max_tokens": 9}}
 # Once each, though most sections are those of several stages.
 NUMBERS = {
     ".".join(field.name.split(".")[-2:]): (stage, field.name, field.type.removesuffix(" | null"))
@@ -27,12 +28,21 @@ NUMBERS = {
 ANY_SIGN = ("weight", "missing_eos_reward")
 
 
+def rewards_with(field: str, value: str) -> str:
+    """A list of one reward that has this field, such as `overlong.max_tokens`."""
+    *sections, name = field.split(".")
+    text = ", ".join([f"{k}: {v}" for k, v in BESIDE.get(name, {}).items()] + [f"{name}: {value}"])
+    for section in reversed(sections):
+        text = f"{section}: {{{text}}}"
+    return f"[{{function: f.f, {text}}}]"
+
+
 def load(stage: str, name: str, value: str) -> Any:
     cls = CONFIGS[stage]
     names = [field.name for field in iter_fields(cls)]
     needed = [setting for setting in NEEDED if setting.partition("=")[0] in names]
-    name, _, inside = name.partition("[i]")
-    return load_config(cls, [*needed, f"{name}={REWARD.format(value) if inside else value}"])
+    name, _, inside = name.partition("[i].")
+    return load_config(cls, [*needed, f"{name}={rewards_with(inside, value) if inside else value}"])
 
 
 def refusal(stage: str, name: str, value: str) -> str:

@@ -308,9 +308,11 @@ def huge(prompts: list[str], completions: list[str], **columns: Any) -> list[flo
 
 @pytest.mark.parametrize("weights", [[2.0], [1.0, 1.0], [-2e30]])
 def test_a_weighted_sum_that_float32_cannot_hold_is_refused_with_the_row(weights):
-    function = WeightedRewards([RewardSpec(f"{__name__}.huge", {}, w) for w in weights])
-    with pytest.raises(InputError, match=r"f:2: the weighted sum of the rewards is -?6e\+"):
-        function(["p", "p"], ["a", "b"], {}, ["f:1", "f:2"])
+    function = WeightedRewards(
+        [RewardSpec(f"{__name__}.huge", {}, w, name=f"huge{i}") for i, w in enumerate(weights)]
+    )
+    with pytest.raises(InputError, match=r"f:2: the combined reward is -?6e\+"):
+        function(["p", "p"], ["a", "b"], {}, ["f:1", "f:2"], num_tokens=[1, 1])
 
 
 def empties(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
@@ -331,8 +333,10 @@ def counts(prompts: list[str], completions: list[str], **columns: Any) -> list[f
 @pytest.mark.parametrize("order", [["empties", "counts"], ["counts", "empties", "counts"]])
 def test_what_a_reward_does_to_its_arguments_no_other_sees(order):
     columns = {"nested": [{"a": [1, 2]}, {"a": [3]}], "topic": ["x", "y"]}
-    function = WeightedRewards([RewardSpec(f"{__name__}.{name}") for name in order])
-    total, _ = function(["p", "p"], ["a", "b"], columns)
+    function = WeightedRewards(
+        [RewardSpec(f"{__name__}.{name}", name=f"{name}{i}") for i, name in enumerate(order)]
+    )
+    total, _ = function(["p", "p"], ["a", "b"], columns, num_tokens=[1, 1])
     np.testing.assert_array_equal(total, np.array([8, 7]) * order.count("counts"))
     assert columns == {"nested": [{"a": [1, 2]}, {"a": [3]}], "topic": ["x", "y"]}
 

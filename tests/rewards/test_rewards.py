@@ -91,10 +91,10 @@ def test_the_total_is_the_weighted_sum_and_absent_where_a_part_is():
             RewardSpec(f"{__name__}.make_scaled", {"factor": 3.0}, weight=2.0),
             RewardSpec(f"{__name__}.some"),
         ]
-    )(["p", "p"], ["a bc", ""], {})
+    )(["p", "p"], ["a bc", ""], {}, num_tokens=[3, 1])
     np.testing.assert_allclose(total, [0.5 * -2 + 2 * 12 + 4, np.nan])
-    assert parts["copg_jax.rewards.length"].tolist() == [-2.0, 0.0]
-    assert parts[f"{__name__}.make_scaled"].tolist() == [12.0, 0.0]
+    assert parts["length"].tolist() == [-2.0, 0.0]
+    assert parts["make_scaled"].tolist() == [12.0, 0.0]
 
 
 def test_no_reward_function_at_all_is_refused():
