@@ -223,6 +223,11 @@ class LossConfig:
         "copg", f"one of {', '.join(POLICY_LOSSES)}, or the dotted path of a function of yours"
     )
     beta: float = option(0.06, "KL coefficient (Fig. 6: copg 0.06, dpo 0.1, ipo 0.01)")
+    pairs: str = option(
+        "all",
+        "all pairs of a group, or cross: those of completions of different origins (Eq. 6 with "
+        "µ1 ≠ µ2; copg only)",
+    )
     arguments: dict[str, float] = option({}, "further numbers that it takes, e.g. {baseline: 0.5}")
 
     def __post_init__(self):
@@ -235,6 +240,12 @@ class LossConfig:
             raise InputError(
                 f"beta must be > 0, got {self.beta}: it weighs the KL to the reference, without "
                 "which offline learning has no optimum"
+            )
+        require_one_of(self, ("all", "cross"), "pairs")
+        if self.pairs == "cross" and self.name != "copg":
+            raise InputError(
+                f"pairs=cross is for name=copg, got name={self.name!r}: set pairs=all. (A loss of "
+                "yours that has a parameter `origin` is given the origins, whatever pairs is.)"
             )
         if "beta" in self.arguments:
             raise InputError("arguments: beta is a field of its own, loss.beta")

@@ -39,6 +39,7 @@ class GroupBatch(NamedTuple):
     completion_length: Any  # [B, K] int32, 0 where the completion is absent
     reward: Any  # [B, K] float32, reward units
     ref_logp: Any  # [B, K] float32, nats, summed over the completion
+    origin: Any = None  # [B, K] int8, which µ the completion is from; None: no loss asks
     layout: Any = None
 
 
@@ -200,6 +201,7 @@ def collate(
         completion_length=np.zeros(of_completions, np.int32),
         reward=np.zeros(of_completions, np.float32),
         ref_logp=np.zeros(of_completions, np.float32),
+        origin=np.zeros(of_completions, np.int8),
     )
     for index, group in enumerate(groups):
         if group is None:
@@ -214,6 +216,8 @@ def collate(
             batch.reward[index, : len(group.rewards)] = group.rewards
         if group.ref_logps is not None:
             batch.ref_logp[index, : len(group.ref_logps)] = group.ref_logps
+        if group.origin is not None:
+            batch.origin[index, : len(group.origin)] = group.origin
     return batch
 
 
