@@ -301,14 +301,14 @@ def test_in_a_bucket_the_metrics_of_finished_parts_are_there_while_the_next_is_s
 ):
     make_bucket(monkeypatch)
     folder, found = epath.Path("gs://b/scored"), []
-    score_rows = scoring._score_rows
+    score_rows = scoring.score_groups
 
     def watched(*arguments: Any) -> Any:
         path = folder / "metrics.jsonl"
         found.append(len(path.read_text().splitlines()) if path.exists() else 0)
         return score_rows(*arguments)
 
-    monkeypatch.setattr(scoring, "_score_rows", watched)
+    monkeypatch.setattr(scoring, "score_groups", watched)
     score(dataset, folder, side_car)
     assert found == [0, 1, 2]
 

@@ -267,6 +267,32 @@ class RewardSpec:
 
 
 @dataclass(frozen=True)
+class SamplingConfig:
+    """What completions of a prompt are drawn, for training."""
+
+    num_samples: int = option(2, "completions of each prompt")
+    max_new_tokens: int = option(53, "longest completion, EOS included; one that is cut has no EOS")
+    temperature: float = option(1.0, "1 is the model itself; 0 is greedy decoding")
+    top_k: int | None = option(None, "draw from so many most likely tokens; null = all")
+    top_p: float | None = option(
+        None, "draw from the most likely tokens that this total takes; null = all"
+    )
+    seed: int = option(0, "of all draws")
+
+    def __post_init__(self):
+        require_size(self, "num_samples")
+        require_positive(self, "max_new_tokens", "top_k")
+        require(self, ">= 0", lambda number: number >= 0, "temperature")
+        require(self, "in (0, 1)", lambda share: 0 < share < 1, "top_p")
+        require_seed(self)
+        if self.temperature == 0 and (self.num_samples > 1 or self.top_k or self.top_p):
+            raise InputError(
+                "temperature=0 is greedy decoding, which gives one completion: set num_samples=1, "
+                "and no top_k or top_p; or a temperature above 0"
+            )
+
+
+@dataclass(frozen=True)
 class GenerationConfig:
     """How completions are generated and judged."""
 

@@ -32,7 +32,7 @@ from copg_jax.errors import InputError
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 3
+_FORMAT = 4
 _ROWS_PER_RECORD_BATCH = 256
 _GROUPS_PER_REPORT = 10_000
 _MADE_ANEW = "It is made anew."
@@ -48,6 +48,7 @@ _ARROW_SCHEMA = pa.schema(
         "ref_logps": pa.list_(pa.float32()),
         "has_eos": pa.list_(pa.bool_()),
         "origin": pa.list_(pa.int8()),
+        "mu_logps": pa.list_(pa.float32()),
         "kept": pa.list_(pa.bool_()),
         "columns": pa.string(),
     }

@@ -50,6 +50,7 @@ class TokenGroup:
     `rewards` and `ref_logps` (nats, summed) are float32 [K], None where the data has none; a reward
     of NaN marks a completion to leave out. `has_eos`, bool [K]: the completion really ended, in an
     end token; None: each one does. `origin`, int8 [K]: which µ it is from; None: all are from 0.
+    `mu_logps`, float32 [K]: ln µ of its ids where a sampler knows it, nats.
     `kept`, bool [K of the row]: which of the row's completions these are; None: all.
     """
 
@@ -63,6 +64,7 @@ class TokenGroup:
     ref_logps: np.ndarray | None = None
     has_eos: np.ndarray | None = None
     origin: np.ndarray | None = None
+    mu_logps: np.ndarray | None = None
     kept: np.ndarray | None = None
     columns: dict[str, Any] = field(default_factory=dict)
 
@@ -83,7 +85,7 @@ def columns_by_completion(rows: Iterable[TokenGroup]) -> tuple[set[str], dict[st
     return lists - others.keys(), {name: others[name] for name in sorted(lists & others.keys())}
 
 
-NUMBERS = ("rewards", "ref_logps", "has_eos", "origin")
+NUMBERS = ("rewards", "ref_logps", "has_eos", "origin", "mu_logps")
 """Fields of a `TokenGroup` with one number a completion, or None."""
 
 
@@ -104,7 +106,7 @@ def tokenize_group(
     """
     prompt, prompt_ids = _fit_prompt(group, encoder, limits.max_prompt_tokens)
     encoded = encoder.encode_completions(prompt, prompt_ids, group.completions)
-    completions, notes = zip(*encoded, strict=True)
+    completions, notes = zip(*encoded, strict=True) if encoded else ((), ())
     for index, ids in enumerate(completions):
         if len(ids) == 1 and group.completions[index]:
             raise InvalidRow(
@@ -238,7 +240,7 @@ def _check_size(group: TokenGroup, shape: tuple[int, int, int]) -> None:
 def _is_repeated(group: TextGroup) -> bool:
     """Whether all completions begin with the prompt, as in rows that hold whole dialogues."""
     prompt = group.prompt.strip()
-    return all(text.lstrip().startswith(prompt) for text in group.completions)
+    return bool(group.completions) and all(text.lstrip().startswith(prompt) for text in group.completions)
 
 
 def _fit_prompt(group: TextGroup, encoder: Encoder, max_tokens: int) -> tuple[str, list[int]]:

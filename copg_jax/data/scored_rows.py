@@ -17,12 +17,14 @@ One for each group of K completions, in Parquet:
 | `logp_mu` | [K] float32 or null | ln µ of the completion's ids where a sampler knows it, nats |
 | `columns` | string | the row's other columns, as JSON |
 
-`make_row` makes the row of a group. `read_row` reads it back, number for number.
+`make_row` makes the row of a group. `read_row` reads it back, number for number. What a sampler
+wrote, see `sampled`, has the same rows, with null in place of `reward` and `ref_logp`.
 """
 
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,10 +70,27 @@ def make_row(scored: ScoredGroup) -> Row:
         InputError: other numbers of ids and scores than completions, an infinite reward, or a
             reference log-probability that is not finite or that is positive.
     """
-    group, count = scored.group, len(scored.group.completions)
+    group = scored.group
     _check(group)
+    _check_logps(group.where, "reference log-probability", group.ref_logps)
+    _check_finite(group.where, "reward", group.rewards, or_nan=True)
     for name, values in scored.by_name.items():
         _check_finite(group.where, f"reward '{name}'", values, or_nan=True)
+    return make_sampled_row(group) | {
+        "rewards": [(name, _or_null(values)) for name, values in scored.by_name.items()],
+        "reward": _or_null(group.rewards),
+        "ref_logp": group.ref_logps,
+    }
+
+
+def make_sampled_row(group: TokenGroup) -> Row:
+    """The row of a group without rewards and ln π_ref, as SCHEMA has it.
+
+    Raises:
+        InputError: other numbers of ids than completions, or ln µ that is not finite or positive.
+    """
+    count = len(group.completions)
+    _check(group)
     return {
         "id": group.id,
         "prompt": group.prompt,
@@ -80,19 +99,39 @@ def make_row(scored: ScoredGroup) -> Row:
         "completion_token_ids": group.completion_tokens,
         "has_eos": [True] * count if group.has_eos is None else group.has_eos,
         "origin": [0] * count if group.origin is None else group.origin,
-        "rewards": [(name, _or_null(values)) for name, values in scored.by_name.items()],
-        "reward": _or_null(group.rewards),
-        "ref_logp": group.ref_logps,
+        "logp_mu": group.mu_logps,
         "columns": json.dumps(group.columns, default=str),
     }
 
 
 def read_row(where: str, row: Row) -> TokenGroup:
-    """Makes a group of one row of a part: the ids and numbers that are stored.
+    """Makes a group of one row of scored data: the ids and numbers that are stored.
 
     Raises:
         InputError: a column that is missing, or numbers that do not fit the completions.
     """
+    group = read_sampled_row(where, row)
+    try:
+        group = replace(
+            group,
+            rewards=np.array(row["reward"], np.float32),
+            ref_logps=np.array(row["ref_logp"], np.float32),
+        )
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise _no_row(where, error) from error
+    _check(group)
+    _check_finite(where, "reward", group.rewards, or_nan=True)
+    _check_logps(where, "reference log-probability", group.ref_logps)
+    return group
+
+
+def read_sampled_row(where: str, row: Row) -> TokenGroup:
+    """Makes a group of one row of a part, but for rewards and ln π_ref.
+
+    Raises:
+        InputError: a column that is missing, or numbers that do not fit the completions.
+    """
+    mu_logps = row.get("logp_mu")
     try:
         group = TokenGroup(
             id=row["id"],
@@ -101,19 +140,22 @@ def read_row(where: str, row: Row) -> TokenGroup:
             prompt_tokens=np.array(row["prompt_token_ids"], np.int32),
             completions=tuple(row["completions"]),
             completion_tokens=tuple(np.array(i, np.int32) for i in row["completion_token_ids"]),
-            rewards=np.array(row["reward"], np.float32),
-            ref_logps=np.array(row["ref_logp"], np.float32),
             has_eos=np.array(row["has_eos"], bool),
             origin=np.array(row["origin"], np.int8),
+            mu_logps=None if mu_logps is None else np.array(mu_logps, np.float32),
             columns=json.loads(row["columns"]),
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise InputError(
-            f"{where}: not a row of scored data of format {FORMAT}: {type(error).__name__}: "
-            f"{error}. Score again."
-        ) from error
+        raise _no_row(where, error) from error
     _check(group)
     return group
+
+
+def _no_row(where: str, error: Exception) -> InputError:
+    return InputError(
+        f"{where}: not a row of data of format {FORMAT}: {type(error).__name__}: {error}. Sample "
+        "or score again."
+    )
 
 
 def _check(group: TokenGroup) -> None:
@@ -124,15 +166,20 @@ def _check(group: TokenGroup) -> None:
     if {len(ids) - 1, *sizes.values()} != {count} or not all(map(len, ids)):
         raise InputError(
             f"{group.where}: wanted ids of the prompt and, for each of {count} completions, ids "
-            f"and numbers, got {list(map(len, ids))} ids and {sizes} numbers. Score again."
+            f"and numbers, got {list(map(len, ids))} ids and {sizes} numbers. Sample or score "
+            "again."
         )
-    _check_finite(group.where, "reward", group.rewards, or_nan=True)
-    _check_finite(group.where, "reference log-probability", group.ref_logps, or_nan=False)
-    ref_logps = np.asarray(group.ref_logps)
-    for index in np.flatnonzero(ref_logps > _MOST_LOGP):
+    if group.mu_logps is not None:
+        _check_logps(group.where, "log-probability under µ", group.mu_logps)
+
+
+def _check_logps(where: str, what: str, values: Any) -> None:
+    """Raises InputError unless these are sums of logarithms of probabilities."""
+    _check_finite(where, what, values, or_nan=False)
+    for index in np.flatnonzero(np.asarray(values) > _MOST_LOGP):
         raise InputError(
-            f"{group.where}: the reference log-probability of completion {index} is "
-            f"{ref_logps[index]}: wanted one of at most 0 nats, to rounding. Score again."
+            f"{where}: the {what} of completion {index} is {values[index]}: wanted one of at most "
+            "0 nats, to rounding. Sample or score again."
         )
 
 

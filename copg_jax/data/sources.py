@@ -18,6 +18,7 @@ from copg_jax.files import local_copy
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 SIDE_CAR = "scored.json"
+SAMPLES = "sampled.json"
 # Files that lie beside data and describe it.
 _METADATA = {
     "config.json",
@@ -76,7 +77,7 @@ def _find_files(path: str, split: str) -> tuple[list[Path], list[Path]]:
         found = files = [place]
     elif place.is_dir():
         found = [file for file in place.rglob("*") if file.suffix in SUFFIXES and not file.is_dir()]
-        if (place / SIDE_CAR).exists():
+        if (place / SIDE_CAR).exists() or (place / SAMPLES).exists():
             found = list(place.glob("part-*.parquet"))
         files = _of_split(place, _data_of(place, found), split)
     else:
