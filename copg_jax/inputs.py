@@ -19,7 +19,7 @@ from copg_jax import distributed
 from copg_jax.config.load import config_differences
 from copg_jax.config.sections import DataConfig
 from copg_jax.config.stages import PolicyEvaluationConfig
-from copg_jax.data import scored
+from copg_jax.data import sampled, scored
 from copg_jax.data.dataset import GroupDataset, data_key, format_stats, is_prepared, prepare
 from copg_jax.data.groups import REPEATED, GroupBatch, TokenGroup
 from copg_jax.data.reader import GroupReader
@@ -47,6 +47,7 @@ def open_data(
     *,
     chosen_only: bool = False,
     by_choice: bool = False,
+    prompts_only: bool = False,
 ) -> GroupDataset:
     """Tokenises a data set into `folder`/tokens (once) and logs what was kept, cut and dropped.
 
@@ -57,9 +58,12 @@ def open_data(
         name: of the file and in the log.
         chosen_only: see `GroupReader`.
         by_choice: see `GroupReader`.
+        prompts_only: see `GroupReader`.
     """
     path = scratch_folder(folder, jax.process_index()) / "tokens" / f"{name}.arrow"
-    rows = GroupReader(section, chosen_only=chosen_only, by_choice=by_choice)
+    rows = GroupReader(
+        section, chosen_only=chosen_only, by_choice=by_choice, prompts_only=prompts_only
+    )
     vocab_size = model.arch.vocab_size
     turn: AbstractContextManager[None] = nullcontext()
     if jax.process_count() > 1:
@@ -102,6 +106,7 @@ def _report(dataset: GroupDataset, section: DataConfig, name: str) -> None:
     log.info("%s: %s, %s", name, path, describe_files(path, section.split))
     by = "its first row" if section.format == "auto" else "data.format"
     by = "how it was scored" if scored.is_scored(path) else by
+    by = "how it was sampled" if sampled.is_sampled(path) else by
     log.info("%s: text format '%s', by %s\n%s", name, stats["text_format"], by, format_stats(stats))
     if repeated := stats["changed"].get(REPEATED):
         log.warning(

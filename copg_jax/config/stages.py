@@ -18,6 +18,7 @@ from copg_jax.config.sections import (
     ModelConfig,
     OptimConfig,
     RewardSpec,
+    SamplingConfig,
     TrainingConfig,
     require,
     require_one_of,
@@ -33,7 +34,7 @@ MAY_DIFFER = (
     "mesh",
     "model.attention",
     "reference.attention",
-    "batch_size",  # of scoring; that of training is training.batch_size
+    "batch_size",  # of sampling and scoring; that of training is training.batch_size
     "evaluation.generation.batch_size",  # samples do not depend on it
     "evaluation.generation.num_texts",
     "training.eval_every",  # best/ is then the best of the steps that were evaluated
@@ -94,6 +95,31 @@ class SFTConfig(TrainConfig):
 @dataclass(frozen=True)
 class RewardModelConfig(TrainConfig):
     """Bradley–Terry reward model on human comparisons."""
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Completions of prompts by a model, as groups to score and train on."""
+
+    output_dir: str = option(help="folder of the samples: part-*.parquet and sampled.json")
+    model: ModelConfig = section(ModelConfig)
+    data: DataConfig = section(DataConfig)
+    sampling: SamplingConfig = section(SamplingConfig)
+    origin: int = option(0, "of the completions, which tells their µ from another one's")
+    engine_prompts: bool = option(
+        False, "draw nothing: write prompts.jsonl, with ids, for an engine (generate_vllm.py)"
+    )
+    batch_size: int = option(32, "prompts completed at a time")
+    part_size: int = option(512, "prompts per Parquet part; an interrupted run resumes at a part")
+    mesh: MeshConfig = section(MeshConfig)
+    distributed: str = _distributed()
+
+    def __post_init__(self):
+        require_path("output_dir", self.output_dir)
+        require_one_of(self, DISTRIBUTED_MODES, "distributed")
+        require(self, "in [0, 127]", lambda origin: 0 <= origin <= 127, "origin")
+        require_size(self, "batch_size")
+        require_positive(self, "part_size")
 
 
 @dataclass(frozen=True)
@@ -166,6 +192,7 @@ class EvaluateConfig:
 STAGES: dict[str, type] = {
     "sft": SFTConfig,
     "reward": RewardModelConfig,
+    "sample": SampleConfig,
     "score": ScoreConfig,
     "policy": PolicyConfig,
     "evaluate": EvaluateConfig,

@@ -71,6 +71,19 @@ def is_sampled(path: str) -> bool:
         return (epath.Path(path) / SAMPLES).exists()
 
 
+def is_sampled_to_its_end(folder: epath.Path) -> bool:
+    """Whether a folder is complete, and its parts are as they were written.
+
+    Raises:
+        InputError: a part that is not of it, that is damaged, or that cannot be read.
+    """
+    if not is_sampled(str(folder)):
+        return False
+    sampled = read_sampled(folder)
+    check_samples(folder, sampled)
+    return sampled.complete
+
+
 def save_sampled(folder: epath.Path, sampled: Sampled) -> None:
     """Writes the side-car, in place of an earlier one."""
     folder.mkdir(parents=True, exist_ok=True)

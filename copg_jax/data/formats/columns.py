@@ -36,6 +36,24 @@ def to_group(where: str, row: Row) -> TextGroup | str:
     return group
 
 
+def to_prompt(where: str, row: Row) -> TextGroup | str:
+    """The same without its completions; a row may have none, and a `prompt` alone.
+
+    Raises:
+        InvalidRow: as `to_group`.
+    """
+    if any(all(name in row for name in schema.fields) for schema in SCHEMAS) or "prompt" not in row:
+        group = to_group(where, row)
+        if isinstance(group, str):
+            return group
+        return replace(group, completions=(), rewards=None, chosen=None, is_choice=False)
+    _check_values(where, row)
+    group = _prompt_row(where, row, (), None, used=("prompt",))
+    if not group.prompt.strip():
+        raise InvalidRow(where, "empty prompt", "field 'prompt' is empty.")
+    return group
+
+
 class Schema(NamedTuple):
     """A known row format: its name, the fields that identify it and the function that reads it."""
 
