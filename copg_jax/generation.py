@@ -151,8 +151,7 @@ class Completer:
     def _group(self, prompt: TokenGroup, samples: Samples, origin: int) -> TokenGroup:
         """A prompt with its samples; arrays of them are [K] and [K, C]."""
         ids = [
-            tokens[:length]
-            for tokens, length in zip(samples.tokens, samples.length, strict=True)
+            tokens[:length] for tokens, length in zip(samples.tokens, samples.length, strict=True)
         ]
         texts = [
             self.encoder.completion_text(own[: len(own) - ended])
@@ -175,9 +174,7 @@ class Completer:
         )
 
 
-def make_completer(
-    config: SamplingConfig, model: PretrainedModel, *, batch_size: int
-) -> Completer:
+def make_completer(config: SamplingConfig, model: PretrainedModel, *, batch_size: int) -> Completer:
     """The samples of a model, as a config wants them.
 
     Args:

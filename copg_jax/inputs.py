@@ -24,6 +24,7 @@ from copg_jax.data.dataset import GroupDataset, data_key, format_stats, is_prepa
 from copg_jax.data.groups import REPEATED, GroupBatch, TokenGroup
 from copg_jax.data.reader import GroupReader
 from copg_jax.data.sources import describe_files, find_files, is_hub_id
+from copg_jax.data.stream import Groups
 from copg_jax.data.tokenizer import Encoder, tokenizer_hash
 from copg_jax.errors import InputError
 from copg_jax.evaluate import GenerationEvaluator, Generator
@@ -136,7 +137,7 @@ def _require_same(key: str, path: str) -> None:
         )
 
 
-def warn_of_overlap(dataset: GroupDataset, held_out: GroupDataset) -> None:
+def warn_of_overlap(dataset: Groups, held_out: GroupDataset) -> None:
     """Says how many groups of a held-out set have posts, or other prompts, that are trained on."""
     trained = set(dataset.posts())
     shared = sum(post in trained for post in held_out.posts())
@@ -173,14 +174,14 @@ def require_preferences(section: DataConfig) -> None:
         )
 
 
-def require_differences(section: DataConfig, dataset: GroupDataset) -> None:
+def require_differences(dataset: Groups) -> None:
     """Raises InputError where no group has two different rewards, from which a loss would learn."""
     for group in dataset:
         given = group.rewards[~np.isnan(group.rewards)] if group.rewards is not None else []
         if len(given) and min(given) < max(given):
             return
     raise InputError(
-        f"data.path {section.path}: wanted groups with different rewards, got {len(dataset)} in "
+        f"data.path: wanted groups with different rewards, got {len(dataset)} in "
         "each of which all completions are equally good: there is nothing to learn. Fix: other "
         "data, or score with another reward function."
     )

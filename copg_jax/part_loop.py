@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -42,10 +43,8 @@ def is_complete(
     answer = False
     with distributed.main_first(folder):
         if distributed.is_main_process():
-            try:
+            with suppress(Damaged):  # who makes the parts names it
                 answer = is_whole()
-            except Damaged:
-                pass  # who makes the parts names it
     answer = bool(distributed.from_main(answer))
     if answer:
         warn_of_lost_lines(folder, _ends(num_groups, part_size).tolist())

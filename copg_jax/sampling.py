@@ -55,9 +55,7 @@ class _Mu(NamedTuple):
     top_p: float | None = None
 
 
-def _next_tokens(
-    logits: Array, keys: Array, index: Array, mu: _Mu
-) -> tuple[Array, Array, Array]:
+def _next_tokens(logits: Array, keys: Array, index: Array, mu: _Mu) -> tuple[Array, Array, Array]:
     """Draws one token per row, with ln π and ln µ of it; a row's draw depends on its key and
     position alone.
 

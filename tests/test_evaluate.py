@@ -263,7 +263,9 @@ def test_short_prompts_do_not_pay_for_long_ones_and_later_evaluations_have_the_s
         shapes = map(np.shape, (prompt_tokens, length, keys))
         seen.append((layout.prompt_sizes, layout.token_slots.shape[1], *shapes))
         tokens = np.full((2, 1, 6), EOS)
-        return Samples(tokens, np.ones((2, 1), int), *[np.zeros((2, 1, 6))] * 2, np.ones((2, 1), bool))
+        return Samples(
+            tokens, np.ones((2, 1), int), *[np.zeros((2, 1, 6))] * 2, np.ones((2, 1), bool)
+        )
 
     prompts = prompts_of([3, 90, 5, 130, 66, 2, 70])
     on = evaluator(sampler, prompts=prompts, batch_size=2, num_samples=1)

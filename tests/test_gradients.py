@@ -39,7 +39,16 @@ PAIRS = {  # name: (closed form, function that it differentiates)
         functools.partial(losses.pg_objective, baseline=BASELINE),
     ),
 }
-CASES = [("copg", 2), ("copg", 5), ("cross_copg", 3), ("cross_copg", 5), ("rloo", 4), ("pg", 3), ("ipo", 2), ("dpo", 2)]
+CASES = [
+    ("copg", 2),
+    ("copg", 5),
+    ("cross_copg", 3),
+    ("cross_copg", 5),
+    ("rloo", 4),
+    ("pg", 3),
+    ("ipo", 2),
+    ("dpo", 2),
+]
 
 # The bandit of Sec. 5.
 REWARD = np.array([2.5, 2.0, 1.0])

@@ -90,6 +90,7 @@ def test_samples_are_groups_with_their_ids_texts_ends_and_probabilities(place, t
         make_seq_logp(model.arch), model.load(), mesh=model.mesh, batch_size=8, name="base"
     )
     for group, logps in zip(groups, forward(groups), strict=True):
+        assert group.mu_logps is not None
         np.testing.assert_allclose(group.mu_logps, logps, atol=2e-4)
 
 
@@ -190,7 +191,8 @@ def test_on_policy_with_two_samples_the_gradient_of_a_step_is_that_of_rloo(place
 def test_prompts_alone_are_enough_each_is_taken_once_and_those_for_an_engine_have_ids(
     place, tmp_path
 ):
-    rows = [{"prompt": "Say a.", "id": "x", "answer": 4}, {"prompt": "Say b."}, {"prompt": "Say a."}]
+    rows = [{"prompt": "Say a.", "id": "x", "answer": 4}, {"prompt": "Say b."}]
+    rows += [{"prompt": "Say a."}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     own = [f"data.path={tmp_path / 'rows.jsonl'}", "data.part=all", "data.holdout_fraction=0"]
     draw(place, *own, "engine_prompts=true", f"output_dir={tmp_path / 'out'}")

@@ -17,6 +17,7 @@ from copg_jax.config.sections import (
     MeshConfig,
     ModelConfig,
     OptimConfig,
+    PolicyDataConfig,
     RewardSpec,
     SamplingConfig,
     TrainingConfig,
@@ -27,6 +28,7 @@ from copg_jax.config.sections import (
     require_seed,
     require_size,
 )
+from copg_jax.errors import InputError
 
 MAY_DIFFER = (
     "output_dir",  # a folder may be moved
@@ -158,6 +160,7 @@ class PolicyConfig(TrainConfig):
     scored folder.
     """
 
+    data: PolicyDataConfig = section(PolicyDataConfig)
     loss: LossConfig = section(LossConfig)
     evaluation: PolicyEvaluationConfig | None = option(
         None, "generation every training.eval_every steps; null = none"
@@ -167,6 +170,12 @@ class PolicyConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         require_positive(self, "logits_chunk")
+        shares = [source.share for source in self.data.sources if source.share is not None]
+        if self.loss.pairs == "cross" and shares:
+            raise InputError(
+                f"data.sources: got shares {shares} with loss.pairs=cross, which joins the "
+                "completions of a prompt from all sources into one group: leave the shares out"
+            )
 
 
 @dataclass(frozen=True)

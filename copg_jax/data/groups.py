@@ -240,7 +240,9 @@ def _check_size(group: TokenGroup, shape: tuple[int, int, int]) -> None:
 def _is_repeated(group: TextGroup) -> bool:
     """Whether all completions begin with the prompt, as in rows that hold whole dialogues."""
     prompt = group.prompt.strip()
-    return bool(group.completions) and all(text.lstrip().startswith(prompt) for text in group.completions)
+    return bool(group.completions) and all(
+        text.lstrip().startswith(prompt) for text in group.completions
+    )
 
 
 def _fit_prompt(group: TextGroup, encoder: Encoder, max_tokens: int) -> tuple[str, list[int]]:

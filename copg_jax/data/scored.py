@@ -18,7 +18,7 @@ from etils import epath
 
 from copg_jax.checksums import read_object, read_record, write_record
 from copg_jax.data import parts
-from copg_jax.data.scored_rows import FORMAT, SCHEMA, ScoredGroup, make_row
+from copg_jax.data.scored_rows import FORMAT, ScoredGroup, make_row
 from copg_jax.data.sources import SIDE_CAR
 from copg_jax.errors import InputError
 from copg_jax.files import bucket_errors

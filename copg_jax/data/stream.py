@@ -1,6 +1,8 @@
 """The order of training: from a data set to the same batches on one host or many.
 
 1. Rows are shuffled anew in each epoch and the epochs are laid end to end (grain, index by index).
+   Of a pool with shares each source is, and the next position is that of the source that is most
+   behind its share.
 2. A `Pack` composes batches of neighbours in that order, all of one shape; a tail that does not
    fill a batch is left out.
 3. Steps 1 and 2 are done before the run starts, since the one shape must fit all batches; of a run
@@ -17,6 +19,7 @@ import numpy as np
 
 from copg_jax.data.dataset import GroupDataset
 from copg_jax.data.groups import GroupBatch, TokenGroup
+from copg_jax.data.pool import JoinedPool, Pool
 from copg_jax.errors import InputError
 
 # Loading is a copy out of a memory map: few threads are enough to stay ahead of a training step.
@@ -35,6 +38,9 @@ class Batches(Protocol):
         """Of all groups of a batch, or of a host's share."""
         ...
 
+
+Groups = GroupDataset | Pool | JoinedPool
+"""What is read by index; its length is that of an epoch."""
 
 Pack = Callable[..., Batches]
 """(num_tokens [n, 2], batch_size=, num_bins=, sizes=(P, K, C), epoch_size=) → Batches.
@@ -80,7 +86,7 @@ class GroupStream:
 
     def __init__(
         self,
-        dataset: GroupDataset,
+        dataset: Groups,
         pack: Pack,
         *,
         batch_size: int,
@@ -101,11 +107,7 @@ class GroupStream:
             )
         self._dataset = dataset
         self._start_step, self._host, self._num_hosts = start_step, host, num_hosts
-        # The seed goes through `.seed`: `shuffle(seed)` adds the epoch to it, so that the second
-        # epoch of one seed would be the first epoch of the next.
-        ordered = num_ordered(len(dataset), num_epochs)
-        order = grain.MapDataset.range(len(dataset)).seed(seed).shuffle().repeat(ordered)
-        shuffled = np.array([order[i] for i in range(len(order))], np.int32)
+        shuffled = _order(dataset, seed, num_ordered(len(dataset), num_epochs))
         batches = pack(
             dataset.num_tokens(shuffled),
             batch_size=batch_size,
@@ -125,6 +127,20 @@ class GroupStream:
         rows = np.split(self._rows[step % len(self._rows)], self._num_hosts)[self._host]
         groups = [self._dataset[int(row)] for row in rows]
         return [group.id for group in groups], self._collate(groups)
+
+
+def _order(dataset: Groups, seed: int, num_epochs: int) -> np.ndarray:
+    """Index of the group at each position of so many epochs, int32."""
+    ranges = dataset.ranges if isinstance(dataset, Pool) else [(0, len(dataset), 1.0)]
+    # The seed goes through `.seed`: `shuffle(seed)` adds the epoch to it, so that the second
+    # epoch of one seed would be the first epoch of the next.
+    orders = [
+        grain.MapDataset.range(first, first + size).seed(seed).shuffle().repeat()
+        for first, size, _ in ranges
+    ]
+    shares = [share for *_, share in ranges]
+    order = grain.MapDataset.mix(orders, weights=shares) if len(orders) > 1 else orders[0]
+    return np.array([order[i] for i in range(len(dataset) * num_epochs)], np.int32)
 
 
 def _check(num_rows: int, batch_size: int, num_bins: int, num_hosts: int) -> None:

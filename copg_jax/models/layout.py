@@ -271,7 +271,6 @@ class ReusedShapes:
         widths = (shape.prompt_size,) * len(shape.prompt_sizes)
         return Shape(shape.num_bins, widths, *key, size, known)
 
-
     def fit_prompts(self, shape: Shape) -> Shape:
         """A shape for prompts that are to be completed, of `Shape.with_all_completions`: one that
         was there before, or else a new one, rounded up.

@@ -20,11 +20,21 @@ import numpy as np
 import optax
 from etils import epath
 
-from copg_jax import checksums, disk, distributed, flops, inputs, run_folder, runtime, sharding
+from copg_jax import (
+    checksums,
+    disk,
+    distributed,
+    flops,
+    inputs,
+    pooled,
+    run_folder,
+    runtime,
+    sharding,
+)
 from copg_jax.config.sections import DataConfig
 from copg_jax.config.stages import MAY_DIFFER, TrainConfig
 from copg_jax.data.dataset import GroupDataset
-from copg_jax.data.stream import GroupStream, num_ordered, num_steps
+from copg_jax.data.stream import Groups, GroupStream, num_ordered, num_steps
 from copg_jax.errors import Damaged
 from copg_jax.evaluate import GenerationEvaluator, make_loss_evaluator
 from copg_jax.hf.pretrained import PretrainedModel, open_model
@@ -52,6 +62,9 @@ class Stage:
     check_section: Callable[[DataConfig], None] | None = None
     # (section, model, data set): raises InputError where a data set does not fit the stage.
     check_data: Callable[[DataConfig, PretrainedModel, GroupDataset], None] | None = None
+    # Raises InputError where all groups of training together do not fit the stage.
+    check_pool: Callable[[Groups], None] | None = None
+    cross: bool = False  # pairs are those of different origins
     # (model, output folder) → the evaluation by generation, and hashes of what it reads.
     open_evaluation: (
         Callable[[PretrainedModel, epath.Path], tuple[GenerationEvaluator, dict[str, str]]] | None
@@ -69,7 +82,7 @@ class _Run:
     folder: epath.Path
     mesh: jax.sharding.Mesh
     model: PretrainedModel
-    data: GroupDataset
+    data: Groups
     held_out: GroupDataset | None
     num_steps: int
     optimizer: optax.GradientTransformation
@@ -199,15 +212,13 @@ def _prepare(config: TrainConfig, stage: Stage) -> _Run:
     shapes = abstract_state(optimizer, model.shapes)
     if not checksums.is_sealed(folder / "model"):  # else it is complete
         to_write = _bytes_to_write(shapes, stage.best_metric is not None)
-        tokens = inputs.prepared_bytes(config.data, config.validation)
+        tokens = inputs.prepared_bytes(*pooled.scored_sections(config.data), config.validation)
         disk.warn_of_space(folder, to_write + tokens)
-    datasets = []
-    for section in (config.data, config.validation):
+    for section in (*pooled.scored_sections(config.data), config.validation):
         if section is not None and stage.check_section is not None:
             stage.check_section(section)
-    for name, section in (("train", config.data), ("validation", config.validation)):
-        if section is None:
-            continue
+
+    def open_one(section: DataConfig, name: str) -> GroupDataset:
         dataset = inputs.open_data(
             section,
             model,
@@ -218,23 +229,31 @@ def _prepare(config: TrainConfig, stage: Stage) -> _Run:
         )
         if stage.check_data is not None:
             stage.check_data(section, model, dataset)
-        datasets.append(dataset)
-    if len(datasets) > 1:
-        inputs.warn_of_overlap(*datasets)
-    total = num_steps(len(datasets[0]), training.batch_size, training.num_epochs)
+        return dataset
+
+    data = pooled.open_pooled(
+        config.data, lambda section, end: open_one(section, f"train{end}"), cross=stage.cross
+    )
+    held_out = None
+    if config.validation is not None:
+        held_out = open_one(config.validation, "validation")
+        inputs.warn_of_overlap(data, held_out)
+    if stage.check_pool is not None:
+        stage.check_pool(data)
+    total = num_steps(len(data), training.batch_size, training.num_epochs)
     total = total if training.max_steps is None else min(total, training.max_steps)
     warmup = optim.warmup_steps(config.optim, total)
     log.info("%d steps; the learning rate rises over the first %d", total, warmup)
-    ordered = num_ordered(len(datasets[0]), training.num_epochs)
-    if total > num_steps(len(datasets[0]), training.batch_size, ordered):
+    ordered = num_ordered(len(data), training.num_epochs)
+    if total > num_steps(len(data), training.batch_size, ordered):
         log.info("after %d epochs the same batches come again, in their order", ordered)
     return _Run(
         config=config,
         folder=folder,
         mesh=mesh,
         model=model,
-        data=datasets[0],
-        held_out=datasets[1] if len(datasets) > 1 else None,
+        data=data,
+        held_out=held_out,
         num_steps=total,
         optimizer=optimizer,
         shapes=shapes,
