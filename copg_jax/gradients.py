@@ -7,7 +7,8 @@ constant). In order below:
 
 1. `regularized_reward`, Eq. (1);
 2. sample gradients: `copg_gradient` (Eq. 9 and 16, any K), `cross_copg_gradient` (between
-   origins), `rloo_gradient`, `pg_gradient`, `ipo_gradient`, `dpo_gradient`; of relatives, `regression_gradient`, `topr_gradient`;
+   origins), `rloo_gradient`, `pg_gradient`, `ipo_gradient`, `dpo_gradient`; of relatives,
+   `regression_gradient`, `topr_gradient`;
 3. population gradients of a bandit: `population_copg_gradient` (Eq. 7), `population_rloo_gradient`
    (k samplers), `population_pg_gradient`, and of the preference losses, `population_ipo_gradient`,
    `population_dpo_gradient`.

@@ -3,10 +3,10 @@
     python -m experiments.train_policy configs/tldr.yaml configs/sizes/llama2_7b.yaml \\
         configs/losses/copg.yaml
 
-Reads the folder that `experiments.score` wrote, or several (data.sources). Training holds one model:
-rewards and ln π_ref come with the data. Evaluation by generation additionally holds π_ref and the
-reward functions' models. Writes metrics.jsonl, checkpoints/, model/ (the last step) and best/ (the
-step of the highest generation reward).
+Reads the folder that `experiments.score` wrote, or several (data.sources). Training holds one
+model: rewards and ln π_ref come with the data. Evaluation by generation additionally holds π_ref
+and the reward functions' models. Writes metrics.jsonl, checkpoints/, model/ (the last step) and
+best/ (the step of the highest generation reward).
 """
 
 from copg_jax.config.load import run_main
