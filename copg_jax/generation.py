@@ -20,6 +20,7 @@ from jax import Array
 from copg_jax import distributed, sharding
 from copg_jax.config.sections import SamplingConfig
 from copg_jax.data import sampled
+from copg_jax.data.formats.choice import FORMATS
 from copg_jax.data.groups import GroupBatch, TokenGroup
 from copg_jax.data.sources import SAMPLES
 from copg_jax.data.tokenizer import Encoder
@@ -163,7 +164,7 @@ class Completer:
                 raise not_finite(self.name, logp, prompt.where, text)
         return replace(
             prompt,
-            completions=tuple(texts),
+            completions=tuple(map(FORMATS[prompt.format].answer, texts)),
             completion_tokens=tuple(ids),
             rewards=None,
             ref_logps=None,
@@ -184,7 +185,7 @@ def make_completer(config: SamplingConfig, model: PretrainedModel, *, batch_size
     """
     sample = make_sampler(
         model.arch,
-        eos_id=model.tokenizer.eos_token_id,
+        end_ids=model.end_ids,
         max_new_tokens=config.max_new_tokens,
         num_samples=config.num_samples,
         temperature=config.temperature,

@@ -19,8 +19,8 @@ from copg_jax.config.load import run_main
 from copg_jax.config.stages import MAY_DIFFER, SampleConfig
 from copg_jax.data import sampled
 from copg_jax.data.dataset import GroupDataset
-from copg_jax.data.formats.choice import FORMATS
-from copg_jax.data.tokenizer import tokenizer_hash
+from copg_jax.data.formats.choice import text_format_hash
+from copg_jax.data.tokenizer import Encoder
 from copg_jax.files import write_text
 from copg_jax.hf.pretrained import PretrainedModel, open_model
 from copg_jax.inputs import open_data, prepared_bytes
@@ -79,10 +79,11 @@ def _side_car(
     config: SampleConfig, model: PretrainedModel, prompts: GroupDataset
 ) -> sampled.Sampled:
     """What a folder of samples is made of, before its first part is written."""
+    encoder, text_format = Encoder(model.tokenizer), prompts.stats["text_format"]
     return sampled.Sampled(
-        tokenizer_hash=tokenizer_hash(model.tokenizer),
-        text_format=prompts.stats["text_format"],
-        text_format_hash=FORMATS[prompts.stats["text_format"]].hash,
+        tokenizer_hash=encoder.hash,
+        text_format=text_format,
+        text_format_hash=text_format_hash(text_format, encoder),
         model_hash=model.hash,
         model_dtype=model.arch.dtype,
         sampling=asdict(config.sampling),

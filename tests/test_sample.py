@@ -208,9 +208,9 @@ def test_prompts_alone_are_enough_each_is_taken_once_and_those_for_an_engine_hav
 
 
 @pytest.mark.parametrize("setting", ["sampling.top_k=5", "sampling.top_p=0.9"])
-def test_a_truncated_support_is_warned_of(place, tmp_path, setting, caplog):
+def test_a_truncated_support_is_warned_of(place, tmp_path, setting, capfd):
     draw(place, setting, "data.max_rows=3", f"output_dir={tmp_path / 'out'}")
-    assert "equal supports" in caplog.text
+    assert "equal supports" in capfd.readouterr().err
     side_car = sampled.read_sampled(epath.Path(tmp_path / "out"))
     assert not side_car.is_whole_model and side_car.complete
     assert len(rows_of(tmp_path / "out")) == 3

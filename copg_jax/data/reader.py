@@ -10,19 +10,21 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 from etils import epath
 
 from copg_jax.config.sections import DataConfig
 from copg_jax.data import sampled, scored
-from copg_jax.data.formats.choice import FORMATS, FormatChoice
+from copg_jax.data.formats.choice import FormatChoice, text_format_hash
 from copg_jax.data.formats.columns import detect_schema, to_group, to_prompt
-from copg_jax.data.formats.texts import TextGroup
+from copg_jax.data.formats.texts import TextGroup, stored_text
 from copg_jax.data.formats.tldr import post_fraction
 from copg_jax.data.groups import NUMBERS, TokenGroup
-from copg_jax.data.rows import InvalidRow, Row, read_rows
-from copg_jax.data.scored_rows import read_row, read_sampled_row
+from copg_jax.data.rows import InvalidRow, Row, read_rows, rename
+from copg_jax.data.scored_rows import SCHEMA, read_row, read_sampled_row
 from copg_jax.data.sources import SAMPLES, SIDE_CAR, describe_files, fingerprint, split_family
+from copg_jax.data.tokenizer import Encoder
 from copg_jax.errors import InputError
 from copg_jax.files import bucket_errors
 
@@ -73,7 +75,7 @@ class GroupReader:
         path = self._config.path
         return f"{path} ({describe_files(path, self._config.split)})"
 
-    def check_ids(self, tokenizer_hash: str) -> None:
+    def check_ids(self, encoder: Encoder) -> None:
         """Raises InputError where the data has ids, and they are not this tokenizer's, not as they
         were written, or those of texts in another format.
         """
@@ -87,10 +89,14 @@ class GroupReader:
                 f"{config.path}: the data was sampled or scored in the text format '{name}', but "
                 f"data.format is '{config.format}'. Set data.format={name}, or score again."
             )
-        known = FORMATS.get(name)
+        if config.columns:
+            raise InputError(
+                f"{config.path}: scored data and samples have the fields that they were given, "
+                f"but data.columns is {config.columns}. Leave it out."
+            )
         hashes = {
-            "tokenizer_hash": tokenizer_hash,
-            "text_format_hash": known.hash if known else f"no format '{name}'",
+            "tokenizer_hash": encoder.hash,
+            "text_format_hash": text_format_hash(name, encoder),
         }
         if scored.is_scored(config.path):
             scored.check_parts(config.path, scored.verify(config.path, **hashes))
@@ -120,8 +126,8 @@ class GroupReader:
         self._make = self._text_group
         self._choice = FormatChoice(config.format)
         if (name := self._format_of_ids()) is not None:
-            self._make = read_row if scored.is_scored(config.path) else read_sampled_row
-            self.text_format = name
+            read = read_row if scored.is_scored(config.path) else read_sampled_row
+            self._make, self.text_format = partial(read, text_format=name), name
         self.counts.clear()
         self.changed.clear()
         self._prompts.clear()
@@ -145,7 +151,7 @@ class GroupReader:
                 raise row
             group = self._make(where, row)
             if not isinstance(group, str) and config.part != "all":
-                held_out = post_fraction(group.prompt) < config.holdout_fraction
+                held_out = post_fraction(stored_text(group.prompt)) < config.holdout_fraction
                 if held_out != (config.part == "validation"):
                     return OTHER_PART
             if not isinstance(group, str) and self._chosen_only:
@@ -175,9 +181,10 @@ class GroupReader:
 
     def _only_prompt(self, group: TextGroup | TokenGroup) -> TextGroup | TokenGroup | str:
         """A group without completions, the first time that its prompt is there."""
-        if group.prompt in self._prompts:
+        prompt = stored_text(group.prompt)
+        if prompt in self._prompts:
             return PROMPT_AGAIN
-        self._prompts.add(group.prompt)
+        self._prompts.add(prompt)
         if isinstance(group, TextGroup):
             return group
         numbers = dict.fromkeys(NUMBERS)
@@ -185,7 +192,7 @@ class GroupReader:
 
     def _text_group(self, where: str, row: Row) -> TextGroup | str:
         config = self._config
-        if row.keys() >= set(scored.SCHEMA.names):
+        if row.keys() >= set(SCHEMA.names):
             raise InputError(
                 f"{where}: a part of scored data or samples without its {SIDE_CAR} or {SAMPLES}. "
                 "Let data.path name the whole folder that experiments.score or sample wrote."
@@ -195,6 +202,7 @@ class GroupReader:
             split_family(config.split) or config.split
         ):
             return OTHER_SPLIT
+        row = rename(where, row, config.columns)
         group = to_prompt(where, row) if self._prompts_only else to_group(where, row)
         if isinstance(group, TextGroup):
             group = self._choice.render(group)

@@ -18,6 +18,7 @@ import numpy as np
 
 from copg_jax.config.schema import FLOAT32_MAX, as_stored, map_leaves
 from copg_jax.config.sections import RewardSpec
+from copg_jax.data.formats.texts import Text
 from copg_jax.dotted import describe, find, shown
 from copg_jax.errors import Ended, InputError
 
@@ -58,8 +59,8 @@ def load_reward(spec: RewardSpec) -> RewardFn:
 
 def score_texts(
     function: RewardFn,
-    prompts: Sequence[str],
-    completions: Sequence[str],
+    prompts: Sequence[Text],
+    completions: Sequence[Text],
     columns: Mapping[str, Sequence[Any]],
     *,
     name: str,
@@ -69,8 +70,8 @@ def score_texts(
 
     Args:
         function: the reward function; it gets copies, and the column `rewards` only if it takes it.
-        prompts: one a completion; [N].
-        completions: [N].
+        prompts: one a completion, messages where those of the data are; [N].
+        completions: [N]; messages too, one of the assistant each.
         columns: further fields of the data set, each [N].
         name: the function's name, for messages.
         where: `file:line` of each completion, for messages; [N].
@@ -87,7 +88,8 @@ def score_texts(
 
     own = {column: copy.deepcopy(columns[column]) for column in columns if column in taken}
     try:
-        answer: Any = function(prompts=list(prompts), completions=list(completions), **own)
+        texts = {"prompts": list(prompts), "completions": list(completions)}
+        answer: Any = function(**copy.deepcopy(texts), **own)
         if hasattr(answer, "__array__") and np.ndim(answer) == 1:
             answer = _listed(answer)
     except (InputError, KeyboardInterrupt, Ended):
@@ -119,7 +121,7 @@ def _taken(function: RewardFn, columns: Iterable[str], name: str) -> set[str]:
 
 
 def _checked(
-    answer: Any, completions: Sequence[str], where: Sequence[str], name: str
+    answer: Any, completions: Sequence[Text], where: Sequence[str], name: str
 ) -> np.ndarray:
     """The numbers that a function returned, NaN for None; arguments and errors of `score_texts`."""
     if not isinstance(answer, list | tuple):
@@ -216,8 +218,8 @@ class WeightedRewards:
 
     def __call__(
         self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
         columns: Mapping[str, Sequence[Any]],
         where: Sequence[str] | None = None,
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:

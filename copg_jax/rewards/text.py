@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+from copg_jax.data.formats.texts import Text, content
+
 
 def given(
-    prompts: Sequence[str],
-    completions: Sequence[str],
+    prompts: Sequence[Text],
+    completions: Sequence[Text],
     *,
     rewards: Sequence[float | None],
     **columns: Any,
@@ -22,14 +24,14 @@ def given(
     return rewards
 
 
-def length(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+def length(prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
     """Minus the number of words: the shorter, the better."""
-    return [-float(len(text.split())) for text in completions]
+    return [-float(len(content(text).split())) for text in completions]
 
 
 def rouge_l(
-    prompts: Sequence[str],
-    completions: Sequence[str],
+    prompts: Sequence[Text],
+    completions: Sequence[Text],
     *,
     reference: Sequence[str | None],
     **columns: Any,
@@ -46,6 +48,6 @@ def rouge_l(
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     return [
-        None if target is None else scorer.score(target, text)["rougeL"].fmeasure
+        None if target is None else scorer.score(target, content(text))["rougeL"].fmeasure
         for target, text in zip(reference, completions, strict=True)
     ]

@@ -112,6 +112,7 @@ def test_what_was_scored_comes_back_number_for_number(plain, tmp_path, rng):
             has_eos=rng.random(k) < 0.5,
             origin=rng.integers(0, 3, k).astype(np.int8),
             columns={"topic": i, "nested": {"a": [None, "ü"]}},
+            format="tldr",
         )
         wanted.append(group)
     groups = [ScoredGroup(group, {}) for group in wanted]
@@ -265,7 +266,7 @@ def test_a_row_that_the_score_stage_did_not_write_so_is_named(plain, tmp_path, c
     part = Path(path) / "part-00000.parquet"
     (row,) = pq.read_table(part).to_pylist()
     row = {name: item for name, item in (row | {column: value}).items() if item is not ...}
-    schema = pa.schema([field for field in scored.SCHEMA if field.name in row])
+    schema = pa.schema([field for field in scored_rows.SCHEMA if field.name in row])
     pq.write_table(pa.Table.from_pylist([row], schema), part)
     side_car = read_side_car(epath.Path(path))
     parts = {part.name: file_sum(part)}  # as if the score stage had written it
