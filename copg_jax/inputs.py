@@ -24,6 +24,7 @@ from copg_jax.data.dataset import GroupDataset, data_key, format_stats, is_prepa
 from copg_jax.data.formats.texts import stored_text
 from copg_jax.data.groups import REPEATED, GroupBatch, TokenGroup
 from copg_jax.data.reader import GroupReader
+from copg_jax.data.rows import InvalidRow, read_rows
 from copg_jax.data.sources import describe_files, find_files, is_hub_id
 from copg_jax.data.stream import Groups
 from copg_jax.data.tokenizer import Encoder, tokenizer_hash
@@ -192,6 +193,35 @@ def require_differences(dataset: Groups) -> None:
         "each of which all completions are equally good: there is nothing to learn. Fix: other "
         "data, or score with another reward function."
     )
+
+
+def require_answers(prompts: str | None, section: DataConfig, dataset: GroupDataset) -> None:
+    """Raises InputError unless data answer every prompt of a file, and no other.
+
+    Args:
+        prompts: the prompts.jsonl that an engine was given; None for data of something else.
+        section: the data.
+        dataset: the data, tokenised.
+    """
+    if prompts is None:
+        return
+    asked = {}
+    for where, row in read_rows(prompts):
+        ids = None if isinstance(row, InvalidRow) else row.get("prompt_token_ids")
+        if ids is None:
+            raise InputError(f"{where}: prompts: wanted `prompt_token_ids`, as sample writes them.")
+        asked[tuple(ids)] = where
+    answered = {tuple(group.prompt_tokens.tolist()): group.where for group in dataset}
+    missing = [where for ids, where in asked.items() if ids not in answered]
+    others = [where for ids, where in answered.items() if ids not in asked]
+    if missing or others:
+        raise InputError(
+            f"data.path {section.path}: wanted the {len(asked)} prompts of {prompts}, got "
+            f"{len(answered)}; {len(missing)} are missing{' (' * bool(missing)}"
+            f"{', '.join(missing[:4])}{')' * bool(missing)} and {len(others)} are others"
+            f"{' (' * bool(others)}{', '.join(others[:4])}{')' * bool(others)}. Fix: let the "
+            "engine answer all of them, once; or leave `prompts` out."
+        )
 
 
 def require_scored_folder(section: DataConfig) -> None:

@@ -10,7 +10,8 @@ from glob import glob, has_magic
 from typing import Any
 
 from copg_jax import losses
-from copg_jax.config.sections import DataConfig, PolicyDataConfig
+from copg_jax.config.policy_data import PolicyDataConfig
+from copg_jax.config.sections import DataConfig
 from copg_jax.data.dataset import GroupDataset
 from copg_jax.data.pool import JoinedPool, Pool, Source, origins_of
 from copg_jax.data.stream import Groups

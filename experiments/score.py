@@ -17,7 +17,7 @@ from copg_jax.config.load import run_main
 from copg_jax.config.stages import MAY_DIFFER, ScoreConfig
 from copg_jax.hf.pretrained import open_model
 from copg_jax.infer import GroupForward
-from copg_jax.inputs import open_data, prepared_bytes
+from copg_jax.inputs import open_data, prepared_bytes, require_answers
 from copg_jax.models.forward import make_seq_logp
 from copg_jax.part_loop import is_complete
 
@@ -39,6 +39,7 @@ def _score(config: ScoreConfig) -> None:
     # The tokens, and as much again as parts.
     disk.warn_of_space(folder, 2 * prepared_bytes(config.data))
     dataset = open_data(config.data, model, folder, "groups")
+    require_answers(config.prompts, config.data, dataset)
     rewards = scoring.open_rewards(config, dataset)
     hashes = {"reference": model.hash, "data": dataset.fingerprint}
     hashes |= {"rewards": rewards.fingerprint}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from copg_jax.config.options import option, section
+from copg_jax.config.policy_data import PolicyDataConfig
 from copg_jax.config.sections import (
     DISTRIBUTED_MODES,
     DataConfig,
@@ -17,7 +18,6 @@ from copg_jax.config.sections import (
     MeshConfig,
     ModelConfig,
     OptimConfig,
-    PolicyDataConfig,
     RewardSpec,
     SamplingConfig,
     TrainingConfig,
@@ -131,6 +131,9 @@ class ScoreConfig:
     output_dir: str = option(help="folder of the scored data: part-*.parquet and scored.json")
     reference: ModelConfig = section(ModelConfig)
     data: DataConfig = section(DataConfig)
+    prompts: str | None = option(
+        None, "prompts.jsonl that an engine was given: its data must answer each of them"
+    )
     rewards: list[RewardSpec] = option([], "reward functions; the reward is their weighted sum")
     batch_size: int = option(64, "groups per forward pass")
     part_size: int = option(2048, "groups per Parquet part; an interrupted run resumes at a part")

@@ -14,6 +14,7 @@ import numpy as np
 
 from copg_jax.config.sections import Limits
 from copg_jax.data.formats.choice import FORMATS
+from copg_jax.data.formats.engine import encode_engine
 from copg_jax.data.formats.texts import Text, TextGroup, Written
 from copg_jax.data.formats.tldr import parse_prompt
 from copg_jax.data.rows import InvalidRow
@@ -110,8 +111,14 @@ def tokenize_group(
     encoder, (prompt, prompt_ids) = written.encoder, _fit_prompt(group, written, limits)
     encoded = encoder.encode_completions(prompt, prompt_ids, written.completions)
     completions, notes = zip(*encoded, strict=True) if encoded else ((), ())
-    for index, ids in enumerate(completions):
-        _check_completion(group, index, ids, written)
+    has_ended = None
+    if group.engine is None or group.engine.completion_ids is None:
+        for index, ids in enumerate(completions):
+            _check_completion(group, index, ids, written)
+    if group.engine is not None:
+        completions, ends = encode_engine(group.engine, completions, encoder, group.where, counts)
+        has_ended = np.array(ends, bool)
+        notes = notes if group.engine.completion_ids is None else ()
     is_cut = prompt != written.prompt
     whole = TokenGroup(
         id=group.id,
@@ -121,6 +128,7 @@ def tokenize_group(
         completions=group.completions,
         completion_tokens=tuple(np.asarray(ids, np.int32) for ids in completions),
         rewards=None if group.rewards is None else np.array(group.rewards, np.float32),
+        has_eos=has_ended,
         columns=group.columns,
         format=group.format,
     )
@@ -258,6 +266,8 @@ def _is_repeated(written: Written) -> bool:
 def _fit_prompt(group: TextGroup, written: Written, limits: Limits) -> tuple[str, list[int]]:
     """Returns the prompt, cut by the rule of its format where it is too long, and its ids."""
     encoder, max_tokens = written.encoder, limits.max_prompt_tokens
+    if group.engine is not None and group.engine.prompt_ids is not None:
+        return written.prompt, group.engine.prompt_ids  # `fit_group` checks their number
     ids = encoder.encode_prompt(written.prompt)
     if len(ids) <= max_tokens:
         return written.prompt, ids

@@ -61,6 +61,7 @@ class GroupReader:
     ) -> None:
         self._config, self._chosen_only, self._prompts_only = config, chosen_only, prompts_only
         self._prompts: set[str] = set()
+        self._answered: dict[str, str] = {}  # prompt of an engine → where it is
         self.by_choice = by_choice
         self.counts: Counter[str] = Counter()
         self.changed: Counter[str] = Counter()
@@ -131,6 +132,7 @@ class GroupReader:
         self.counts.clear()
         self.changed.clear()
         self._prompts.clear()
+        self._answered.clear()
         self._first = None
         self.rows_read = kept = 0
         for where, row in read_rows(config.path, split=config.split, revision=config.revision):
@@ -205,7 +207,7 @@ class GroupReader:
         row = rename(where, row, config.columns)
         group = to_prompt(where, row) if self._prompts_only else to_group(where, row)
         if isinstance(group, TextGroup):
-            group = self._choice.render(group)
+            group = self._rendered(group)
             if self._choice.chosen is not None:
                 self.text_format = self._choice.chosen.name
         if isinstance(group, TextGroup) and not self._prompts_only:
@@ -218,6 +220,24 @@ class GroupReader:
                 choice = [float(k == group.chosen) for k in range(len(group.completions))]
                 group = replace(group, rewards=tuple(choice), is_choice=True)
         return group
+
+    def _rendered(self, group: TextGroup) -> TextGroup | str:
+        """The group in the format of the data set; texts whose ids an engine gives stay its own.
+
+        Raises:
+            InputError: an engine's second answer to a prompt.
+        """
+        rendered = self._choice.render(group)
+        if isinstance(rendered, str) or group.engine is None:
+            return rendered
+        prompt = stored_text(group.prompt)
+        if (first := self._answered.setdefault(prompt, group.where)) != group.where:
+            raise InputError(
+                f"{group.where}: the prompt that was answered at {first} already: wanted each "
+                "prompt of an engine's file once, with all of its completions. Remove one."
+            )
+        own = group.engine.completion_ids is not None
+        return replace(rendered, completions=group.completions) if own else rendered
 
     def _check_one_schema(self, where: str, name: str) -> None:
         """A folder may hold posts and comparisons side by side; training on both is an accident."""

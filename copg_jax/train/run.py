@@ -9,14 +9,12 @@
 
 import logging
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from etils import epath
 
@@ -44,6 +42,7 @@ from copg_jax.objective import LossFn
 from copg_jax.tracking import MetricsLogger, warn_of_lost_lines
 from copg_jax.train import loop, optim
 from copg_jax.train.checkpoint import Checkpoints
+from copg_jax.train.compiled import CompiledStep, as_arguments
 from copg_jax.train.metrics import LateMetrics
 from copg_jax.train.state import TrainState, abstract_state, create_state, state_shardings
 from copg_jax.train.step import make_loss_step, make_train_step
@@ -152,7 +151,7 @@ def _train(
         run.model.arch, batch.prompt_length, batch.completion_length, head=stage.head
     )
     return loop.run(
-        _Step(run, loss_fn, stage.coefficients),
+        _compiled_step(run, loss_fn, stage.coefficients),
         _initial_state(run, checkpoints, start),
         iter(_stream(run, start)),
         range(start + 1, run.num_steps + 1),
@@ -164,42 +163,17 @@ def _train(
     ).params
 
 
-class _Step:
-    """The step of a run, compiled once: a batch of another shape or dtype is an error.
-
-    Args:
-        run: gives optimiser, mesh and learning rate.
-        loss_fn: what is minimised.
-        coefficients: its numbers.
-    """
-
-    def __init__(self, run: _Run, loss_fn: LossFn, coefficients: Mapping[str, float]) -> None:
-        self._step_fn = make_train_step(
-            loss_fn,
-            run.optimizer,
-            mesh=run.mesh,
-            state_shardings=run.shardings,
-            num_microbatches=run.config.training.num_microbatches,
-        )
-        self._coefficients = as_arguments(coefficients)
-        self._learning_rate = partial(optim.learning_rate, run.config.optim, run.num_steps)
-        self._compiled: Any = None
-
-    def __call__(self, step: int, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
-        arguments = self._coefficients | {
-            "learning_rate": np.float32(self._learning_rate(step - 1))
-        }
-        if self._compiled is None:
-            log.info("compiling the training step")
-            begin = time.perf_counter()
-            self._compiled = self._step_fn.lower(state, batch, **arguments).compile()
-            log.info("compiled in %.0f s", time.perf_counter() - begin)
-        return self._compiled(state, batch, **arguments)
-
-
-def as_arguments(coefficients: Mapping[str, float]) -> dict[str, np.float32]:
-    """Numbers of a loss as a compiled step takes them."""
-    return {name: np.float32(value) for name, value in coefficients.items()}
+def _compiled_step(run: _Run, loss_fn: LossFn, coefficients: Mapping[str, float]) -> CompiledStep:
+    """The step of a run, with its optimiser, mesh and learning rate."""
+    step_fn = make_train_step(
+        loss_fn,
+        run.optimizer,
+        mesh=run.mesh,
+        state_shardings=run.shardings,
+        num_microbatches=run.config.training.num_microbatches,
+    )
+    learning_rate = partial(optim.learning_rate, run.config.optim, run.num_steps)
+    return CompiledStep(step_fn, coefficients, learning_rate)
 
 
 def _prepare(config: TrainConfig, stage: Stage) -> _Run:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from copg_jax.config.schema import FLOAT32_MAX
 from copg_jax.data.chat_template import Messages
+from copg_jax.data.formats.engine import ENGINE_FIELDS, read_engine
 from copg_jax.data.formats.messages import (
     check_turns,
     read_messages,
@@ -200,7 +201,9 @@ def _group_row(where: str, row: Row) -> TextGroup:
             "field 'completions' is an empty list: wanted at least one text.",
         )
     rewards = _rewards(where, row, len(texts))
-    return _prompt_row(where, row, texts, rewards, used=("prompt", "completions", "rewards"))
+    engine = read_engine(where, row, len(texts))
+    used = ("prompt", "completions", "rewards", *(ENGINE_FIELDS if engine else ()))
+    return replace(_prompt_row(where, row, texts, rewards, used=used), engine=engine)
 
 
 def _prompt_row(
