@@ -25,12 +25,13 @@ from copg_jax.data.dataset import GroupDataset
 from copg_jax.data.formats.choice import FORMATS
 from copg_jax.data.groups import GroupBatch, TokenGroup, columns_by_completion
 from copg_jax.errors import InputError
-from copg_jax.generations import Generation, in_prompt_order, sample_texts, summarize
+from copg_jax.generation import PromptSampler
 from copg_jax.infer import not_finite, one_late
-from copg_jax.models.layout import Shape, pack, pack_by_length
+from copg_jax.models.layout import pack
 from copg_jax.rewards.functions import WeightedRewards
 from copg_jax.runtime import Progress, make_pause
 from copg_jax.sampling import Sampler, Samples, row_keys
+from copg_jax.summary import Generation, in_prompt_order, sample_texts, summarize
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +131,13 @@ class GenerationEvaluator:
         self._rewards, self._beta = rewards, beta
         self._counts: Counter[str] = Counter()
         self._placement = sharding.batch_sharding(generator.mesh)
+        self._sampler = PromptSampler(
+            generator.sample,
+            mesh=generator.mesh,
+            batch_size=min(config.batch_size, len(prompts)),
+            num_samples=config.num_samples,
+            max_new_tokens=config.max_new_tokens,
+        )
         self._pause, self._is_compiled = make_pause(generator.mesh), False
         self._columns = sorted({name for prompt in prompts for name in prompt.columns})
         rewards.require_columns(self._columns)
@@ -170,15 +178,12 @@ class GenerationEvaluator:
                 its mesh and batch size may have been others.
         """
         keys = row_keys(self._config.seed, step, len(self._prompts))
-        launched = (
-            (rows, *self._launch(params, keys, rows, shape)) for rows, shape in self._plan(finished)
-        )
+        left = np.array([i for i in range(len(self._prompts)) if i not in finished], int)
         # Texts and rewards of a batch are made while the device generates the next one.
-        left, done = len(self._prompts) - len(finished), 0
         self._counts.clear()
-        compiles = not self._is_compiled and left > 0
-        with Progress("generation", left, "prompts", compiles=compiles) as progress:
-            for rows, samples, ref_logp in one_late(launched):
+        done, compiles = 0, not self._is_compiled and len(left) > 0
+        with Progress("generation", len(left), "prompts", compiles=compiles) as progress:
+            for rows, samples, ref_logp in one_late(self._launched(params, keys, left)):
                 present = rows >= 0
                 samples, ref_logp = jax.tree.map(
                     lambda x, present=present: x[present], jax.device_get((samples, ref_logp))
@@ -190,45 +195,22 @@ class GenerationEvaluator:
                 yield self._judge(found)
                 self._pause()
 
-    def _plan(self, finished: Collection[int]) -> Iterator[tuple[np.ndarray, Shape]]:
-        """Batches of the prompts that are left, [B] each, -1 = none: the same at every evaluation,
-        so that later ones compile nothing.
+    def _launched(
+        self, params: Any, keys: Array, left: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, Samples, Array | None]]:
+        """Starts the generation of batch after batch, and ln π_ref of what each will generate
+        [B, K, C]; gives the prompts of each with them, [B], -1 = none. The batches are the same at
+        every evaluation, so that later ones compile nothing.
         """
-        config = self._config
-        left = np.array([i for i in range(len(self._prompts)) if i not in finished], int)
-        lengths = [(len(self._prompts[i].prompt_tokens), 0) for i in left]
-        batches = pack_by_length(
-            np.array(lengths, int).reshape(-1, 2),
-            batch_size=min(config.batch_size, len(self._prompts)),
-            num_bins=sharding.num_batch_shards(self._generator.mesh),
-            sizes=(config.num_samples, config.max_new_tokens),
-        )
-        for packed in batches:
-            full = packed.shape.with_all_completions()  # they may become as long as they can
-            yield from ((np.where(rows < 0, -1, left[rows]), full) for rows in packed.rows)
-
-    def _launch(
-        self, params: Any, keys: Array, rows: np.ndarray, shape: Shape
-    ) -> tuple[Samples, Array | None]:
-        """Starts the generation of a batch, and ln π_ref of what it will generate [B, K, C]."""
-        config = self._config
-        blank = (np.zeros(config.max_new_tokens, np.int32),) * config.num_samples
-        nothing: dict[str, Any] = {"rewards": None, "ref_logps": None, "completion_tokens": blank}
-        host = shape.collate(
-            [None if i < 0 else replace(self._prompts[i], **nothing) for i in rows]
-        )
-        # The model wants at least one token, but the sampler shall leave empty rows empty.
-        length = np.where(rows < 0, 0, host.prompt_length)
-        alone = shape.prompt_layout(host.prompt_length)
-        batch, length, alone = distributed.place_whole((host, length, alone), self._placement)
-        keys = keys[np.maximum(rows, 0)]
-        samples = self._generator.sample(params, batch.prompt_tokens, length, alone, keys)
-        if self._generator.ref_token_logp is None:
-            return samples, None
-        # Not waiting for the samples, which alone would tell the host how long they are.
-        tokens, length = jax.device_put((samples.tokens, samples.length), self._placement)
-        batch = batch._replace(completion_tokens=tokens, completion_length=length)
-        return samples, self._generator.ref_token_logp(batch)
+        prompts = [self._prompts[i] for i in left]
+        for rows, samples, batch in self._sampler.launched(params, prompts, keys[left]):
+            ref_logp = None
+            if self._generator.ref_token_logp is not None:
+                # Not waiting for the samples, which alone would tell the host how long they are.
+                own = jax.device_put((samples.tokens, samples.length), self._placement)
+                batch = batch._replace(completion_tokens=own[0], completion_length=own[1])
+                ref_logp = self._generator.ref_token_logp(batch)
+            yield np.where(rows < 0, -1, left[rows]), samples, ref_logp
 
     def _measure(
         self, rows: Sequence[int], samples: Samples, ref_token_logp: np.ndarray | None

@@ -6,8 +6,9 @@ functions here return the w_i (the derivative with respect to the log-ratio λ_i
 constant). In order below:
 
 1. `regularized_reward`, Eq. (1);
-2. sample gradients: `copg_gradient` (Eq. 9 and 16, any K), `rloo_gradient`, `pg_gradient`,
-   `ipo_gradient`, `dpo_gradient`; of relatives, `regression_gradient`, `topr_gradient`;
+2. sample gradients: `copg_gradient` (Eq. 9 and 16, any K), `cross_copg_gradient` (between
+   origins), `rloo_gradient`, `pg_gradient`, `ipo_gradient`, `dpo_gradient`; of relatives,
+   `regression_gradient`, `topr_gradient`;
 3. population gradients of a bandit: `population_copg_gradient` (Eq. 7), `population_rloo_gradient`
    (k samplers), `population_pg_gradient`, and of the preference losses, `population_ipo_gradient`,
    `population_dpo_gradient`.
@@ -53,6 +54,30 @@ def copg_gradient(log_ratio: Array, reward: Array, *, beta: float | Array) -> Ar
     value = regularized_reward(log_ratio, reward, beta=beta)
     pair = value[..., :, None] - value[..., None, :]
     return pair.sum(-1) / (value.shape[-1] - 1)
+
+
+def cross_copg_gradient(
+    log_ratio: Array, reward: Array, origin: Array, *, beta: float | Array
+) -> Array:
+    """∂/∂λ_i of CoPG over the pairs of different origins of a group; ascent direction.
+
+    Sums Eq. (9) over the partners of i, the completions of other origins, and divides by their
+    average number m̄: ``w_i = 1/m̄ Σ_{j: o_j ≠ o_i} (R^π_β(y_i) − R^π_β(y_j))``.
+
+    Args:
+        log_ratio: nats; [..., K].
+        reward: reward units; [..., K].
+        origin: which µ each completion is from; [..., K]. Two of them at least.
+        beta: KL coefficient β > 0; scalar.
+
+    Returns:
+        Coefficients of ∇ln π(y_i), reward units; [..., K].
+    """
+    chex.assert_equal_shape([log_ratio, origin])
+    value = regularized_reward(log_ratio, reward, beta=beta)
+    apart = origin[..., :, None] != origin[..., None, :]
+    pair = jnp.where(apart, value[..., :, None] - value[..., None, :], 0.0)
+    return pair.sum(-1) / apart.sum(-1).mean(-1)[..., None]
 
 
 def rloo_gradient(log_ratio: Array, reward: Array, *, beta: float | Array) -> Array:

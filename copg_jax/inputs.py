@@ -19,12 +19,14 @@ from copg_jax import distributed
 from copg_jax.config.load import config_differences
 from copg_jax.config.sections import DataConfig
 from copg_jax.config.stages import PolicyEvaluationConfig
-from copg_jax.data import scored
+from copg_jax.data import sampled, scored
 from copg_jax.data.dataset import GroupDataset, data_key, format_stats, is_prepared, prepare
 from copg_jax.data.formats.texts import stored_text
 from copg_jax.data.groups import REPEATED, GroupBatch, TokenGroup
 from copg_jax.data.reader import GroupReader
+from copg_jax.data.rows import InvalidRow, read_rows
 from copg_jax.data.sources import describe_files, find_files, is_hub_id
+from copg_jax.data.stream import Groups
 from copg_jax.data.tokenizer import Encoder, tokenizer_hash
 from copg_jax.errors import InputError
 from copg_jax.evaluate import GenerationEvaluator, Generator
@@ -48,6 +50,7 @@ def open_data(
     *,
     chosen_only: bool = False,
     by_choice: bool = False,
+    prompts_only: bool = False,
 ) -> GroupDataset:
     """Tokenises a data set into `folder`/tokens (once) and logs what was kept, cut and dropped.
 
@@ -58,9 +61,12 @@ def open_data(
         name: of the file and in the log.
         chosen_only: see `GroupReader`.
         by_choice: see `GroupReader`.
+        prompts_only: see `GroupReader`.
     """
     path = scratch_folder(folder, jax.process_index()) / "tokens" / f"{name}.arrow"
-    rows = GroupReader(section, chosen_only=chosen_only, by_choice=by_choice)
+    rows = GroupReader(
+        section, chosen_only=chosen_only, by_choice=by_choice, prompts_only=prompts_only
+    )
     vocab_size = model.arch.vocab_size
     turn: AbstractContextManager[None] = nullcontext()
     if jax.process_count() > 1:
@@ -109,6 +115,7 @@ def _report(dataset: GroupDataset, section: DataConfig, name: str) -> None:
     log.info("%s: %s, %s", name, path, describe_files(path, section.split))
     by = "its first row" if section.format == "auto" else "data.format"
     by = "how it was scored" if scored.is_scored(path) else by
+    by = "how it was sampled" if sampled.is_sampled(path) else by
     log.info("%s: text format '%s', by %s\n%s", name, stats["text_format"], by, format_stats(stats))
     if repeated := stats["changed"].get(REPEATED):
         log.warning(
@@ -138,7 +145,7 @@ def _require_same(key: str, path: str) -> None:
         )
 
 
-def warn_of_overlap(dataset: GroupDataset, held_out: GroupDataset) -> None:
+def warn_of_overlap(dataset: Groups, held_out: GroupDataset) -> None:
     """Says how many groups of a held-out set have posts, or other prompts, that are trained on."""
     trained = set(dataset.posts())
     shared = sum(post in trained for post in held_out.posts())
@@ -175,17 +182,46 @@ def require_preferences(section: DataConfig) -> None:
         )
 
 
-def require_differences(section: DataConfig, dataset: GroupDataset) -> None:
+def require_differences(dataset: Groups) -> None:
     """Raises InputError where no group has two different rewards, from which a loss would learn."""
     for group in dataset:
         given = group.rewards[~np.isnan(group.rewards)] if group.rewards is not None else []
         if len(given) and min(given) < max(given):
             return
     raise InputError(
-        f"data.path {section.path}: wanted groups with different rewards, got {len(dataset)} in "
+        f"data.path: wanted groups with different rewards, got {len(dataset)} in "
         "each of which all completions are equally good: there is nothing to learn. Fix: other "
         "data, or score with another reward function."
     )
+
+
+def require_answers(prompts: str | None, section: DataConfig, dataset: GroupDataset) -> None:
+    """Raises InputError unless data answer every prompt of a file, and no other.
+
+    Args:
+        prompts: the prompts.jsonl that an engine was given; None for data of something else.
+        section: the data.
+        dataset: the data, tokenised.
+    """
+    if prompts is None:
+        return
+    asked = {}
+    for where, row in read_rows(prompts):
+        ids = None if isinstance(row, InvalidRow) else row.get("prompt_token_ids")
+        if ids is None:
+            raise InputError(f"{where}: prompts: wanted `prompt_token_ids`, as sample writes them.")
+        asked[tuple(ids)] = where
+    answered = {tuple(group.prompt_tokens.tolist()): group.where for group in dataset}
+    missing = [where for ids, where in asked.items() if ids not in answered]
+    others = [where for ids, where in answered.items() if ids not in asked]
+    if missing or others:
+        raise InputError(
+            f"data.path {section.path}: wanted the {len(asked)} prompts of {prompts}, got "
+            f"{len(answered)}; {len(missing)} are missing{' (' * bool(missing)}"
+            f"{', '.join(missing[:4])}{')' * bool(missing)} and {len(others)} are others"
+            f"{' (' * bool(others)}{', '.join(others[:4])}{')' * bool(others)}. Fix: let the "
+            "engine answer all of them, once; or leave `prompts` out."
+        )
 
 
 def require_scored_folder(section: DataConfig) -> None:

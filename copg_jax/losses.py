@@ -3,14 +3,16 @@
 Every policy objective takes the log-ratios λ_i = ln π(y_i|x) − ln π_ref(y_i|x) and the rewards R_i
 of a group and returns one number a group. In order below:
 
-1. `copg_objective`, the paper's Eq. (5) for any K ≥ 2, in O(K);
+1. `copg_objective`, the paper's Eq. (5) for any K ≥ 2, in O(K), and `cross_copg_objective`, the
+   same over pairs of different origins alone, Eq. (6) with µ1 ≠ µ2;
 2. the direct alignment losses on the same rewards, `dpo_loss` and `ipo_loss`;
 3. the policy gradient surrogates `pg_objective` (a given baseline) and `rloo_objective`;
 4. the supervised losses `bradley_terry_loss` (reward model) and `nll_loss` (SFT).
 
 A policy loss carries what an average over groups needs to know of it: `counts(reward, mask)` marks
 the groups that teach it something (see `counting`). Any function of the signature of `copg_loss` is
-one; without `counts`, groups of two or more completions count.
+one; without `counts`, groups of two or more completions count. One that also takes `origin`, as
+`cross_copg_loss` does, is given it, and so are its `counts`.
 
 A name ending in `_objective` is maximised, one ending in `_loss` is minimised. Log-ratios are
 *sums* over the tokens of a completion, in nats, never averages. `mask` marks the completions that
@@ -26,6 +28,9 @@ import jax.numpy as jnp
 from jax import Array
 
 Loss = TypeVar("Loss", bound=Callable[..., Any])
+
+NUM_ORIGINS = 8
+"""Origins of completions that `cross_copg_objective` tells apart: 0 to 7."""
 
 
 def present(mask: Array | None, like: Array) -> Array:
@@ -67,6 +72,20 @@ def has_preference(reward: Array, mask: Array | None = None) -> Array:
     Groups of ties carry no information for losses that see only the order of rewards.
     """
     return preferences(reward, mask).any((-2, -1))
+
+
+def _num_partners(mask: Array, origin: Array) -> Array:
+    """How many present completions of its group have another origin than each present one; 0 for
+    an absent one; [..., K].
+    """
+    of_origin = jax.nn.one_hot(origin, NUM_ORIGINS, dtype=jnp.int32) * mask[..., None]
+    own = (of_origin * of_origin.sum(-2, keepdims=True)).sum(-1)
+    return jnp.where(mask, mask.sum(-1, keepdims=True) - own, 0)
+
+
+def has_cross_pair(reward: Array, mask: Array | None = None, *, origin: Array) -> Array:
+    """Marks groups with two present completions of different origins; [..., K] → [...]."""
+    return _num_partners(present(mask, reward), origin).any(-1)
 
 
 def counting(counts: Callable[..., Array]) -> Callable[[Loss], Loss]:
@@ -115,6 +134,66 @@ def copg_loss(
 ) -> Array:
     """Negative `copg_objective`; minimised. Same arguments, [..., K] → [...]."""
     return -copg_objective(log_ratio, reward, beta=beta, mask=mask)
+
+
+def cross_copg_objective(
+    log_ratio: Array,
+    reward: Array,
+    *,
+    beta: float | Array,
+    origin: Array,
+    mask: Array | None = None,
+) -> Array:
+    """CoPG objective of each group over its pairs of different origins, Eq. (6) with µ1 ≠ µ2;
+    maximised.
+
+    With m_i the number of partners of i, the present completions of other origins, it is
+
+        k / Σ_i m_i · Σ_{i<j, o_i ≠ o_j} ℓ(y_i, y_j)
+
+    the mean over these pairs times k/2, as `copg_objective` is over all pairs. No pairs are needed:
+
+        Σ_{i<j, o_i ≠ o_j} (a_i − a_j)(b_i − b_j) = Σ_i m_i a_i b_i − Σ_i a_i Σ_i b_i + Σ_o A_o B_o
+
+    where A_o and B_o are the sums over the completions of origin o.
+
+    Args:
+        log_ratio: ln π − ln π_ref of each completion, nats, summed over tokens; [..., K].
+        reward: reward of each completion, reward units; [..., K].
+        beta: KL coefficient β > 0, reward units per nat; scalar.
+        origin: which µ each completion is from, in [0, NUM_ORIGINS); int [..., K].
+        mask: true where a completion is present; [..., K]. None means all are.
+
+    Returns:
+        The objective; [...]. Groups without two origins give 0.
+    """
+    chex.assert_equal_shape([log_ratio, reward, origin])
+    mask = present(mask, log_ratio)
+    partners = _num_partners(mask, origin)
+    of_origin = jax.nn.one_hot(origin, NUM_ORIGINS, dtype=log_ratio.dtype)
+    # Sums over all pairs and over those of one origin cancel less about the mean.
+    gap, reward_gap = _centred(log_ratio, mask), _centred(reward, mask)
+
+    def over_pairs(a: Array, b: Array) -> Array:
+        own = (a[..., None] * of_origin).sum(-2) * (b[..., None] * of_origin).sum(-2)
+        return (partners * a * b).sum(-1) - a.sum(-1) * b.sum(-1) + own.sum(-1)
+
+    scale = mask.sum(-1) / jnp.maximum(partners.sum(-1), 1)
+    total = over_pairs(reward_gap, gap) - 0.5 * beta * over_pairs(gap, gap)
+    return jnp.where(partners.any(-1), scale * total, 0.0)
+
+
+@counting(has_cross_pair)
+def cross_copg_loss(
+    log_ratio: Array,
+    reward: Array,
+    *,
+    beta: float | Array,
+    origin: Array,
+    mask: Array | None = None,
+) -> Array:
+    """Negative `cross_copg_objective`; minimised. Same arguments, [..., K] → [...]."""
+    return -cross_copg_objective(log_ratio, reward, beta=beta, origin=origin, mask=mask)
 
 
 def preferences(reward: Array, mask: Array | None = None) -> Array:

@@ -111,15 +111,17 @@ def make_policy_loss(
     Args:
         seq_logp: the language model.
         objective: (log_ratio [B, K], reward [B, K], beta=, mask=, **coefficients) → loss [B], such
-            as `losses.copg_loss`.
-        counts: (reward, mask) → which groups are in the average [B]; None takes the attribute of
-            that name of the objective, also below `functools.partial`, else `losses.has_pair`.
+            as `losses.copg_loss`; where it takes `origin`, the batch's is given to it.
+        counts: (reward, mask), and origin= where the objective takes it → which groups are in the
+            average [B]; None takes the attribute of that name of the objective, also below
+            `functools.partial`, else `losses.has_pair` or `losses.has_cross_pair`.
 
     Returns:
         (params, batch, beta, **coefficients) → LossOutput.
     """
-    own = getattr(getattr(objective, "func", objective), "counts", losses.has_pair)
-    is_counted = counts or own
+    takes_origin = "origin" in inspect.signature(objective).parameters
+    default = losses.has_cross_pair if takes_origin else losses.has_pair
+    is_counted = counts or getattr(getattr(objective, "func", objective), "counts", default)
 
     def loss_fn(
         params: Any, batch: GroupBatch, beta: float | Array, **coefficients: float | Array
@@ -127,8 +129,11 @@ def make_policy_loss(
         mask = _present(batch)
         logp = seq_logp(params, batch)
         log_ratio = jnp.where(mask, logp - batch.ref_logp, 0.0)
-        per_group = objective(log_ratio, batch.reward, beta=beta, mask=mask, **coefficients)
-        total, weight = _ratio(per_group, is_counted(batch.reward, mask))
+        origin = {"origin": batch.origin} if takes_origin else {}
+        per_group = objective(
+            log_ratio, batch.reward, beta=beta, mask=mask, **origin, **coefficients
+        )
+        total, weight = _ratio(per_group, is_counted(batch.reward, mask, **origin))
         metrics = policy_metrics(logp, log_ratio, batch.reward, mask, beta=beta)
         return LossOutput(total, weight, per_group, {"loss": (total, weight), **metrics})
 
@@ -179,13 +184,13 @@ def policy_metrics(
 
 
 def find_objective(config: LossConfig) -> Callable[..., Array]:
-    """The objective of `loss.name`: one of ours, or a user's by its dotted path.
+    """The objective of `loss.name` and `loss.pairs`: one of ours, or a user's by its dotted path.
 
     Raises:
         InputError: no such function, or one that does not take the numbers of `loss.arguments`.
     """
     if config.name in POLICY_LOSSES:
-        name = f"{config.name}_loss"
+        name = f"{'cross_' * (config.pairs == 'cross')}{config.name}_loss"
         objective = getattr(losses if hasattr(losses, name) else relatives, name)
     else:
         objective = find(config.name, "loss.name", "my_module.my_loss")
@@ -195,9 +200,10 @@ def find_objective(config: LossConfig) -> Callable[..., Array]:
     except ValueError as error:  # some functions of C
         raise InputError(f"loss.name {config.name!r}: wanted a Python function; {error}") from error
     try:
-        signature.bind(None, None, mask=None, **numbers)
+        own = {"origin": None} if "origin" in signature.parameters else {}
+        signature.bind(None, None, mask=None, **own, **numbers)
     except TypeError as error:
-        takes = [name for name in signature.parameters if name != "mask"][2:]
+        takes = [name for name in signature.parameters if name not in ("mask", "origin")][2:]
         raise InputError(
             f"loss.arguments: {config.name} cannot be called as f(log_ratio, reward, mask=, "
             f"{', '.join(f'{name}=' for name in numbers)}): {error}. Beside log_ratio, reward and "

@@ -4,6 +4,7 @@
 2. A `while_loop` appends one token at a time to a small cache of the completions' own, and ends
    when every row has met an end token or the limit. No host round trip per token.
 3. The log-probability of each chosen token is recorded on the way; it is the one training computes.
+   So is ln µ, under the distribution that it was drawn from.
 """
 
 from collections.abc import Callable, Collection
@@ -27,6 +28,7 @@ class Samples(NamedTuple):
     tokens: Array  # int32 [B, K, C], zero after the end
     length: Array  # int32 [B, K], the end token included
     token_logp: Array  # float32 [B, K, C], nats under π itself (temperature 1), zero after the end
+    mu_token_logp: Array  # float32 [B, K, C], nats under what was drawn from, zero after the end
     has_eos: Array  # bool [B, K]: ended by an end token, not by the limit, or never begun
 
 
@@ -45,29 +47,59 @@ The layout is that of the prompts alone, see `Shape.prompt_layout`. Where a prom
 there is none: such a place is computed, but generates nothing."""
 
 
-def _next_tokens(
-    logits: Array, keys: Array, index: Array, temperature: float
-) -> tuple[Array, Array]:
-    """Draws one token per row and its log-probability; a row's draw depends on its key and position
-    alone.
+class _Mu(NamedTuple):
+    """What tokens are drawn from: the arguments of `make_sampler`."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+
+def _next_tokens(logits: Array, keys: Array, index: Array, mu: _Mu) -> tuple[Array, Array, Array]:
+    """Draws one token per row, with ln π and ln µ of it; a row's draw depends on its key and
+    position alone.
 
     Args:
         logits: float32 [B, K, V].
         keys: one key a prompt [B].
         index: position in the completion.
-        temperature: 0 takes the most likely token.
+        mu: what it is drawn from.
     """
     _, num_samples, vocab_size = logits.shape
     largest = logits.max(-1, keepdims=True)
-    if temperature == 0:
+    if mu.temperature == 0:
         # `argmax` reduces pairs, which is several times slower on CPU than these two reductions.
         position = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
         tokens = jnp.where(logits == largest, position, vocab_size - 1).min(-1)
-    else:
-        draw = lambda key: jax.random.uniform(jax.random.fold_in(key, index), (num_samples,))
-        tokens = _draw(jnp.exp((logits - largest) / temperature), jax.vmap(draw)(keys))
-    logp = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    return tokens, logp - jax.nn.logsumexp(logits, axis=-1)
+        logp = _logp(logits, tokens)
+        return tokens, logp, jnp.zeros_like(logp)
+    scaled = _cut((logits - largest) / mu.temperature, mu.top_k, mu.top_p)
+    draw = lambda key: jax.random.uniform(jax.random.fold_in(key, index), (num_samples,))
+    tokens = _draw(jnp.exp(scaled), jax.vmap(draw)(keys))
+    logp = _logp(logits, tokens)
+    return tokens, logp, logp if mu == _Mu() else _logp(scaled, tokens)
+
+
+def _logp(logits: Array, tokens: Array) -> Array:
+    """Log-probability of each token; [B, K, V] and [B, K] → [B, K]."""
+    logit = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return logit - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _cut(logits: Array, top_k: int | None, top_p: float | None) -> Array:
+    """The logits, −inf where top-k or top-p cut a token off; tokens as likely as the last one that
+    is kept are kept.
+    """
+    if top_k is not None and top_k < logits.shape[-1]:
+        least = jax.lax.top_k(logits, top_k)[0][..., -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if top_p is not None:
+        ordered = -jnp.sort(-logits, axis=-1)
+        probs = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(probs, axis=-1) - probs
+        least = jnp.where(before < top_p, ordered, jnp.inf).min(-1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return logits
 
 
 def _draw(weights: Array, uniform: Array) -> Array:
@@ -113,11 +145,14 @@ def _empty(prompt_length: Array, num_samples: int, max_new_tokens: int) -> Sampl
         tokens=jnp.zeros((*rows, max_new_tokens), jnp.int32),
         length=jnp.zeros(rows, jnp.int32),
         token_logp=jnp.zeros((*rows, max_new_tokens), jnp.float32),
+        mu_token_logp=jnp.zeros((*rows, max_new_tokens), jnp.float32),
         has_eos=jnp.broadcast_to(prompt_length[:, None] == 0, rows),
     )
 
 
-def _append(samples: Samples, tokens: Array, logp: Array, index: Array, ends: Array) -> Samples:
+def _append(
+    samples: Samples, tokens: Array, logp: Array, mu_logp: Array, index: Array, ends: Array
+) -> Samples:
     """Writes token number `index` into the rows that have not ended; `ends` [E] end them."""
     live = ~samples.has_eos
 
@@ -129,6 +164,7 @@ def _append(samples: Samples, tokens: Array, logp: Array, index: Array, ends: Ar
         tokens=column(samples.tokens, tokens),
         length=samples.length + live,
         token_logp=column(samples.token_logp, logp),
+        mu_token_logp=column(samples.mu_token_logp, mu_logp),
         has_eos=samples.has_eos | jnp.isin(tokens, ends),
     )
 
@@ -165,6 +201,8 @@ def make_sampler(
     max_new_tokens: int,
     num_samples: int = 1,
     temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
     mesh: jax.sharding.Mesh,
 ) -> Sampler:
     """Builds the jitted sampler.
@@ -174,11 +212,12 @@ def make_sampler(
         end_ids: each of them ends a completion.
         max_new_tokens: C, the end token included.
         num_samples: K, completions of each prompt.
-        temperature: of the sampling distribution; 0 is greedy. Log-probabilities are always those
-            of temperature 1.
+        temperature: of what tokens are drawn from; 0 is greedy.
+        top_k: cuts off all but so many tokens.
+        top_p: cuts off all but the most likely tokens that a total of so much takes.
         mesh: the device mesh; B must be a multiple of data·fsdp.
     """
-    decoder = Decoder(arch, Partitioner(mesh))
+    decoder, mu = Decoder(arch, Partitioner(mesh)), _Mu(temperature, top_k, top_p)
 
     def sample(
         params: Any,
@@ -193,9 +232,9 @@ def make_sampler(
 
         def append(samples: Samples, hidden: Array, index: Array) -> Samples:
             logits = jnp.einsum("bkd,dv->bkv", hidden, matrix, preferred_element_type=jnp.float32)
-            tokens, logp = _next_tokens(logits, keys, index, temperature)
+            tokens, logp, mu_logp = _next_tokens(logits, keys, index, mu)
             ends = jnp.array(sorted(end_ids), jnp.int32)
-            return _append(samples, tokens, logp, index, ends)
+            return _append(samples, tokens, logp, mu_logp, index, ends)
 
         cache, last = decoding.prefill(
             decoder,

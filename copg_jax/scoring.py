@@ -4,7 +4,7 @@ Both are constants of training, so computing them here leaves training with one 
 function.
 
 1. Groups are taken part by part; parts that are on disk already, as they were written, are skipped.
-   Of a folder that `is_complete` nothing is written.
+   Of a folder that `is_scored_to_its_end` nothing is written.
 2. The reward function sees the texts, the reference model the tokens: a completion that is there
    several times in one part is computed once, one that is in several parts once in each.
 3. Each part is written whole or not at all; the side-car that makes the folder usable comes last.
@@ -18,7 +18,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import compress
 from typing import Any
@@ -29,7 +29,7 @@ from etils import epath
 from copg_jax import distributed
 from copg_jax.config.sections import RewardSpec
 from copg_jax.config.stages import ScoreConfig
-from copg_jax.data import scored
+from copg_jax.data import sampled, scored
 from copg_jax.data.dataset import GroupDataset
 from copg_jax.data.formats.choice import text_format_hash
 from copg_jax.data.formats.texts import TextGroup
@@ -43,15 +43,31 @@ from copg_jax.data.reward_stats import (
     read_rewards,
 )
 from copg_jax.data.tokenizer import Encoder
-from copg_jax.errors import Damaged, InputError
+from copg_jax.errors import InputError
 from copg_jax.hf.pretrained import PretrainedModel
-from copg_jax.infer import GroupForward
+from copg_jax.part_loop import PartFiles, make_parts
 from copg_jax.rewards.functions import DROPPED, WeightedRewards
 from copg_jax.rewards.protocol import OWN
 from copg_jax.runtime import Progress
-from copg_jax.tracking import MetricsLogger, warn_of_lost_lines
 
 log = logging.getLogger(__name__)
+
+Reference = Callable[[Sequence[TokenGroup]], list[np.ndarray]]
+"""Groups → ln π_ref of their completions, nats: a `GroupForward`, or `sampled_logps`."""
+
+
+def sampled_logps(rows: Sequence[TokenGroup]) -> list[np.ndarray]:
+    """ln µ of samples, which is ln π_ref where π_ref drew them; see `drawn_from`."""
+    return [row.mu_logps for row in rows if row.mu_logps is not None]
+
+
+def drawn_from(path: str, reference: PretrainedModel) -> bool:
+    """Whether data are samples of this reference in its dtype, with nothing cut off or scaled."""
+    if not sampled.is_sampled(path):
+        return False
+    made = sampled.read_sampled(epath.Path(path))
+    is_same = (made.model_hash, made.model_dtype) == (reference.hash, reference.arch.dtype)
+    return is_same and made.is_whole_model
 
 
 def check_folder(folder: epath.Path) -> None:
@@ -113,31 +129,17 @@ def make_side_car(
     )
 
 
-def is_complete(folder: epath.Path, num_groups: int, part_size: int) -> bool:
-    """Whether a folder is scored to its end, and its parts are as they were written.
+def is_scored_to_its_end(folder: epath.Path) -> bool:
+    """Whether a folder is complete, and its parts are as they were written.
 
     Raises:
-        InputError: a part that is not of it, or that cannot be read.
+        InputError: a part that is not of it, that is damaged, or that cannot be read.
     """
-    is_whole = False
-    with distributed.main_first(folder):
-        if distributed.is_main_process() and scored.is_scored(str(folder)):
-            side_car = scored.read_side_car(folder)
-            try:
-                scored.check_parts(folder, side_car)
-                is_whole = side_car.complete
-            except Damaged:
-                pass  # scoring names it
-    is_whole = bool(distributed.from_main(is_whole))
-    if is_whole:
-        warn_of_lost_lines(folder, _ends(num_groups, part_size).tolist())
-        log.info("%s: already complete (%d groups)", folder, num_groups)
-    return is_whole
-
-
-def _ends(num_groups: int, part_size: int) -> np.ndarray:
-    """How many groups are in each part and those before it: the step of its line in the log."""
-    return np.minimum(np.arange(0, num_groups, part_size) + part_size, num_groups)
+    if not scored.is_scored(str(folder)):
+        return False
+    side_car = scored.read_side_car(folder)
+    scored.check_parts(folder, side_car)
+    return side_car.complete
 
 
 def score_dataset(
@@ -146,7 +148,7 @@ def score_dataset(
     folder: epath.Path,
     part_size: int,
     rewards: WeightedRewards,
-    reference: GroupForward,
+    reference: Reference,
     side_car: scored.SideCar,
 ) -> None:
     """Scores every group and writes the scored folder.
@@ -156,48 +158,38 @@ def score_dataset(
         folder: where part-*.parquet and scored.json go.
         part_size: groups a part.
         rewards: total and parts of the reward.
-        reference: ln π_ref of groups.
+        reference: see `Reference`.
         side_car: what makes the numbers; written as incomplete first and as complete at the end.
 
     Raises:
         InputError: a reward function that misbehaves; finished parts stay.
     """
-    first_rows = range(0, len(dataset), part_size)
     decides = json.dumps([asdict(side_car), dataset.fingerprint, part_size])
     key = hashlib.sha256(decides.encode()).hexdigest()
-    with distributed.main_first(folder / scored.SIDE_CAR):
-        if distributed.is_main_process():
-            side_car = replace(side_car, parts=scored.whole_parts(folder, key))
-            scored.write_side_car(folder, side_car)
-    names = [scored.part_name(part) for part in range(len(first_rows))]
-    finished = distributed.from_main(np.isin(names, list(side_car.parts)))
-    ends = _ends(len(dataset), part_size)
-    done = int((ends - first_rows)[finished].sum())
-    with MetricsLogger(
-        folder,
-        total_steps=len(dataset),
-        unit="group",
-        log_every=1,
-        resume_step=done or None,
-        is_done=set(ends[finished].tolist()).__contains__,
-        logged=ends[finished].tolist(),
-    ) as logger:
-        log.info("scoring %d groups", len(dataset) - done)
-        spread = _per_completion(dataset) - rewards.row_columns
-        for part, (first, end) in enumerate(zip(first_rows, ends.tolist(), strict=True)):
-            if finished[part]:
-                continue
-            rows = [dataset[i] for i in range(first, end)]
-            groups, metrics = _score_rows(rows, spread, rewards, reference)
-            # Before the part: what is finished has its line.
-            done += len(rows)
-            logger.log(end, metrics, done=done)
-            logger.sync()
-            if distributed.is_main_process():
-                dropped = {name: n for name, n in metrics.items() if DROPPED in name}
-                written = scored.write_part(folder, part, groups, key, dropped)
-                side_car = replace(side_car, parts=side_car.parts | written)
-                scored.write_side_car(folder, side_car)
+    spread = _per_completion(dataset) - rewards.row_columns
+
+    def make(indices: range) -> tuple[list[scored.ScoredGroup], dict[str, float]]:
+        return score_groups([dataset[i] for i in indices], spread, rewards, reference)
+
+    def write(
+        index: int, groups: Sequence[scored.ScoredGroup], metrics: Mapping[str, float]
+    ) -> dict[str, str]:
+        dropped = {name: number for name, number in metrics.items() if DROPPED in name}
+        return scored.write_part(folder, index, groups, key, dropped)
+
+    side_car = make_parts(
+        make,
+        len(dataset),
+        folder=folder,
+        part_size=part_size,
+        files=PartFiles(
+            folder / scored.SIDE_CAR,
+            whole=lambda: scored.whole_parts(folder, key),
+            write=write,
+            save=lambda side_car: scored.write_side_car(folder, side_car),
+        ),
+        side_car=side_car,
+    )
     with distributed.main_first(folder):
         if distributed.is_main_process():
             _finish(dataset, folder, side_car)
@@ -250,13 +242,20 @@ def _spread(row: TokenGroup, names: set[str]) -> TokenGroup:
     return replace(row, columns=row.columns | own, kept=None)
 
 
-def _score_rows(
+def score_groups(
     rows: Sequence[TokenGroup],
     spread: set[str],
     rewards: WeightedRewards,
-    reference: GroupForward,
+    reference: Reference,
 ) -> tuple[list[scored.ScoredGroup], dict[str, float]]:
-    """Scores the groups of a part; with metrics."""
+    """Scores groups, with metrics; writes nothing.
+
+    Args:
+        rows: tokenised groups.
+        spread: columns with one entry for each completion.
+        rewards: total and parts of the reward.
+        reference: see `Reference`.
+    """
     begin = time.perf_counter()
     rows = [_spread(row, spread) for row in rows]
     counts: Counter[str] = Counter()

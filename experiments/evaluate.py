@@ -26,9 +26,9 @@ from copg_jax.config.schema import map_leaves
 from copg_jax.config.stages import MAY_DIFFER, EvaluateConfig
 from copg_jax.errors import InputError
 from copg_jax.files import GrowingFile, read_json_lines, write_text
-from copg_jax.generations import Generation, in_prompt_order, sample_texts, summarize
 from copg_jax.hf.pretrained import open_model
 from copg_jax.inputs import open_evaluation, prepared_bytes
+from copg_jax.summary import Generation, in_prompt_order, sample_texts, summarize
 from copg_jax.tracking import MetricsLogger
 
 log = logging.getLogger("copg_jax.evaluate")  # a script's own name is __main__

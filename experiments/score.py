@@ -7,6 +7,9 @@ interrupted run goes on at the first part that is not finished. Rows that bring 
 along need no reward function: those are kept.
 """
 
+import logging
+from functools import partial
+
 from etils import epath
 
 from copg_jax import disk, run_folder, runtime, scoring, sharding
@@ -14,8 +17,11 @@ from copg_jax.config.load import run_main
 from copg_jax.config.stages import MAY_DIFFER, ScoreConfig
 from copg_jax.hf.pretrained import open_model
 from copg_jax.infer import GroupForward
-from copg_jax.inputs import open_data, prepared_bytes
+from copg_jax.inputs import open_data, prepared_bytes, require_answers
 from copg_jax.models.forward import make_seq_logp
+from copg_jax.part_loop import is_complete
+
+log = logging.getLogger("copg_jax.score")  # a script's own name is __main__
 
 
 def main(config: ScoreConfig) -> None:
@@ -33,20 +39,26 @@ def _score(config: ScoreConfig) -> None:
     # The tokens, and as much again as parts.
     disk.warn_of_space(folder, 2 * prepared_bytes(config.data))
     dataset = open_data(config.data, model, folder, "groups")
+    require_answers(config.prompts, config.data, dataset)
     rewards = scoring.open_rewards(config, dataset)
     hashes = {"reference": model.hash, "data": dataset.fingerprint}
     hashes |= {"rewards": rewards.fingerprint}
     run_folder.check_inputs(folder, hashes)
-    if scoring.is_complete(folder, len(dataset), config.part_size):
+    is_whole = partial(scoring.is_scored_to_its_end, folder)
+    if is_complete(folder, len(dataset), config.part_size, is_whole):
         return
     run_folder.write_run_header(folder, config, hashes)
-    reference = GroupForward(
-        make_seq_logp(model.arch, model.partitioner, chunk=config.logits_chunk),
-        model.load_frozen(),
-        mesh=mesh,
-        batch_size=config.batch_size,
-        name=f"reference {model.folder}",
-    )
+    reference = scoring.sampled_logps
+    if scoring.drawn_from(config.data.path, model):
+        log.info("the reference drew these samples: their ln µ is ln π_ref")
+    else:
+        reference = GroupForward(
+            make_seq_logp(model.arch, model.partitioner, chunk=config.logits_chunk),
+            model.load_frozen(),
+            mesh=mesh,
+            batch_size=config.batch_size,
+            name=f"reference {model.folder}",
+        )
     scoring.score_dataset(
         dataset,
         folder=folder,

@@ -3,17 +3,15 @@
     python -m experiments.train_policy configs/tldr.yaml configs/sizes/llama2_7b.yaml \\
         configs/losses/copg.yaml
 
-Reads the folder that `experiments.score` wrote. Training holds one model: rewards and ln π_ref come
-with the data. Evaluation by generation additionally holds π_ref and the reward functions' models.
-Writes metrics.jsonl, checkpoints/, model/ (the last step) and best/ (the step of the highest
-generation reward).
+Reads the folder that `experiments.score` wrote, or several (data.sources). Training holds one
+model: rewards and ln π_ref come with the data. Evaluation by generation additionally holds π_ref
+and the reward functions' models. Writes metrics.jsonl, checkpoints/, model/ (the last step) and
+best/ (the step of the highest generation reward).
 """
 
 from copg_jax.config.load import run_main
-from copg_jax.config.sections import BY_DIFFERENCES, DataConfig
+from copg_jax.config.sections import BY_DIFFERENCES
 from copg_jax.config.stages import PolicyConfig
-from copg_jax.data.dataset import GroupDataset
-from copg_jax.hf.pretrained import PretrainedModel
 from copg_jax.inputs import (
     open_evaluation,
     require_differences,
@@ -29,11 +27,6 @@ def main(config: PolicyConfig) -> None:
     """Trains the SFT model with the loss named in `loss.name`."""
     objective, evaluation = find_objective(config.loss), config.evaluation
 
-    def check_data(section: DataConfig, model: PretrainedModel, dataset: GroupDataset) -> None:
-        require_same_reference(section, model, dataset)
-        if config.loss.name in BY_DIFFERENCES:
-            require_differences(section, dataset)
-
     train(
         config,
         Stage(
@@ -43,7 +36,9 @@ def main(config: PolicyConfig) -> None:
             ),
             coefficients=find_coefficients(config.loss),
             check_section=require_scored_folder,
-            check_data=check_data,
+            check_data=require_same_reference,
+            check_pool=require_differences if config.loss.name in BY_DIFFERENCES else None,
+            cross=config.loss.pairs == "cross",
             open_evaluation=evaluation
             and (
                 lambda model, folder: open_evaluation(

@@ -17,12 +17,12 @@ from copg_jax.config.sections import GenerationConfig, RewardSpec
 from copg_jax.data.groups import TokenGroup
 from copg_jax.errors import InputError
 from copg_jax.evaluate import GenerationEvaluator, Generator
-from copg_jax.generations import Generation, in_prompt_order, summarize
 from copg_jax.models.forward import make_token_logp
 from copg_jax.models.params import init_params
 from copg_jax.rewards.functions import WeightedRewards
 from copg_jax.runtime import GracefulExit, LeaveRequest
 from copg_jax.sampling import Samples, make_sampler
+from copg_jax.summary import Generation, in_prompt_order, summarize
 from tests.toys import LLAMA, mesh
 
 EOS = 3
@@ -274,7 +274,9 @@ def test_short_prompts_do_not_pay_for_long_ones_and_later_evaluations_have_the_s
         shapes = map(np.shape, (prompt_tokens, length, keys))
         seen.append((layout.prompt_sizes, layout.token_slots.shape[1], *shapes))
         tokens = np.full((2, 1, 6), EOS)
-        return Samples(tokens, np.ones((2, 1), int), np.zeros((2, 1, 6)), np.ones((2, 1), bool))
+        return Samples(
+            tokens, np.ones((2, 1), int), *[np.zeros((2, 1, 6))] * 2, np.ones((2, 1), bool)
+        )
 
     prompts = prompts_of([3, 90, 5, 130, 66, 2, 70])
     on = evaluator(sampler, prompts=prompts, batch_size=2, num_samples=1)

@@ -17,8 +17,20 @@ from copg_jax import gradients, losses
 BETA = 0.4
 BASELINE = 0.3
 
+ORIGIN = jnp.array([0, 1, 1, 0, 2])
+
+
+def of_groups(x):
+    """Origins of groups of k completions."""
+    return jnp.broadcast_to(ORIGIN[: x.shape[-1]], x.shape)
+
+
 PAIRS = {  # name: (closed form, function that it differentiates)
     "copg": (gradients.copg_gradient, losses.copg_objective),
+    "cross_copg": (
+        lambda x, r, beta: gradients.cross_copg_gradient(x, r, of_groups(x), beta=beta),
+        lambda x, r, beta: losses.cross_copg_objective(x, r, beta=beta, origin=of_groups(x)),
+    ),
     "rloo": (gradients.rloo_gradient, losses.rloo_objective),
     "ipo": (gradients.ipo_gradient, losses.ipo_loss),
     "dpo": (gradients.dpo_gradient, losses.dpo_loss),
@@ -27,7 +39,16 @@ PAIRS = {  # name: (closed form, function that it differentiates)
         functools.partial(losses.pg_objective, baseline=BASELINE),
     ),
 }
-CASES = [("copg", 2), ("copg", 5), ("rloo", 4), ("pg", 3), ("ipo", 2), ("dpo", 2)]
+CASES = [
+    ("copg", 2),
+    ("copg", 5),
+    ("cross_copg", 3),
+    ("cross_copg", 5),
+    ("rloo", 4),
+    ("pg", 3),
+    ("ipo", 2),
+    ("dpo", 2),
+]
 
 # The bandit of Sec. 5.
 REWARD = np.array([2.5, 2.0, 1.0])
@@ -87,6 +108,10 @@ def test_closed_forms_equal_recorded_numbers():
     np.testing.assert_allclose(gradients.regularized_reward(x, r, beta=0.5), [2.5, 1.0, 3.0])
     for closed_form in (gradients.copg_gradient, gradients.rloo_gradient):
         np.testing.assert_allclose(closed_form(x, r, beta=0.5), [0.5, -1.75, 1.25])
+    # Origins (0, 1, 1): the partners are 2, 1 and 1, on average 4/3. With R^π_β as above:
+    # ¾(3/2 − 1/2), ¾(1 − 5/2), ¾(3 − 5/2).
+    cross = gradients.cross_copg_gradient(x, r, jnp.array([0, 1, 1]), beta=0.5)
+    np.testing.assert_allclose(cross, [0.75, -1.125, 0.375])
     np.testing.assert_allclose(gradients.pg_gradient(x, r, beta=0.5, baseline=1.0), [1.5, 0.0, 2.0])
     # The pair (1, 3) has Δ = 3, ΔR = 1; preferred is the first.
     # Eq. (9): 1 − 3/2 = −½.  IPO: −2β(½ − 3/2) = 1.  DPO: −½ σ(−3/2) = −½ · 0.182425524.
@@ -114,7 +139,7 @@ def test_ties_and_swaps_of_a_pair(name):
     np.testing.assert_allclose(swapped, closed_form(x, r, beta=BETA)[:, ::-1], rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["copg", "rloo", "pg"])
+@pytest.mark.parametrize("name", ["copg", "cross_copg", "rloo", "pg"])
 def test_gradients_refuse_rewards_of_another_shape(name):
     with pytest.raises(AssertionError, match="shape"):
         PAIRS[name][0](jnp.zeros((2, 3)), jnp.zeros((2, 2)), beta=BETA)

@@ -100,11 +100,60 @@ def test_copg_of_a_group_is_the_sum_over_pairs_divided_by_k_minus_1(k, float64):
     )
 
 
+ORIGINS = [[0, 1], [0, 1, 1], [0, 0, 7, 7], [2, 0, 1, 2, 2], [3, 3, 3, 5, 0]]
+
+
+@pytest.mark.parametrize("origin", ORIGINS, ids=str)
+def test_cross_copg_is_the_mean_over_pairs_of_different_origins_times_half_of_k(origin, float64):
+    k = len(origin)
+    log_ratio, reward = random_groups(k)
+    pairs = [(i, j) for i, j in itertools.combinations(range(k), 2) if origin[i] != origin[j]]
+    expected = [
+        k / 2 * np.mean([eq5(x[[i, j]], r[[i, j]], BETA) for i, j in pairs])
+        for x, r in zip(log_ratio, reward, strict=True)
+    ]
+    x, r = jnp.asarray(log_ratio), jnp.asarray(reward)
+    numbers = {"beta": BETA, "origin": jnp.broadcast_to(jnp.array(origin, jnp.int8), x.shape)}
+    np.testing.assert_allclose(losses.cross_copg_objective(x, r, **numbers), expected, rtol=1e-11)
+    np.testing.assert_array_equal(
+        losses.cross_copg_loss(x, r, **numbers), -losses.cross_copg_objective(x, r, **numbers)
+    )
+    if k > len(set(origin)):  # the wrong variant: all pairs
+        assert np.abs(losses.copg_objective(x, r, beta=BETA) - np.array(expected)).min() > 1e-3
+
+
+def test_cross_copg_equals_numbers_by_hand_and_of_two_origins_the_identity_of_squares(float64):
+    # λ = (1, 0, −2), R = (3, 1, 2), β = ½, origins (0, 1, 1): the pairs (1, 2) and (1, 3).
+    # ℓ = 2·1 − ¼·1 = 7/4 and 1·3 − ¼·9 = 3/4; their mean 5/4 times 3/2 is 15/8.
+    x, r, origin = jnp.array([1.0, 0, -2]), jnp.array([3.0, 1, 2]), jnp.array([0, 1, 1])
+    assert losses.cross_copg_objective(x, r, beta=0.5, origin=origin) == 1.875
+    # Σ(d_i − d_j)² = n_B Σ_A d² + n_A Σ_B d² − 2 S_A S_B: the gaps of R = λ and β = 0.
+    d = np.random.default_rng(0).normal(size=5)
+    first, second = d[:2], d[2:]
+    squares = 3 * (first**2).sum() + 2 * (second**2).sum() - 2 * first.sum() * second.sum()
+    got = losses.cross_copg_objective(
+        jnp.asarray(d), jnp.asarray(d), beta=0.0, origin=jnp.array([0, 0, 1, 1, 1])
+    )
+    np.testing.assert_allclose(got, 5 / 2 * squares / 6, rtol=1e-12)
+
+
+def test_groups_with_a_pair_across_origins_are_marked():
+    origin = jnp.array([[0, 0, 1], [2, 2, 2], [0, 1, 1], [0, 0, 1]])
+    mask = jnp.array([[1, 1, 1], [1, 1, 1], [0, 1, 1], [1, 1, 0]], bool)
+    got = losses.has_cross_pair(jnp.zeros((4, 3)), mask, origin=origin)
+    np.testing.assert_array_equal(got, [True, False, False, False])
+    assert losses.has_cross_pair(jnp.zeros((4, 3)), origin=origin)[2]
+
+
 def test_copg_needs_no_array_of_pairs():
     k = 512
-    x = jnp.zeros((1, k))
-    jaxpr = jax.make_jaxpr(jax.grad(lambda x: losses.copg_objective(x, x, beta=BETA).sum()))(x)
-    assert f"{k},{k}" not in str(jaxpr)
+    x, origin = jnp.zeros((1, k)), jnp.zeros((1, k), jnp.int8)
+    for objective in (
+        losses.copg_objective,
+        functools.partial(losses.cross_copg_objective, origin=origin),
+    ):
+        run = jax.grad(lambda x, of=objective: of(x, x, beta=BETA).sum())
+        assert f"{k},{k}" not in str(jax.make_jaxpr(run)(x))
     assert f"{k},{k}" in str(jax.make_jaxpr(lambda x: losses.ipo_loss(x, x, beta=BETA))(x))
 
 

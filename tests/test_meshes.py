@@ -15,6 +15,7 @@ FAMILIES = {"llama": LLAMA, **RELATIVES}
 STAGES: dict[str, Callable[[Path, Path], None]] = {
     "sft": assert_same_training,
     "reward": assert_same_training,
+    "sample": assert_same_scores,
     "score": assert_same_scores,
     "policy": assert_same_training,
     "evaluate": assert_same_evaluation,
@@ -39,6 +40,7 @@ class Pipeline(Workplace):
         own = {
             "sft": [f"model.path={folder / 'base'}", f"data.path={self.posts}", *training],
             "reward": [model, f"data.path={self.comparisons}", *training],
+            "sample": [model, f"data.path={self.posts}", "model.dtype=float32", *DATA],
             "score": [
                 f"reference.path={folder / 'sft' / 'model'}",
                 "reference.dtype=float32",

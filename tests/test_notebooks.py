@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "experiments" / "notebooks"
-PLOTS = {"several_rewards": 1, "theory": 8, "your_own_model": 1}  # at least
+PLOTS = {"fresh_data": 2, "several_rewards": 1, "theory": 8, "your_own_model": 1}  # at least
 notebooks = pytest.mark.parametrize("name", PLOTS)
 
 

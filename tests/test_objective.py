@@ -250,3 +250,21 @@ def test_functions_without_a_signature_are_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "without_signature", module)
     with pytest.raises(InputError, match="signature"):
         find_objective(LossConfig("without_signature.my_loss"))
+
+
+def test_a_loss_that_takes_origins_is_given_those_of_the_batch():
+    cross = find_objective(LossConfig(pairs="cross"))
+    assert cross is losses.cross_copg_loss
+    loss_fn = objective.make_policy_loss(look_up, cross)
+    batch = TIED._replace(origin=np.array([[0, 1], [1, 1], [1, 0], [0, 0]], np.int8))
+    output = jax.jit(loss_fn)(LOGP, batch, beta=0.5)
+    both = policy_loss("copg")(LOGP, batch, beta=0.5)
+    assert output.weight == 2
+    np.testing.assert_allclose(output.per_group[0::2], both.per_group[0::2], rtol=1e-5)
+    assert not output.per_group[1::2].any()
+
+
+@pytest.mark.parametrize("name", ["rloo", "dpo", "my.loss"])
+def test_pairs_across_origins_are_of_copg_alone(name):
+    with pytest.raises(InputError, match=r"pairs=cross is for name=copg"):
+        LossConfig(name, pairs="cross")

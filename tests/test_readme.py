@@ -15,7 +15,7 @@ from copg_jax.bandit.train import BanditConfig
 from copg_jax.config.load import load_config
 from copg_jax.config.schema import iter_fields
 from copg_jax.config.stages import STAGES
-from copg_jax.data import scored
+from copg_jax.data import scored_rows
 from copg_jax.data.formats import columns
 from experiments.benchmark.commands import make_parser
 from experiments.plan import stage_of
@@ -252,7 +252,9 @@ def read_table() -> str:
 def test_the_table_of_scored_columns_lists_those_that_are_written():
     table = read(ROOT / "docs/data.md").split("## The scored folder")[1]
     shown = re.findall(r"^\| (`[^|]+) \|", table, re.M)
-    assert [name for row in shown for name in re.findall(r"`(\w+)`", row)] == scored.SCHEMA.names
+    assert [
+        name for row in shown for name in re.findall(r"`(\w+)`", row)
+    ] == scored_rows.SCHEMA.names
 
 
 def test_json_and_yaml_of_the_docs_parse():

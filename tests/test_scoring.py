@@ -18,7 +18,7 @@ from etils import epath
 from copg_jax import inputs, scoring
 from copg_jax.checksums import file_sum
 from copg_jax.config.sections import DataConfig, RewardSpec
-from copg_jax.data import scored
+from copg_jax.data import scored, scored_rows
 from copg_jax.data.dataset import GroupDataset, prepare
 from copg_jax.data.formats.choice import FORMATS
 from copg_jax.data.groups import TokenGroup
@@ -210,7 +210,7 @@ def test_scoring_a_scored_folder_keeps_its_ids_ends_and_origins(
         for row in rows:
             row["has_eos"], row["origin"] = [True, False], [1, 2]
             row["completion_token_ids"][1].pop()
-        pq.write_table(pa.Table.from_pylist(rows, scored.SCHEMA), path)
+        pq.write_table(pa.Table.from_pylist(rows, scored_rows.SCHEMA), path)
     parts = {path.name: file_sum(path) for path in folder.glob("part-*.parquet")}
     whole_side_car = scored.read_side_car(epath.Path(folder))
     scored.write_side_car(epath.Path(folder), replace(whole_side_car, parts=parts))
@@ -327,19 +327,19 @@ def test_in_a_bucket_the_metrics_of_finished_parts_are_there_while_the_next_is_s
 ):
     make_bucket(monkeypatch)
     folder, found = epath.Path("gs://b/scored"), []
-    score_rows = scoring._score_rows
+    score_rows = scoring.score_groups
 
     def watched(*arguments: Any) -> Any:
         path = folder / "metrics.jsonl"
         found.append(len(path.read_text().splitlines()) if path.exists() else 0)
         return score_rows(*arguments)
 
-    monkeypatch.setattr(scoring, "_score_rows", watched)
+    monkeypatch.setattr(scoring, "score_groups", watched)
     score(dataset, folder, side_car)
     assert found == [0, 1, 2]
 
 
-@pytest.mark.parametrize("column", [name for name in scored.SCHEMA.names if name != "logp_mu"])
+@pytest.mark.parametrize("column", [name for name in scored_rows.SCHEMA.names if name != "logp_mu"])
 def test_another_value_in_any_column_is_another_scored_folder(whole, tmp_path, column):
     folder = tmp_path / "other"
     shutil.copytree(whole, folder)
@@ -347,7 +347,7 @@ def test_another_value_in_any_column_is_another_scored_folder(whole, tmp_path, c
     path = folder / "part-00001.parquet"
     rows = pq.read_table(path).to_pylist()
     rows[3][column] = changed(rows[3][column])
-    pq.write_table(pa.Table.from_pylist(rows, scored.SCHEMA), path)
+    pq.write_table(pa.Table.from_pylist(rows, scored_rows.SCHEMA), path)
     with pytest.raises(AssertionError):
         assert_same_scores(folder, whole)
 

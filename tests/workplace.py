@@ -14,7 +14,7 @@ from copg_jax.errors import InputError
 from copg_jax.files import read_json_lines
 from copg_jax.hf import weights as hf_weights
 from copg_jax.models.params import Architecture, init_params
-from experiments import evaluate, score, train_policy, train_reward, train_sft
+from experiments import evaluate, sample, score, train_policy, train_reward, train_sft
 from experiments.generated import write_generated
 from tests.reads import recorded_reads
 from tests.toys import LLAMA
@@ -22,6 +22,7 @@ from tests.toys import LLAMA
 MAINS: dict[str, tuple[Any, type]] = {
     "sft": (train_sft.main, config.SFTConfig),
     "reward": (train_reward.main, config.RewardModelConfig),
+    "sample": (sample.main, config.SampleConfig),
     "score": (score.main, config.ScoreConfig),
     "policy": (train_policy.main, config.PolicyConfig),
     "evaluate": (evaluate.main, config.EvaluateConfig),
@@ -101,6 +102,14 @@ class Workplace:
                 f"validation.path={self.comparisons}",
                 *held_out(0.2, "data", "validation"),
                 *TRAINING,
+            ],
+            "sample": [
+                f"model.path={sft}",
+                f"data.path={self.posts}",
+                *held_out(0.2, "data"),
+                "sampling.max_new_tokens=24",
+                "part_size=16",
+                "batch_size=8",
             ],
             "score": [
                 f"reference.path={sft}",

@@ -2,10 +2,13 @@
 them ends.
 
 1. `GRADIENTS`: the expected ascent direction of each algorithm, as coefficients on ∇ln π(a) (from
-   `gradients.py`), `group_coefficients`: that of any loss on groups of k, by enumeration;
+   `gradients.py`), `group_coefficients` and `cross_coefficients`: that of a loss on groups, by
+   enumeration;
 2. `logit_gradient`: those coefficients as a direction for softmax logits;
 3. `fixed_point`: where the flow d(logits)/dt = direction settles, `end_of`: for an algorithm;
-4. `flow_spectrum`: whether it attracts.
+4. `flow_spectrum`: whether it attracts;
+5. `truncated`: what top-p leaves of a distribution, `end_on_pairs`: where CoPG ends on pairs that
+   may not compare all arms, `regret_by_round`: fresh data, replayed.
 """
 
 from collections.abc import Callable
@@ -16,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from copg_jax import gradients
+from copg_jax import gradients, losses
 from copg_jax.bandit import exact
 from copg_jax.bandit.exact import Bandit
 
@@ -132,9 +135,39 @@ def group_coefficients(
     Returns:
         Coefficients on ∇ln π(a); [A].
     """
-    num_arms = bandit.reward.size
+    samplers = jnp.broadcast_to(_mixture(bandit), (k, bandit.reward.size))
+    return _enumerated(loss, log_policy, bandit, samplers)
+
+
+def cross_coefficients(log_policy: Array, bandit: Bandit, *, sizes: tuple[int, int]) -> Array:
+    """Expected ascent direction of `losses.cross_copg_loss` on groups of so many arms drawn from μ1
+    and from μ2, by enumeration; one context only.
+
+    Args:
+        log_policy: ln π; [A].
+        bandit: the problem.
+        sizes: completions from μ1 and from μ2.
+
+    Returns:
+        Coefficients on ∇ln π(a): k/2 times Eq. (7), whatever the sizes are; [A].
+    """
+    origin = jnp.repeat(jnp.arange(2), jnp.asarray(sizes), total_repeat_length=sum(sizes))
+    samplers = jnp.stack([bandit.mu1, bandit.mu2])[origin]
+
+    def loss(log_ratio: Array, reward: Array, *, beta: Array) -> Array:
+        of_groups = jnp.broadcast_to(origin, log_ratio.shape)
+        return losses.cross_copg_loss(log_ratio, reward, beta=beta, origin=of_groups)
+
+    return _enumerated(loss, log_policy, bandit, samplers)
+
+
+def _enumerated(
+    loss: Callable[..., Array], log_policy: Array, bandit: Bandit, samplers: Array
+) -> Array:
+    """Expected ascent direction of a loss on groups whose arm i is drawn from samplers[i]; [A]."""
+    k, num_arms = samplers.shape
     groups = jnp.stack(jnp.unravel_index(jnp.arange(num_arms**k), (num_arms,) * k), axis=-1)
-    weight = _mixture(bandit)[groups].prod(-1)
+    weight = samplers[jnp.arange(k), groups].prod(-1)
 
     def expected_loss(log_ratio: Array) -> Any:
         return (weight * loss(log_ratio[groups], bandit.reward[groups], beta=bandit.beta)).sum()
@@ -235,3 +268,79 @@ def flow_spectrum(direction_fn: Callable[[Array], Array], logits: Array) -> Arra
     jacobian = jax.jacfwd(direction_fn)(logits)
     reduced = jacobian[:-1, :-1] - jacobian[-1:, :-1]
     return jnp.sort(jnp.linalg.eigvals(reduced).real)
+
+
+def truncated(policy: Array, top_p: float | Array) -> Array:
+    """What top-p sampling draws from: the most likely arms, as many as a total of p takes, scaled
+    to sum to 1.
+
+    Args:
+        policy: probabilities; [..., A].
+        top_p: p in (0, 1].
+
+    Returns:
+        Probabilities, 0 where an arm is cut off; [..., A].
+    """
+    ordered = -jnp.sort(-policy, axis=-1)
+    before = jnp.cumsum(ordered, axis=-1) - ordered
+    least = jnp.where(before < top_p, ordered, jnp.inf).min(-1, keepdims=True)
+    kept = jnp.where(policy >= least, policy, 0.0)
+    return kept / kept.sum(-1, keepdims=True)
+
+
+def end_on_pairs(bandit: Bandit) -> Array:
+    """Where gradient steps on L lead from π_ref, also where μ1 and μ2 do not have all arms; ln π.
+
+    Within arms that pairs connect, the gaps of log-ratios are those of π*; the mean logit of such a
+    set stays what it is in π_ref.
+    """
+    weights = exact.pair_weights(bandit.mu1, bandit.mu2)
+    reward_gap = bandit.reward[..., :, None] - bandit.reward[..., None, :]
+    pull = exact.reward_pull(weights, reward_gap)
+    ratio = exact.copg_maximiser(weights, pull, bandit.beta)
+    return jax.nn.log_softmax(jnp.log(bandit.ref) + ratio, axis=-1)
+
+
+def regret_by_round(
+    bandit: Bandit,
+    samplers: Callable[[Array], tuple[Array, Array]],
+    *,
+    num_rounds: int,
+    steps_per_round: int,
+    replay_rounds: int = 1,
+    draw: Callable[[Array], Array] = lambda policy: policy,
+    learning_rate: float = 0.5,
+) -> Array:
+    """Regret before each round and after the last, of expected CoPG steps on fresh data.
+
+    Each round draws from the policy as it is, and steps on the mean of the last rounds' samples.
+
+    Args:
+        bandit: the problem; its μ1 and μ2 are not used. One context.
+        samplers: mean distribution of the replayed rounds [A] → μ1, μ2.
+        num_rounds: rounds.
+        steps_per_round: gradient steps on a round's data.
+        replay_rounds: W, how many rounds the data are of.
+        draw: policy [A] → what its samples are drawn from, e.g. `truncated`.
+        learning_rate: of plain gradient steps on the logits.
+
+    Returns:
+        Reward units; [num_rounds + 1].
+    """
+
+    def one_round(carry: tuple[Array, Array], number: Array) -> tuple[tuple[Array, Array], Array]:
+        logits, rounds = carry
+        log_policy = jax.nn.log_softmax(logits)
+        rounds = jnp.roll(rounds, 1, axis=0).at[0].set(draw(jnp.exp(log_policy)))
+        there = jnp.arange(replay_rounds) <= number
+        mean = (rounds * there[:, None]).sum(0) / there.sum()
+        mu1, mu2 = samplers(mean)
+        data = bandit._replace(mu1=mu1, mu2=mu2)
+        take_step = lambda _, z: z + learning_rate * direction("copg", z, data)
+        logits = jax.lax.fori_loop(0, steps_per_round, take_step, logits)
+        return (logits, rounds), exact.regret(log_policy, bandit)
+
+    start = jnp.log(bandit.ref), jnp.zeros((replay_rounds, bandit.ref.size))
+    (logits, _), regrets = jax.lax.scan(one_round, start, jnp.arange(num_rounds))
+    last = exact.regret(jax.nn.log_softmax(logits), bandit)
+    return jnp.append(regrets, last)

@@ -155,7 +155,7 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        require_path("path", self.path)
+        self._check_place()
         names = ("max_prompt_tokens", "max_completion_tokens", "max_rows")
         require(self, "at least 1", lambda count: count >= 1, *names)
         require(self, "in [0, 1)", lambda share: 0 <= share < 1, "holdout_fraction")
@@ -180,6 +180,9 @@ class DataConfig:
                 "part is validation but holdout_fraction is 0, which holds no post out: set it "
                 "above 0."
             )
+
+    def _check_place(self) -> None:
+        require_path("path", self.path)
 
     @property
     def limits(self) -> Limits:
@@ -250,6 +253,11 @@ class LossConfig:
         "copg", f"one of {', '.join(POLICY_LOSSES)}, or the dotted path of a function of yours"
     )
     beta: float = option(0.06, "KL coefficient (Fig. 6: copg 0.06, dpo 0.1, ipo 0.01)")
+    pairs: str = option(
+        "all",
+        "all pairs of a group, or cross: those of completions of different origins (Eq. 6 with "
+        "µ1 ≠ µ2; copg only)",
+    )
     arguments: dict[str, float] = option({}, "further numbers that it takes, e.g. {baseline: 0.5}")
 
     def __post_init__(self):
@@ -262,6 +270,12 @@ class LossConfig:
             raise InputError(
                 f"beta must be > 0, got {self.beta}: it weighs the KL to the reference, without "
                 "which offline learning has no optimum"
+            )
+        require_one_of(self, ("all", "cross"), "pairs")
+        if self.pairs == "cross" and self.name != "copg":
+            raise InputError(
+                f"pairs=cross is for name=copg, got name={self.name!r}: set pairs=all. (A loss of "
+                "yours that has a parameter `origin` is given the origins, whatever pairs is.)"
             )
         if "beta" in self.arguments:
             raise InputError("arguments: beta is a field of its own, loss.beta")
@@ -338,6 +352,32 @@ class RewardSpec:
     def label(self) -> str:
         """The name by which it is stored and logged."""
         return self.name or self.function.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """What completions of a prompt are drawn, for training."""
+
+    num_samples: int = option(2, "completions of each prompt")
+    max_new_tokens: int = option(53, "longest completion, EOS included; one that is cut has no EOS")
+    temperature: float = option(1.0, "1 is the model itself; 0 is greedy decoding")
+    top_k: int | None = option(None, "draw from so many most likely tokens; null = all")
+    top_p: float | None = option(
+        None, "draw from the most likely tokens that this total takes; null = all"
+    )
+    seed: int = option(0, "of all draws")
+
+    def __post_init__(self):
+        require_size(self, "num_samples")
+        require_positive(self, "max_new_tokens", "top_k")
+        require(self, ">= 0", lambda number: number >= 0, "temperature")
+        require(self, "in (0, 1)", lambda share: 0 < share < 1, "top_p")
+        require_seed(self)
+        if self.temperature == 0 and (self.num_samples > 1 or self.top_k or self.top_p):
+            raise InputError(
+                "temperature=0 is greedy decoding, which gives one completion: set num_samples=1, "
+                "and no top_k or top_p; or a temperature above 0"
+            )
 
 
 @dataclass(frozen=True)

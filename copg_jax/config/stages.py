@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from copg_jax.config.options import option, section
+from copg_jax.config.policy_data import PolicyDataConfig
 from copg_jax.config.sections import (
     DISTRIBUTED_MODES,
     DataConfig,
@@ -18,6 +19,7 @@ from copg_jax.config.sections import (
     ModelConfig,
     OptimConfig,
     RewardSpec,
+    SamplingConfig,
     TrainingConfig,
     require,
     require_one_of,
@@ -34,7 +36,7 @@ MAY_DIFFER = (
     "mesh",
     "model.attention",
     "reference.attention",
-    "batch_size",  # of scoring; that of training is training.batch_size
+    "batch_size",  # of sampling and scoring; that of training is training.batch_size
     "evaluation.generation.batch_size",  # samples do not depend on it
     "evaluation.generation.num_texts",
     "training.eval_every",  # best/ is then the best of the steps that were evaluated
@@ -102,12 +104,40 @@ class RewardModelConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
+class SampleConfig:
+    """Completions of prompts by a model, as groups to score and train on."""
+
+    output_dir: str = option(help="folder of the samples: part-*.parquet and sampled.json")
+    model: ModelConfig = section(ModelConfig)
+    data: DataConfig = section(DataConfig)
+    sampling: SamplingConfig = section(SamplingConfig)
+    origin: int = option(0, "of the completions, which tells their µ from another one's")
+    engine_prompts: bool = option(
+        False, "draw nothing: write prompts.jsonl, with ids, for an engine (generate_vllm.py)"
+    )
+    batch_size: int = option(32, "prompts completed at a time")
+    part_size: int = option(512, "prompts per Parquet part; an interrupted run resumes at a part")
+    mesh: MeshConfig = section(MeshConfig)
+    distributed: str = _distributed()
+
+    def __post_init__(self):
+        require_path("output_dir", self.output_dir)
+        require_one_of(self, DISTRIBUTED_MODES, "distributed")
+        require(self, "in [0, 127]", lambda origin: 0 <= origin <= 127, "origin")
+        require_size(self, "batch_size")
+        require_positive(self, "part_size")
+
+
+@dataclass(frozen=True)
 class ScoreConfig:
     """Rewards and ln π_ref of a data set, computed once."""
 
     output_dir: str = option(help="folder of the scored data: part-*.parquet and scored.json")
     reference: ModelConfig = section(ModelConfig)
     data: DataConfig = section(DataConfig)
+    prompts: str | None = option(
+        None, "prompts.jsonl that an engine was given: its data must answer each of them"
+    )
     rewards: list[RewardSpec] = option([], "reward functions; the reward is their weighted sum")
     batch_size: int = option(64, "groups per forward pass")
     part_size: int = option(2048, "groups per Parquet part; an interrupted run resumes at a part")
@@ -137,6 +167,7 @@ class PolicyConfig(TrainConfig):
     scored folder.
     """
 
+    data: PolicyDataConfig = section(PolicyDataConfig)
     loss: LossConfig = section(LossConfig)
     evaluation: PolicyEvaluationConfig | None = option(
         None, "generation every training.eval_every steps; null = none"
@@ -153,6 +184,12 @@ class PolicyConfig(TrainConfig):
                     f"validation.{name} must be data.{name}, {own}, got {held_out}: else the "
                     "held-out loss is that of another reward"
                 )
+        shares = [source.share for source in self.data.sources if source.share is not None]
+        if self.loss.pairs == "cross" and shares:
+            raise InputError(
+                f"data.sources: got shares {shares} with loss.pairs=cross, which joins the "
+                "completions of a prompt from all sources into one group: leave the shares out"
+            )
 
 
 @dataclass(frozen=True)
@@ -178,6 +215,7 @@ class EvaluateConfig:
 STAGES: dict[str, type] = {
     "sft": SFTConfig,
     "reward": RewardModelConfig,
+    "sample": SampleConfig,
     "score": ScoreConfig,
     "policy": PolicyConfig,
     "evaluate": EvaluateConfig,

@@ -48,6 +48,7 @@ _ARROW_SCHEMA = pa.schema(
         "ref_logps": pa.list_(pa.float32()),
         "has_eos": pa.list_(pa.bool_()),
         "origin": pa.list_(pa.int8()),
+        "mu_logps": pa.list_(pa.float32()),
         "kept": pa.list_(pa.bool_()),
         "columns": pa.string(),
         "format": pa.string(),

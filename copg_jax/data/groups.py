@@ -14,6 +14,7 @@ import numpy as np
 
 from copg_jax.config.sections import Limits
 from copg_jax.data.formats.choice import FORMATS
+from copg_jax.data.formats.engine import encode_engine
 from copg_jax.data.formats.texts import Text, TextGroup, Written
 from copg_jax.data.formats.tldr import parse_prompt
 from copg_jax.data.rows import InvalidRow
@@ -39,6 +40,7 @@ class GroupBatch(NamedTuple):
     completion_length: Any  # [B, K] int32, 0 where the completion is absent
     reward: Any  # [B, K] float32, reward units
     ref_logp: Any  # [B, K] float32, nats, summed over the completion
+    origin: Any = None  # [B, K] int8, which µ the completion is from; None: no loss asks
     layout: Any = None
 
 
@@ -49,6 +51,7 @@ class TokenGroup:
     `rewards` and `ref_logps` (nats, summed) are float32 [K], None where the data has none; a reward
     of NaN marks a completion to leave out. `has_eos`, bool [K]: the completion really ended, in an
     end token; None: each one does. `origin`, int8 [K]: which µ it is from; None: all are from 0.
+    `mu_logps`, float32 [K]: ln µ of its ids where a sampler knows it, nats.
     `kept`, bool [K of the row]: which of the row's completions these are; None: all. `format`: of
     the texts, by its name.
     """
@@ -63,6 +66,7 @@ class TokenGroup:
     ref_logps: np.ndarray | None = None
     has_eos: np.ndarray | None = None
     origin: np.ndarray | None = None
+    mu_logps: np.ndarray | None = None
     kept: np.ndarray | None = None
     columns: dict[str, Any] = field(default_factory=dict)
     format: str = "text"
@@ -84,7 +88,7 @@ def columns_by_completion(rows: Iterable[TokenGroup]) -> tuple[set[str], dict[st
     return lists - others.keys(), {name: others[name] for name in sorted(lists & others.keys())}
 
 
-NUMBERS = ("rewards", "ref_logps", "has_eos", "origin")
+NUMBERS = ("rewards", "ref_logps", "has_eos", "origin", "mu_logps")
 """Fields of a `TokenGroup` with one number a completion, or None."""
 
 
@@ -106,9 +110,15 @@ def tokenize_group(
     written = FORMATS[group.format].write(group, encoder)
     encoder, (prompt, prompt_ids) = written.encoder, _fit_prompt(group, written, limits)
     encoded = encoder.encode_completions(prompt, prompt_ids, written.completions)
-    completions, notes = zip(*encoded, strict=True)
-    for index, ids in enumerate(completions):
-        _check_completion(group, index, ids, written)
+    completions, notes = zip(*encoded, strict=True) if encoded else ((), ())
+    has_ended = None
+    if group.engine is None or group.engine.completion_ids is None:
+        for index, ids in enumerate(completions):
+            _check_completion(group, index, ids, written)
+    if group.engine is not None:
+        completions, ends = encode_engine(group.engine, completions, encoder, group.where, counts)
+        has_ended = np.array(ends, bool)
+        notes = notes if group.engine.completion_ids is None else ()
     is_cut = prompt != written.prompt
     whole = TokenGroup(
         id=group.id,
@@ -118,6 +128,7 @@ def tokenize_group(
         completions=group.completions,
         completion_tokens=tuple(np.asarray(ids, np.int32) for ids in completions),
         rewards=None if group.rewards is None else np.array(group.rewards, np.float32),
+        has_eos=has_ended,
         columns=group.columns,
         format=group.format,
     )
@@ -192,6 +203,7 @@ def collate(
         completion_length=np.zeros(of_completions, np.int32),
         reward=np.zeros(of_completions, np.float32),
         ref_logp=np.zeros(of_completions, np.float32),
+        origin=np.zeros(of_completions, np.int8),
     )
     for index, group in enumerate(groups):
         if group is None:
@@ -206,6 +218,8 @@ def collate(
             batch.reward[index, : len(group.rewards)] = group.rewards
         if group.ref_logps is not None:
             batch.ref_logp[index, : len(group.ref_logps)] = group.ref_logps
+        if group.origin is not None:
+            batch.origin[index, : len(group.origin)] = group.origin
     return batch
 
 
@@ -245,13 +259,15 @@ def _check_completion(group: TextGroup, index: int, ids: list[int], written: Wri
 
 def _is_repeated(written: Written) -> bool:
     """Whether all completions begin with the prompt, as in rows that hold whole dialogues."""
-    prompt = written.prompt.strip()
-    return all(text.lstrip().startswith(prompt) for text in written.completions)
+    prompt, texts = written.prompt.strip(), written.completions
+    return bool(texts) and all(text.lstrip().startswith(prompt) for text in texts)
 
 
 def _fit_prompt(group: TextGroup, written: Written, limits: Limits) -> tuple[str, list[int]]:
     """Returns the prompt, cut by the rule of its format where it is too long, and its ids."""
     encoder, max_tokens = written.encoder, limits.max_prompt_tokens
+    if group.engine is not None and group.engine.prompt_ids is not None:
+        return written.prompt, group.engine.prompt_ids  # `fit_group` checks their number
     ids = encoder.encode_prompt(written.prompt)
     if len(ids) <= max_tokens:
         return written.prompt, ids

@@ -1,7 +1,7 @@
 """The rows of a data set that are wanted, as groups.
 
-1. `GroupReader` makes a `TextGroup` of each row, of scored data a `TokenGroup` with the stored ids,
-   and keeps those of the wanted split and part.
+1. `GroupReader` makes a `TextGroup` of each row, of samples and scored data a `TokenGroup` with
+   the stored ids, and keeps those of the wanted split and part.
 2. What it leaves out is counted by reason.
 """
 
@@ -17,17 +17,17 @@ import numpy as np
 from etils import epath
 
 from copg_jax.config.sections import DataConfig
-from copg_jax.data import scored
+from copg_jax.data import sampled, scored
 from copg_jax.data.combine import Moments, combine, that_decide
 from copg_jax.data.formats.choice import FormatChoice, text_format_hash
-from copg_jax.data.formats.columns import detect_schema, to_group
+from copg_jax.data.formats.columns import detect_schema, to_group, to_prompt
 from copg_jax.data.formats.texts import TextGroup, stored_text
 from copg_jax.data.formats.tldr import post_fraction
-from copg_jax.data.groups import TokenGroup
+from copg_jax.data.groups import NUMBERS, TokenGroup
 from copg_jax.data.reward_stats import moments, read_rewards, stored_names
 from copg_jax.data.rows import InvalidRow, Row, read_rows, rename
-from copg_jax.data.scored_rows import read_row
-from copg_jax.data.sources import SIDE_CAR, describe_files, fingerprint, split_family
+from copg_jax.data.scored_rows import SCHEMA, read_row, read_sampled_row
+from copg_jax.data.sources import SAMPLES, SIDE_CAR, describe_files, fingerprint, split_family
 from copg_jax.data.tokenizer import Encoder
 from copg_jax.errors import InputError
 from copg_jax.files import bucket_errors
@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 OTHER_SPLIT = "row of another split"
 OTHER_PART = "post of another part"
+PROMPT_AGAIN = "prompt that was there before"
 REJECTED = "rejected completion left out: only the chosen one is learnt"
 CONTRADICTED = "chosen has the lower score"
 
@@ -48,6 +49,7 @@ class GroupReader:
         chosen_only: of a preference only the chosen completion, without a reward; other rows with
             rewards for several completions are refused.
         by_choice: the rewards of a pair of which one is chosen are 1 and 0, whatever its scores.
+        prompts_only: each prompt once and no completions; rows need not have any.
 
     Attributes:
         counts: rows that the last pass left out, by reason.
@@ -56,9 +58,16 @@ class GroupReader:
     """
 
     def __init__(
-        self, config: DataConfig, *, chosen_only: bool = False, by_choice: bool = False
+        self,
+        config: DataConfig,
+        *,
+        chosen_only: bool = False,
+        by_choice: bool = False,
+        prompts_only: bool = False,
     ) -> None:
-        self._config, self._chosen_only = config, chosen_only
+        self._config, self._chosen_only, self._prompts_only = config, chosen_only, prompts_only
+        self._prompts: set[str] = set()
+        self._answered: dict[str, str] = {}  # prompt of an engine → where it is
         self.by_choice = by_choice
         self.counts: Counter[str] = Counter()
         self.changed: Counter[str] = Counter()
@@ -78,28 +87,39 @@ class GroupReader:
         were written, or those of texts in another format.
         """
         config = self._config
-        if not scored.is_scored(config.path):
+        name = self._format_of_ids()
+        if name is None:
             _refuse_bare_parts(config.path)
             _require_stored(config)
             return
-        name = scored.read_side_car(epath.Path(config.path)).text_format
         if config.format not in ("auto", name):
             raise InputError(
-                f"{config.path}: the data was scored in the text format '{name}', but data.format "
-                f"is '{config.format}'. Set data.format={name}, or score again."
+                f"{config.path}: the data was sampled or scored in the text format '{name}', but "
+                f"data.format is '{config.format}'. Set data.format={name}, or score again."
             )
         if config.columns:
             raise InputError(
-                f"{config.path}: scored data have the fields that scoring gave them, but "
-                f"data.columns is {config.columns}. Leave it out."
+                f"{config.path}: scored data and samples have the fields that they were given, "
+                f"but data.columns is {config.columns}. Leave it out."
             )
-        side_car = scored.verify(
-            config.path,
-            tokenizer_hash=encoder.hash,
-            text_format_hash=text_format_hash(name, encoder),
-        )
-        scored.check_parts(config.path, side_car)
+        hashes = {
+            "tokenizer_hash": encoder.hash,
+            "text_format_hash": text_format_hash(name, encoder),
+        }
+        if scored.is_scored(config.path):
+            scored.check_parts(config.path, scored.verify(config.path, **hashes))
+        else:
+            sampled.verify_sampled(epath.Path(config.path), **hashes)
         _require_stored(config)
+
+    def _format_of_ids(self) -> str | None:
+        """The text format of data that has ids, scored or sampled; None for other data."""
+        path = self._config.path
+        if scored.is_scored(path):
+            return scored.read_side_car(epath.Path(path)).text_format
+        if sampled.is_sampled(path):
+            return sampled.read_sampled(epath.Path(path)).text_format
+        return None
 
     def fingerprint(self) -> str:
         """Hash of everything that decides which groups come out: file contents and the config."""
@@ -107,20 +127,22 @@ class GroupReader:
         contents = fingerprint(config.path, split=config.split, revision=config.revision)
         # The contents stand for the path, which may be written in another way, or be a secret.
         own = {name: value for name, value in vars(config).items() if name != "path"}
-        decides = json.dumps([contents, own, self._chosen_only], sort_keys=True)
+        decides = json.dumps([contents, own, self._chosen_only, self._prompts_only], sort_keys=True)
         return hashlib.sha256(decides.encode()).hexdigest()
 
     def __iter__(self) -> Iterator[TextGroup | TokenGroup]:
         config = self._config
-        combination = _combination(config)
         self._make = self._text_group
         self._choice = FormatChoice(config.format)
-        if scored.is_scored(config.path):
-            name = scored.read_side_car(epath.Path(config.path)).text_format
-            self._make = partial(read_row, text_format=name, combination=combination)
-            self.text_format = name
+        if (name := self._format_of_ids()) is not None:
+            read = read_sampled_row
+            if scored.is_scored(config.path):
+                read = partial(read_row, combination=_combination(config))
+            self._make, self.text_format = partial(read, text_format=name), name
         self.counts.clear()
         self.changed.clear()
+        self._prompts.clear()
+        self._answered.clear()
         self._first = None
         self.rows_read = kept = 0
         for where, row in read_rows(config.path, split=config.split, revision=config.revision):
@@ -147,6 +169,8 @@ class GroupReader:
                     return OTHER_PART
             if not isinstance(group, str) and self._chosen_only:
                 group = self._only_chosen(group)
+            if not isinstance(group, str) and self._prompts_only:
+                return self._only_prompt(group)
         except InvalidRow as error:
             if config.invalid_rows == "error":
                 raise
@@ -175,12 +199,23 @@ class GroupReader:
         chosen = group.completions[group.chosen]
         return replace(group, completions=(chosen,), rewards=None)
 
+    def _only_prompt(self, group: TextGroup | TokenGroup) -> TextGroup | TokenGroup | str:
+        """A group without completions, the first time that its prompt is there."""
+        prompt = stored_text(group.prompt)
+        if prompt in self._prompts:
+            return PROMPT_AGAIN
+        self._prompts.add(prompt)
+        if isinstance(group, TextGroup):
+            return group
+        numbers = dict.fromkeys(NUMBERS)
+        return replace(group, completions=(), completion_tokens=(), **numbers)
+
     def _text_group(self, where: str, row: Row) -> TextGroup | str:
         config = self._config
-        if row.keys() >= set(scored.SCHEMA.names):
+        if row.keys() >= set(SCHEMA.names):
             raise InputError(
-                f"{where}: a part of scored data without its {SIDE_CAR}. Let data.path name the "
-                "whole folder that experiments.score wrote."
+                f"{where}: a part of scored data or samples without its {SIDE_CAR} or {SAMPLES}. "
+                "Let data.path name the whole folder that experiments.score or sample wrote."
             )
         row = rename(where, row, config.columns)
         own_split = row.get("split")
@@ -188,12 +223,12 @@ class GroupReader:
             split_family(config.split) or config.split
         ):
             return OTHER_SPLIT
-        group = to_group(where, row)
+        group = to_prompt(where, row) if self._prompts_only else to_group(where, row)
         if isinstance(group, TextGroup):
-            group = self._choice.render(group)
+            group = self._rendered(group)
             if self._choice.chosen is not None:
                 self.text_format = self._choice.chosen.name
-        if isinstance(group, TextGroup):
+        if isinstance(group, TextGroup) and not self._prompts_only:
             schema = detect_schema(where, row)
             scores = " with scores" * ("chosen" in schema.fields and not group.is_choice)
             self._check_one_schema(where, schema.name + scores)
@@ -203,6 +238,24 @@ class GroupReader:
                 choice = [float(k == group.chosen) for k in range(len(group.completions))]
                 group = replace(group, rewards=tuple(choice), is_choice=True)
         return group
+
+    def _rendered(self, group: TextGroup) -> TextGroup | str:
+        """The group in the format of the data set; texts whose ids an engine gives stay its own.
+
+        Raises:
+            InputError: an engine's second answer to a prompt.
+        """
+        rendered = self._choice.render(group)
+        if isinstance(rendered, str) or group.engine is None:
+            return rendered
+        prompt = stored_text(group.prompt)
+        if (first := self._answered.setdefault(prompt, group.where)) != group.where:
+            raise InputError(
+                f"{group.where}: the prompt that was answered at {first} already: wanted each "
+                "prompt of an engine's file once, with all of its completions. Remove one."
+            )
+        own = group.engine.completion_ids is not None
+        return replace(rendered, completions=group.completions) if own else rendered
 
     def _check_one_schema(self, where: str, name: str) -> None:
         """A folder may hold posts and comparisons side by side; training on both is an accident."""

@@ -1,36 +1,30 @@
 """The folder of scored data: `part-00000.parquet`, ..., of `scored_rows`, and `scored.json`.
 
-1. `write_part` writes groups.
+1. `write_part` writes groups, see `parts`.
 2. `write_side_car` says beside them, in `scored.json`, what decides these numbers, and the checksum
-   of each part: `whole_parts` are finished, and an interrupted run goes on with the others. A part
-   also tells by itself what it is of and whether it is whole, should `scored.json` be lost.
+   of each part: `whole_parts` are finished, and an interrupted run goes on with the others.
 3. `verify` refuses data of another tokenizer, text format, reference or dtype, or half-scored data;
    `check_parts` refuses parts that are not as they were written.
 """
 
 import json
-import logging
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from copg_jax.checksums import check_file, file_sum, read_object, read_record, write_record
-from copg_jax.data.scored_rows import FORMAT, SCHEMA, ScoredGroup, make_row
+from copg_jax.checksums import read_object, read_record, write_record
+from copg_jax.data import parts
+from copg_jax.data.scored_rows import FORMAT, ScoredGroup, make_row
 from copg_jax.data.sources import SIDE_CAR
-from copg_jax.errors import Damaged, InputError
+from copg_jax.errors import InputError
 from copg_jax.files import bucket_errors
 
-log = logging.getLogger(__name__)
-
-# In the metadata of a part.
-_KEY = b"copg_jax.key"
-_DROPPED = b"copg_jax.dropped"
+_DROPPED = b"copg_jax.dropped"  # in the metadata of a part
 
 
 @dataclass(frozen=True)
@@ -59,11 +53,6 @@ _COMPARED = {
 }
 
 
-def part_name(index: int) -> str:
-    """Name of the file of a part."""
-    return f"part-{index:05d}.parquet"
-
-
 def write_part(
     folder: epath.Path,
     index: int,
@@ -77,68 +66,26 @@ def write_part(
         folder: the scored folder.
         index: of the part.
         groups: what it holds.
-        key: what decides the parts of this folder, see `whole_parts`.
+        key: what decides the parts of this folder, see `parts.find_whole`.
         dropped: how many rewards are missing, by function and reason.
 
     Raises:
         InputError: other numbers of ids and scores than completions, an infinite reward, or a
             reference log-probability that is not finite or that is positive.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".part-*"):
-        left.unlink()  # of a process that was ended
-    path = folder / part_name(index)
-    part = folder / f".{path.name}.tmp"
     counts = json.dumps(dict(dropped or {})).encode()
-    schema = SCHEMA.with_metadata({_KEY: _own_key(path, key), _DROPPED: counts})
-    table = pa.Table.from_pylist([make_row(scored) for scored in groups], schema)
-    try:
-        with part.open("wb") as file:
-            pq.write_table(table, file, write_page_checksum=True)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    return {path.name: file_sum(path)}
+    rows = [make_row(scored) for scored in groups]
+    return parts.write_rows(folder, index, rows, key, {_DROPPED: counts})
 
 
 def whole_parts(folder: epath.Path, key: str) -> dict[str, str]:
-    """Returns names and checksums of the parts of a scored folder, finished or not, that are as
-    they were written; names the others in the log, since they are to be scored again.
-
-    Args:
-        folder: the scored folder; need not exist.
-        key: what decides its parts, and which rows are in which. A part that the side-car does not
-            name was written with the same one.
+    """`parts.find_whole` of a scored folder, finished or not.
 
     Raises:
         InputError: the side-car or a part cannot be read.
     """
     named = read_side_car(folder).parts if is_scored(str(folder)) else {}
-    whole = {}
-    for name, wanted in named.items():
-        try:
-            check_file(folder / name, wanted, fix="It is scored again.")
-        except Damaged as error:
-            log.warning("%s", error)
-        else:
-            whole[name] = wanted
-    with bucket_errors(folder):
-        others = [p for p in sorted(folder.glob("part-*.parquet")) if p.name not in named]
-        return whole | {path.name: file_sum(path) for path in others if _is_whole(path, key)}
-
-
-def _own_key(path: epath.Path, key: str) -> bytes:
-    return f"{path.name} of {key}".encode()
-
-
-def _is_whole(path: epath.Path, key: str) -> bool:
-    """Whether a part is of this key, and all of its pages fit their checksums."""
-    raw = pa.BufferReader(path.read_bytes())
-    try:
-        schema = pq.read_table(raw, page_checksum_verification=True).schema
-    except (OSError, pa.ArrowException):
-        return False
-    return schema.equals(SCHEMA) and (schema.metadata or {}).get(_KEY) == _own_key(path, key)
+    return parts.find_whole(folder, named, key)
 
 
 def check_parts(folder: epath.PathLike, side_car: SideCar) -> None:
@@ -148,15 +95,7 @@ def check_parts(folder: epath.PathLike, side_car: SideCar) -> None:
         folder: the scored folder.
         side_car: from `verify`.
     """
-    folder = epath.Path(folder)
-    fix = "Fix: run the same score command again, which does this part alone anew."
-    for name, wanted in side_car.parts.items():
-        check_file(folder / name, wanted, fix=fix)
-    for path in sorted(folder.glob("part-*.parquet")):
-        if path.name not in side_car.parts:
-            raise InputError(
-                f"{path}: no part of this data: {SIDE_CAR} does not name it. Fix: move it away."
-            )
+    parts.check_named(epath.Path(folder), side_car.parts, SIDE_CAR, "score")
 
 
 def count_dropped(folder: epath.Path) -> dict[str, int]:
@@ -178,8 +117,8 @@ def is_scored(path: str) -> bool:
 def write_side_car(folder: epath.Path, side_car: SideCar) -> None:
     """Writes the side-car, in place of an earlier one."""
     folder.mkdir(parents=True, exist_ok=True)
-    parts = dict(sorted(side_car.parts.items()))
-    write_record(folder / SIDE_CAR, asdict(side_car) | {"parts": parts})
+    named = dict(sorted(side_car.parts.items()))
+    write_record(folder / SIDE_CAR, asdict(side_car) | {"parts": named})
 
 
 def read_side_car(folder: epath.Path) -> SideCar:

@@ -18,7 +18,8 @@ One for each group of K completions, in Parquet:
 | `columns` | string | the row's other columns, as JSON |
 
 Texts of the format `chat` are messages, as JSON.
-`make_row` makes the row of a group. `read_row` reads it back, number for number.
+`make_row` makes the row of a group. `read_row` reads it back, number for number. What a sampler
+wrote, see `sampled`, has the same rows, with null in place of `reward` and `ref_logp`.
 """
 
 import json
@@ -72,10 +73,27 @@ def make_row(scored: ScoredGroup) -> Row:
         InputError: other numbers of ids and scores than completions, an infinite reward, or a
             reference log-probability that is not finite or that is positive.
     """
-    group, count = scored.group, len(scored.group.completions)
+    group = scored.group
     _check(group)
+    _check_logps(group.where, "reference log-probability", group.ref_logps)
+    _check_finite(group.where, "reward", group.rewards, or_nan=True)
     for name, values in scored.by_name.items():
         _check_finite(group.where, f"reward '{name}'", values, or_nan=True)
+    return make_sampled_row(group) | {
+        "rewards": [(name, _or_null(values)) for name, values in scored.by_name.items()],
+        "reward": _or_null(group.rewards),
+        "ref_logp": group.ref_logps,
+    }
+
+
+def make_sampled_row(group: TokenGroup) -> Row:
+    """The row of a group without rewards and ln π_ref, as SCHEMA has it.
+
+    Raises:
+        InputError: other numbers of ids than completions, or ln µ that is not finite or positive.
+    """
+    count = len(group.completions)
+    _check(group)
     return {
         "id": group.id,
         "prompt": stored_text(group.prompt),
@@ -84,9 +102,7 @@ def make_row(scored: ScoredGroup) -> Row:
         "completion_token_ids": group.completion_tokens,
         "has_eos": [True] * count if group.has_eos is None else group.has_eos,
         "origin": [0] * count if group.origin is None else group.origin,
-        "rewards": [(name, _or_null(values)) for name, values in scored.by_name.items()],
-        "reward": _or_null(group.rewards),
-        "ref_logp": group.ref_logps,
+        "logp_mu": group.mu_logps,
         "columns": json.dumps(group.columns, default=str),
     }
 
@@ -98,7 +114,7 @@ def read_row(
     text_format: str,
     combination: Callable[[Mapping[str, np.ndarray]], np.ndarray] | None = None,
 ) -> TokenGroup:
-    """Makes a group of one row of a part: the ids and numbers that are stored.
+    """Makes a group of one row of scored data: the ids and numbers that are stored.
 
     Args:
         where: part and number of the row.
@@ -110,12 +126,36 @@ def read_row(
     Raises:
         InputError: a column that is missing, or numbers that do not fit the completions.
     """
+    group = read_sampled_row(where, row, text_format=text_format)
     try:
         if combination is None:
             rewards = np.array(row["reward"], np.float32)
         else:
             stored = {name: np.array(values, np.float32) for name, values in row["rewards"]}
             rewards = combination(stored)
+            require_float32(rewards, [where] * len(rewards))
+        group = replace(
+            group,
+            rewards=rewards.astype(np.float32),
+            ref_logps=np.array(row["ref_logp"], np.float32),
+        )
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise _no_row(where, error) from error
+    _check(group)
+    _check_finite(where, "reward", group.rewards, or_nan=True)
+    _check_logps(where, "reference log-probability", group.ref_logps)
+    return group
+
+
+def read_sampled_row(where: str, row: Row, *, text_format: str) -> TokenGroup:
+    """Makes a group of one row of a part, but for rewards and ln π_ref; arguments are those of
+    `read_row`.
+
+    Raises:
+        InputError: a column that is missing, or numbers that do not fit the completions.
+    """
+    mu_logps = row.get("logp_mu")
+    try:
         group = TokenGroup(
             id=row["id"],
             where=where,
@@ -123,23 +163,23 @@ def read_row(
             prompt_tokens=np.array(row["prompt_token_ids"], np.int32),
             completions=tuple(given_text(text, text_format) for text in row["completions"]),
             completion_tokens=tuple(np.array(i, np.int32) for i in row["completion_token_ids"]),
-            rewards=rewards,
-            ref_logps=np.array(row["ref_logp"], np.float32),
             has_eos=np.array(row["has_eos"], bool),
             origin=np.array(row["origin"], np.int8),
+            mu_logps=None if mu_logps is None else np.array(mu_logps, np.float32),
             columns=json.loads(row["columns"]),
             format=text_format,
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise InputError(
-            f"{where}: not a row of scored data of format {FORMAT}: {type(error).__name__}: "
-            f"{error}. Score again."
-        ) from error
-    if combination is not None:
-        require_float32(rewards, [where] * len(rewards))
-        group = replace(group, rewards=rewards.astype(np.float32))
+        raise _no_row(where, error) from error
     _check(group)
     return group
+
+
+def _no_row(where: str, error: Exception) -> InputError:
+    return InputError(
+        f"{where}: not a row of data of format {FORMAT}: {type(error).__name__}: {error}. Sample "
+        "or score again."
+    )
 
 
 def _check(group: TokenGroup) -> None:
@@ -150,15 +190,20 @@ def _check(group: TokenGroup) -> None:
     if {len(ids) - 1, *sizes.values()} != {count} or not all(map(len, ids)):
         raise InputError(
             f"{group.where}: wanted ids of the prompt and, for each of {count} completions, ids "
-            f"and numbers, got {list(map(len, ids))} ids and {sizes} numbers. Score again."
+            f"and numbers, got {list(map(len, ids))} ids and {sizes} numbers. Sample or score "
+            "again."
         )
-    _check_finite(group.where, "reward", group.rewards, or_nan=True)
-    _check_finite(group.where, "reference log-probability", group.ref_logps, or_nan=False)
-    ref_logps = np.asarray(group.ref_logps)
-    for index in np.flatnonzero(ref_logps > _MOST_LOGP):
+    if group.mu_logps is not None:
+        _check_logps(group.where, "log-probability under µ", group.mu_logps)
+
+
+def _check_logps(where: str, what: str, values: Any) -> None:
+    """Raises InputError unless these are sums of logarithms of probabilities."""
+    _check_finite(where, what, values, or_nan=False)
+    for index in np.flatnonzero(np.asarray(values) > _MOST_LOGP):
         raise InputError(
-            f"{group.where}: the reference log-probability of completion {index} is "
-            f"{ref_logps[index]}: wanted one of at most 0 nats, to rounding. Score again."
+            f"{where}: the {what} of completion {index} is {values[index]}: wanted one of at most "
+            "0 nats, to rounding. Sample or score again."
         )
 
 

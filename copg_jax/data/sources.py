@@ -19,6 +19,7 @@ from copg_jax.files import local_copy
 _PLAIN, COMPRESSED = (".jsonl", ".json"), (".gz", ".zst")
 SUFFIXES = (*_PLAIN, ".parquet", *(plain + end for plain in _PLAIN for end in COMPRESSED))
 SIDE_CAR = "scored.json"
+SAMPLES = "sampled.json"
 # Files that lie beside data and describe it.
 _METADATA = {
     "config.json",
@@ -82,7 +83,7 @@ def _find_files(path: str, split: str) -> tuple[list[Path], list[Path]]:
         found = files = [place]
     elif place.is_dir():
         found = [file for file in place.rglob("*") if _looks_like_data(file) and not file.is_dir()]
-        if (place / SIDE_CAR).exists():
+        if (place / SIDE_CAR).exists() or (place / SAMPLES).exists():
             found = list(place.glob("part-*.parquet"))
         files = _of_split(place, _data_of(place, found), split)
     else:

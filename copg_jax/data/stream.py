@@ -1,6 +1,8 @@
 """The order of training: from a data set to the same batches on one host or many.
 
 1. Rows are shuffled anew in each epoch and the epochs are laid end to end (grain, index by index).
+   Of a pool with shares each source is, and the next position is that of the source that is most
+   behind its share.
 2. A `Pack` composes batches of neighbours in that order; a tail that does not fill a batch is left
    out. Batches are composed when they are loaded, so the number of epochs costs nothing.
 3. They have one shape, that of the largest batch of the first epochs (`num_measured`). A larger one
@@ -17,6 +19,7 @@ import numpy as np
 
 from copg_jax.data.dataset import GroupDataset
 from copg_jax.data.groups import GroupBatch, TokenGroup
+from copg_jax.data.pool import JoinedPool, Pool
 from copg_jax.errors import InputError
 
 # Loading is a copy out of a memory map: few threads are enough to stay ahead of a training step.
@@ -35,6 +38,9 @@ class Batch(Protocol):
         """Of all groups of the batch, or of a host's share."""
         ...
 
+
+Groups = GroupDataset | Pool | JoinedPool
+"""What is read by index; its length is that of an epoch."""
 
 Pack = Callable[..., Callable[[int], Batch]]
 """(num_tokens: places [n] → [n, 2], batch_size=, num_bins=, sizes=(P, K, C), epoch_size=,
@@ -79,7 +85,7 @@ class GroupStream:
 
     def __init__(
         self,
-        dataset: GroupDataset,
+        dataset: Groups,
         pack: Pack,
         *,
         batch_size: int,
@@ -100,11 +106,7 @@ class GroupStream:
             )
         self._dataset = dataset
         self._start_step, self._host, self._num_hosts = start_step, host, num_hosts
-        # The seed goes through `.seed`: `shuffle(seed)` adds the epoch to it, so that the second
-        # epoch of one seed would be the first epoch of the next.
-        order = grain.MapDataset.range(len(dataset)).seed(seed).shuffle()
-        # No index of grain's is larger, and no run is longer.
-        self._order = order.repeat(min(num_epochs, sys.maxsize // len(dataset)))
+        self._order = _order(dataset, seed)
         self._batch = pack(
             lambda places: dataset.num_tokens(self._in_order(places)),
             batch_size=batch_size,
@@ -119,6 +121,7 @@ class GroupStream:
         return np.array([self._order[place] for place in places.tolist()])
 
     def __iter__(self) -> Iterator[tuple[list[str], GroupBatch]]:
+        # No index of grain's is larger, and no run is longer.
         after = min(self.num_steps, sys.maxsize)
         steps = grain.MapDataset.range(self._start_step, after).map(self._load)
         return iter(steps.to_iter_dataset(_READ_OPTIONS))
@@ -128,6 +131,19 @@ class GroupStream:
         own = np.split(batch.rows, self._num_hosts)[self._host]
         groups = [self._dataset[int(row)] for row in self._in_order(own)]
         return [group.id for group in groups], batch.collate(groups)
+
+
+def _order(dataset: Groups, seed: int) -> grain.MapDataset:
+    """Index of the group at each place of any number of epochs."""
+    ranges = dataset.ranges if isinstance(dataset, Pool) else [(0, len(dataset), 1.0)]
+    # The seed goes through `.seed`: `shuffle(seed)` adds the epoch to it, so that the second
+    # epoch of one seed would be the first epoch of the next.
+    orders = [
+        grain.MapDataset.range(first, first + size).seed(seed).shuffle().repeat()
+        for first, size, _ in ranges
+    ]
+    shares = [share for *_, share in ranges]
+    return grain.MapDataset.mix(orders, weights=shares) if len(orders) > 1 else orders[0]
 
 
 def _check(num_rows: int, batch_size: int, num_bins: int, num_hosts: int) -> None:

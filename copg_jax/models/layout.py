@@ -309,6 +309,19 @@ class ReusedShapes:
         widths = (shape.prompt_size,) * len(shape.prompt_sizes)
         return Shape(shape.num_bins, widths, *key, size, known)
 
+    def fit_prompts(self, shape: Shape) -> Shape:
+        """A shape for prompts that are to be completed, of `Shape.with_all_completions`: one that
+        was there before, or else a new one, rounded up.
+        """
+        key = shape.prompt_size, shape.num_completions, shape.completion_size
+        own = shape.capacity.completion_tokens
+        known = self._capacities.get(key, Capacity(own, own))
+        prompts = _next_size(shape.capacity.tokens - own, bits=5)
+        known = Capacity(max(known.tokens, prompts + own), own)
+        self._capacities[key] = known
+        widths = (shape.prompt_size,) * len(shape.prompt_sizes)
+        return Shape(shape.num_bins, widths, *key, known)
+
 
 def _larger(known: Capacity, wanted: Capacity, most: int, tight: bool) -> Capacity:
     """Capacity for what is wanted and what fitted before; `most` completion tokens fill a bin."""

@@ -9,22 +9,30 @@
 
 import logging
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from etils import epath
 
-from copg_jax import checksums, disk, distributed, flops, inputs, run_folder, runtime, sharding
+from copg_jax import (
+    checksums,
+    disk,
+    distributed,
+    flops,
+    inputs,
+    pooled,
+    run_folder,
+    runtime,
+    sharding,
+)
 from copg_jax.config.sections import DataConfig
 from copg_jax.config.stages import MAY_DIFFER, TrainConfig
 from copg_jax.data.dataset import GroupDataset
-from copg_jax.data.stream import GroupStream, num_steps
+from copg_jax.data.stream import Groups, GroupStream, num_steps
 from copg_jax.errors import Damaged
 from copg_jax.evaluate import GenerationEvaluator, make_loss_evaluator
 from copg_jax.hf.pretrained import PretrainedModel, open_model
@@ -34,6 +42,7 @@ from copg_jax.objective import LossFn
 from copg_jax.tracking import MetricsLogger, warn_of_lost_lines
 from copg_jax.train import loop, optim
 from copg_jax.train.checkpoint import Checkpoints
+from copg_jax.train.compiled import CompiledStep, as_arguments
 from copg_jax.train.metrics import LateMetrics
 from copg_jax.train.state import TrainState, abstract_state, create_state, state_shardings
 from copg_jax.train.step import make_loss_step, make_train_step
@@ -52,6 +61,9 @@ class Stage:
     check_section: Callable[[DataConfig], None] | None = None
     # (section, model, data set): raises InputError where a data set does not fit the stage.
     check_data: Callable[[DataConfig, PretrainedModel, GroupDataset], None] | None = None
+    # Raises InputError where all groups of training together do not fit the stage.
+    check_pool: Callable[[Groups], None] | None = None
+    cross: bool = False  # pairs are those of different origins
     # (model, output folder) → the evaluation by generation, and hashes of what it reads.
     open_evaluation: (
         Callable[[PretrainedModel, epath.Path], tuple[GenerationEvaluator, dict[str, str]]] | None
@@ -69,7 +81,7 @@ class _Run:
     folder: epath.Path
     mesh: jax.sharding.Mesh
     model: PretrainedModel
-    data: GroupDataset
+    data: Groups
     held_out: GroupDataset | None
     num_steps: int
     optimizer: optax.GradientTransformation
@@ -139,7 +151,7 @@ def _train(
         run.model.arch, batch.prompt_length, batch.completion_length, head=stage.head
     )
     return loop.run(
-        _Step(run, loss_fn, stage.coefficients),
+        _compiled_step(run, loss_fn, stage.coefficients),
         _initial_state(run, checkpoints, start),
         iter(_stream(run, start)),
         range(start + 1, run.num_steps + 1),
@@ -151,46 +163,17 @@ def _train(
     ).params
 
 
-class _Step:
-    """The step of a run, compiled once for each layout of its batches, most often one: a batch of
-    another shape or dtype is an error.
-
-    Args:
-        run: gives optimiser, mesh and learning rate.
-        loss_fn: what is minimised.
-        coefficients: its numbers.
-    """
-
-    def __init__(self, run: _Run, loss_fn: LossFn, coefficients: Mapping[str, float]) -> None:
-        self._step_fn = make_train_step(
-            loss_fn,
-            run.optimizer,
-            mesh=run.mesh,
-            state_shardings=run.shardings,
-            num_microbatches=run.config.training.num_microbatches,
-        )
-        self._coefficients = as_arguments(coefficients)
-        self._learning_rate = partial(optim.learning_rate, run.config.optim, run.num_steps)
-        self._compiled: dict[Any, Any] = {}  # by layout
-
-    def __call__(self, step: int, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
-        arguments = self._coefficients | {
-            "learning_rate": np.float32(self._learning_rate(step - 1))
-        }
-        arrays, structure = jax.tree.flatten(batch.layout)
-        layout = structure, *(array.shape for array in arrays)
-        if layout not in self._compiled:
-            larger = " anew: the batch is larger than those before it" * bool(self._compiled)
-            log.info("compiling the training step%s", larger)
-            begin = time.perf_counter()
-            self._compiled[layout] = self._step_fn.lower(state, batch, **arguments).compile()
-            log.info("compiled in %.0f s", time.perf_counter() - begin)
-        return self._compiled[layout](state, batch, **arguments)
-
-
-def as_arguments(coefficients: Mapping[str, float]) -> dict[str, np.float32]:
-    """Numbers of a loss as a compiled step takes them."""
-    return {name: np.float32(value) for name, value in coefficients.items()}
+def _compiled_step(run: _Run, loss_fn: LossFn, coefficients: Mapping[str, float]) -> CompiledStep:
+    """The step of a run, with its optimiser, mesh and learning rate."""
+    step_fn = make_train_step(
+        loss_fn,
+        run.optimizer,
+        mesh=run.mesh,
+        state_shardings=run.shardings,
+        num_microbatches=run.config.training.num_microbatches,
+    )
+    learning_rate = partial(optim.learning_rate, run.config.optim, run.num_steps)
+    return CompiledStep(step_fn, coefficients, learning_rate)
 
 
 def _prepare(config: TrainConfig, stage: Stage) -> _Run:
@@ -203,15 +186,13 @@ def _prepare(config: TrainConfig, stage: Stage) -> _Run:
     shapes = abstract_state(optimizer, model.shapes)
     if not checksums.is_sealed(folder / "model"):  # else it is complete
         to_write = _bytes_to_write(shapes, stage.best_metric is not None)
-        tokens = inputs.prepared_bytes(config.data, config.validation)
+        tokens = inputs.prepared_bytes(*pooled.scored_sections(config.data), config.validation)
         disk.warn_of_space(folder, to_write + tokens)
-    datasets = []
-    for section in (config.data, config.validation):
+    for section in (*pooled.scored_sections(config.data), config.validation):
         if section is not None and stage.check_section is not None:
             stage.check_section(section)
-    for name, section in (("train", config.data), ("validation", config.validation)):
-        if section is None:
-            continue
+
+    def open_one(section: DataConfig, name: str) -> GroupDataset:
         dataset = inputs.open_data(
             section,
             model,
@@ -222,10 +203,18 @@ def _prepare(config: TrainConfig, stage: Stage) -> _Run:
         )
         if stage.check_data is not None:
             stage.check_data(section, model, dataset)
-        datasets.append(dataset)
-    if len(datasets) > 1:
-        inputs.warn_of_overlap(*datasets)
-    total = num_steps(len(datasets[0]), training.batch_size, training.num_epochs)
+        return dataset
+
+    data = pooled.open_pooled(
+        config.data, lambda section, end: open_one(section, f"train{end}"), cross=stage.cross
+    )
+    held_out = None
+    if config.validation is not None:
+        held_out = open_one(config.validation, "validation")
+        inputs.warn_of_overlap(data, held_out)
+    if stage.check_pool is not None:
+        stage.check_pool(data)
+    total = num_steps(len(data), training.batch_size, training.num_epochs)
     total = total if training.max_steps is None else min(total, training.max_steps)
     warmup = optim.warmup_steps(config.optim, total)
     log.info("%d steps; the learning rate rises over the first %d", total, warmup)
@@ -234,8 +223,8 @@ def _prepare(config: TrainConfig, stage: Stage) -> _Run:
         folder=folder,
         mesh=mesh,
         model=model,
-        data=datasets[0],
-        held_out=datasets[1] if len(datasets) > 1 else None,
+        data=data,
+        held_out=held_out,
         num_steps=total,
         optimizer=optimizer,
         shapes=shapes,

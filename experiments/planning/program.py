@@ -44,8 +44,8 @@ from copg_jax.objective import (
 from copg_jax.sampling import make_sampler, row_keys
 from copg_jax.sharding import Partitioner
 from copg_jax.train import optim
+from copg_jax.train.compiled import as_arguments
 from copg_jax.train.loop import check_batch
-from copg_jax.train.run import as_arguments
 from copg_jax.train.state import abstract_state, state_shardings, with_shardings
 from copg_jax.train.step import make_train_step
 

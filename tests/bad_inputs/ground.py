@@ -81,6 +81,7 @@ class Ground:
         own = {
             "sft": [*training, f"data.path={self.posts}"],
             "reward": [*training, f"data.path={self.comparisons}"],
+            "sample": [f"model.path={self.base}", f"data.path={self.posts}"],
             "score": [f"reference.path={self.base}", f"data.path={self.comparisons}", LENGTH],
             "policy": [*training, f"data.path={self.scored}"],
             "evaluate": [f"model.path={self.base}", *evaluation],

@@ -91,6 +91,32 @@ def again(change: Callable[[Path], object]) -> Act:
     return act
 
 
+def pooled(name: str, change: Callable[[Path], object], *words: str, more: str = "seed=0") -> Case:
+    """Two sources of a pool, the second with a fault."""
+
+    def make(ground: Ground, here: Path) -> None:
+        for folder in ("first", "second"):
+            shutil.copytree(ground.scored, here / folder)
+        change(here / "second")
+
+    sources = "data.sources=[{path: HERE/first}, {path: HERE/second}]"
+    return Case(name, runs("policy", "data.path=null", sources, more, make=make), words)
+
+
+def other(name: str) -> Case:
+    """A pool whose second source was scored with another thing of this name."""
+    change = edit_json(SIDE_CAR, **{name: "bfloat16" if name == "reference_dtype" else "other"})
+    return pooled(f"a pool with another {name}", change, f"second/{SIDE_CAR}", name)
+
+
+def one_completion(rows: Rows) -> Rows:
+    """Groups of which only the first completion is left."""
+    lists = [name for name, value in rows[0].items() if isinstance(value, list)]
+    lists = [name for name in lists if name not in ("prompt_token_ids", "rewards")]
+    cut = [{name: row[name][:1] for name in lists if row[name]} for row in rows]
+    return [row | own for row, own in zip(rows, cut, strict=True)]
+
+
 OLD_PART = lambda folder: shutil.copy(folder / PART, folder / "part-old.parquet")
 FIELDS = [
     field("format", 99),
@@ -180,4 +206,18 @@ OTHERS = [
          make=lambda ground, here: shutil.copy(ground.scored / SIDE_CAR, here)), (SIDE_CAR,)),
 ]  # fmt: skip
 
-CASES = [*FIELDS, *SIDE_CARS, *PARTS, *ROWS, *OTHERS]
+POOLS = [
+    *map(other, ("tokenizer_hash", "text_format_hash", "reference_hash", "reference_dtype")),
+    pooled("a pool with a folder that is not scored", lambda folder: (folder / SIDE_CAR).unlink(),
+           "second"),
+    pooled("a pool with a half-scored folder", edit_json(SIDE_CAR, complete=False),
+           f"second/{SIDE_CAR}", "interrupted"),
+    pooled("pairs across the origins of a pool that has one", lambda folder: None, "pairs=cross",
+           "origin", more="loss.pairs=cross"),
+    Case("a pool whose glob matches nothing", runs("policy", "data.path=null",
+         "data.sources=[{path: HERE/round-*}]"), ("round-*", "matches nothing")),
+    Case("one completion for a loss of pairs", scored(edit_part(one_completion)),
+         ("2 or more completions",)),
+]  # fmt: skip
+
+CASES = [*FIELDS, *SIDE_CARS, *PARTS, *ROWS, *POOLS, *OTHERS]

@@ -140,6 +140,27 @@ REWARDS = [
         for spec, field in SPECS
     ),
 ]
+TWO = "data.sources=[{{path: a, share: {}}}, {{path: b, share: {}}}]"
+POOLS = [
+    argument("shares that do not sum", "data.path=null", TWO.format(0.5, 0.4),
+             words=("data.sources", "sum to 1"), stage="policy"),
+    argument("a share of one source alone", "data.path=null", TWO.format(0.5, "null"),
+             words=("data.sources", "sum to 1"), stage="policy"),
+    argument("a share below zero", "data.path=null", TWO.format(1.5, -0.5), words=("share",),
+             stage="policy"),
+    argument("sources beside a path", "data.path=a", TWO.format(0.5, 0.5), words=("data.path",),
+             stage="policy"),
+    argument("neither sources nor a path", "data.path=null", words=("data.path",), stage="policy"),
+    argument("shares of pairs across origins", "data.path=null", TWO.format(0.5, 0.5),
+             "loss.pairs=cross", words=("data.sources", "loss.pairs"), stage="policy"),
+    argument("pairs across origins of DPO", "loss.name=dpo", "loss.pairs=cross",
+             words=("loss", "pairs=cross"), stage="policy"),
+    argument("an origin that is none", "data.path=null", "data.sources=[{path: a, origin: 8}]",
+             words=("origin",), stage="policy"),
+    argument("several samples of greedy decoding", "sampling.temperature=0",
+             words=("sampling", "temperature=0"), stage="sample"),
+    argument("samples of no total", "sampling.top_p=0", words=("top_p",), stage="sample"),
+]  # fmt: skip
 
 LOSSES = [
     ("math.sqrt", "{}"),
@@ -163,6 +184,45 @@ STAGES = [
         "weights for data that was not scored",
         runs("sft", "data.rewards={length: 1.0}"),
         ("data.rewards", "experiments.score"),
+    ),
+    Case(
+        "prompts without text",
+        runs(
+            "sample",
+            "data.path=HERE/rows.jsonl",
+            make=files(rows__jsonl='{"prompt": "a"}\n{"prompt": " "}\n'),
+        ),
+        ("rows.jsonl:2", "'prompt' is empty"),
+    ),
+    Case(
+        "prompts of no name",
+        runs("sample", "data.path=HERE/rows.jsonl", make=files(rows__jsonl='{"promt": "a"}\n')),
+        ("rows.jsonl:1", "'prompt'"),
+    ),
+    Case(
+        "samples longer than the model's positions",
+        runs(
+            "sample",
+            "data.path=HERE/rows.jsonl",
+            "sampling.max_new_tokens=100000",
+            make=files(rows__jsonl='{"prompt": "a"}\n'),
+        ),
+        ("max_new_tokens", "max_position_embeddings"),
+    ),
+    Case(
+        "prompts that an engine did not answer",
+        runs(
+            "score",
+            "data.path=HERE/rows.jsonl",
+            "prompts=HERE/prompts.jsonl",
+            make=files(
+                rows__jsonl='{"prompt": "a", "completions": ["b"], "prompt_token_ids": [3], '
+                '"completion_token_ids": [[5]], "rewards": [1]}\n',
+                prompts__jsonl='{"prompt": "a", "prompt_token_ids": [3]}\n'
+                '{"prompt": "c", "prompt_token_ids": [4]}\n',
+            ),
+        ),
+        ("1 are missing", "prompts.jsonl:2"),
     ),
     Case(
         "an evaluation without reward functions",
@@ -196,4 +256,4 @@ STAGES = [
     ),
 ]
 
-CASES = [*(value(*row) for row in VALUES), *CONFIGS, *ARGUMENTS, *REWARDS, *STAGES]
+CASES = [*(value(*row) for row in VALUES), *CONFIGS, *ARGUMENTS, *REWARDS, *POOLS, *STAGES]

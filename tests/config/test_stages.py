@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS: dict[str, type] = {
     "train_sft": config.SFTConfig,
     "train_reward": config.RewardModelConfig,
+    "sample": config.SampleConfig,
     "score": config.ScoreConfig,
     "train_policy": config.PolicyConfig,
     "evaluate": config.EvaluateConfig,

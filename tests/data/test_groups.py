@@ -95,7 +95,8 @@ def test_collate_pads_on_the_right_and_fills_up_with_absent_groups(with_bos):
         tokenize_group(text_group(rewards=(1.0, -1.0)), encoder, Limits(), Counter()),
         tokenize_group(text_group((" a b",)), encoder, Limits(), Counter()),
     ]
-    groups[0] = replace(groups[0], ref_logps=np.array([-3.0, -4.0], np.float32))
+    numbers = {"ref_logps": np.array([-3.0, -4.0], np.float32), "origin": np.array([1, 2], np.int8)}
+    groups[0] = replace(groups[0], **numbers)
     batch = collate([*groups, None], prompt_size=16, num_completions=3, completion_size=8)
     *fields, layout = batch
     assert [np.asarray(x).shape for x in fields] == [
@@ -105,9 +106,11 @@ def test_collate_pads_on_the_right_and_fills_up_with_absent_groups(with_bos):
         (3, 3),
         (3, 3),
         (3, 3),
+        (3, 3),
     ]
     assert layout is None
-    assert [x.dtype for x in fields] == [np.int32] * 4 + [np.float32] * 2
+    assert [x.dtype for x in fields] == [np.int32] * 4 + [np.float32] * 2 + [np.int8]
+    assert batch.origin[0].tolist() == [1, 2, 0] and not batch.origin[1:].any()
     for row, group in enumerate(groups):
         length = batch.prompt_length[row]
         assert batch.prompt_tokens[row, :length].tolist() == group.prompt_tokens.tolist()

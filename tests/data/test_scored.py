@@ -268,7 +268,7 @@ def test_a_row_that_the_score_stage_did_not_write_so_is_named(plain, tmp_path, c
     part = Path(path) / "part-00000.parquet"
     (row,) = pq.read_table(part).to_pylist()
     row = {name: item for name, item in (row | {column: value}).items() if item is not ...}
-    schema = pa.schema([field for field in scored.SCHEMA if field.name in row])
+    schema = pa.schema([field for field in scored_rows.SCHEMA if field.name in row])
     pq.write_table(pa.Table.from_pylist([row], schema), part)
     side_car = read_side_car(epath.Path(path))
     parts = {part.name: file_sum(part)}  # as if the score stage had written it

@@ -9,6 +9,7 @@ import pytest
 from copg_jax.config.sections import OptimConfig, TrainingConfig
 from copg_jax.objective import LossOutput
 from copg_jax.train import run
+from copg_jax.train.compiled import CompiledStep
 from copg_jax.train.optim import learning_rate, make_optimizer
 from tests.toys import Toy, group_batch, in_bins, leaves, toy_loss
 
@@ -29,7 +30,7 @@ def toy() -> Toy:
 
 
 @pytest.fixture
-def step(toy) -> run._Step:
+def step(toy) -> CompiledStep:
     """As a stage makes it."""
     of_run = SimpleNamespace(
         optimizer=toy.optimizer,
@@ -38,7 +39,7 @@ def step(toy) -> run._Step:
         num_steps=STEPS,
         config=SimpleNamespace(optim=OPTIM, training=TrainingConfig()),
     )
-    return run._Step(cast(Any, of_run), scaled_loss, {"scale": 3.0})
+    return run._compiled_step(cast(Any, of_run), scaled_loss, {"scale": 3.0})
 
 
 def test_each_step_has_the_learning_rate_of_its_number_and_the_numbers_of_the_loss(toy, step):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from copg_jax.config.schema import FLOAT32_MAX
 from copg_jax.data.chat_template import Messages
+from copg_jax.data.formats.engine import ENGINE_FIELDS, read_engine
 from copg_jax.data.formats.messages import (
     check_turns,
     read_messages,
@@ -36,9 +37,29 @@ def to_group(where: str, row: Row) -> TextGroup | str:
     """
     check_values(where, row)
     group = detect_schema(where, row).make(where, row)
-    if isinstance(group, TextGroup) and isinstance(group.prompt, str) and not group.prompt.strip():
+    return group if isinstance(group, str) else _with_prompt(where, group)
+
+
+def _with_prompt(where: str, group: TextGroup) -> TextGroup:
+    """Raises InvalidRow where a group has no text in its prompt."""
+    if isinstance(group.prompt, str) and not group.prompt.strip():
         raise InvalidRow(where, "empty prompt", "field 'prompt' is empty.")
     return group
+
+
+def to_prompt(where: str, row: Row) -> TextGroup | str:
+    """The same without its completions; a row may have none, and a `prompt` alone.
+
+    Raises:
+        InvalidRow: as `to_group`.
+    """
+    if any(all(name in row for name in schema.fields) for schema in SCHEMAS) or "prompt" not in row:
+        group = to_group(where, row)
+        if isinstance(group, str):
+            return group
+        return replace(group, completions=(), rewards=None, chosen=None, is_choice=False)
+    check_values(where, row)
+    return _with_prompt(where, _prompt_row(where, row, (), None, used=("prompt",)))
 
 
 class Schema(NamedTuple):
@@ -191,7 +212,9 @@ def _group_row(where: str, row: Row) -> TextGroup:
             "field 'completions' is an empty list: wanted at least one text.",
         )
     rewards = _rewards(where, row, len(texts))
-    return _prompt_row(where, row, texts, rewards, used=("prompt", "completions", "rewards"))
+    engine = read_engine(where, row, len(texts))
+    used = ("prompt", "completions", "rewards", *(ENGINE_FIELDS if engine else ()))
+    return replace(_prompt_row(where, row, texts, rewards, used=used), engine=engine)
 
 
 def _prompt_row(

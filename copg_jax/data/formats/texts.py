@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from copg_jax.data.chat_template import Messages
+from copg_jax.data.formats.engine import EngineOutput
 from copg_jax.data.tokenizer import Encoder
 
 Text = str | Messages
@@ -37,7 +38,8 @@ class TextGroup:
     `rewards` has one entry per completion; None marks a completion to leave out. `chosen` is the
     index of the completion that is preferred, where a row says so; `is_choice`: the rewards, 1 and
     0, are that choice alone, and no scores. `is_framed`: the row has the fields of a post and no
-    prompt of its own. `format` names the format that its texts are in.
+    prompt of its own. `format` names the format that its texts are in. `engine`: what an inference
+    engine that wrote the completions says of them.
     """
 
     id: str
@@ -50,6 +52,7 @@ class TextGroup:
     is_choice: bool = False
     is_framed: bool = False
     format: str = "text"
+    engine: EngineOutput | None = None
 
 
 class Written(NamedTuple):

@@ -1,0 +1,86 @@
+"""The data of a policy: a scored folder, or a pool of several, opened and checked.
+
+1. `scored_sections` names every folder that a config reads.
+2. `open_pooled` opens them, as a pool where there are several.
+"""
+
+from collections.abc import Callable
+from dataclasses import fields
+from glob import glob, has_magic
+from typing import Any
+
+from copg_jax import losses
+from copg_jax.config.policy_data import PolicyDataConfig
+from copg_jax.config.sections import DataConfig
+from copg_jax.data.dataset import GroupDataset
+from copg_jax.data.pool import JoinedPool, Pool, Source, origins_of
+from copg_jax.data.stream import Groups
+from copg_jax.errors import InputError
+
+
+def scored_sections(section: DataConfig) -> list[DataConfig]:
+    """One section for each folder that a section reads.
+
+    Raises:
+        InputError: a glob that matches nothing.
+    """
+    if not isinstance(section, PolicyDataConfig):
+        return [section]
+    if not section.sources:
+        return [_at(section, str(section.path))]
+    return [one for source in section.sources for one in _of_source(section, source.path)]
+
+
+def open_pooled(
+    section: DataConfig, open_one: Callable[[DataConfig, str], GroupDataset], *, cross: bool
+) -> Groups:
+    """The groups of a section, from all of its folders.
+
+    Args:
+        section: the data of a policy.
+        open_one: (section of one folder, suffix of its name) → its data set.
+        cross: whether pairs are those of different origins, for which the groups of a prompt are
+            joined.
+
+    Raises:
+        InputError: pairs across origins of data that have one; origins that are too many.
+    """
+    if not isinstance(section, PolicyDataConfig) or not section.sources:
+        (only,) = scored_sections(section)
+        dataset = open_one(only, "")
+        if not cross:
+            return dataset
+        pool = Pool([Source([dataset])])
+    else:
+        sources = []
+        for number, source in enumerate(section.sources):
+            folders = _of_source(section, source.path)
+            opened = [open_one(one, f"-{number}-{at}") for at, one in enumerate(folders)]
+            sources.append(Source(opened, source.share, source.origin))
+        pool = Pool(sources)
+    if not cross:
+        return pool
+    for group in pool:
+        if origins_of(group).max(initial=0) >= losses.NUM_ORIGINS or origins_of(group).min() < 0:
+            raise InputError(
+                f"{group.where}: wanted origins from 0 to {losses.NUM_ORIGINS - 1} with "
+                f"loss.pairs=cross, got {origins_of(group).tolist()}. Fix: give each of "
+                "data.sources its origin."
+            )
+    return JoinedPool(pool)
+
+
+def _of_source(section: DataConfig, path: str) -> list[DataConfig]:
+    folders = sorted(glob(path)) if has_magic(path) else [path]
+    if not folders:
+        raise InputError(
+            f"data.sources: {path}: wanted folders that experiments.score wrote, and this glob "
+            "matches nothing. Correct it (relative paths start at the working directory)."
+        )
+    return [_at(section, folder) for folder in folders]
+
+
+def _at(section: DataConfig, path: str) -> DataConfig:
+    values: dict[str, Any] = {item.name: getattr(section, item.name) for item in fields(DataConfig)}
+    values["path"] = path
+    return DataConfig(**values)
