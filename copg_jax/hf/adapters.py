@@ -119,7 +119,7 @@ def open_adapter(path: str, arch: Architecture, *, head: str, base_hash: str) ->
                 "model that it was trained on as model.path."
             )
     source = SafetensorsFolder(folder, TENSORS_NAME)
-    targets = _find_targets(arch, config, source.shapes())
+    targets = _find_targets(folder, arch, config, source.shapes())
     tensors = lora_tensors(arch, config.rank, targets)
     optional = [_SCORE] if head == "score" else []
     tensors |= {name: score_tensor(arch) for name in optional if name in source.shapes()}
@@ -148,7 +148,10 @@ def open_adapter(path: str, arch: Architecture, *, head: str, base_hash: str) ->
 
 
 def _find_targets(
-    arch: Architecture, config: adapter_config.AdapterConfig, names: Mapping[str, Any]
+    folder: Path,
+    arch: Architecture,
+    config: adapter_config.AdapterConfig,
+    names: Mapping[str, Any],
 ) -> tuple[str, ...]:
     """The weights that a config and the names of the tensors ask for, in any layer.
 
@@ -164,8 +167,8 @@ def _find_targets(
         found = {m for m in of_modules if m == wanted or m.endswith(f".{wanted}")}
         if not found:
             raise InputError(
-                f"{adapter_config.NAME}: target_modules: wanted linear layers of the base, "
-                f"{', '.join(lora.TARGETS)}, got {wanted}"
+                f"{folder / adapter_config.NAME}: target_modules: wanted linear layers of the "
+                f"base, {', '.join(lora.TARGETS)}, got {wanted!r:.80}"
             )
         asked |= found
     present = {name.rpartition(".lora_")[0].removeprefix(_PREFIX) for name in names}
