@@ -21,7 +21,7 @@ from tests import toys
 from tests.toys import EVERYTHING, LLAMA, RELATIVES, group_batch
 
 BATCH = group_batch(np.zeros((3, 2)), length=[[5, 3], [4, 0], [1, 5]])
-RANK, SCALE = 3, np.float32(0.75)
+RANK, SCALE = 3, 0.75
 FAMILIES = {"everything": EVERYTHING, "llama": LLAMA, **RELATIVES}
 
 
@@ -30,7 +30,7 @@ def adapters(arch: Architecture, *, zero: bool = False) -> dict[str, Any]:
     drawn = initial(lora.lora_specs(arch, RANK), jax.random.key(1))
     rng = np.random.default_rng(2)
     noise = lambda leaf: 0.3 * rng.standard_normal(leaf.shape, np.float32)
-    return {"lora": drawn if zero else jax.tree.map(noise, drawn), "lora_scale": SCALE}
+    return {"lora": drawn if zero else jax.tree.map(noise, drawn), "lora_scale": np.float32(SCALE)}
 
 
 def base_of(arch: Architecture, head: str = "lm") -> Params:
