@@ -284,8 +284,9 @@ def test_an_interrupted_run_of_adapters_ends_as_one_that_was_not_bit_for_bit(wor
         shutil.rmtree(folder / name)
     workplace.run("sft", *adapters_of(workplace), f"output_dir={folder}")
     assert [file.read_bytes() for file in files] == wanted
-    state = sum(f.stat().st_size for f in (folder / "checkpoints" / "3").rglob("*") if f.is_file())
-    assert state < (folder / "model" / "model.safetensors").stat().st_size  # no weight of the base
+    saved = (folder / "checkpoints" / "3" / "default" / "_METADATA").read_text()
+    assert "q_proj_a" in saved
+    assert "embed_tokens" not in saved  # nor any other weight of the base
 
 
 @pytest.mark.slow
@@ -293,7 +294,8 @@ def test_adapters_of_a_policy_begin_at_a_reference_that_is_their_base(workplace)
     workplace.run("policy", *adapters_of(workplace, "policy"))
     rows = workplace.metrics("policy_lora")
     start, first = rows[0], next(row for row in rows if row["step"] == 1)
-    assert start["eval/kl"] == start["eval/kl_k3"] == pytest.approx(0, abs=1e-6)
+    assert start["eval/kl"] == pytest.approx(0, abs=1e-5)
+    assert start["eval/kl_k3"] == pytest.approx(0, abs=1e-6)
     assert first["rewards/chosen"] == pytest.approx(0, abs=1e-5)
     assert rows[-1]["eval/kl_k3"] > 0
     folder = workplace.folder / "policy_lora"
