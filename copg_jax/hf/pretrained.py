@@ -181,18 +181,18 @@ class PretrainedModel:
             self.folder, self.arch, head=self.head, may_lack_score=lacks_score
         )
         specs = param_specs(self.arch, head=self.head)
-        homes = sharding.shardings(self.mesh, axes_of(specs), abstract(specs))
+        shardings = sharding.shardings(self.mesh, axes_of(specs), abstract(specs))
         dtype = partial(frozen_dtype, self.arch)
 
         def key(stack: str | None, leaf: str) -> tuple[Any, ...]:
             spec, place = (tree[leaf] if stack is None else tree[stack][leaf] for tree in trees)
             return self.base_hash, stack, leaf, dtype(spec.axes), place
 
-        trees = specs, homes
+        trees = specs, shardings
         leaves = {(tensor.stack, tensor.leaf) for tensor in tensors.values()}
         held = {leaf: _HELD.get(key(*leaf)) for leaf in leaves}
         absent = {n: t for n, t in tensors.items() if held[t.stack, t.leaf] is None}
-        params = assemble(source, absent, homes, dtype=dtype)
+        params = assemble(source, absent, shardings, dtype=dtype)
         self._require_finite(params, self.folder)
         for stack, leaf in leaves:
             tree = params if stack is None else params.setdefault(stack, {})
@@ -220,8 +220,8 @@ class PretrainedModel:
             found |= {"score": jnp.copy(base["score"])} if "score" in base else {}
         if missing := {name: spec for name, spec in self.specs.items() if name not in found}:
             assert key is not None
-            homes = {name: self.shardings[name] for name in missing}
-            found |= jax.jit(partial(initial, missing), out_shardings=homes)(key)
+            shardings = {name: self.shardings[name] for name in missing}
+            found |= jax.jit(partial(initial, missing), out_shardings=shardings)(key)
         return {name: found[name] for name in self.specs}
 
     def _require_finite(self, params: Params, folder: Path) -> None:
