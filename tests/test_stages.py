@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from safetensors.numpy import load_file
 
 from copg_jax import checksums, distributed, inputs, sharding
 from copg_jax.config import stages as config
@@ -25,6 +26,7 @@ from copg_jax.files import read_json_lines
 from copg_jax.hf import weights as hf_weights
 from copg_jax.hf.pretrained import open_model
 from copg_jax.models.params import abstract_params
+from copg_jax.train import exports
 from copg_jax.train import run as training
 from tests.reads import dead_fields, section_classes
 from tests.toys import names_all
@@ -33,11 +35,19 @@ from tests.workplace import MAINS, Workplace
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Workplace:
-    """A folder in which all stages have run, in order."""
+    """A folder in which all stages have run, in order, and SFT of adapters too."""
     place = Workplace(tmp_path_factory.mktemp("stages"))
     for stage in MAINS:
         place.run(stage)
+    place.run("sft", *adapters_of(place))
     return place
+
+
+def adapters_of(place: Workplace, stage: str = "sft") -> list[str]:
+    """Settings by which a stage trains adapters, into a folder of its own."""
+    lora = ["lora.rank=2", "lora.alpha=3", "lora.targets=[q_proj, o_proj, up_proj]"]
+    often = ["validation=null", "training.save_every=1", "optim.learning_rate=1e-2"]
+    return [*lora, *often, f"output_dir={place.folder / f'{stage}_lora'}"]
 
 
 def names_in(rows: Sequence[dict[str, Any]]) -> set[str]:
@@ -56,7 +66,9 @@ def test_every_stage_writes_its_config_and_versions(workplace):
 
 @pytest.mark.parametrize("stage", MAINS)
 def test_no_config_field_is_dead(workplace, stage):
-    assert dead_fields(MAINS[stage][1], workplace.reads[stage]) == []
+    # One piece of code reads what adapters are, for all stages that train.
+    of_lora = {name for name in workplace.reads["sft"] if name.startswith("lora.")}
+    assert dead_fields(MAINS[stage][1], workplace.reads[stage] | of_lora) == []
 
 
 @pytest.mark.parametrize("stage", MAINS)
@@ -73,7 +85,8 @@ def test_a_dead_field_is_found_in_every_section(workplace, stage, monkeypatch):
             added.setitem(section.__annotations__, name, float)
             new = {field.name for field in iter_fields(cls)} - before
             assert new
-            assert set(dead_fields(cls, workplace.reads[stage])) == new
+            reads = workplace.reads[stage] | {name for name in before if name.startswith("lora.")}
+            assert set(dead_fields(cls, reads)) == new
 
 
 def test_sft_logs_its_losses_and_leaves_a_language_model(workplace):
@@ -260,10 +273,67 @@ def test_the_export_needs_no_more_memory_than_training(workplace, tmp_path, monk
         monkeypatch.setattr(owner, name, measured)
 
     measure(training.loop, "run")
-    measure(training, "save_pretrained")
+    measure(exports, "save_pretrained")
     workplace.run("policy", f"output_dir={tmp_path / 'policy'}")
     (trained,), (best, last) = sizes.values()
     assert max(best, last) < trained  # one tree of each, against one with two of moments
+
+
+def test_a_run_of_adapters_leaves_them_alone_and_merged_into_a_base_that_has_not_moved(workplace):
+    folder = workplace.folder / "sft_lora"
+    base, merged = (load_file(at / "model.safetensors") for at in
+                    (workplace.folder / "base", folder / "model"))  # fmt: skip
+    adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert checksums.check(folder / "model", fix="") == {}
+    base_hash = hf_weights.params_hash(workplace.folder / "base")
+    assert checksums.check(folder / "adapter", fix="") == {"base": base_hash}
+    fields = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert (fields["r"], fields["lora_alpha"]) == (2, 3)
+    moved = set()
+    for name, value in base.items():
+        a, b = (
+            adapter.get(f"base_model.model.{name.removesuffix('.weight')}.lora_{factor}.weight")
+            for factor in "AB"
+        )
+        wanted = value if a is None or b is None else value + np.float32(1.5) * (b @ a)
+        np.testing.assert_array_equal(merged[name], wanted)
+        moved |= {name.split(".")[-2]} if np.abs(merged[name] - value).max() > 1e-5 else set()
+    assert moved == {"q_proj", "o_proj", "up_proj"}
+
+
+def test_an_interrupted_run_of_adapters_ends_as_one_that_was_not_bit_for_bit(workplace, tmp_path):
+    folder = tmp_path / "sft_lora"
+    shutil.copytree(workplace.folder / "sft_lora", folder)
+    files = [folder / "adapter" / "adapter_model.safetensors", folder / "model/model.safetensors"]
+    wanted = [file.read_bytes() for file in files]
+    for name in ("adapter", "model", "checkpoints/3"):
+        shutil.rmtree(folder / name)
+    workplace.run("sft", *adapters_of(workplace), f"output_dir={folder}")
+    assert [file.read_bytes() for file in files] == wanted
+    saved = (folder / "checkpoints" / "3" / "default" / "_METADATA").read_text()
+    assert "q_proj_a" in saved
+    assert "embed_tokens" not in saved  # nor any other weight of the base
+
+
+@pytest.mark.slow
+def test_adapters_of_a_policy_begin_at_a_reference_that_is_their_base(workplace):
+    workplace.run("policy", *adapters_of(workplace, "policy"))
+    rows = workplace.metrics("policy_lora")
+    start, first = rows[0], next(row for row in rows if row["step"] == 1)
+    assert start["eval/kl"] == pytest.approx(0, abs=1e-5)
+    assert start["eval/kl_k3"] == pytest.approx(0, abs=1e-6)
+    assert first["rewards/chosen"] == pytest.approx(0, abs=1e-5)
+    assert rows[-1]["eval/kl_k3"] > 0
+    folder = workplace.folder / "policy_lora"
+    assert {"model", "adapter", "best", "best_adapter"} <= {item.name for item in folder.iterdir()}
+    # Evaluated on top of their base they are what they are merged.
+    base = f"model.path={workplace.folder / 'sft' / 'model'}"
+    adapter = [base, f"model.adapter={folder / 'adapter'}"]
+    found = [
+        workplace.run("evaluate", *model, f"output_dir={folder / name}")
+        for name, model in (("alone", adapter), ("merged", [f"model.path={folder / 'model'}"]))
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-4)
 
 
 def test_the_folder_of_another_run_is_refused_with_the_differences(workplace):

@@ -61,7 +61,7 @@ class Workplace:
     """Data, a base model, and the arguments of every stage on them.
 
     Attributes:
-      reads: stage to the fields of its config that its first run read.
+      reads: stage to the fields of its config that its runs have read.
     """
 
     def __init__(self, folder: Path, model: Architecture = LLAMA) -> None:
@@ -146,7 +146,7 @@ class Workplace:
         config = load_config(cls, [*self.arguments(stage), *more])
         with recorded_reads(config) as reads:
             result = main(config)
-        self.reads.setdefault(stage, reads)
+        self.reads.setdefault(stage, set()).update(reads)
         return result
 
     def refusal(self, stage: str, *more: str) -> str:

@@ -22,6 +22,7 @@ class CompiledStep:
         step_fn: from `step.make_train_step`.
         coefficients: numbers of the loss.
         learning_rate: (steps taken) → that of the next one.
+        frozen: parameters that are not trained, if there are any.
     """
 
     def __init__(
@@ -29,15 +30,14 @@ class CompiledStep:
         step_fn: Any,
         coefficients: Mapping[str, float],
         learning_rate: Callable[[int], float],
+        frozen: Mapping[str, Any] | None = None,
     ) -> None:
         self._step_fn, self._learning_rate = step_fn, learning_rate
-        self._coefficients = as_arguments(coefficients)
+        self._arguments = {**as_arguments(coefficients), "frozen": frozen}
         self._compiled: dict[Any, Any] = {}  # by layout
 
     def __call__(self, step: int, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
-        arguments = self._coefficients | {
-            "learning_rate": np.float32(self._learning_rate(step - 1))
-        }
+        arguments = self._arguments | {"learning_rate": np.float32(self._learning_rate(step - 1))}
         arrays, structure = jax.tree.flatten(batch.layout)
         layout = structure, *(array.shape for array in arrays)
         if layout not in self._compiled:

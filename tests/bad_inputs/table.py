@@ -7,6 +7,7 @@ import pytest
 
 from copg_jax.errors import InputError
 from tests.bad_inputs import (
+    adapter_folders,
     model_folders,
     programs,
     reward_functions,
@@ -22,6 +23,7 @@ SECTIONS = {
     "settings": setting_faults.CASES,
     "rows": row_faults.CASES,
     "models": model_folders.CASES,
+    "adapters": adapter_folders.CASES,
     "tokenizers": tokenizer_folders.CASES,
     "rewards": reward_functions.CASES,
     "scored": scored_folders.CASES,

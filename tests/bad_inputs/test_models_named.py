@@ -8,7 +8,7 @@ from tests.bad_inputs.ground import Case
 from tests.bad_inputs.table import params, refusal
 
 
-@pytest.mark.parametrize("case", params("models", "tokenizers", "rewards"))
+@pytest.mark.parametrize("case", params("models", "adapters", "tokenizers", "rewards"))
 def test_a_bad_model_or_function_is_named(case: Case, ground, tmp_path):
     text, missing = refusal(case, ground, tmp_path)
     assert missing == [], text

@@ -17,7 +17,7 @@ from copg_jax.data.reader import GroupReader
 from copg_jax.data.rows import InvalidRow
 from copg_jax.data.scored_rows import SCHEMA, ScoredGroup, make_row, read_row
 from copg_jax.data.tokenizer import NOT_EXACT, Encoder
-from copg_jax.rewards.functions import score_texts
+from copg_jax.rewards.protocol import score_texts
 
 EDGES = st.sampled_from(["", " ", "  ", "\t", "\n", "\r\n", "\u2028", "\x85", "\u00a0", "    "])
 # "▁" is how a tokenizer like SentencePiece's writes a blank.

@@ -39,7 +39,7 @@ def step(toy) -> CompiledStep:
         num_steps=STEPS,
         config=SimpleNamespace(optim=OPTIM, training=TrainingConfig()),
     )
-    return run._compiled_step(cast(Any, of_run), scaled_loss, {"scale": 3.0})
+    return run._compiled_step(cast(Any, of_run), scaled_loss, {"scale": 3.0}, None)
 
 
 def test_each_step_has_the_learning_rate_of_its_number_and_the_numbers_of_the_loss(toy, step):

@@ -17,7 +17,8 @@ from copg_jax.config.sections import OptimConfig
 from copg_jax.models.decoder import Decoder
 from copg_jax.models.forward import make_score, make_seq_logp, predictive_hidden
 from copg_jax.models.layout import GroupPacking
-from copg_jax.models.params import abstract_params, logical_axes
+from copg_jax.models.lora import lora_specs
+from copg_jax.models.params import abstract, axes_of, param_specs
 from copg_jax.objective import LossFn, LossOutput, ModelFn
 from copg_jax.sharding import ONE_DEVICE, Partitioner
 from copg_jax.train import state as train_state
@@ -77,20 +78,33 @@ def make_score_loss(partitioner: Partitioner) -> LossFn:
 HEADS: dict[str, tuple[Callable[[Partitioner], LossFn], dict[str, float]]] = {
     "lm": (make_language_loss, {"beta": 0.1}),
     "score": (make_score_loss, {}),
+    "lora": (make_score_loss, {}),
 }
-ARCHITECTURES = {"lm": LLAMA, "score": EVERYTHING}
+ARCHITECTURES = {"lm": LLAMA, "score": EVERYTHING, "lora": EVERYTHING}
 
 
 def one_step(head: str, sizes: tuple[int, ...], num_microbatches: int) -> Any:
-    """One step of plain gradient descent, so that the change of parameters is the gradient."""
+    """One step of plain gradient descent, so that the change of parameters is the gradient.
+
+    "lora" trains adapters and a score head beside frozen weights.
+    """
     on, optimizer = mesh(*sizes), optax.sgd(1.0)
     make_loss, coefficients = HEADS[head]
     arch = ARCHITECTURES[head]
-    axes, shapes = logical_axes(arch, head=head), abstract_params(arch, head=head)
+    specs = param_specs(arch, head="lm" if head == "lm" else "score")
+    trained, rest = specs, {}
+    if head == "lora":
+        trained, rest = {"lora": lora_specs(arch, 3), "score": specs.pop("score")}, specs
+    axes, shapes = axes_of(trained), abstract(trained)
     layout = train_state.state_shardings(on, optimizer, shapes, axes)
     rng = np.random.default_rng(7)
-    host = jax.tree.map(lambda s: 0.3 * rng.normal(size=s.shape).astype(np.float32), shapes)
+    drawn = lambda s: 0.3 * rng.normal(size=s.shape).astype(np.float32)
+    host = jax.tree.map(drawn, shapes)
     params = jax.device_put(host, layout.params)
+    frozen = jax.tree.map(drawn, abstract(rest)) | {"lora_scale": np.float32(0.7)}
+    frozen = jax.device_put(
+        frozen, sharding.shardings(on, axes_of(rest) | {"lora_scale": ()}, frozen)
+    )
     state = train_state.create_state(optimizer, params, layout)
     step_fn = make_train_step(
         make_loss(Partitioner(on)),
@@ -101,7 +115,7 @@ def one_step(head: str, sizes: tuple[int, ...], num_microbatches: int) -> Any:
     )
     batch = in_bins(BATCH, sharding.num_batch_shards(on) * num_microbatches)
     placed = distributed.place(batch, sharding.batch_sharding(on))
-    new, metrics = step_fn(state, placed, **coefficients)
+    new, metrics = step_fn(state, placed, frozen=frozen if rest else None, **coefficients)
     gradient = jax.tree.map(lambda old, after: old - np.asarray(after), host, new.params)
     return jax.device_get(metrics), gradient
 
@@ -120,6 +134,7 @@ def on_one_device() -> dict[str, Any]:
         ("lm", (2, 2, 2), 2),
         ("lm", (1, 1, 1), 4),
         ("score", (1, 4, 2), 2),
+        ("lora", (2, 2, 2), 2),
     ],
     ids=str,
 )
@@ -214,7 +229,7 @@ def test_a_state_without_shardings_copies_the_parameters_of_the_caller():
 
 def test_masters_moments_and_metrics_are_float32_under_bfloat16_compute():
     arch = replace(LLAMA, dtype="bfloat16")
-    optimizer, shapes = make_optimizer(OptimConfig()), abstract_params(arch)
+    optimizer, shapes = make_optimizer(OptimConfig()), abstract(param_specs(arch))
     step_fn = make_train_step(
         objective.make_policy_loss(make_seq_logp(arch), losses.copg_loss), optimizer
     )
