@@ -38,6 +38,8 @@ REQUIRES = [
 
 EXTRAS = {
     "gpu": ["jax[cuda13]" + JAX],
+    # The GPU's compiler and cuDNN, which plan a run without a GPU.
+    "plan-gpu": ["jax[cuda13-local]" + JAX, "nvidia-cudnn-cu13>=9.8,<10"],
     "tpu": ["jax[tpu]" + JAX, "gcsfs>=2026.4,<2027"],  # gs:// paths; hosts of a slice share no disk
     "gguf": ["gguf>=0.19,<0.20"],
     "tensorboard": ["tensorboardX>=2.6.5,<3"],

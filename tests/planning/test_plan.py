@@ -93,10 +93,11 @@ def test_sampling_is_planned_for_the_longest_prompts_of_an_evaluation(architectu
 
 def test_a_plan_has_the_fields_of_its_json_line_and_fits_where_it_should(architecture: Path):
     config = config_of("sft", architecture)
-    found, remarks = make_plan(config, open_topology("gpu:2xh200"))
+    found, remarks = make_plan(config, open_topology("cpu:2xh200"))
     line = json.loads(json.dumps(dataclasses.asdict(found)))
     assert " ".join(line) == (
-        "topology num_chips mesh hbm_gib_per_chip fits arguments_gib temp_gib frozen_gib "
+        "topology compiled_for stage model trained num_microbatches num_chips mesh "
+        "hbm_gib_per_chip fits arguments_gib temp_gib frozen_gib "
         "collectives useful_tflops_per_chip roofline_step_s bound_by compile_s"
     )
     assert line["fits"] is True and line["num_chips"] == 2
@@ -114,7 +115,7 @@ def plan_of(**values: Any) -> Plan:
 
 def remarks_of(plan: Plan) -> str:
     program = Program(None, True, (), 128, 52_608, 1e15, 0.0, 1)
-    return "\n".join(planning._remarks(plan, program, open_topology("gpu:8xh200")))
+    return "\n".join(planning._remarks(plan, program, open_topology("cpu:8xh200")))
 
 
 def test_a_slice_whose_messages_take_longer_than_its_products_is_called_too_large():
@@ -147,7 +148,7 @@ def test_a_policy_that_evaluates_shares_its_chips_with_the_reference_and_the_rew
         return make_program(*arguments)._replace(frozen_bytes=200 * 2**30)
 
     monkeypatch.setattr(planning, "make_program", large)
-    plan, remarks = make_plan(config, open_topology("gpu:8xh200"))
+    plan, remarks = make_plan(config, open_topology("cpu:8xh200"))
     assert (plan.fits, plan.frozen_gib) == (False, 200)
     assert "evaluation=null" in "\n".join(remarks)
 
@@ -197,11 +198,11 @@ def test_the_script_prints_a_json_line_and_a_column_a_topology(
         return plan, ["a remark"]
 
     monkeypatch.setattr(script, "make_plan", planned)
-    names = ["--topology", "cpu:2", "--topology", "gpu:2xh200"]
+    names = ["--topology", "cpu:2", "--topology", "cpu:2xh200"]
     script.main([*LLAMA2_7B, "--stage", "sft", *names])
     first, second, *rest = capsys.readouterr().out.splitlines()
-    assert [json.loads(line)["topology"] for line in (first, second)] == ["cpu:2", "gpu:2xh200"]
-    toys.names_all("\n".join(rest), ["cpu:2", "gpu:2xh200", "3 x, 2.00 GB", "a remark"])
+    assert [json.loads(line)["topology"] for line in (first, second)] == ["cpu:2", "cpu:2xh200"]
+    toys.names_all("\n".join(rest), ["cpu:2", "cpu:2xh200", "3 x, 2.00 GB", "a remark"])
 
 
 def test_without_a_topology_or_a_stage_the_script_says_what_it_wants(capsys):
