@@ -1,6 +1,7 @@
 """Plans: the real step of a stage, what one chip holds, and what is said about it."""
 
 import dataclasses
+import importlib.util
 import json
 import shlex
 from dataclasses import replace
@@ -25,6 +26,14 @@ from tests.models import tiny
 
 LLAMA2_7B = ["configs/tldr.yaml", "configs/sizes/llama2_7b.yaml"]
 SLOW = pytest.mark.slow
+
+
+def needs_gpu_compiler(test: Any) -> Any:
+    old = jax.__version_info__ < (0, 12)
+    skip = pytest.mark.skipif(old, reason="the GPU compiler of this JAX describes no GPUs")
+    return skip(pytest.mark.oracle("jax_plugins")(test))
+
+
 FIELDS = [field.name for field in dataclasses.fields(Plan)]
 
 
@@ -106,6 +115,44 @@ def test_a_plan_has_the_fields_of_its_json_line_and_fits_where_it_should(archite
     assert set(line["roofline_step_s"]) == {"compute", "hbm", "interconnect"}
     assert line["bound_by"] == max(line["roofline_step_s"], key=line["roofline_step_s"].get)
     assert any("estimate" in remark for remark in remarks)
+
+
+@needs_gpu_compiler
+def test_the_gpu_compiler_compiles_the_step_of_a_policy_for_a_node(
+    architecture: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")  # as the planner sets it, and undone
+    config = config_of("policy", architecture, "model.attention=xla")
+    topology = open_topology("gpu:8xh100")
+    found, remarks = make_plan(config, topology)
+    assert found.fits is True and remarks == []
+    assert (found.compiled_for, found.num_chips) == ("NVIDIA H100 80GB HBM3", 8)
+    assert 0 < found.arguments_gib + found.temp_gib < 1
+    messages = found.collectives or {}
+    assert messages["all-gather"]["bytes"] > 0 and messages["reduce-scatter"]["bytes"] > 0
+    # It compiles what is too large for the GPU too: the plan says so.
+    assert topology.chip is not None
+    small = topology._replace(chip=topology.chip._replace(hbm_gib=1e-6))
+    found, remarks = make_plan(config, small)
+    assert found.fits is False and "does not fit" in "\n".join(remarks)
+
+
+@needs_gpu_compiler
+def test_a_gpu_that_stands_in_for_another_is_named(
+    architecture: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")
+    found, (remark,) = make_plan(config_of("sft", architecture), open_topology("gpu:1xrtx3090"))
+    assert "RTX A6000" in remark and found.compiled_for.startswith("an RTX A6000")
+
+
+def test_attention_that_cannot_be_compiled_is_refused(monkeypatch: pytest.MonkeyPatch):
+    def find(name: str) -> None:
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+    with pytest.raises(InputError, match=r"cuDNN.*jax_cuda13_plugin.*plan-gpu.*attention=xla"):
+        planning._check_cudnn(open_topology("cpu:1xh100"))
 
 
 def plan_of(**values: Any) -> Plan:
