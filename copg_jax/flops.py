@@ -60,11 +60,13 @@ def useful_flops(
     *,
     training: bool = True,
     head: str = "lm",
+    lora_parameters: int | None = None,
 ) -> float:
     """Σ_groups 6·N_block·(p + Σc) + 12·H·L·(p(p+1)/2 + Σ(c·p + c(c+1)/2)) + 6·d·V·Σc.
 
     N_block is `block_parameters`, H the width of all query heads, and 6 and 12 are forward (2, 4)
-    and backward (4, 8).
+    and backward (4, 8). Where only adapters are trained, frozen matrices have no gradient: 4 in
+    place of 6; the adapters' own are 6·N_lora·(p + Σc).
 
     Args:
         config: architecture.
@@ -72,6 +74,7 @@ def useful_flops(
         completion_length: tokens, EOS included, 0 = absent; [B, K].
         training: with a backward pass; False counts the forward pass alone, a third.
         head: "lm" has logits at every completion token, "score" none (its vector costs nothing).
+        lora_parameters: N_lora, those of adapters, which alone are trained; None = all weights are.
 
     Returns:
         Floating-point operations, all devices together.
@@ -82,7 +85,10 @@ def useful_flops(
     pairs = prompt * (prompt + 1) / 2 + (completion * prompt[:, None]).sum(-1)
     pairs = pairs + (completion * (completion + 1) / 2).sum(-1)
     width = config.num_attention_heads * config.head_dim * config.num_hidden_layers
-    forward = 2 * block_parameters(config) * (prompt + own) + 4 * width * pairs
+    matrices = 2 * block_parameters(config) * (prompt + own)
     if head == "lm":
-        forward = forward + 2 * config.hidden_size * config.vocab_size * own
-    return float(forward.sum()) * (3 if training else 1)
+        matrices = matrices + 2 * config.hidden_size * config.vocab_size * own
+    others = 4 * width * pairs + 2 * (lora_parameters or 0) * (prompt + own)
+    if not training:
+        return float((matrices + others).sum())
+    return float(((3 if lora_parameters is None else 2) * matrices + 3 * others).sum())

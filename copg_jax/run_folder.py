@@ -41,7 +41,7 @@ RECORDED_PACKAGES = (
     "jax jaxlib flax optax orbax-checkpoint grain numpy transformers tokenizers datasets"
 )
 _CONFIG_END = "...\n"  # YAML's end of a document: a config without it was cut short
-_EXPORTS = ("model", "best")
+_EXPORTS = ("model", "best", "adapter", "best_adapter")
 _FOLDERS = (*_EXPORTS, "checkpoints", "tokens", "tensorboard")
 _FILES = ("config.yaml", "versions.json", "inputs.json", "metrics.jsonl", "scored.json")
 _FILES += ("evaluation.json", "generations.jsonl")

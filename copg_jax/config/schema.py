@@ -21,7 +21,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 COMMAND_LINE = "command line"
-PATHS = ("path", "output_dir")
+PATHS = ("path", "adapter", "output_dir")
 """Names of what is a path wherever it stands, in the arguments of a reward too."""
 FLOAT32_MIN, FLOAT32_MAX = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 """Sizes of a number that is neither 0 nor infinite on a device."""

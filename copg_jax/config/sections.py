@@ -76,6 +76,7 @@ class ModelConfig:
 
     path: str = option(help="Hugging Face folder or hub id (safetensors)")
     revision: str | None = option(None, "hub revision; a commit pins the weights")
+    adapter: str | None = option(None, "PEFT folder or hub id of a LoRA on top of it; null = none")
     dtype: str = option("bfloat16", "compute dtype: bfloat16 or float32 (parameters stay float32)")
     attention: str = option(
         "auto", "what computes prompts: xla, splash (TPU), cudnn (NVIDIA) or auto, which fits"
@@ -83,8 +84,25 @@ class ModelConfig:
 
     def __post_init__(self):
         require_path("path", self.path)
+        if self.adapter is not None:
+            require_path("adapter", self.adapter)
         require_one_of(self, DTYPES, "dtype")
         require_one_of(self, ATTENTION_CHOICES, "attention")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters that are trained beside frozen weights: x W + alpha/rank · (x A) B."""
+
+    rank: int = option(16, "columns of A and rows of B")
+    alpha: float = option(32.0, "what an adapter adds is scaled by alpha / rank")
+    targets: list[str] | None = option(
+        None, "linear layers that get one, e.g. [q_proj, v_proj]; null = all but the output matrix"
+    )
+
+    def __post_init__(self):
+        require_positive(self, "rank")
+        require(self, "> 0", lambda number: number > 0, "alpha")
 
 
 @dataclass(frozen=True)

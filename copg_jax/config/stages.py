@@ -13,6 +13,7 @@ from copg_jax.config.sections import (
     DISTRIBUTED_MODES,
     DataConfig,
     GenerationConfig,
+    LoraConfig,
     LossConfig,
     MeshConfig,
     ModelConfig,
@@ -26,6 +27,7 @@ from copg_jax.config.sections import (
     require_seed,
     require_size,
 )
+from copg_jax.errors import InputError
 
 MAY_DIFFER = (
     "output_dir",  # a folder may be moved
@@ -67,16 +69,24 @@ class TrainConfig:
     model: ModelConfig = section(ModelConfig)
     data: DataConfig = section(DataConfig)
     validation: DataConfig | None = option(None, "held-out data; null = none")
+    lora: LoraConfig | None = option(None, "train adapters alone; null = all weights")
     optim: OptimConfig = section(OptimConfig)
     training: TrainingConfig = section(TrainingConfig)
     mesh: MeshConfig = section(MeshConfig)
     distributed: str = _distributed()
-    seed: int = option(0, "seed of the data order, and of a new score head")
+    seed: int = option(0, "seed of the data order, and of a new score head or adapter")
 
     def __post_init__(self):
         require_path("output_dir", self.output_dir)
         require_one_of(self, DISTRIBUTED_MODES, "distributed")
         require_seed(self)
+        if self.model.adapter is not None and self.lora is None:
+            raise InputError(
+                "model.adapter: wanted the lora section beside it, whose rank and alpha are the "
+                "adapter's, got none: all weights are trained from a whole model. Fix: "
+                "lora.rank=N, which trains the adapter further; or model.path=the folder in which "
+                "it is merged."
+            )
 
 
 @dataclass(frozen=True)

@@ -108,9 +108,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     file = Path(folder) / "config.json"
     if (file.parent / _ADAPTER).exists():
         raise InputError(
-            f"{folder}: wanted a whole model, got an adapter ({_ADAPTER}), which has to be merged "
-            "into its base model first: with peft, PeftModel.from_pretrained(base, adapter)."
-            f"merge_and_unload().save_pretrained(folder). Where that is done, remove {_ADAPTER}."
+            f"{folder}: wanted a whole model, got an adapter ({_ADAPTER}). Fix: its base model as "
+            "model.path, and this folder as model.adapter. Where the adapter has been merged into "
+            f"this folder, remove {_ADAPTER}."
         )
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))

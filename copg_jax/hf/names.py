@@ -8,7 +8,8 @@
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -27,6 +28,7 @@ from copg_jax.models.params import (
     layer_stacks,
     param_specs,
 )
+from copg_jax.sharding import Axes
 
 _TOP_NAMES = {
     "embed_tokens": "model.embed_tokens.weight",
@@ -97,7 +99,7 @@ def check_fit(
     *,
     optional: Sequence[str] = (),
 ) -> None:
-    """Compare a checkpoint with the table; one InputError lists every difference.
+    """Compare a checkpoint with the table; one InputError lists the differences.
 
     Args:
         source: the checkpoint.
@@ -105,21 +107,8 @@ def check_fit(
         where: file or folder to name in the error.
         optional: tensor names that may be present without being wanted.
     """
-    found = source.shapes()
-    ignored = {*optional, *(name for name in found if name.endswith("rotary_emb.inv_freq"))}
-    problems = {
-        "missing": [
-            f"{name} {tensor.hf_shape}" for name, tensor in tensors.items() if name not in found
-        ],
-        "surplus": [f"{name} {found[name]}" for name in found if name not in {*tensors, *ignored}],
-        "misshapen": [
-            f"{name}: wanted {tensor.hf_shape}, got {found[name]}"
-            for name, tensor in tensors.items()
-            if name in found and tuple(found[name]) != tensor.hf_shape
-        ],
-    }
     lines = []
-    for kind, names in problems.items():
+    for kind, names in differences(source, tensors, optional=optional).items():
         lines += [f"  {kind}: {text}" for text in names[:_LISTED]]
         if len(names) > _LISTED:
             lines.append(f"  {kind}: ... and {len(names) - _LISTED} more")
@@ -130,6 +119,25 @@ def check_fit(
             + "\nUse the config.json that belongs to these weights, and a causal language model "
             "for head 'lm' or a one-label sequence classifier for head 'score'."
         )
+
+
+def differences(
+    source: TensorSource, tensors: Mapping[str, HfTensor], *, optional: Sequence[str] = ()
+) -> dict[str, list[str]]:
+    """Tensors that are missing, surplus or misshapen; args as those of `check_fit`."""
+    found = source.shapes()
+    ignored = {*optional, *(name for name in found if name.endswith("rotary_emb.inv_freq"))}
+    return {
+        "missing": [
+            f"{name} {tensor.hf_shape}" for name, tensor in tensors.items() if name not in found
+        ],
+        "surplus": [f"{name} {found[name]}" for name in found if name not in {*tensors, *ignored}],
+        "misshapen": [
+            f"{name}: wanted {tensor.hf_shape}, got {found[name]}"
+            for name, tensor in tensors.items()
+            if name in found and tuple(found[name]) != tensor.hf_shape
+        ],
+    }
 
 
 def check_ignored(
@@ -166,15 +174,20 @@ def check_ignored(
 
 
 def assemble(
-    source: TensorSource, tensors: Mapping[str, HfTensor], shardings: Params | None = None
+    source: TensorSource,
+    tensors: Mapping[str, HfTensor],
+    shardings: Params | None = None,
+    *,
+    dtype: Callable[[Axes], str] = lambda axes: "float32",
 ) -> Params:
-    """Read the tensors into float32 leaves, each shard straight to its device; the host holds one
-    tensor at a time, and of it what its devices need.
+    """Read the tensors into leaves, each shard straight to its device; the host holds one tensor at
+    a time, and of it what its devices need.
 
     Args:
         source: checkpoint that passed `check_fit`.
         tensors: those wanted; together they decide which leaves the tree has.
         shardings: tree of NamedSharding like the result, or None for the default device.
+        dtype: of a leaf with these logical axes.
     """
     names: dict[tuple[str | None, str], list[str]] = {}
     for name, tensor in tensors.items():
@@ -183,17 +196,21 @@ def assemble(
     for (stack, leaf), of_leaf in names.items():
         tree = params if stack is None else params.setdefault(stack, {})
         sharding = shardings and (shardings if stack is None else shardings[stack])[leaf]
-        tree[leaf] = _assemble_leaf(source, [(n, tensors[n]) for n in of_leaf], sharding)
+        tree[leaf] = _assemble_leaf(source, [(n, tensors[n]) for n in of_leaf], sharding, dtype)
     return params
 
 
 def _assemble_leaf(
-    source: TensorSource, tensors: list[tuple[str, HfTensor]], sharding: Any
+    source: TensorSource,
+    tensors: list[tuple[str, HfTensor]],
+    sharding: Any,
+    dtype: Callable[[Axes], str],
 ) -> jax.Array:
+    place = partial(_place_tensor, source, dtype=dtype(tensors[0][1].spec.axes))
     if tensors[0][1].stack is None:
-        return _place_tensor(source, *tensors[0], sharding)
+        return place(*tensors[0], sharding)
     of_layer = sharding and NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    layers = [_place_tensor(source, name, tensor, of_layer) for name, tensor in tensors]
+    layers = [place(name, tensor, of_layer) for name, tensor in tensors]
     return jax.jit(_stack, out_shardings=sharding)(*layers)
 
 
@@ -201,14 +218,15 @@ def _stack(*layers: jax.Array) -> jax.Array:
     return jnp.stack(layers)
 
 
-def _place_tensor(source: TensorSource, name: str, tensor: HfTensor, sharding: Any) -> jax.Array:
+def _place_tensor(
+    source: TensorSource, name: str, tensor: HfTensor, sharding: Any, *, dtype: str
+) -> jax.Array:
     parts: dict[str, np.ndarray] = {}
 
     def read(index: Any) -> np.ndarray:
         if str(index) not in parts:  # devices that hold the same part share one read
-            parts[str(index)] = _read_part(source, name, tensor, index).astype(
-                np.float32, copy=False
-            )
+            part = _read_part(source, name, tensor, index)
+            parts[str(index)] = part.astype(jnp.dtype(dtype), copy=False)
         return parts[str(index)]
 
     if sharding is None:
@@ -236,8 +254,7 @@ def _read_part(
 
 def _in_out(spec: ParamSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Split a matrix' shape into input and output axes; only o_proj has two input axes."""
-    cut = 2 if spec.axes[0] == "heads" else 1
-    return spec.shape[:cut], spec.shape[cut:]
+    return spec.shape[: spec.num_inputs], spec.shape[spec.num_inputs :]
 
 
 def _merged(dims: tuple[int, ...], cuts: tuple[slice, ...]) -> tuple[slice, tuple[int, ...]]:

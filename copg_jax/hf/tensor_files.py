@@ -23,12 +23,17 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class SafetensorsFolder:
-    """The tensors of a folder: model.safetensors, or the files its index names."""
+    """The tensors of a folder: model.safetensors, or the files its index names.
 
-    def __init__(self, folder: Path):
+    Args:
+        folder: where they are.
+        name: another file than model.safetensors, which has no index.
+    """
+
+    def __init__(self, folder: Path, name: str = SINGLE_NAME):
         self._handles: dict[Path, Any] = {}
         self._weight_map: dict[str, str] = {}
-        if (folder / INDEX_NAME).is_file():
+        if name == SINGLE_NAME and (folder / INDEX_NAME).is_file():
             self._weight_map = _read_weight_map(folder / INDEX_NAME)
             files = {folder / name for name in self._weight_map.values()}
             single = folder / SINGLE_NAME
@@ -39,7 +44,7 @@ class SafetensorsFolder:
                     "go its files)."
                 )
         else:
-            files = {folder / SINGLE_NAME}
+            files = {folder / name}
         absent = sorted(str(file) for file in files if not file.is_file())
         if absent:
             pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from copg_jax.hf.tensor_files import (
     SafetensorsFolder,
     write_safetensors,
 )
-from copg_jax.models.params import Architecture, Params
+from copg_jax.models.params import Architecture, Params, param_specs
 
 _WRITTEN = re.compile(  # into a model's folder, by `save_pretrained`
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|chat_template\.jinja|"
@@ -128,28 +128,48 @@ def load_params(
     Raises:
         InputError: no safetensors, or missing, surplus and misshapen tensors, listed together.
     """
+    may_lack_score = init_missing_score is not None
+    source, tensors = open_tensors(folder, arch, head=head, may_lack_score=may_lack_score)
+    params = assemble(source, tensors, shardings)
+    if head == "score" and "score.weight" not in tensors:
+        spec = param_specs(arch, head=head)["score"]
+        params["score"] = spec.init(init_missing_score, spec.shape, np.float32)
+        if shardings is not None:
+            params["score"] = jax.device_put(params["score"], shardings["score"])
+    return params
+
+
+def open_tensors(
+    folder: str | Path, arch: Architecture, *, head: str, may_lack_score: bool = False
+) -> tuple[SafetensorsFolder, dict[str, HfTensor]]:
+    """The tensors of a folder, checked, and where each lies in our tree.
+
+    Args:
+        folder: local model folder.
+        arch: of that folder.
+        head: "lm" or "score".
+        may_lack_score: whether a language model will do where a score head is wanted.
+
+    Raises:
+        InputError: as `load_params`.
+    """
     source = SafetensorsFolder(Path(folder))
     tensors = hf_tensors(arch, head=head)
     optional = []
-    score = None
-    if head == "score" and init_missing_score is not None and "score.weight" not in source.shapes():
-        spec = tensors.pop("score.weight").spec
-        score = spec.init(init_missing_score, spec.shape, np.float32)
-        if shardings is not None:
-            score = jax.device_put(score, shardings["score"])
+    if head == "score" and may_lack_score and "score.weight" not in source.shapes():
+        del tensors["score.weight"]
         optional.append("lm_head.weight")
     if arch.tie_word_embeddings:
         optional.append("lm_head.weight")  # some writers store the tied copy
     check_fit(source, tensors, str(folder), optional=optional)
     check_ignored(source, tensors, arch, str(folder))
-    params = assemble(source, tensors, shardings)
-    return params if score is None else {**params, "score": score}
+    return source, tensors
 
 
 def save_pretrained(
     folder: epath.PathLike,
     arch: Architecture,
-    params: Params,
+    params: Params | Callable[[str], np.ndarray],
     *,
     head: str,
     tokenizer: transformers.PreTrainedTokenizerBase,
@@ -164,7 +184,7 @@ def save_pretrained(
     Args:
         folder: target; replaced where it holds such an export and no other file.
         arch: sizes of the model.
-        params: tree of `init_params`, any sharding.
+        params: tree of `init_params`, any sharding; or what gives a tensor by its name.
         head: "lm" -> the family's ForCausalLM, "score" -> ForSequenceClassification of one label.
         tokenizer: gives BOS, EOS and padding ids; saved beside the weights.
         source: config.json of the folder that the model came from; what it says besides is kept.
@@ -176,11 +196,14 @@ def save_pretrained(
         "pad_token_id": _pad_id(tokenizer),
     }
     config = to_config(arch, head=head, special=special, source=source or {})
+    tensors = hf_tensors(arch, head=head)
+    of_tree = lambda name: to_hf(tensors[name], fetch(params, tensors[name]))
+    value = params if callable(params) else of_tree
     folder = epath.Path(folder)
     temporary = folder.with_name(f".{folder.name}.tmp")
     with distributed.main_first(folder.parent):
         if distributed.is_main_process():
-            _check_replaceable(folder)
+            check_replaceable(folder)
             temporary.rmtree(missing_ok=True)
             temporary.mkdir(parents=True)
             padded = copy.deepcopy(tokenizer)  # the caller's tokenizer stays as it is
@@ -189,7 +212,7 @@ def save_pretrained(
             _save_tokenizer(padded, temporary)
             (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     try:
-        _write_weights(temporary, hf_tensors(arch, head=head), params, max_shard_bytes)
+        _write_weights(temporary, tensors, value, max_shard_bytes)
         with distributed.main_first(folder / checksums.NAME):
             if distributed.is_main_process():
                 folder.rmtree(missing_ok=True)
@@ -208,12 +231,17 @@ def _save_tokenizer(tokenizer: Any, folder: epath.Path) -> None:
             (folder / file.name).write_bytes(file.read_bytes())
 
 
-def _check_replaceable(folder: epath.Path) -> None:
-    """Raises InputError unless a folder is new, empty, or holds what is written here and no more:
-    a model, or what an interrupted removal has left of one.
+def check_replaceable(folder: epath.Path, written: Collection[str] | None = None) -> None:
+    """Raises InputError unless a folder is new, empty, or holds what is written there and no more:
+    all of it, or what an interrupted removal has left.
+
+    Args:
+        folder: an export.
+        written: names of its files; None = those of a model.
     """
     names = sorted(item.name for item in folder.iterdir()) if folder.exists() else []
-    if others := [name for name in names if not _WRITTEN.fullmatch(name)]:
+    is_ours = _WRITTEN.fullmatch if written is None else written.__contains__
+    if others := [name for name in names if not is_ours(name)]:
         raise InputError(
             f"{folder}: wanted a new folder or an older export to replace, got other files "
             f"({', '.join(others[:5])}), which would be lost; choose another folder"
@@ -233,7 +261,10 @@ def _pad_id(tokenizer: transformers.PreTrainedTokenizerBase) -> Any:
 
 
 def _write_weights(
-    folder: epath.Path, tensors: Mapping[str, HfTensor], params: Params, max_shard_bytes: int
+    folder: epath.Path,
+    tensors: Mapping[str, HfTensor],
+    value: Callable[[str], np.ndarray],
+    max_shard_bytes: int,
 ) -> None:
     shards: list[list[str]] = [[]]
     size = total = 0
@@ -249,17 +280,16 @@ def _write_weights(
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         if len(shards) == 1:
             file = SINGLE_NAME
-        _write_file(folder / file, {name: tensors[name] for name in names}, params)
+        _write_file(folder / file, {name: tensors[name] for name in names}, value)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1 and distributed.is_main_process():
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_file(path: epath.Path, tensors: Mapping[str, HfTensor], params: Params) -> None:
-    def value(name: str) -> np.ndarray:
-        return to_hf(tensors[name], _fetch(params, tensors[name]))
-
+def _write_file(
+    path: epath.Path, tensors: Mapping[str, HfTensor], value: Callable[[str], np.ndarray]
+) -> None:
     # Other processes take part in the gathering, and throw away what they get.
     with path.open("wb") if distributed.is_main_process() else open(os.devnull, "wb") as stream:
         write_safetensors(
@@ -273,7 +303,7 @@ def _take_layer(leaf: jax.Array, layer: int) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
 
 
-def _fetch(params: Params, tensor: HfTensor) -> np.ndarray:
+def fetch(params: Any, tensor: HfTensor) -> np.ndarray:
     """A leaf, or one layer of it, whole and in float32 on every host."""
     if tensor.stack is None:
         value = params[tensor.leaf]
@@ -282,8 +312,8 @@ def _fetch(params: Params, tensor: HfTensor) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(value, tiled=True), np.float32)
 
 
-def params_hash(folder: str | Path) -> str:
-    """SHA-256 (hex) over config.json and the weight files of a folder: names and contents.
+def params_hash(folder: str | Path, config: str = "config.json") -> str:
+    """SHA-256 (hex) over the config and the weight files of a folder: names and contents.
 
     Raises:
         InputError: a file that cannot be read, or that has changed since the folder was sealed.
@@ -292,7 +322,7 @@ def params_hash(folder: str | Path) -> str:
     wanted = checksums.sealed_sums(folder, fix=RESTORE)
     sealed = [Path(folder) / name for name in wanted if name.endswith(".safetensors")]
     weights = {*Path(folder).glob("*.safetensors"), *sealed}
-    for file in sorted([Path(folder) / "config.json", *weights]):
+    for file in sorted([Path(folder) / config, *weights]):
         found = checksums.file_sum(file, fix=RESTORE)
         checksums.expect_sum(file, found, wanted.get(file.name, found), fix=RESTORE)
         digest.update(file.name.encode() + bytes.fromhex(found))

@@ -8,9 +8,10 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -20,7 +21,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from copg_jax.config.sections import REMATS
-from copg_jax.models.ops import MIXED, linear, rms_norm
+from copg_jax.models.lora import Factors, adapted, factors, layer_lora_specs
+from copg_jax.models.ops import MIXED, rms_norm
 from copg_jax.models.params import Architecture, Params, cast_matrix, layer_specs
 from copg_jax.sharding import ONE_DEVICE, Partitioner
 
@@ -130,6 +132,7 @@ class DecoderLayer(nnx.Module):
         rotation: Rotation,
         attend: Callable[..., tuple[jax.Array, Any]],
         read: Callable[[jax.Array], jax.Array] = lambda tokens: tokens,
+        lora: Mapping[str, Factors] = MappingProxyType({}),
     ) -> tuple[jax.Array, Any]:
         """Attention and MLP, each x + f(norm(x)).
 
@@ -139,26 +142,30 @@ class DecoderLayer(nnx.Module):
             attend: (q [B, U, H, Hd], k, v [B, T, KV, Hd]) -> (mixed v [B, U, H, Hd], extra).
             read: [B, T, ...] -> [B, U, ...], the tokens whose output is wanted. Of the others only
                 keys and values are computed.
+            lora: adapters, by the name of their matrix.
 
         Returns:
             The new x [B, U, D] and `extra` (cache columns, or None) as `attend` gave it.
         """
         normed = rms_norm(x, self.input_layernorm[...], self.eps)
-        k = self._place(_project(normed, self.k_proj, self.k_bias), self.k_norm, rotation)
-        v = _keep(_project(normed, self.v_proj, self.v_bias))
+        k = _project(normed, self.k_proj, self.k_bias, lora.get("k_proj"))
+        k = self._place(k, self.k_norm, rotation)
+        v = _keep(_project(normed, self.v_proj, self.v_bias, lora.get("v_proj")))
         x, rotation = jax.tree.map(read, (x, rotation))
         normed = rms_norm(x, self.input_layernorm[...], self.eps)
-        q = self._place(_project(normed, self.q_proj, self.q_bias), self.q_norm, rotation)
+        q = _project(normed, self.q_proj, self.q_bias, lora.get("q_proj"))
+        q = self._place(q, self.q_norm, rotation)
         mixed, extra = attend(q, k, v)
         # One merged contraction axis: over (h, e) XLA transposes the weights at every decode step.
         mixed = mixed.reshape(*mixed.shape[:2], -1)
         o_proj = self.o_proj[...].reshape(mixed.shape[-1], -1)
-        x = _keep(x + linear(mixed, o_proj))
+        x = _keep(x + adapted(mixed, o_proj, lora.get("o_proj")))
 
         normed = rms_norm(x, self.post_attention_layernorm[...], self.eps)
-        gate = _project(normed, self.gate_proj)
-        up = _project(normed, self.up_proj)
-        return x + _project(jax.nn.silu(gate) * up, self.down_proj), extra
+        gate = _project(normed, self.gate_proj, lora=lora.get("gate_proj"))
+        up = _project(normed, self.up_proj, lora=lora.get("up_proj"))
+        active = jax.nn.silu(gate) * up
+        return x + _project(active, self.down_proj, lora=lora.get("down_proj")), extra
 
     def _place(
         self, heads: jax.Array, norm: nnx.Param[jax.Array] | None, rotation: Rotation
@@ -174,11 +181,14 @@ _keep = partial(checkpoint_name, name=PROJECTED)
 
 
 def _project(
-    x: jax.Array, weight: nnx.Param[jax.Array], bias: nnx.Param[jax.Array] | None = None
+    x: jax.Array,
+    weight: nnx.Param[jax.Array],
+    bias: nnx.Param[jax.Array] | None = None,
+    lora: Factors | None = None,
 ) -> jax.Array:
     """[B, T, D], [D, ...] and the bias [size of ...] → [B, T, ...]."""
     matrix = weight[...]
-    y = linear(x, matrix.reshape(len(matrix), -1))
+    y = adapted(x, matrix.reshape(len(matrix), -1), lora)
     if bias is not None:
         y = (y + jnp.broadcast_to(bias[...], y.shape)).astype(y.dtype)
     return y.reshape(*x.shape[:-1], *matrix.shape[1:])
@@ -209,7 +219,7 @@ class Decoder:
 
     def scan_layers(
         self,
-        stack: Params,
+        params: Params,
         x: jax.Array,
         rotation: Rotation,
         attend: Attend,
@@ -218,7 +228,7 @@ class Decoder:
         """Runs all layers but the last, each recomputed in the backward pass as `arch.remat` says.
 
         Args:
-            stack: weights with a leading axis of layers.
+            params: tree of `init_params`, perhaps with adapters.
             x: [R, N, D].
             rotation: of the N tokens.
             attend: see `Attend`.
@@ -227,7 +237,7 @@ class Decoder:
         Returns:
             The new x, and the extras of all layers, stacked.
         """
-        layer_step = self._layer_step(rotation, attend)
+        layer_step, stack = self._layer_step(params, rotation, attend), _stack(params, "layers")
         # Inside a scan the barrier against common-subexpression elimination is not needed.
         policy = REMAT_POLICIES[self.arch.remat]
         layer_step = jax.checkpoint(layer_step, policy=policy, prevent_cse=False)
@@ -235,7 +245,7 @@ class Decoder:
 
     def last_layer(
         self,
-        stack: Params,
+        params: Params,
         x: jax.Array,
         rotation: Rotation,
         attend: Attend,
@@ -243,13 +253,13 @@ class Decoder:
         *,
         read: Callable[[jax.Array], jax.Array] = lambda tokens: tokens,
     ) -> tuple[jax.Array, Any]:
-        """Runs a stack of one layer for the tokens that `read` picks; see `DecoderLayer`.
+        """Runs the last layer for the tokens that `read` picks; see `DecoderLayer`.
 
         Its backward pass comes first of all, so nothing is gained by recomputing it.
         """
-        inputs = stack, self._rotary_flags(slice(-1, None)), slices
+        inputs = _stack(params, "last_layer"), self._rotary_flags(slice(-1, None)), slices
         inputs = jax.tree.map(lambda leaf: jnp.squeeze(leaf, axis=0), inputs)
-        x, extra = self._layer_step(rotation, attend, read)(x, inputs)
+        x, extra = self._layer_step(params, rotation, attend, read)(x, inputs)
         return x, jax.tree.map(lambda leaf: leaf[None], extra)
 
     def final_norm(self, params: Params, x: jax.Array) -> jax.Array:
@@ -263,13 +273,15 @@ class Decoder:
 
     def _layer_step(
         self,
+        params: Params,
         rotation: Rotation,
         attend: Attend,
         read: Callable[[jax.Array], jax.Array] = lambda tokens: tokens,
     ) -> Callable[..., tuple[jax.Array, Any]]:
         """One layer as a function (x, (weights, rotary flag, slices)) → (x, extra)."""
-        graph, specs = _layer_graph(self.arch), layer_specs(self.arch)
-        gather = self.partitioner.gather_weight
+        graph, own = _layer_graph(self.arch), layer_specs(self.arch)
+        specs = own | layer_lora_specs(self.arch, rank=1)  # of which the axes are read
+        gather, scale = self.partitioner.gather_weight, params.get("lora_scale")
 
         def layer_step(x, inputs):
             weights, is_rotary, slices = inputs
@@ -277,12 +289,18 @@ class Decoder:
                 name: gather(cast_matrix(self.arch, specs[name].axes, weight), specs[name].axes)
                 for name, weight in weights.items()
             }
-            layer = nnx.merge(graph, weights)
+            layer = nnx.merge(graph, {name: weights[name] for name in own})
             turn = rotation if is_rotary is None else _turn_if(is_rotary, rotation)
-            x, extra = layer(x, turn, lambda q, k, v: attend(q, k, v, *slices), read)
+            lora = factors(weights, scale)
+            x, extra = layer(x, turn, lambda q, k, v: attend(q, k, v, *slices), read, lora)
             return self.partitioner.constrain_residual(x), extra
 
         return layer_step
+
+
+def _stack(params: Params, name: str) -> Params:
+    """The weights of a stack of layers, and their adapters."""
+    return params[name] | params.get("lora", {}).get(name, {})
 
 
 @functools.cache

@@ -110,9 +110,9 @@ def prefill(
 
     rotation = rotary_angles(decoder.arch, group.positions())
     x = decoder.embed(params, group.pack(group.slots(prompt_tokens, blank)))
-    x, layers = decoder.scan_layers(params["layers"], x, rotation, attend)
+    x, layers = decoder.scan_layers(params, x, rotation, attend)
     read = partial(take_rows, index=group.last_prompt_token())
-    x, final = decoder.last_layer(params["last_layer"], x, rotation, attend_last, read=read)
+    x, final = decoder.last_layer(params, x, rotation, attend_last, read=read)
 
     hidden = decoder.final_norm(params, x).reshape(len(prompt_length), -1)
     begin = partial(_begin, num_samples=num_samples, max_new_tokens=max_new_tokens)
@@ -190,7 +190,7 @@ def decode_step(
         return from_buckets(mixed, num_bins), columns
 
     x = decoder.embed(params, tokens)
-    x, layers = decoder.scan_layers(params["layers"], x, rotation, attend, cache.layers)
-    x, final = decoder.last_layer(params["last_layer"], x, rotation, attend, cache.last_layer)
+    x, layers = decoder.scan_layers(params, x, rotation, attend, cache.layers)
+    x, final = decoder.last_layer(params, x, rotation, attend, cache.last_layer)
     hidden = constrain(decoder.final_norm(params, x))
     return hidden, cache.with_column(index, layers, final)

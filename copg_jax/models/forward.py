@@ -218,9 +218,9 @@ def _run_groups(
         return group.pack(Slots(prompts, completions)), None
 
     tokens = group.pack(group.slots(batch.prompt_tokens, batch.completion_tokens))
-    x, _ = decoder.scan_layers(params["layers"], decoder.embed(params, tokens), rotation, attend)
+    x, _ = decoder.scan_layers(params, decoder.embed(params, tokens), rotation, attend)
     x, _ = decoder.last_layer(
-        params["last_layer"],
+        params,
         x,
         rotation,
         lambda q, k, v: (attend_last(q, group.unpack(k), group.unpack(v)), None),

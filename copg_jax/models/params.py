@@ -3,7 +3,8 @@
 1. `Architecture` holds the sizes, what is particular to a family, and how to compute with them.
 2. `LAYER_PARAMS` is the one table of a layer's parameters: Hugging Face name, logical axes,
    initialiser, and the field of `Architecture` that asks for it; `param_specs` adds the others.
-3. `init_params`, `abstract_params`, `logical_axes` and `cast_matrices` read them.
+3. `initial`, `abstract` and `axes_of` read any tree of specs; `init_params`, `abstract_params`,
+   `logical_axes` and `cast_matrices` those of a whole model.
 """
 
 import dataclasses
@@ -114,6 +115,11 @@ class ParamSpec(NamedTuple):
     axes: Axes
     init: Callable[..., jax.Array]
 
+    @property
+    def num_inputs(self) -> int:
+        """How many axes of a layer's matrix are contracted, the first ones; two of o_proj."""
+        return 2 if self.axes[0] == "heads" else 1
+
 
 class LayerParam(NamedTuple):
     """A parameter of every layer, or of the layers of some architectures."""
@@ -172,6 +178,17 @@ def layer_stacks(arch: Architecture) -> dict[str, int]:
     return {"layers": arch.num_hidden_layers - 1, "last_layer": 1}
 
 
+def stacked(arch: Architecture, specs: dict[str, ParamSpec]) -> dict[str, dict[str, ParamSpec]]:
+    """Parameters of one layer as the stacks of all layers."""
+    return {
+        stack: {
+            name: ParamSpec((size, *spec.shape), ("layers", *spec.axes), spec.init)
+            for name, spec in specs.items()
+        }
+        for stack, size in layer_stacks(arch).items()
+    }
+
+
 def param_specs(arch: Architecture, *, head: str = "lm") -> dict[str, Any]:
     """Describe the parameter tree: each leaf a ParamSpec, layers stacked as `layer_stacks` says.
 
@@ -184,13 +201,7 @@ def param_specs(arch: Architecture, *, head: str = "lm") -> dict[str, Any]:
     vocab, embed = arch.vocab_size, arch.hidden_size
     specs: dict[str, Any] = {
         "embed_tokens": ParamSpec((vocab, embed), ("vocab", "embed"), _NORMAL),
-        **{
-            stack: {
-                name: ParamSpec((size, *spec.shape), ("layers", *spec.axes), spec.init)
-                for name, spec in layer_specs(arch).items()
-            }
-            for stack, size in layer_stacks(arch).items()
-        },
+        **stacked(arch, layer_specs(arch)),
         "norm": ParamSpec((embed,), ("embed",), _ONES),
     }
     if head == "score":
@@ -204,43 +215,66 @@ def init_params(arch: Architecture, key: jax.Array, *, head: str = "lm") -> Para
     """Draw float32 parameters: N(0, 0.02) matrices, unit norms, zero biases, score head of std
     1/sqrt(D+1).
     """
-    specs, tree = jax.tree.flatten(param_specs(arch, head=head), is_leaf=_is_spec)
-    keys = jax.random.split(key, len(specs))
-    return jax.tree.unflatten(
-        tree, [spec.init(k, spec.shape, jnp.float32) for spec, k in zip(specs, keys, strict=True)]
-    )
+    return initial(param_specs(arch, head=head), key)
 
 
 def abstract_params(arch: Architecture, *, head: str = "lm") -> Params:
     """The tree of `init_params` as ShapeDtypeStructs."""
-    return _map_specs(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32), arch, head)
+    return abstract(param_specs(arch, head=head))
 
 
 def logical_axes(arch: Architecture, *, head: str = "lm") -> Params:
     """The tree of `init_params` with a tuple of logical axis names at each leaf."""
-    return _map_specs(lambda spec: spec.axes, arch, head)
+    return axes_of(param_specs(arch, head=head))
+
+
+def initial(specs: Params, key: jax.Array) -> Params:
+    """Draws the float32 parameters of a tree of specs."""
+    flat, tree = jax.tree.flatten(specs, is_leaf=_is_spec)
+    keys = jax.random.split(key, len(flat))
+    return jax.tree.unflatten(
+        tree, [spec.init(k, spec.shape, jnp.float32) for spec, k in zip(flat, keys, strict=True)]
+    )
+
+
+def abstract(specs: Params) -> Params:
+    """The tree of `initial` as ShapeDtypeStructs."""
+    return _map_specs(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32), specs)
+
+
+def axes_of(specs: Params) -> Params:
+    """The tree of `initial` with a tuple of logical axis names at each leaf."""
+    return _map_specs(lambda spec: spec.axes, specs)
 
 
 def cast_matrices(arch: Architecture, params: Params) -> Params:
     """Cast the matrices to the compute dtype, which the forward pass does where it gathers them.
 
     Vectors (norm scales, biases, score head) are used in float32 and stay, so that no result
-    changes.
+    changes. Adapters, which are small, stay too.
     """
     head = "score" if "score" in params else "lm"
     axes, cast = logical_axes(arch, head=head), partial(cast_matrix, arch)
-    return jax.tree.map(cast, axes, params, is_leaf=lambda node: isinstance(node, tuple))
+    is_axes = lambda node: isinstance(node, tuple)
+    own = {name: part for name, part in params.items() if name in axes}
+    return params | {
+        name: jax.tree.map(cast, axes[name], part, is_leaf=is_axes) for name, part in own.items()
+    }
 
 
 def cast_matrix(arch: Architecture, axes: Axes, leaf: jax.Array) -> jax.Array:
     """One leaf of `cast_matrices`; `axes` are its logical axes, with or without `layers`."""
-    is_vector = len(axes) - ("layers" in axes) == 1
-    return leaf if is_vector else leaf.astype(arch.dtype)
+    return leaf.astype(frozen_dtype(arch, axes))
+
+
+def frozen_dtype(arch: Architecture, axes: Axes) -> str:
+    """The dtype in which a parameter that is only read can be kept: float32 for a vector."""
+    return "float32" if len(axes) - ("layers" in axes) == 1 else arch.dtype
 
 
 def _is_spec(node: Any) -> bool:
     return isinstance(node, ParamSpec)
 
 
-def _map_specs(fn: Callable[[ParamSpec], Any], arch: Architecture, head: str) -> Params:
-    return jax.tree.map(fn, param_specs(arch, head=head), is_leaf=_is_spec)
+def _map_specs(fn: Callable[[ParamSpec], Any], specs: Params) -> Params:
+    return jax.tree.map(fn, specs, is_leaf=_is_spec)

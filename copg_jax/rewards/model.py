@@ -41,6 +41,8 @@ class RewardModel:
             trained with.
         text_format: `data.format` of its training. "auto": each prompt says it, those in the frame
             of TL;DR are read in the format `tldr` and others in `text`.
+        adapter: PEFT folder of a LoRA on `path`, with a score head. The weights of one base, in one
+            dtype and on one mesh, are in memory once.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class RewardModel:
         dtype: str = "float32",
         max_prompt_tokens: int = 512,
         text_format: str = "auto",
+        adapter: str | None = None,
     ):
         for name, count in (("batch_size", batch_size), ("max_prompt_tokens", max_prompt_tokens)):
             if not isinstance(count, int) or isinstance(count, bool) or count < 1:
@@ -64,7 +67,7 @@ class RewardModel:
         width = read_architecture(resolve(path)).hidden_size
         shards = math.gcd(len(jax.devices()), width)
         mesh = make_mesh(MeshConfig(data=-1, fsdp=shards))
-        model = open_model(ModelConfig(path, dtype=dtype), mesh, head="score")
+        model = open_model(ModelConfig(path, adapter=adapter, dtype=dtype), mesh, head="score")
         self.fingerprint = model.hash
         self._model = model
         self._encoder = Encoder(model.tokenizer)

@@ -8,7 +8,6 @@
 """
 
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,22 +19,27 @@ import numpy as np
 import optax
 from etils import epath
 
-from copg_jax import checksums, disk, distributed, flops, inputs, run_folder, runtime, sharding
+from copg_jax import checksums, disk, flops, inputs, run_folder, runtime, sharding
 from copg_jax.config.sections import DataConfig
 from copg_jax.config.stages import MAY_DIFFER, TrainConfig
 from copg_jax.data.dataset import GroupDataset
 from copg_jax.data.stream import GroupStream, num_ordered, num_steps
-from copg_jax.errors import Damaged
 from copg_jax.evaluate import GenerationEvaluator, make_loss_evaluator
 from copg_jax.hf.pretrained import PretrainedModel, open_model
-from copg_jax.hf.weights import save_pretrained
 from copg_jax.models.layout import pack
 from copg_jax.objective import LossFn
 from copg_jax.tracking import MetricsLogger, warn_of_lost_lines
 from copg_jax.train import loop, optim
 from copg_jax.train.checkpoint import Checkpoints
+from copg_jax.train.exports import bytes_to_write, export, is_exported
 from copg_jax.train.metrics import LateMetrics
-from copg_jax.train.state import TrainState, abstract_state, create_state, state_shardings
+from copg_jax.train.state import (
+    TrainState,
+    abstract_state,
+    create_state,
+    joined,
+    state_shardings,
+)
 from copg_jax.train.step import make_loss_step, make_train_step
 
 log = logging.getLogger(__name__)
@@ -98,7 +102,9 @@ def _run_stage(config: TrainConfig, stage: Stage) -> None:
     run_folder.check_inputs(run.folder, run.inputs | hashes)
     with Checkpoints(run.folder / "checkpoints", best_metric=stage.best_metric) as checkpoints:
         start = checkpoints.latest_step or 0
-        if start >= run.num_steps and _is_exported(run, checkpoints):
+        if start >= run.num_steps and is_exported(
+            run.folder, run.model, has_best=checkpoints.best() is not None
+        ):
             warn_of_lost_lines(run.folder, range(1, run.num_steps + 1))
             log.info("%s: already complete (%d steps)", run.folder, run.num_steps)
             return
@@ -127,8 +133,9 @@ def _train(
     to make room for those of the best step.
     """
     training, loss_fn = run.config.training, stage.make_loss(run.model)
+    frozen = None if run.model.lora is None else run.model.load_frozen()
     hooks: list[loop.Hook] = []
-    evaluate, evaluation = _evaluation(run, stage, loss_fn, generation), None
+    evaluate, evaluation = _evaluation(run, stage, loss_fn, generation, frozen), None
     if evaluate is not None:
         evaluation = loop.EvaluationHook(
             training, run.num_steps, evaluate, logger, stage.best_metric
@@ -136,10 +143,14 @@ def _train(
         hooks.append(evaluation)
     hooks.append(loop.CheckpointHook(training, run.num_steps, checkpoints, logger, evaluation))
     useful_flops = lambda batch: flops.useful_flops(
-        run.model.arch, batch.prompt_length, batch.completion_length, head=stage.head
+        run.model.arch,
+        batch.prompt_length,
+        batch.completion_length,
+        head=stage.head,
+        lora_parameters=run.model.lora_parameters,
     )
     return loop.run(
-        _Step(run, loss_fn, stage.coefficients),
+        _Step(run, loss_fn, stage.coefficients, frozen),
         _initial_state(run, checkpoints, start),
         iter(_stream(run, start)),
         range(start + 1, run.num_steps + 1),
@@ -158,9 +169,16 @@ class _Step:
         run: gives optimiser, mesh and learning rate.
         loss_fn: what is minimised.
         coefficients: its numbers.
+        frozen: parameters that are not trained, if there are any.
     """
 
-    def __init__(self, run: _Run, loss_fn: LossFn, coefficients: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        run: _Run,
+        loss_fn: LossFn,
+        coefficients: Mapping[str, float],
+        frozen: Mapping[str, Any] | None,
+    ) -> None:
         self._step_fn = make_train_step(
             loss_fn,
             run.optimizer,
@@ -168,14 +186,12 @@ class _Step:
             state_shardings=run.shardings,
             num_microbatches=run.config.training.num_microbatches,
         )
-        self._coefficients = as_arguments(coefficients)
+        self._arguments = {**as_arguments(coefficients), "frozen": frozen}
         self._learning_rate = partial(optim.learning_rate, run.config.optim, run.num_steps)
         self._compiled: Any = None
 
     def __call__(self, step: int, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
-        arguments = self._coefficients | {
-            "learning_rate": np.float32(self._learning_rate(step - 1))
-        }
+        arguments = self._arguments | {"learning_rate": np.float32(self._learning_rate(step - 1))}
         if self._compiled is None:
             log.info("compiling the training step")
             begin = time.perf_counter()
@@ -194,11 +210,11 @@ def _prepare(config: TrainConfig, stage: Stage) -> _Run:
     folder, training = epath.Path(config.output_dir), config.training
     mesh = sharding.make_mesh(config.mesh)
     loop.check_batch(training.batch_size, training.num_microbatches, mesh)
-    model = open_model(config.model, mesh, head=stage.head, remat=training.remat)
+    model = open_model(config.model, mesh, head=stage.head, remat=training.remat, lora=config.lora)
     optimizer = optim.make_optimizer(config.optim)
     shapes = abstract_state(optimizer, model.shapes)
     if not checksums.is_sealed(folder / "model"):  # else it is complete
-        to_write = _bytes_to_write(shapes, stage.best_metric is not None)
+        to_write = bytes_to_write(model, shapes, keeps_best=stage.best_metric is not None)
         tokens = inputs.prepared_bytes(config.data, config.validation)
         disk.warn_of_space(folder, to_write + tokens)
     datasets = []
@@ -242,17 +258,6 @@ def _prepare(config: TrainConfig, stage: Stage) -> _Run:
     )
 
 
-def _bytes_to_write(shapes: TrainState, keeps_best: bool) -> int:
-    """What a run may write beside tokens: checkpoints, one of them before an older one is removed,
-    and exports in float32.
-    """
-    state, params = (
-        sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-        for tree in (shapes, shapes.params)
-    )
-    return (3 + keeps_best) * state + (1 + keeps_best) * params
-
-
 def _stream(run: _Run, start: int) -> GroupStream:
     """This host's share of the batches after step `start`."""
     training = run.config.training
@@ -275,13 +280,16 @@ def _initial_state(run: _Run, checkpoints: Checkpoints, start: int) -> TrainStat
     if start:
         log.info("%s: resuming after step %d of %d", run.folder, start, run.num_steps)
         return checkpoints.restore(start, run.shapes, run.shardings)
-    score_key = jax.random.key(run.config.seed) if run.model.head == "score" else None
-    params = run.model.load(score_key=score_key)
+    params = run.model.load(key=jax.random.key(run.config.seed))
     return create_state(run.optimizer, params, run.shardings)
 
 
 def _evaluation(
-    run: _Run, stage: Stage, loss_fn: LossFn, generation: GenerationEvaluator | None
+    run: _Run,
+    stage: Stage,
+    loss_fn: LossFn,
+    generation: GenerationEvaluator | None,
+    frozen: Mapping[str, Any] | None,
 ) -> loop.Evaluate | None:
     """Joins the held-out loss and the evaluation by generation; None where there is neither."""
     if run.held_out is None and generation is None:
@@ -299,26 +307,12 @@ def _evaluation(
 
     def evaluate(params: Any, at: int) -> tuple[dict[str, float], dict[str, str]]:
         log.info("evaluating at step %d", at)
+        params = joined(frozen, params)
         metrics = held_out_loss(params) if held_out_loss is not None else {}
         generated, texts = generation(params, at) if generation is not None else ({}, {})
         return metrics | generated, texts
 
     return evaluate
-
-
-def _is_exported(run: _Run, checkpoints: Checkpoints) -> bool:
-    """Whether the folders that a complete run leaves are there and as they were written."""
-    is_exported = False
-    with distributed.main_first(run.folder):
-        if distributed.is_main_process():
-            try:
-                for name in ("model", *(["best"] if checkpoints.best() else [])):
-                    checksums.check(run.folder / name, fix="It is exported again.")
-                is_exported = True
-            except Damaged as error:
-                if checksums.is_sealed(run.folder / "model"):
-                    log.warning("%s", error)
-    return bool(distributed.from_main(is_exported))
 
 
 def _export_all(run: _Run, checkpoints: Checkpoints, last: Any) -> None:
@@ -333,12 +327,4 @@ def _export_all(run: _Run, checkpoints: Checkpoints, last: Any) -> None:
 
 
 def _export(run: _Run, name: str, params: Any) -> None:
-    save_pretrained(
-        run.folder / name,
-        run.model.arch,
-        params,
-        head=run.model.head,
-        tokenizer=run.model.tokenizer,
-        source=run.model.config,
-    )
-    log.info("wrote %s", run.folder / name)
+    export(run.folder, name, run.model, params, base=run.config.model)

@@ -1,5 +1,6 @@
 """What a training step reads and writes: step counter, master parameters and optimiser state."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,11 +11,18 @@ import optax
 from copg_jax import sharding
 
 
+def joined(frozen: Mapping[str, Any] | None, params: Any) -> Any:
+    """All parameters that a loss reads, of which `params` are trained; the same where there are no
+    others. What is trained takes the place of what is frozen under the same name.
+    """
+    return params if frozen is None else {**frozen, **params}
+
+
 class TrainState(NamedTuple):
     """The whole state of training, donated to every step; or the shapes or shardings of it."""
 
     step: Any  # int32 scalar: number of updates applied
-    params: Any  # nested dict of float32 arrays
+    params: Any  # nested dict of float32 arrays, those that are trained
     opt_state: Any
     halted: Any  # bool scalar: a step was not finite, and no step since then has changed anything
 

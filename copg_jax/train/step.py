@@ -5,7 +5,7 @@
 2. `make_loss_step` is the same without a gradient, for held-out data.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from jax.ref import freeze, new_ref
 from copg_jax import sharding
 from copg_jax.data.groups import GroupBatch
 from copg_jax.objective import LossFn, LossOutput, Metrics
-from copg_jax.train.state import TrainState
+from copg_jax.train.state import TrainState, joined
 
 
 def make_train_step(
@@ -45,9 +45,11 @@ def make_train_step(
             layout have a multiple of data·fsdp·num_microbatches bins.
 
     Returns:
-        A function that donates its state. Its keywords are the numbers of the loss, such as beta,
-        and `learning_rate`, if the optimizer takes one with every update; they are arguments of the
-        compiled step, so that other values of one type compile nothing. Metrics: averages by name,
+        A function that donates its state. Its keywords are the numbers of the loss, such as beta;
+        `learning_rate`, if the optimizer takes one with every update; and `frozen`, parameters that
+        the loss reads and that are not trained (see `state.joined`), which have no gradient. They
+        are arguments of the compiled step, so that other values of one type compile nothing.
+        Metrics: averages by name,
         `optim/grad_norm`, `optim/learning_rate` if given, `finite` (bool) and `per_group` [B].
     """
     num_shards = 1 if mesh is None else sharding.num_batch_shards(mesh)
@@ -58,10 +60,11 @@ def make_train_step(
         batch: GroupBatch,
         *,
         learning_rate: Array | float | None = None,
+        frozen: Mapping[str, Any] | None = None,
         **coefficients: Array | float,
     ) -> tuple[TrainState, dict[str, Array]]:
         def loss(params: Any, batch: GroupBatch) -> LossOutput:
-            return loss_fn(params, batch, **coefficients)
+            return loss_fn(joined(frozen, params), batch, **coefficients)
 
         output, grads = _loss_and_grads(loss, state.params, batch, num_microbatches, num_shards)
         # A batch of ties has weight 0 and gradient 0: no update, rather than 0/0.

@@ -191,7 +191,7 @@ def test_an_adapter_has_to_be_merged_first(tmp_path, whole):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(InputError) as caught:
         weights.read_architecture(tmp_path)
-    assert "got an adapter (adapter_config.json), which has to be merged" in str(caught.value)
+    assert "got an adapter (adapter_config.json). Fix: its base model" in str(caught.value)
 
 
 ODD = st.one_of(

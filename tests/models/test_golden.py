@@ -60,7 +60,7 @@ def test_log_probabilities_and_a_step_of_sft_equal_the_hugging_face_model(
     gradients, logp = jax.jit(jax.grad(loss, has_aux=True))(params)
     np.testing.assert_allclose(logp, golden["logp"], atol=1e-4)
     found = {
-        name: names.to_hf(tensor, weights._fetch(gradients, tensor))
+        name: names.to_hf(tensor, weights.fetch(gradients, tensor))
         for name, tensor in names.hf_tensors(arch, head="lm").items()
     }
     np.testing.assert_allclose(record_golden.sketch(found), golden["gradients"], atol=1e-4)
