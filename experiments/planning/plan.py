@@ -98,7 +98,7 @@ def make_plan(config: TrainConfig | EvaluateConfig, topology: Topology) -> tuple
         compiled_for=topology.stand_in or topology.devices[0].device_kind,
         stage=next(stage for stage, cls in STAGES.items() if isinstance(config, cls)),
         model=Path(config.model.path).name,
-        trained="all weights" if is_training else "-",
+        trained=_trained(config) if is_training else "-",
         num_microbatches=config.training.num_microbatches if is_training else 1,
         num_chips=mesh.size,
         mesh=dict(mesh.shape),
@@ -114,6 +114,10 @@ def make_plan(config: TrainConfig | EvaluateConfig, topology: Topology) -> tuple
         compile_s=round(seconds, 1),
     )
     return plan, _remarks(plan, program, topology)
+
+
+def _trained(config: TrainConfig) -> str:
+    return "all weights" if config.lora is None else f"LoRA, rank {config.lora.rank}"
 
 
 def _check_cudnn(topology: Topology) -> None:
@@ -153,7 +157,8 @@ def _argument_bytes(program: Program) -> int:
     """Bytes of one chip."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(program.arguments)
+        for leaf in jax.tree.leaves((program.arguments, dict(program.keywords)))
+        if isinstance(leaf, jax.ShapeDtypeStruct)
     )
 
 
