@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from copg_jax import sharding
@@ -198,6 +199,57 @@ def test_a_policy_that_evaluates_shares_its_chips_with_the_reference_and_the_rew
     plan, remarks = make_plan(config, open_topology("cpu:8xh200"))
     assert (plan.fits, plan.frozen_gib) == (False, 200)
     assert "evaluation=null" in "\n".join(remarks)
+
+
+def test_adapters_hold_their_base_once_and_evaluate_against_it(architecture: Path):
+    def program_of(*arguments: str, adapter: str = "") -> Program:
+        path = str(architecture) if adapter else "x"
+        reward = f"{{path: {path}, dtype: bfloat16{adapter}}}"
+        rewards = f"[{{function: copg_jax.rewards.RewardModel, arguments: {reward}}}]"
+        evaluation = ["evaluation.data.path=x", f"evaluation.rewards={rewards}"]
+        config = config_of("policy", architecture, *evaluation, *arguments)
+        return make_program(config, open_architecture(config.model), mesh)
+
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    full, lora = program_of(), program_of("lora.rank=2")
+    shared = program_of("lora.rank=2", adapter=", adapter: x")
+    frozen = lora.keywords["frozen"]
+    assert "frozen" not in full.keywords and "lora" not in frozen
+    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    trained = lora.arguments[0].params
+    base = count(full.arguments[0].params)
+    assert count(frozen) == base + 1  # and the scale of the adapters
+    assert set(trained) == {"lora"} and count(trained) < base / 4
+    matrices = [leaf for leaf in jax.tree.leaves(frozen) if leaf.size > 1000]
+    assert all(leaf.dtype == "bfloat16" for leaf in matrices)
+    assert all(leaf.sharding.shard_shape(leaf.shape) != leaf.shape for leaf in matrices)
+    # With all weights a reference and a reward model, with adapters the latter, on the policy's
+    # base its own adapter alone.
+    assert full.frozen_bytes == 2 * lora.frozen_bytes == 2 * 2 * base / 8
+    assert shared.frozen_bytes == 4 * count(trained) / 8
+    assert full.useful_flops / 2 < lora.useful_flops < full.useful_flops
+    arguments = sum(
+        np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves((lora.arguments, frozen))
+    )
+    assert planning._argument_bytes(lora) == arguments
+
+
+@pytest.mark.parametrize(
+    ("stage", "arguments", "words"),
+    [
+        ("policy", ["lora.rank=64"], "lora.rank: wanted less than"),
+        ("policy", ["lora.rank=2", "lora.targets=[lm_head]"], "lora.targets: wanted some of"),
+        ("evaluate", ["model.adapter=x"], "model.adapter: wanted none.*model.adapter=null"),
+    ],
+)
+def test_adapters_that_cannot_be_planned_are_refused(
+    stage: str, arguments: list[str], words: str, architecture: Path
+):
+    config = config_of(stage, architecture, *arguments)
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    with pytest.raises(InputError, match=words):
+        make_program(config, open_architecture(config.model), mesh)
 
 
 def test_a_model_that_is_not_here_is_refused_with_one_that_is():
