@@ -36,7 +36,9 @@ CHIPS: dict[str, Chip] = {
     "TPU v5": Chip(459, 95.74, 2765, 100, "cloud.google.com/tpu/docs/v5p"),
     "TPU v6 lite": Chip(918, 31.25, 1638, 100, "cloud.google.com/tpu/docs/v6e"),
     "NVIDIA H100 80GB HBM3": Chip(989, 72, 3350, 450, "nvidia.com/en-us/data-center/h100"),
-    "NVIDIA GeForce RTX 3090": Chip(71, 21.6, 936, 32, "nvidia.com, GA102 architecture white paper"),
+    "NVIDIA GeForce RTX 3090": Chip(
+        71, 21.6, 936, 32, "nvidia.com, GA102 architecture white paper"
+    ),
     "NVIDIA H200": Chip(989, 130, 4800, 450, "nvidia.com/en-us/data-center/h200"),
 }
 """By `jax.Device.device_kind`; "TPU v5 lite" is v5e, "TPU v5" is v5p, "TPU v6 lite" is v6e."""

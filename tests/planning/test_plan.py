@@ -316,7 +316,8 @@ def test_without_a_topology_or_a_stage_the_script_says_what_it_wants(capsys):
 
 def test_plan_commands_of_the_docs_are_accepted(monkeypatch: pytest.MonkeyPatch):
     lines = Path("docs/plan.md").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
-    commands = [shlex.split(line)[3:] for line in lines if "-m experiments.plan " in line]
+    words = [shlex.split(line) for line in lines if " experiments.plan " in line]
+    commands = [line[line.index("experiments.plan") + 1 :] for line in words]
     seen = []
     monkeypatch.setattr(script, "open_topology", lambda name: name)
     monkeypatch.setattr(script, "print_table", lambda found: None)
@@ -325,4 +326,4 @@ def test_plan_commands_of_the_docs_are_accepted(monkeypatch: pytest.MonkeyPatch)
     )
     for command in commands:
         script.main(command)
-    assert len(commands) == 2 and len(seen) == 4
+    assert len(commands) >= 2 and len(seen) >= len(commands)
