@@ -60,6 +60,20 @@ def test_gpus_come_from_the_description_in_the_library_of_their_compiler(
     assert f"device_memory_size: {72 * 2**30 * 5 // 4}" in text
 
 
+def test_a_card_of_24_gib_is_compiled_for_as_another_of_its_chip(
+    library: Path, monkeypatch: pytest.MonkeyPatch
+):
+    library.write_text(DESCRIPTION.format(cores=84, name="NVIDIA RTX A6000"))
+    devices = [SimpleNamespace(platform="gpu")]
+    monkeypatch.setattr(
+        topologies, "get_topology_desc", lambda name, **options: SimpleNamespace(devices=devices)
+    )
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")
+    topology = open_topology("gpu:1xrtx3090")
+    assert topology.chip is not None and topology.chip.hbm_gib == 21.6
+    assert topology.stand_in is not None and "RTX A6000" in topology.stand_in
+
+
 def test_a_gpu_that_the_compiler_does_not_describe_is_refused(library: Path):
     with pytest.raises(InputError, match=r"H200 141GB HBM3e, got that of JAX.*cpu:2xh200"):
         open_topology("gpu:2xh200")
