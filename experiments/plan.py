@@ -114,6 +114,8 @@ def _received(plan: Plan, name: str) -> str | None:
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)  # the most that a topology of one node asks for
+    # What is compiled for a GPU cannot be read from a cache without one.
+    jax.config.update("jax_enable_compilation_cache", False)
     # Instructions are scheduled with less care: a fifth of the time, the same collectives.
     jax.config.update("jax_optimization_level", "O1")
     try:

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import shlex
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from copg_jax import sharding
 from copg_jax.config.load import load_config
@@ -119,7 +121,18 @@ def test_a_plan_has_the_fields_of_its_json_line_and_fits_where_it_should(archite
     assert any("estimate" in remark for remark in remarks)
 
 
+@pytest.fixture
+def no_cache() -> Iterator[None]:
+    """Compiled anew, as the planner does: without a GPU nothing can be read from a cache."""
+    compilation_cache.reset_cache()
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+
+
 @needs_gpu_compiler
+@pytest.mark.usefixtures("no_cache")
 def test_the_gpu_compiler_compiles_the_step_of_a_policy_for_a_node(
     architecture: Path, monkeypatch: pytest.MonkeyPatch
 ):
