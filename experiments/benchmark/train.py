@@ -267,11 +267,13 @@ def _random_frozen(model: PretrainedModel) -> dict[str, Any]:
     if model.lora is None:
         return {}
     make = lambda: cast_matrices(model.arch, init_params(model.arch, jax.random.key(1)))
-    places = sharding.shardings(model.mesh, logical_axes(model.arch), abstract_params(model.arch))
+    shardings = sharding.shardings(
+        model.mesh, logical_axes(model.arch), abstract_params(model.arch)
+    )
     scale = jax.device_put(
         np.float32(model.lora.alpha / model.lora.rank), sharding.replicated(model.mesh)
     )
-    return {"frozen": jax.jit(make, out_shardings=places)() | {"lora_scale": scale}}
+    return {"frozen": jax.jit(make, out_shardings=shardings)() | {"lora_scale": scale}}
 
 
 def _counted(

@@ -22,11 +22,11 @@ def frozen_params(model: PretrainedModel) -> tuple[Any, Any]:
     whole = param_specs(model.arch, head=model.head)
     specs = {name: spec for name, spec in whole.items() if name != "score"}
     shapes = jax.eval_shape(partial(cast_matrices, model.arch), abstract(specs))
-    places = sharding.shardings(model.mesh, axes_of(specs), shapes)
     scale = jax.ShapeDtypeStruct((), jnp.float32)
     return (
         shapes | {"lora_scale": scale},
-        places | {"lora_scale": sharding.replicated(model.mesh)},
+        sharding.shardings(model.mesh, axes_of(specs), shapes)
+        | {"lora_scale": sharding.replicated(model.mesh)},
     )
 
 

@@ -26,7 +26,7 @@ def read_plans(path: Path) -> list[dict[str, Any]]:
         InputError: no such file, or no plan in it.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise InputError(f"--table {path}: wanted a file with plans, got {error}") from error
     plans = [json.loads(line) for line in lines if line.startswith('{"topology": ')]
