@@ -325,7 +325,7 @@ def test_without_a_topology_or_a_stage_the_script_says_what_it_wants(capsys):
 
 def test_plan_commands_of_the_docs_are_accepted(monkeypatch: pytest.MonkeyPatch):
     lines = Path("docs/plan.md").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
-    words = [shlex.split(line) for line in lines if " experiments.plan " in line]
+    words = [shlex.split(line) for line in lines if "--topology " in line]
     commands = [line[line.index("experiments.plan") + 1 :] for line in words]
     seen = []
     monkeypatch.setattr(script, "open_topology", lambda name: name)
