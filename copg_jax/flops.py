@@ -29,12 +29,16 @@ class Chip(NamedTuple):
 CHIPS: dict[str, Chip] = {
     # A TPU's published interconnect counts both directions of all its links: 400 GB/s = 4 x 2 x 50.
     # Its compiler says what a program can have of the published 32, 16, 95 and 32 GB; of a GPU's 80
-    # and 141 GB the driver, the libraries and what is lost between arrays take about a tenth.
+    # and 141 GB, or 24 GiB, the driver, the libraries and what is lost between arrays take about a
+    # tenth. The link of an RTX 3090 is its PCIe slot.
     "TPU v4": Chip(275, 30.5, 1200, 50, "cloud.google.com/tpu/docs/v4"),
     "TPU v5 lite": Chip(197, 15.75, 819, 50, "cloud.google.com/tpu/docs/v5e"),
     "TPU v5": Chip(459, 95.74, 2765, 100, "cloud.google.com/tpu/docs/v5p"),
     "TPU v6 lite": Chip(918, 31.25, 1638, 100, "cloud.google.com/tpu/docs/v6e"),
     "NVIDIA H100 80GB HBM3": Chip(989, 72, 3350, 450, "nvidia.com/en-us/data-center/h100"),
+    "NVIDIA GeForce RTX 3090": Chip(
+        71, 21.6, 936, 32, "nvidia.com, GA102 architecture white paper"
+    ),
     "NVIDIA H200": Chip(989, 130, 4800, 450, "nvidia.com/en-us/data-center/h200"),
 }
 """By `jax.Device.device_kind`; "TPU v5 lite" is v5e, "TPU v5" is v5p, "TPU v6 lite" is v6e."""

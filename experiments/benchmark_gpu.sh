@@ -5,15 +5,18 @@
 #
 #   experiments/benchmark_gpu.sh FOLDER                                writes results.jsonl, log.txt
 #   WHEELS=DIR experiments/benchmark_gpu.sh FOLDER                     with DIR/*.whl, no network
-#   SHAPES=1b experiments/benchmark_gpu.sh FOLDER                      for a GPU of 80 GB
-#   SHAPES=tiny JAX_PLATFORMS=cpu experiments/benchmark_gpu.sh FOLDER  tries the script on CPU
+#   SHAPES=7b experiments/benchmark_gpu.sh FOLDER                      all weights: 141 GB
+#   SHAPES="tiny tiny-lora" JAX_PLATFORMS=cpu experiments/benchmark_gpu.sh FOLDER   tries it on CPU
+#   PLAN=h100 experiments/benchmark_gpu.sh FOLDER                      without a GPU (plan-gpu extra)
 #
+# A shape that ends in -lora trains adapters of rank 16 alone. PLAN asks both planners, the GPU's and
+# the CPU's compiler, for the memory of the same steps, and writes plans.txt; no time is limited.
 # The most wanted variants come first: the last ones are left out when LIMIT seconds do not suffice.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 die() { printf 'error: %s\n' "$*" >&2 && exit 2; }
 [[ $# == 1 ]] || die "wanted one folder for the results, got '$*'"
-shapes=${SHAPES:-7b 1b} limit=${LIMIT:-465} most=${MOST:-180}
+shapes=${SHAPES:-7b-lora 1b} limit=${LIMIT:-465} most=${MOST:-180} plan=${PLAN:-}
 mkdir -p "$1" && out=$(cd "$1" && pwd)
 
 work=$(mktemp -d)
@@ -24,11 +27,15 @@ if [[ ${WHEELS:-} ]]; then
 fi
 # A cache of this run alone: compilations are timed, and what one variant tunes serves the others.
 export JAX_COMPILATION_CACHE_DIR=$work/xla
-[[ ${JAX_PLATFORMS:-} == cpu* ]] || python -c 'import jax; jax.devices("cuda")' 2>"$work/no_gpu" ||
+[[ $plan || ${JAX_PLATFORMS:-} == cpu* ]] || python -c 'import jax; jax.devices("cuda")' 2>"$work/no_gpu" ||
   die "wanted an NVIDIA GPU that JAX sees, got none: $(tail -n 1 "$work/no_gpu")"
-: >"$out/results.jsonl"
-: >"$out/log.txt"
-python -m experiments.benchmark workload --pairs 512 --out "$work/workload.jsonl"
+if [[ $plan ]]; then
+  : >"$out/plans.txt"
+else
+  : >"$out/results.jsonl"
+  : >"$out/log.txt"
+  python -m experiments.benchmark workload --pairs 512 --out "$work/workload.jsonl"
+fi
 
 # variant NAME ARGUMENTS...: one JSON line, whatever happens.
 variant() {
@@ -46,32 +53,60 @@ variant() {
   printf '{"variant": "%s", %s\n' "$name" "$line" | tee -a "$out/results.jsonl"
 }
 
-training() { # SHAPE ATTENTION REMAT BATCH
-  variant "train $1 $2 $3" train --shape "$1" --dtype bfloat16 --attention "$2" --remat "$3" \
-    --batch "$4" --steps 4 --warmup 1
+# planned SHAPE ATTENTION REMAT BATCH: the same step with the lengths of TL;DR. JAX itself knows no
+# cuDNN for a CPU.
+planned() {
+  local model=llama2_7b lora=() pair
+  [[ $1 != 1b* ]] || model=tinyllama_1b
+  [[ $1 != *-lora ]] || lora=(lora.rank=16)
+  for pair in "gpu $2" "cpu auto"; do
+    JAX_PLATFORMS=cpu experiments/run_gpu.sh experiments.plan configs/tldr.yaml \
+      configs/sizes/llama2_7b.yaml configs/losses/copg.yaml "model.path=configs/models/$model" \
+      evaluation=null data.max_completion_tokens=64 "training.batch_size=$4" "training.remat=$3" \
+      "${lora[@]}" "model.attention=${pair#* }" --topology "${pair% *}:1x$plan" >>"$out/plans.txt"
+  done
 }
-generation() { # SHAPE PROMPTS NEW SAMPLES
-  variant "generate $1 x$4" generate --shape "$1" --dtype bfloat16 --batch "$2" --new "$3" \
-    --samples "$4"
+training() { # SHAPE ATTENTION REMAT BATCH
+  local lora=()
+  [[ $1 != *-lora ]] || lora=(--lora-rank 16)
+  if [[ $plan ]]; then
+    planned "$@"
+  else
+    variant "train $1 $2 $3" train --shape "${1%-lora}" "${lora[@]}" --dtype bfloat16 \
+      --attention "$2" --remat "$3" --batch "$4" --steps 4 --warmup 1
+  fi
+}
+generation() { # SHAPE PROMPTS NEW SAMPLES; adapters are merged
+  [[ $plan ]] || variant "generate $1 x$4" generate --shape "$1" --dtype bfloat16 --batch "$2" \
+    --new "$3" --samples "$4"
 }
 
-# Batches that fit 141 GB: at 7b weights, Adam and gradients take 108 GB of it.
+# Batches that fit 141 GB: at 7b weights, Adam and gradients take 108 GB of it. With adapters all but
+# what is recomputed least fits 80 GB.
 for shape in $shapes; do
   case $shape in
-    7b) training 7b cudnn full 64 && generation 7b 128 48 1 ;;
-    1b) training 1b cudnn none 64 && generation 1b 128 48 1 ;;
-    *) training "$shape" auto none 4 && generation "$shape" 4 4 1 ;;
+    7b*) training "$shape" cudnn full 64 && generation 7b 128 48 1 ;;
+    1b*) training "$shape" cudnn none 64 && generation 1b 128 48 1 ;;
+    *) training "$shape" auto none 4 && generation "${shape%-lora}" 4 4 1 ;;
   esac
 done
 for shape in $shapes; do
   case $shape in
-    7b) training 7b xla full 64 && training 7b cudnn mlp 32 && training 7b cudnn dots 16 ;;
-    1b)
-      training 1b xla none 64
-      for remat in mlp dots full; do training 1b cudnn "$remat" 64; done
+    7b*)
+      training "$shape" xla full 64
+      training "$shape" cudnn mlp 32
+      training "$shape" cudnn dots 16
+      ;;
+    1b*)
+      training "$shape" xla none 64
+      for remat in mlp dots full; do training "$shape" cudnn "$remat" 64; done
       generation 1b 32 48 4
       ;;
     *) for remat in mlp dots full; do training "$shape" auto "$remat" 4; done ;;
   esac
 done
+if [[ $plan ]]; then
+  python -m experiments.plan --table "$out/plans.txt"
+  exit
+fi
 printf 'took %d s; wrote %s\n' "$SECONDS" "$out/results.jsonl"

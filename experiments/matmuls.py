@@ -3,18 +3,30 @@
 import math
 from typing import Any
 
+from jax.interpreters import partial_eval
+
 
 def matmul_flops(
     jaxpr: Any, *, loop_trips: int = 1, scan_trips: int | None = None, kernels: bool = True
 ) -> float:
     """Operations of all matrix products of a traced program, the bodies of loops as often as run.
 
+    Products that no result needs are left out, as by every compiler: a hand-written gradient of a
+    product has that of both factors, and one of a frozen matrix is not asked for.
+
     Args:
-        jaxpr: `jax.jit(function).trace(...).jaxpr`, or one inside it.
+        jaxpr: `jax.jit(function).trace(...).jaxpr`.
         loop_trips: rounds of a `while` loop, which the data decide.
         scan_trips: rounds of a `scan`; None = as many as it has.
         kernels: whether to look into Pallas kernels, as no compiler does.
     """
+    used = [True] * len(jaxpr.jaxpr.outvars)
+    needed, _ = partial_eval.dce_jaxpr(jaxpr.jaxpr, used)
+    return _flops(needed, loop_trips, scan_trips, kernels)
+
+
+def _flops(jaxpr: Any, loop_trips: int, scan_trips: int | None, kernels: bool) -> float:
+    """`matmul_flops` of a program or one inside it, whatever of it is needed."""
     total = 0.0
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
@@ -28,9 +40,7 @@ def matmul_flops(
         for value in eqn.params.values():
             for inner in value if isinstance(value, tuple | list) else (value,):
                 if hasattr(inner, "eqns"):
-                    total += rounds * matmul_flops(
-                        inner, loop_trips=loop_trips, scan_trips=scan_trips, kernels=kernels
-                    )
+                    total += rounds * _flops(inner, loop_trips, scan_trips, kernels)
     return total
 
 

@@ -3,10 +3,13 @@
     python -m experiments.plan configs/tldr.yaml configs/sizes/llama2_7b.yaml \\
         configs/losses/copg.yaml model.path=configs/models/llama2_7b --topology v5e:4x4 \\
         [--topology gpu:1xh200 ...] [--stage sft|reward|policy|evaluate] [key=value ...]
+    python -m experiments.plan --table FILE
 
 A topology is a TPU slice (v5e:4x4, v5p:2x2x1; needs the tpu extra, no TPU), GPUs of one node
-(gpu:8xh200, an estimate) or virtual CPU devices (cpu:8). The stage follows from the names of the
-configs where they tell it: that of a loss is policy. Prints a table, and one JSON line a topology.
+(gpu:8xh200; needs the plan-gpu extra, no GPU), the same by the compiler of this CPU (cpu:8xh200, an
+estimate) or virtual CPU devices (cpu:8). The stage follows from the names of the
+configs where they tell it: that of a loss is policy. Prints a table, and one JSON line a topology;
+--table prints the plans in a file of such lines as Markdown.
 """
 
 import argparse
@@ -27,6 +30,7 @@ from copg_jax.config.sections import POLICY_LOSSES
 from copg_jax.errors import InputError
 from experiments.planning.plan import Plan, make_plan
 from experiments.planning.program import STAGES
+from experiments.planning.table import read_plans, to_markdown
 from experiments.planning.topology import open_topology
 
 STAGE_OF_WORD = {stage: stage for stage in STAGES} | dict.fromkeys(POLICY_LOSSES, "policy")
@@ -37,7 +41,13 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--topology", action="append", default=[])
     parser.add_argument("--stage", choices=STAGES)
+    parser.add_argument("--table", type=Path)
     options, rest = parser.parse_known_args(arguments)
+    if options.table is not None:
+        if options.topology or rest:
+            raise InputError("--table FILE: wanted nothing beside it: its plans are made already")
+        print(to_markdown(read_plans(options.table)))
+        return
     asks_help = {"-h", "--help"} & set(rest)
     stage = options.stage or ("policy" if asks_help else stage_of(rest))
     config = load_config(STAGES[stage], rest, description=__doc__)
@@ -104,6 +114,8 @@ def _received(plan: Plan, name: str) -> str | None:
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)  # the most that a topology of one node asks for
+    # What is compiled for a GPU cannot be read from a cache without one.
+    jax.config.update("jax_enable_compilation_cache", False)
     # Instructions are scheduled with less care: a fifth of the time, the same collectives.
     jax.config.update("jax_optimization_level", "O1")
     try:

@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from experiments import plan
 from experiments.benchmark.commands import make_parser
 from tests.toys import names_all
 
@@ -64,7 +66,7 @@ def test_what_fails_or_takes_too_long_leaves_the_others(run, tmp_path):
 
 
 def test_what_there_is_no_time_for_is_left_out(run, tmp_path):
-    done, calls = run(tmp_path / "out", SHAPES="7b 1b", LIMIT="10")
+    done, calls = run(tmp_path / "out", LIMIT="10")  # 7b-lora and 1b
     assert done.returncode == 0
     assert done.stdout.count('"left_out": "no time"') == 12
     assert len(calls) == 1 and " workload " in calls[0]
@@ -78,11 +80,36 @@ def test_wheels_are_installed_before_anything_is_imported(run, tmp_path):
 
 
 def test_the_benchmark_knows_every_argument(run, tmp_path):
-    _, calls = run(tmp_path / "out", SHAPES="7b 1b tiny", MOST="1")
-    assert len(calls) == 1 + 5 + 7 + 5
+    _, calls = run(tmp_path / "out", SHAPES="7b 1b tiny tiny-lora", MOST="1")
+    assert len(calls) == 1 + 5 + 7 + 5 + 5
+    assert sum("--shape tiny --lora-rank 16" in call for call in calls) == 4
     for call in calls:
         module, *arguments = call.split()[1:]
         assert make_parser(module, None).parse_args(arguments)  # exits where it does not
+
+
+def test_both_planners_are_asked_for_every_step_without_a_gpu(run, tmp_path, monkeypatch):
+    done, calls = run(tmp_path / "out", GPU="", PLAN="h100")
+    assert done.returncode == 0, done.stderr
+    *planned, last = (call.split()[2:] for call in calls)
+    assert last == ["--table", str(tmp_path / "out" / "plans.txt")]
+    assert len(planned) == 2 * (4 + 5)
+    monkeypatch.setattr(plan, "open_topology", lambda name: name)
+    monkeypatch.setattr(plan, "print_table", lambda found: None)
+    seen = []
+
+    def found(config, topology):
+        seen.append((topology, config.lora and config.lora.rank, config.training.batch_size))
+        return SimpleNamespace(), []
+
+    monkeypatch.setattr(plan, "make_plan", found)
+    monkeypatch.setattr(plan.dataclasses, "asdict", vars)
+    for arguments in planned:
+        plan.main(arguments)
+    assert seen[:4] == [
+        *[(f"{kind}:1xh100", 16, 64) for kind in ("gpu", "cpu")],
+        *[(f"{kind}:1xh100", None, 64) for kind in ("gpu", "cpu")],
+    ]
 
 
 @pytest.mark.parametrize("platforms", ["", "cuda,cpu"])

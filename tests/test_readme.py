@@ -172,7 +172,7 @@ def test_every_other_command_names_a_target_a_script_or_an_extra_that_exists():
         if words[0] == "make":
             assert words[1] in targets, command
         elif words[0] == "pip":
-            extra = re.fullmatch(r"\.\[(\w+)\]", words[words.index("-e") + 1])
+            extra = re.fullmatch(r"\.\[([\w-]+)\]", words[words.index("-e") + 1])
             assert extra and f'"{extra[1]}"' in setup, command
             assert (ROOT / words[words.index("-c") + 1]).is_file(), command
         else:

@@ -23,7 +23,7 @@ from copg_jax.models.params import Architecture
 from experiments.benchmark import compare, generate, train
 from experiments.benchmark.workload import MODELS, read_workload, write_workload
 
-_OF_ONE = "pairs rounds batch steps warmup prompts samples microbatches logits_chunk"
+_OF_ONE = "pairs rounds batch steps warmup prompts samples microbatches logits_chunk lora_rank"
 _LEAST = {"seed": 0, "new": 2, "timeout": 1, "peak_tflops": 1e-3} | dict.fromkeys(
     _OF_ONE.split(), 1
 )
@@ -60,6 +60,7 @@ def make_parser(module: str, description: str | None) -> argparse.ArgumentParser
     _add_model(add)
     _add_steps(add)
     add("--remat", choices=REMATS, default="full", help="what is kept, per layer")
+    add("--lora-rank", type=int, help="train adapters of this rank (default: all weights)")
     add("--microbatches", type=int, default=1, help="pieces of a batch")
     add("--logits-chunk", type=int, help="completion tokens whose logits exist at a time")
     add("--peak-tflops", type=float, help="of one device, for the MFU (known by its kind)")
@@ -142,12 +143,13 @@ def time_training(args: argparse.Namespace) -> dict[str, Any]:
         num_steps=args.steps,
         num_warmup=args.warmup,
         mesh=mesh,
+        lora_rank=args.lora_rank,
         num_microbatches=args.microbatches,
         logits_chunk=args.logits_chunk,
         peak_tflops=args.peak_tflops,
         profile=args.profile,
     )
-    own = ("remat", "steps", "warmup", "microbatches", "logits_chunk")
+    own = ("lora_rank", "remat", "steps", "warmup", "microbatches", "logits_chunk")
     return _setting(args, arch, mesh) | {name: getattr(args, name) for name in own} | measured
 
 

@@ -1,6 +1,7 @@
 """Times the optimiser step of policy training, the one that a run takes.
 
-1. State, loss, optimiser and step are built as `train.run` builds them; the weights are random.
+1. State, loss, optimiser and step are built as `train.run` builds them; the weights are random, and
+   with a rank those that are trained are adapters beside frozen ones.
 2. Batches come from the training stream, which shuffles, packs and prefetches them.
 3. After a warm-up each step is timed alone, from the transfer of its batch to its metrics; then as
    many in a row, with metrics read one step late, as the training loop does.
@@ -10,7 +11,8 @@ import contextlib
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +21,24 @@ import numpy as np
 import optax
 
 from copg_jax import distributed, sharding
-from copg_jax.config.sections import OptimConfig
+from copg_jax.config.sections import LoraConfig, OptimConfig
 from copg_jax.data.groups import GroupBatch
 from copg_jax.data.stream import GroupStream
 from copg_jax.errors import InputError
 from copg_jax.flops import PEAK_TFLOPS, useful_flops
+from copg_jax.hf.pretrained import PretrainedModel
 from copg_jax.losses import copg_loss
 from copg_jax.models.forward import make_seq_logp
 from copg_jax.models.layout import pack_epochs
-from copg_jax.models.params import Architecture, abstract_params, init_params, logical_axes
+from copg_jax.models.params import (
+    Architecture,
+    abstract_params,
+    cast_matrices,
+    init_params,
+    initial,
+    logical_axes,
+)
 from copg_jax.objective import make_policy_loss
-from copg_jax.sharding import Partitioner
 from copg_jax.train import optim
 from copg_jax.train.loop import check_batch
 from copg_jax.train.state import TrainState, create_state, state_shardings
@@ -49,6 +58,7 @@ def measure(
     num_steps: int,
     num_warmup: int,
     mesh: jax.sharding.Mesh,
+    lora_rank: int | None = None,
     num_microbatches: int = 1,
     logits_chunk: int | None = None,
     peak_tflops: float | None = None,
@@ -63,6 +73,7 @@ def measure(
         num_steps: steps to time.
         num_warmup: steps before that, at least 1.
         mesh: the device mesh.
+        lora_rank: of the adapters that are trained; None = all weights are.
         num_microbatches: pieces of a batch.
         logits_chunk: see `logprobs.hidden_to_logp`.
         peak_tflops: of one device, 10^12 operations a second; None = known by its kind, or no MFU.
@@ -81,11 +92,13 @@ def measure(
     batches = make_batches(workload, batch_size, num_bins, num_warmup + 2 * num_steps)
     traces: list[int] = []
     optimizer = _counted(make_optimizer(), traces)
+    model = make_model(arch, mesh, lora_rank)
     step_fn, shardings = make_step(
-        arch, optimizer, mesh=mesh, num_microbatches=num_microbatches, logits_chunk=logits_chunk
+        model, optimizer, num_microbatches=num_microbatches, logits_chunk=logits_chunk
     )
-    runner = _Runner(step_fn, _create_state(arch, optimizer, shardings), mesh)
-    cost = compile_cost(step_fn, runner.state, runner.place(batches[0]), **ARGUMENTS)
+    arguments = ARGUMENTS | _random_frozen(model)
+    runner = _Runner(step_fn, _create_state(model, optimizer, shardings), arguments, mesh)
+    cost = compile_cost(step_fn, runner.state, runner.place(batches[0]), **arguments)
     first, second = num_warmup, num_warmup + num_steps
     for batch in batches[:first]:
         runner.run([batch])
@@ -93,7 +106,7 @@ def measure(
     with jax.profiler.trace(profile) if profile else contextlib.nullcontext():
         steady_sec = runner.run(batches[second:]) / num_steps
     return {
-        **_rates(arch, batches[first:second], step_sec, mesh, peak_tflops),
+        **_rates(model, batches[first:second], step_sec, peak_tflops),
         "steady_pairs_per_s": batch_size / steady_sec,
         "compiled_flops": cost.flops,
         "temp_bytes": cost.temp_bytes,
@@ -116,22 +129,23 @@ def _make_folder(profile: Path | None) -> None:
 
 
 def _rates(
-    arch: Architecture,
+    model: PretrainedModel,
     batches: Sequence[GroupBatch],
     step_sec: float,
-    mesh: jax.sharding.Mesh,
     peak_tflops: float | None,
 ) -> dict[str, float | None]:
     """What steps of `step_sec` do a second, and which share of it is useful."""
     tokens = np.mean([b.prompt_length.sum() + b.completion_length.sum() for b in batches])
     computed = np.mean([b.layout.num_computed for b in batches])
-    flops = np.mean([useful_flops(arch, b.prompt_length, b.completion_length) for b in batches])
-    peak = peak_tflops or PEAK_TFLOPS.get(mesh.devices.flat[0].device_kind)
+    lengths = [(batch.prompt_length, batch.completion_length) for batch in batches]
+    trained = model.lora_parameters
+    flops = np.mean([useful_flops(model.arch, *own, lora_parameters=trained) for own in lengths])
+    peak = peak_tflops or PEAK_TFLOPS.get(model.mesh.devices.flat[0].device_kind)
     return {
         "pairs_per_s": len(batches[0].reward) / step_sec,
         "step_s": step_sec,
         "useful_tokens_per_s": float(tokens) / step_sec,
-        "mfu": peak and float(flops) / step_sec / (peak * 1e12 * mesh.size),
+        "mfu": peak and float(flops) / step_sec / (peak * 1e12 * model.mesh.size),
         "utilisation": float(tokens / computed),
         "useful_flops": float(flops),
     }
@@ -164,29 +178,41 @@ def make_optimizer() -> optax.GradientTransformationExtraArgs:
     return optim.make_optimizer(OptimConfig())
 
 
+def make_model(
+    arch: Architecture, mesh: jax.sharding.Mesh, lora_rank: int | None = None
+) -> PretrainedModel:
+    """What `open_model` gives a run, without a tokenizer and weights.
+
+    Args:
+        arch: architecture.
+        mesh: the device mesh.
+        lora_rank: of the adapters that are trained; None = all weights are.
+    """
+    lora = None if lora_rank is None else LoraConfig(rank=lora_rank)
+    return PretrainedModel(arch, None, Path(), {}, "lm", mesh, lora=lora)
+
+
 def make_step(
-    arch: Architecture,
+    model: PretrainedModel,
     optimizer: optax.GradientTransformation,
     *,
-    mesh: jax.sharding.Mesh,
     num_microbatches: int = 1,
     logits_chunk: int | None = None,
 ) -> tuple[Any, TrainState]:
     """The step that `experiments.train_policy` takes, and the shardings of its state.
 
     Args:
-        arch: architecture.
+        model: from `make_model`.
         optimizer: from `make_optimizer`.
-        mesh: the device mesh.
         num_microbatches: pieces of a batch.
         logits_chunk: see `logprobs.hidden_to_logp`.
     """
-    shardings = state_shardings(mesh, optimizer, abstract_params(arch), logical_axes(arch))
-    seq_logp = make_seq_logp(arch, Partitioner(mesh), chunk=logits_chunk)
+    shardings = state_shardings(model.mesh, optimizer, model.shapes, model.axes)
+    seq_logp = make_seq_logp(model.arch, model.partitioner, chunk=logits_chunk)
     step_fn = make_train_step(
         make_policy_loss(seq_logp, copg_loss),
         optimizer,
-        mesh=mesh,
+        mesh=model.mesh,
         state_shardings=shardings,
         num_microbatches=num_microbatches,
     )
@@ -200,9 +226,11 @@ class _Runner:
         self,
         step_fn: Callable[..., Any],
         state: TrainState,
+        arguments: Mapping[str, Any],
         mesh: jax.sharding.Mesh,
     ) -> None:
         self.state = state
+        self._arguments = arguments
         self._step_fn = step_fn
         self._placement = sharding.batch_sharding(mesh)
 
@@ -215,7 +243,7 @@ class _Runner:
         start = time.perf_counter()
         pending = None
         for batch in batches:
-            self.state, metrics = self._step_fn(self.state, self.place(batch), **ARGUMENTS)
+            self.state, metrics = self._step_fn(self.state, self.place(batch), **self._arguments)
             previous, pending = pending, metrics
             if previous is not None:
                 jax.device_get(previous)
@@ -227,12 +255,25 @@ class _Runner:
 
 
 def _create_state(
-    arch: Architecture, optimizer: optax.GradientTransformation, shardings: TrainState
+    model: PretrainedModel, optimizer: optax.GradientTransformation, shardings: TrainState
 ) -> TrainState:
     """Random weights, made where they lie."""
-    key = jax.random.key(0)
-    params = jax.jit(lambda: init_params(arch, key), out_shardings=shardings.params)()
-    return create_state(optimizer, params, shardings)
+    make = partial(initial, model.specs, jax.random.key(0))
+    return create_state(optimizer, jax.jit(make, out_shardings=shardings.params)(), shardings)
+
+
+def _random_frozen(model: PretrainedModel) -> dict[str, Any]:
+    """The step's argument `frozen`, as `load_frozen` gives it; none without adapters."""
+    if model.lora is None:
+        return {}
+    make = lambda: cast_matrices(model.arch, init_params(model.arch, jax.random.key(1)))
+    shardings = sharding.shardings(
+        model.mesh, logical_axes(model.arch), abstract_params(model.arch)
+    )
+    scale = jax.device_put(
+        np.float32(model.lora.alpha / model.lora.rank), sharding.replicated(model.mesh)
+    )
+    return {"frozen": jax.jit(make, out_shardings=shardings)() | {"lora_scale": scale}}
 
 
 def _counted(

@@ -6,21 +6,24 @@
 3. `remarks` says in words what the numbers mean.
 """
 
+import importlib.util
 import math
 import re
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from copg_jax import sharding
 from copg_jax.config.stages import EvaluateConfig, TrainConfig
+from copg_jax.errors import InputError
 from copg_jax.flops import Chip
 from copg_jax.models import kernels
 from experiments.matmuls import matmul_flops
 from experiments.planning import collectives
-from experiments.planning.program import Program, make_program, open_architecture
+from experiments.planning.program import STAGES, Program, make_program, open_architecture
 from experiments.planning.topology import Topology
 
 _GIB = 2**30
@@ -33,6 +36,11 @@ class Plan:
     """
 
     topology: str
+    compiled_for: str
+    stage: str
+    model: str
+    trained: str
+    num_microbatches: int
     num_chips: int
     mesh: dict[str, int]
     hbm_gib_per_chip: float | None
@@ -57,11 +65,14 @@ def make_plan(config: TrainConfig | EvaluateConfig, topology: Topology) -> tuple
     Returns:
         The plan, and what there is to say about it.
     """
-    remat = config.training.remat if isinstance(config, TrainConfig) else "none"
+    is_training = isinstance(config, TrainConfig)
+    remat = config.training.remat if is_training else "none"
     mesh = sharding.make_mesh(config.mesh, list(topology.devices))
     arch = kernels.choose(
         config.model.attention, replace(open_architecture(config.model), remat=remat), mesh
     )
+    if arch.attention == "cudnn":
+        _check_cudnn(topology)
     program = make_program(config, arch, mesh)
     start = time.perf_counter()
     traced = program.function.trace(*program.arguments, **program.keywords)
@@ -84,6 +95,11 @@ def make_plan(config: TrainConfig | EvaluateConfig, topology: Topology) -> tuple
         bound_by = max(roofline, key=lambda term: roofline[term])
     plan = Plan(
         topology=topology.name,
+        compiled_for=topology.stand_in or topology.devices[0].device_kind,
+        stage=next(stage for stage, cls in STAGES.items() if isinstance(config, cls)),
+        model=Path(config.model.path).name,
+        trained=_trained(config) if is_training else "-",
+        num_microbatches=config.training.num_microbatches if is_training else 1,
         num_chips=mesh.size,
         mesh=dict(mesh.shape),
         hbm_gib_per_chip=chip and chip.hbm_gib,
@@ -100,6 +116,25 @@ def make_plan(config: TrainConfig | EvaluateConfig, topology: Topology) -> tuple
     return plan, _remarks(plan, program, topology)
 
 
+def _trained(config: TrainConfig) -> str:
+    return "all weights" if config.lora is None else f"LoRA, rank {config.lora.rank}"
+
+
+def _check_cudnn(topology: Topology) -> None:
+    """Raises InputError where attention cannot be compiled as a GPU would compute it."""
+    # JAX asks the first which version of cuDNN there is; the second is cuDNN.
+    for module in ("jax_cuda13_plugin", "nvidia.cudnn"):
+        try:
+            found = importlib.util.find_spec(module)
+        except ModuleNotFoundError:  # not even the package above it
+            found = None
+        if found is None:
+            raise InputError(
+                f"--topology {topology.name}: wanted cuDNN, whose attention a run on it takes, got "
+                f"no module {module}. Fix: pip install -e '.[plan-gpu]', or model.attention=xla."
+            )
+
+
 def _compile(traced: Any, topology: Topology) -> tuple[Any, float]:
     """The compiled step, None where its compiler refuses it, and the most bytes one chip holds."""
     try:
@@ -111,7 +146,7 @@ def _compile(traced: Any, topology: Topology) -> tuple[Any, float]:
             raise
         return None, float(wanted[1]) * _GIB
     memory = compiled.memory_analysis()
-    if not topology.is_estimate:
+    if not topology.is_cpu:
         return compiled, memory.peak_memory_in_bytes
     # The CPU's compiler does not count temporaries there.
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -122,7 +157,8 @@ def _argument_bytes(program: Program) -> int:
     """Bytes of one chip."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(program.arguments)
+        for leaf in jax.tree.leaves((program.arguments, dict(program.keywords)))
+        if isinstance(leaf, jax.ShapeDtypeStruct)
     )
 
 
@@ -141,11 +177,13 @@ def _roofline(
 def _remarks(plan: Plan, program: Program, topology: Topology) -> list[str]:
     """What the numbers mean, where they do not say it themselves."""
     found = []
-    if topology.is_estimate:
+    if topology.is_cpu:
         found.append(
             "estimate: the compiler of this CPU needs more memory than others (it does not update "
             "the state in place) and all-reduces gradients where others reduce-scatter"
         )
+    elif topology.stand_in:
+        found.append(f"compiled for {topology.stand_in}, with the memory of this one")
     if plan.fits is False:
         found.append(
             "does not fit: more chips, training.num_microbatches, training.remat=full or "

@@ -4,7 +4,6 @@ Batches have the lengths of TL;DR, in the shape that a run has whose longest pro
 are as long as the config allows.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -29,9 +28,11 @@ from copg_jax.config.stages import (
 from copg_jax.data.groups import GroupBatch, TokenGroup
 from copg_jax.errors import InputError
 from copg_jax.flops import block_parameters, useful_flops
+from copg_jax.hf.pretrained import PretrainedModel
 from copg_jax.hf.weights import read_architecture
 from copg_jax.models.forward import make_score, make_seq_logp
 from copg_jax.models.layout import WINDOW, pack, pack_by_length, round_up
+from copg_jax.models.lora import check_rank, find_targets
 from copg_jax.models.params import Architecture, abstract_params, cast_matrices, logical_axes
 from copg_jax.objective import (
     LossFn,
@@ -48,6 +49,7 @@ from copg_jax.train.compiled import as_arguments
 from copg_jax.train.loop import check_batch
 from copg_jax.train.state import abstract_state, state_shardings, with_shardings
 from copg_jax.train.step import make_train_step
+from experiments.planning.frozen import evaluation_bytes, frozen_params
 
 STAGES: dict[str, type] = {
     "sft": SFTConfig,
@@ -72,7 +74,7 @@ class Program(NamedTuple):
     useful_flops: float  # all chips together
     hbm_bytes: float  # that a chip reads and writes at least, arguments and results aside
     loop_trips: int  # of a loop that the data can end early: all of them
-    keywords: Mapping[str, Any] = MappingProxyType({})  # numbers
+    keywords: Mapping[str, Any] = MappingProxyType({})  # numbers, and `frozen` parameters
     frozen_bytes: float = 0.0  # of one chip: models that the stage holds beside the arguments
 
 
@@ -95,61 +97,59 @@ def make_program(
 ) -> Program:
     """The step of the stage that `config` configures."""
     if isinstance(config, EvaluateConfig):
+        model = _model(config, arch, mesh)
         program = _sampling_program(config, arch, mesh)
-        return program._replace(frozen_bytes=_frozen_bytes(config, arch, mesh))
+        return program._replace(frozen_bytes=evaluation_bytes(config, model))
     partitioner = Partitioner(mesh)
     if isinstance(config, RewardModelConfig):
+        model = _model(config, arch, mesh, head="score")
         loss_fn = make_bradley_terry_loss(make_score(arch, partitioner))
-        return _training_program(config, arch, mesh, loss_fn, num_completions=2, head="score")
+        return _training_program(config, model, loss_fn, num_completions=2)
+    model = _model(config, arch, mesh)
     seq_logp = make_seq_logp(arch, partitioner, chunk=getattr(config, "logits_chunk", None))
     if not isinstance(config, PolicyConfig):
-        return _training_program(config, arch, mesh, make_nll_loss(seq_logp), num_completions=1)
+        return _training_program(config, model, make_nll_loss(seq_logp), num_completions=1)
     program = _training_program(
         config,
-        arch,
-        mesh,
+        model,
         make_policy_loss(seq_logp, find_objective(config.loss)),
         num_completions=2,
         coefficients=as_arguments(find_coefficients(config.loss)),
     )
-    return program._replace(frozen_bytes=_frozen_bytes(config, arch, mesh))
+    return program._replace(frozen_bytes=evaluation_bytes(config, model))
 
 
-def _frozen_bytes(
-    config: PolicyConfig | EvaluateConfig, arch: Architecture, mesh: jax.sharding.Mesh
-) -> float:
-    """π_ref and reward models, which an evaluation holds; these are taken to be like the policy."""
-    if config.evaluation is None:
-        return 0.0
-    size = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(arch)))
-    # As `rewards.RewardModel` cuts itself, whatever the mesh.
-    found = sum(
-        size
-        * jnp.dtype(spec.arguments.get("dtype", "float32")).itemsize
-        / math.gcd(mesh.size, arch.hidden_size)
-        for spec in config.evaluation.rewards
-        if spec.function.endswith(".RewardModel")
-    )
-    if isinstance(config, PolicyConfig) or config.reference is not None:
-        found += size * _itemsize(arch) / (mesh.shape["fsdp"] * mesh.shape["tensor"])
-    return found
+def _model(
+    config: TrainConfig | EvaluateConfig,
+    arch: Architecture,
+    mesh: jax.sharding.Mesh,
+    *,
+    head: str = "lm",
+) -> PretrainedModel:
+    """What `open_model` gives, without a tokenizer and weights."""
+    if isinstance(config, EvaluateConfig) and config.model.adapter is not None:
+        raise InputError(
+            "model.adapter: wanted none, since sampling is planned without adapters (they add "
+            f"little), got {config.model.adapter}. Fix: model.adapter=null"
+        )
+    lora = config.lora if isinstance(config, TrainConfig) else None
+    if lora is not None:
+        check_rank(arch, lora.rank, find_targets(lora.targets))
+    return PretrainedModel(arch, None, Path(config.model.path), {}, head, mesh, lora=lora)
 
 
 def _training_program(
     config: TrainConfig,
-    arch: Architecture,
-    mesh: jax.sharding.Mesh,
+    model: PretrainedModel,
     loss_fn: LossFn,
     *,
     num_completions: int,
-    head: str = "lm",
     coefficients: Mapping[str, Any] = MappingProxyType({}),
 ) -> Program:
-    training = config.training
+    training, mesh = config.training, model.mesh
     check_batch(training.batch_size, training.num_microbatches, mesh)
     optimizer = optim.make_optimizer(config.optim)
-    params, axes = abstract_params(arch, head=head), logical_axes(arch, head=head)
-    layout = state_shardings(mesh, optimizer, params, axes)
+    layout = state_shardings(mesh, optimizer, model.shapes, model.axes)
     function = make_train_step(
         loss_fn,
         optimizer,
@@ -163,7 +163,10 @@ def _training_program(
         num_bins=sharding.num_batch_shards(mesh) * training.num_microbatches,
     )
     lengths = batch.prompt_length, batch.completion_length
-    state = abstract_state(optimizer, params)
+    state = abstract_state(optimizer, model.shapes)
+    keywords = {**coefficients} | as_arguments({"learning_rate": config.optim.learning_rate})
+    if model.lora is not None:
+        keywords["frozen"] = _abstract(*frozen_params(model))
     return Program(
         function,
         trains=True,
@@ -171,12 +174,17 @@ def _training_program(
             with_shardings(state, layout),
             _abstract(batch, sharding.batch_sharding(mesh)),
         ),
-        keywords={**coefficients} | as_arguments({"learning_rate": config.optim.learning_rate}),
+        keywords=keywords,
         num_groups=training.batch_size,
         num_tokens=int(sum(map(np.sum, lengths))),
-        useful_flops=useful_flops(arch, *lengths, head=head),
-        # Matrices are read in the forward and in the backward pass, their gradient is written.
-        hbm_bytes=3 * training.num_microbatches * _matrix_bytes(arch, mesh),
+        useful_flops=useful_flops(
+            model.arch, *lengths, head=model.head, lora_parameters=model.lora_parameters
+        ),
+        # Matrices are read in the forward and in the backward pass; where they are trained, their
+        # gradient is written.
+        hbm_bytes=(3 if model.lora is None else 2)
+        * training.num_microbatches
+        * _matrix_bytes(model.arch, mesh),
         loop_trips=1,
     )
 

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
+from copg_jax.models.ops import linear
 from experiments.benchmark.cost import compile_cost
 from experiments.matmuls import matmul_flops
 
 ROUNDS, SIZE = 5, 64
 X = jax.ShapeDtypeStruct((SIZE, SIZE), jnp.float32)
 WEIGHTS = jax.ShapeDtypeStruct((ROUNDS, SIZE, SIZE), jnp.float32)
+WEIGHT = np.ones(WEIGHTS.shape, np.float32)
 PRODUCT = 2 * SIZE**3
 
 
@@ -44,6 +46,16 @@ def test_what_the_backward_pass_computes_again_counts():
     stored = compile_cost(jax.jit(jax.grad(scanned, argnums=1)), X, WEIGHTS)
     computed = compile_cost(jax.jit(jax.grad(again, argnums=1)), X, WEIGHTS)
     assert computed.flops - stored.flops == pytest.approx(PRODUCT * ROUNDS, rel=0.15)
+
+
+def test_the_gradient_of_a_frozen_matrix_does_not_count():
+    def loss(x, scale):
+        step = lambda x, w: (jnp.maximum(linear(x * scale, w), 0.0), None)
+        return jax.lax.scan(jax.checkpoint(step, prevent_cse=False), x, WEIGHT)[0].sum()
+
+    found = matmul_flops(jax.jit(jax.grad(loss, argnums=1)).trace(X, 1.0).jaxpr)
+    # Forward, again, and towards x; `linear` writes down that of the matrix too.
+    assert found == 3 * ROUNDS * PRODUCT
 
 
 def test_loops_in_loops_multiply():

@@ -107,7 +107,7 @@ def test_the_plain_formulation_is_the_same_loss():
 def test_a_step_takes_a_quarter_of_the_operations_and_a_third_of_the_memory(rows):
     arch, optimizer = replace(MODELS["small"], remat="none"), train.make_optimizer()
     state = abstract_state(optimizer, abstract_params(arch))
-    step_fn, _ = train.make_step(arch, optimizer, mesh=mesh())
+    step_fn, _ = train.make_step(train.make_model(arch, mesh()), optimizer)
     (batch,) = train.make_batches(rows, BATCH, 1, 1)
     ours = compile_cost(step_fn, state, batch, **train.ARGUMENTS)
     plain = compile_cost(

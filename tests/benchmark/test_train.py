@@ -12,7 +12,7 @@ from copg_jax.flops import useful_flops
 from copg_jax.objective import LossOutput
 from experiments.benchmark import train
 from experiments.benchmark.__main__ import main
-from experiments.benchmark.workload import Workload
+from experiments.benchmark.workload import MODELS, Workload
 from tests.toys import LLAMA, mesh
 
 
@@ -44,6 +44,19 @@ def test_a_run_prints_one_line_of_numbers_that_fit_together(
     assert (found["warmup"], found["microbatches"], found["logits_chunk"]) == (1, 1, None)
     assert found["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
     assert list((tmp_path / "p").rglob("*.xplane.pb"))
+
+
+def test_a_step_with_adapters_is_timed_beside_frozen_weights(rows, groups, write, capsys):
+    arguments = ("--batch", "8", "--steps", "1", "--warmup", "1", "--lora-rank", "2")
+    where = ("--workload", str(write(rows)), "--shape", "tiny")
+    found = run(capsys, "train", *where, *arguments)
+    assert (found["lora_rank"], found["num_traces"]) == (2, 1)
+    (batch,) = train.make_batches(Workload(groups), 8, 8, 2)[1:]
+    flops = useful_flops(MODELS["tiny"], batch.prompt_length, batch.completion_length)
+    assert flops / 2 < found["useful_flops"] < 0.8 * flops
+    model = train.make_model(MODELS["tiny"], mesh(), 2)
+    frozen = train._random_frozen(model)["frozen"]
+    assert frozen["lora_scale"] == 16.0 and "lora" not in frozen
 
 
 def test_it_is_the_step_of_training_on_the_batches_of_its_stream(groups, monkeypatch):
