@@ -112,6 +112,13 @@ class Shape(NamedTuple):
         batch = collate(groups, *sizes)
         return batch._replace(layout=self.layout(batch.prompt_length, batch.completion_length))
 
+    def joined(self, other: Self) -> Self:
+        """The least shape that fits what fits either; of as many bins, places and completions."""
+        return self._replace(
+            prompt_sizes=tuple(map(max, self.prompt_sizes, other.prompt_sizes)),
+            capacity=Capacity(*map(max, self.capacity, other.capacity)),
+        )
+
     def with_all_completions(self) -> Self:
         """The same with capacity for completions that fill all slots, even of empty places."""
         own = len(self.prompt_sizes) * self.num_completions * self.completion_size

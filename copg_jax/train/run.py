@@ -10,8 +10,8 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,21 +20,31 @@ import numpy as np
 import optax
 from etils import epath
 
-from copg_jax import checksums, disk, distributed, flops, inputs, run_folder, runtime, sharding
+from copg_jax import (
+    checksums,
+    disk,
+    distributed,
+    flops,
+    inputs,
+    reuse,
+    run_folder,
+    runtime,
+    sharding,
+)
 from copg_jax.config.sections import DataConfig
 from copg_jax.config.stages import MAY_DIFFER, TrainConfig
 from copg_jax.data.dataset import GroupDataset
-from copg_jax.data.stream import GroupStream, num_ordered, num_steps
+from copg_jax.data.stream import num_ordered, num_steps
 from copg_jax.errors import Damaged
 from copg_jax.evaluate import GenerationEvaluator, make_loss_evaluator
 from copg_jax.hf.pretrained import PretrainedModel, open_model
 from copg_jax.hf.weights import save_pretrained
-from copg_jax.models.layout import pack
 from copg_jax.objective import LossFn
 from copg_jax.tracking import MetricsLogger, warn_of_lost_lines
 from copg_jax.train import loop, optim
 from copg_jax.train.checkpoint import Checkpoints
 from copg_jax.train.metrics import LateMetrics
+from copg_jax.train.order import open_stream
 from copg_jax.train.state import TrainState, abstract_state, create_state, state_shardings
 from copg_jax.train.step import make_loss_step, make_train_step
 
@@ -139,9 +149,9 @@ def _train(
         run.model.arch, batch.prompt_length, batch.completion_length, head=stage.head
     )
     return loop.run(
-        _Step(run, loss_fn, stage.coefficients),
+        _Step(run, stage.make_loss, loss_fn, stage.coefficients),
         _initial_state(run, checkpoints, start),
-        iter(_stream(run, start)),
+        iter(open_stream(run.data, run.config.training, run.config.seed, run.mesh, start)),
         range(start + 1, run.num_steps + 1),
         mesh=run.mesh,
         metrics=LateMetrics(logger, checkpoints.folder, run.mesh, useful_flops),
@@ -156,11 +166,14 @@ class _Step:
 
     Args:
         run: gives optimiser, mesh and learning rate.
+        make_loss: made `loss_fn`; runs with the same one share a compilation.
         loss_fn: what is minimised.
         coefficients: its numbers.
     """
 
-    def __init__(self, run: _Run, loss_fn: LossFn, coefficients: Mapping[str, float]) -> None:
+    def __init__(
+        self, run: _Run, make_loss: Hashable, loss_fn: LossFn, coefficients: Mapping[str, float]
+    ) -> None:
         self._step_fn = make_train_step(
             loss_fn,
             run.optimizer,
@@ -168,6 +181,11 @@ class _Step:
             state_shardings=run.shardings,
             num_microbatches=run.config.training.num_microbatches,
         )
+        # The rate is an argument, and so are the numbers of the loss.
+        optim_config = replace(run.config.optim, learning_rate=1.0, warmup_fraction=0.0)
+        optim_config = replace(optim_config, decay="constant")
+        num_microbatches = run.config.training.num_microbatches
+        self._key = make_loss, run.model.arch, run.mesh, optim_config, num_microbatches
         self._coefficients = as_arguments(coefficients)
         self._learning_rate = partial(optim.learning_rate, run.config.optim, run.num_steps)
         self._compiled: Any = None
@@ -177,11 +195,17 @@ class _Step:
             "learning_rate": np.float32(self._learning_rate(step - 1))
         }
         if self._compiled is None:
-            log.info("compiling the training step")
-            begin = time.perf_counter()
-            self._compiled = self._step_fn.lower(state, batch, **arguments).compile()
-            log.info("compiled in %.0f s", time.perf_counter() - begin)
+            shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(batch))
+            key = self._key, jax.tree.structure((batch, arguments)), shapes
+            self._compiled = reuse.once("step", key, lambda: self._compile(state, batch, arguments))
         return self._compiled(state, batch, **arguments)
+
+    def _compile(self, state: TrainState, batch: Any, arguments: dict[str, Any]) -> Any:
+        log.info("compiling the training step")
+        begin = time.perf_counter()
+        compiled = self._step_fn.lower(state, batch, **arguments).compile()
+        log.info("compiled in %.0f s", time.perf_counter() - begin)
+        return compiled
 
 
 def as_arguments(coefficients: Mapping[str, float]) -> dict[str, np.float32]:
@@ -253,23 +277,6 @@ def _bytes_to_write(shapes: TrainState, keeps_best: bool) -> int:
     return (3 + keeps_best) * state + (1 + keeps_best) * params
 
 
-def _stream(run: _Run, start: int) -> GroupStream:
-    """This host's share of the batches after step `start`."""
-    training = run.config.training
-    host, num_hosts = sharding.batch_share(run.mesh)
-    return GroupStream(
-        run.data,
-        pack,
-        batch_size=training.batch_size,
-        num_epochs=training.num_epochs,
-        seed=run.config.seed,
-        num_bins=sharding.num_batch_shards(run.mesh) * training.num_microbatches,
-        start_step=start,
-        host=host,
-        num_hosts=num_hosts,
-    )
-
-
 def _initial_state(run: _Run, checkpoints: Checkpoints, start: int) -> TrainState:
     """The newest checkpoint, or the model's weights with a fresh optimiser."""
     if start:
@@ -288,7 +295,11 @@ def _evaluation(
         return None
     held_out_loss = None
     if run.held_out is not None:
-        loss_step = make_loss_step(loss_fn, mesh=run.mesh)
+        loss_step = reuse.once(
+            "held-out step",
+            (stage.make_loss, run.model.arch, run.mesh),
+            lambda: make_loss_step(loss_fn, mesh=run.mesh),
+        )
         held_out_loss = make_loss_evaluator(
             partial(loss_step, **as_arguments(stage.coefficients)),
             run.held_out,
