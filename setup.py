@@ -41,6 +41,8 @@ EXTRAS = {
     "tpu": ["jax[tpu]" + JAX, "gcsfs>=2026.4,<2027"],  # gs:// paths; hosts of a slice share no disk
     "gguf": ["gguf>=0.19,<0.20"],
     "tensorboard": ["tensorboardX>=2.6.5,<3"],
+    "trackio": ["trackio>=0.43,<0.44"],
+    "wandb": ["wandb>=0.31,<0.32"],
     "dev": [
         "hypothesis>=6.170,<7",
         "import-linter>=2.16,<3",

@@ -42,7 +42,7 @@ RECORDED_PACKAGES = (
 )
 _CONFIG_END = "...\n"  # YAML's end of a document: a config without it was cut short
 _EXPORTS = ("model", "best")
-_FOLDERS = (*_EXPORTS, "checkpoints", "tokens", "tensorboard")
+_FOLDERS = (*_EXPORTS, "checkpoints", "tokens", "tensorboard", "wandb")
 _FILES = ("config.yaml", "versions.json", "inputs.json", "metrics.jsonl", "scored.json")
 _FILES += ("evaluation.json", "generations.jsonl")
 

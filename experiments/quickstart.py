@@ -37,7 +37,6 @@ from copg_jax.hf import weights as hf_weights
 from copg_jax.models.params import Architecture, init_params
 from copg_jax.rewards import RewardModel
 from experiments import evaluate, score, train_policy, train_reward, train_sft
-from experiments.figures import LABELS, reward_and_frontier, save
 from experiments.generated import write_generated
 from experiments.studies.comparison import (
     TIE_STDERRS,
@@ -51,6 +50,7 @@ from experiments.studies.comparison import (
     read_points,
     read_policy,
 )
+from experiments.studies.quickstart_figure import LABELS, reward_and_frontier, save
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = [str(CONFIGS / "tldr.yaml"), str(CONFIGS / "sizes" / "quickstart.yaml")]

@@ -24,9 +24,9 @@ from copg_jax.dotted import find
 from copg_jax.errors import InputError
 from experiments import evaluate, score, train_policy, train_reward, train_sft
 from experiments.studies.grid import Grid, Point, jobs_of
-from experiments.studies.outcomes import best_values, read_outcome
 from experiments.studies.progress import count_jobs, estimate_left, progress_table
-from experiments.studies.runner import DIVERGED, DONE, FAILED, Runner
+from experiments.studies.runner import DIVERGED, FAILED, Runner
+from experiments.studies.second_look import second_look
 from experiments.studies.study_config import StudyConfig
 
 log = logging.getLogger("copg_jax.study")
@@ -80,26 +80,6 @@ def _run_all(runner: Runner, points: Sequence[Point]) -> None:
     # What others had claimed is looked at once more at the end: they may be gone.
     busy = runner.run_points(points)
     runner.run_points(busy)
-
-
-def second_look(grid: Grid, runner: Runner) -> list[Point]:
-    """The runs at the best β of each method, once the whole grid has ended."""
-    ended = [_ended(point, runner) for point in grid.points]
-    if None in ended:
-        return []
-    done = [point for point, status in zip(grid.points, ended, strict=True) if status == DONE]
-    return grid.best_points(best_values(map(read_outcome, done)))
-
-
-def _ended(point: Point, runner: Runner) -> str | None:
-    """How a point ended: as its last job, or as the first that has no result."""
-    status = None
-    for job in point.jobs:
-        record = runner.record(job)
-        status = record and record.status
-        if status != DONE:
-            return status
-    return status
 
 
 def _report(points: Sequence[Point], runner: Runner, *, only_list: bool) -> None:

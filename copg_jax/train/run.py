@@ -9,14 +9,12 @@
 
 import logging
 import math
-import time
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from etils import epath
 
@@ -31,6 +29,7 @@ from copg_jax import (
     runtime,
     sharding,
 )
+from copg_jax.config.schema import as_stored
 from copg_jax.config.sections import DataConfig
 from copg_jax.config.stages import MAY_DIFFER, TrainConfig
 from copg_jax.data.dataset import GroupDataset
@@ -40,9 +39,12 @@ from copg_jax.evaluate import GenerationEvaluator, make_loss_evaluator
 from copg_jax.hf.pretrained import PretrainedModel, open_model
 from copg_jax.hf.weights import save_pretrained
 from copg_jax.objective import LossFn
+from copg_jax.trackers import require_tracker
 from copg_jax.tracking import MetricsLogger, warn_of_lost_lines
 from copg_jax.train import loop, optim
+from copg_jax.train.card import run_card
 from copg_jax.train.checkpoint import Checkpoints
+from copg_jax.train.compiled import CompiledStep, as_arguments
 from copg_jax.train.metrics import LateMetrics
 from copg_jax.train.order import open_stream
 from copg_jax.train.state import TrainState, abstract_state, create_state, state_shardings
@@ -95,6 +97,7 @@ class _Run:
 def train(config: TrainConfig, stage: Stage) -> None:
     """Runs one training stage, or what is left of it."""
     runtime.setup(config.distributed)
+    require_tracker(config.training.tracker)
     with run_folder.claim(config.output_dir, config, may_differ=MAY_DIFFER):
         _run_stage(config, stage)
 
@@ -117,7 +120,8 @@ def _run_stage(config: TrainConfig, stage: Stage) -> None:
             run.folder,
             total_steps=run.num_steps,
             log_every=config.training.log_every,
-            tensorboard=config.training.tensorboard,
+            tracker=config.training.tracker,
+            settings=as_stored(config),
             resume_step=start or None,
             logged=range(1, start + 1),
         ) as logger:
@@ -149,7 +153,7 @@ def _train(
         run.model.arch, batch.prompt_length, batch.completion_length, head=stage.head
     )
     return loop.run(
-        _Step(run, stage.make_loss, loss_fn, stage.coefficients),
+        _step(run, stage, loss_fn),
         _initial_state(run, checkpoints, start),
         iter(open_stream(run.data, run.config.training, run.config.seed, run.mesh, start)),
         range(start + 1, run.num_steps + 1),
@@ -161,56 +165,17 @@ def _train(
     ).params
 
 
-class _Step:
-    """The step of a run, compiled once: a batch of another shape or dtype is an error.
-
-    Args:
-        run: gives optimiser, mesh and learning rate.
-        make_loss: made `loss_fn`; runs with the same one share a compilation.
-        loss_fn: what is minimised.
-        coefficients: its numbers.
-    """
-
-    def __init__(
-        self, run: _Run, make_loss: Hashable, loss_fn: LossFn, coefficients: Mapping[str, float]
-    ) -> None:
-        self._step_fn = make_train_step(
-            loss_fn,
-            run.optimizer,
-            mesh=run.mesh,
-            state_shardings=run.shardings,
-            num_microbatches=run.config.training.num_microbatches,
-        )
-        # The rate is an argument, and so are the numbers of the loss.
-        optim_config = replace(run.config.optim, learning_rate=1.0, warmup_fraction=0.0)
-        optim_config = replace(optim_config, decay="constant")
-        num_microbatches = run.config.training.num_microbatches
-        self._key = make_loss, run.model.arch, run.mesh, optim_config, num_microbatches
-        self._coefficients = as_arguments(coefficients)
-        self._learning_rate = partial(optim.learning_rate, run.config.optim, run.num_steps)
-        self._compiled: Any = None
-
-    def __call__(self, step: int, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
-        arguments = self._coefficients | {
-            "learning_rate": np.float32(self._learning_rate(step - 1))
-        }
-        if self._compiled is None:
-            shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(batch))
-            key = self._key, jax.tree.structure((batch, arguments)), shapes
-            self._compiled = reuse.once("step", key, lambda: self._compile(state, batch, arguments))
-        return self._compiled(state, batch, **arguments)
-
-    def _compile(self, state: TrainState, batch: Any, arguments: dict[str, Any]) -> Any:
-        log.info("compiling the training step")
-        begin = time.perf_counter()
-        compiled = self._step_fn.lower(state, batch, **arguments).compile()
-        log.info("compiled in %.0f s", time.perf_counter() - begin)
-        return compiled
-
-
-def as_arguments(coefficients: Mapping[str, float]) -> dict[str, np.float32]:
-    """Numbers of a loss as a compiled step takes them."""
-    return {name: np.float32(value) for name, value in coefficients.items()}
+def _step(run: _Run, stage: Stage, loss_fn: LossFn) -> CompiledStep:
+    training = run.config.training
+    step_fn = make_train_step(
+        loss_fn,
+        run.optimizer,
+        mesh=run.mesh,
+        state_shardings=run.shardings,
+        num_microbatches=training.num_microbatches,
+    )
+    made_of = stage.make_loss, run.model.arch, run.mesh, training.num_microbatches
+    return CompiledStep(step_fn, made_of, stage.coefficients, run.config.optim, run.num_steps)
 
 
 def _prepare(config: TrainConfig, stage: Stage) -> _Run:
@@ -338,12 +303,12 @@ def _export_all(run: _Run, checkpoints: Checkpoints, last: Any) -> None:
     if best is not None:
         is_last = best[0] == run.num_steps
         params = last if is_last else checkpoints.restore_params(best[0], run.shapes, run.shardings)
-        _export(run, "best", params)
+        _export(run, "best", params, best[0])
         log.info("best/ is step %d, value %.4f", *best)
-    _export(run, "model", last)
+    _export(run, "model", last, run.num_steps)
 
 
-def _export(run: _Run, name: str, params: Any) -> None:
+def _export(run: _Run, name: str, params: Any, step: int) -> None:
     save_pretrained(
         run.folder / name,
         run.model.arch,
@@ -351,5 +316,8 @@ def _export(run: _Run, name: str, params: Any) -> None:
         head=run.model.head,
         tokenizer=run.model.tokenizer,
         source=run.model.config,
+        card=run_card(
+            run.config, run.model.head, {"train": run.data, "validation": run.held_out}, step
+        ),
     )
     log.info("wrote %s", run.folder / name)

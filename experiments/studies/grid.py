@@ -55,18 +55,22 @@ class Point:
         return next(job for job in self.jobs if job.stage == "policy")
 
     @property
-    def evaluation(self) -> Job | None:
-        """The evaluation of what it trained, if the study has one."""
-        return self._evaluation(True)
+    def evaluation(self) -> Job:
+        """The evaluation of what it trained."""
+        return next(job for job in self.jobs if self.policy.name in job.needs)
 
     @property
-    def baseline(self) -> Job | None:
-        """The evaluation of π_ref on the same prompts, if the study has one."""
-        return self._evaluation(False)
+    def baseline(self) -> Job:
+        """The evaluation of π_ref on the same prompts."""
+        return next(j for j in self.jobs if j.stage == "evaluate" and j != self.evaluation)
 
-    def _evaluation(self, of_policy: bool) -> Job | None:
-        found = (job for job in self.jobs if job.stage == "evaluate")
-        return next((j for j in found if (self.policy.name in j.needs) == of_policy), None)
+    @property
+    def group(self) -> str:
+        """What else varies than the loss, its β and the seed; runs that differ in it are not
+        compared.
+        """
+        axes = [axis for axis in self.values if axis not in (BETA, SEED, *_LOSSES)]
+        return "-".join(_part(axis, self.values[axis], "policy") for axis in axes)
 
 
 def expand(grid: Mapping[str, Any]) -> list[Values]:
@@ -168,7 +172,7 @@ class Grid:
             needs = tuple(folders[old] for old in _read_by(config, folders))
             job = Job(folders[config.output_dir], stage, _moved(config, whole), needs)
             jobs.append(job)
-            if stage == "evaluate" and config.reference is not None:
+            if stage == "evaluate":
                 jobs.insert(-2, self._baseline(job, jobs, values, prefix))
         return Point(self._name("policy", values, prefix), values, tuple(jobs))
 
@@ -181,6 +185,11 @@ class Grid:
 
     def _baseline(self, job: Job, jobs: Sequence[Job], values: Values, prefix: str) -> Job:
         """The evaluation of π_ref on the same prompts, the same job at many points."""
+        if job.config.reference is None:
+            raise InputError(
+                "evaluate.reference: wanted the model that policies start from, for their KL and "
+                "as the zero of their rewards, got null"
+            )
         above = [one for one in jobs if one.name in job.needs and one.stage != "policy"]
         axes = {axis for one in above for axis in self._reach.get(one.stage, ())}
         axes |= {axis for axis in self._study.grid if self._stage_of[axis] == "evaluate"}

@@ -38,17 +38,19 @@ class Outcome:
     """What one run measured."""
 
     name: str
+    group: str  # what else varies, see `Point.group`
     values: Values
     method: str
     beta: float
     seed: int
     steps: tuple[Evaluation, ...]
-    final: Policy | None  # None where the study has no stage evaluate
+    final: Policy
+    baseline: Policy  # π_ref on the same prompts
 
     @property
     def reward(self) -> float:
         """Mean reward after training."""
-        return self.steps[-1].reward if self.final is None else float(np.nanmean(self.final.reward))
+        return float(np.nanmean(self.final.reward))
 
 
 class Spread(NamedTuple):
@@ -81,11 +83,6 @@ class Curve:
         values = [[table[step] for step in steps] for table in tables]
         return np.array(steps), np.array(values, float)
 
-    @property
-    def reward(self) -> float:
-        """Mean reward after training, over seeds."""
-        return float(np.mean([run.reward for run in self.runs]))
-
 
 def read_outcome(point: Point) -> Outcome:
     """Reads a run that is done.
@@ -112,10 +109,20 @@ def read_outcome(point: Point) -> Outcome:
             f"{path}: wanted evaluations by generation, got none: a study draws their rewards. "
             "Fix: give policy an evaluation."
         )
-    job = point.evaluation
-    final = None if job is None else read_policy(epath.Path(job.config.output_dir))
-    loss = config.loss
-    return Outcome(point.name, point.values, loss.name, loss.beta, config.seed, steps, final)
+    final, baseline = (
+        read_policy(epath.Path(job.config.output_dir)) for job in (point.evaluation, point.baseline)
+    )
+    return Outcome(
+        name=point.name,
+        group=point.group,
+        values=point.values,
+        method=config.loss.name,
+        beta=config.loss.beta,
+        seed=config.seed,
+        steps=steps,
+        final=final,
+        baseline=baseline,
+    )
 
 
 def _number(value: float | None) -> float:
@@ -146,9 +153,7 @@ def best_values(outcomes: Iterable[Outcome]) -> list[Values]:
     return [{a: value for a, value in one.values.items() if a != SEED} for one in best]
 
 
-def best_curves(
-    found: Sequence[Curve], value: Callable[[Curve], float] = lambda curve: curve.reward
-) -> list[Curve]:
+def best_curves(found: Sequence[Curve], value: Callable[[Curve], float]) -> list[Curve]:
     """Of each method the curve with the highest value."""
     methods = dict.fromkeys(curve.method for curve in found)
     return [max((c for c in found if c.method == method), key=value) for method in methods]
@@ -173,6 +178,14 @@ def _stderr(values: np.ndarray) -> float:
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
+def above_baseline(curve: Curve, value: Callable[[Policy], np.ndarray]) -> Spread:
+    """What a curve ends at above π_ref, prompt by prompt; `value` is policy → one number a prompt.
+
+    A Bradley–Terry reward is defined up to a constant only.
+    """
+    return spread([value(run.final) - value(run.baseline) for run in curve.runs])
+
+
 def paired(first: Curve, second: Curve, value: Callable[[Policy], np.ndarray]) -> Spread:
     """The difference of two curves, prompt by prompt and seed by seed: what makes a prompt easy, or
     an order lucky, for both cancels.
@@ -183,16 +196,9 @@ def paired(first: Curve, second: Curve, value: Callable[[Policy], np.ndarray]) -
         value: policy → one number a prompt, [N].
     """
     others = {run.seed: run.final for run in second.runs}
-    pairs = [(run.final, others.get(run.seed)) for run in first.runs]
-    gaps = [value(a) - value(b) for a, b in pairs if a is not None and b is not None]
+    runs = [run for run in first.runs if run.seed in others]
+    gaps = [value(run.final) - value(others[run.seed]) for run in runs]
     return spread(gaps or [np.array([])])
-
-
-def all_paired(
-    found: Sequence[Curve], value: Callable[[Policy], np.ndarray]
-) -> list[tuple[Curve, Curve, Spread]]:
-    """`paired` of every two of these curves."""
-    return [(a, b, paired(a, b, value)) for a, b in combinations(found, 2)]
 
 
 def reward_gap_sd(section: DataConfig) -> float:

@@ -57,6 +57,7 @@ class Runner:
         poll_sec: float = _POLL_SEC,
     ) -> None:
         self._folder, self._mains, self._poll_sec = epath.Path(folder), mains, poll_sec
+        self._failed: dict[str, Record] = {}  # here and now: not tried again for the next point
 
     def record(self, job: Job) -> Record | None:
         """How a job ended; None where it has not, or was another run than this one."""
@@ -101,12 +102,15 @@ class Runner:
         Raises:
             Taken: another worker does it, and it is not waited for.
         """
+        if job.name in self._failed:
+            return self._failed[job.name]
         while True:
             with ExitStack() as claim:
                 found = self._look(job, claim)
                 if found.status == _OURS:
                     found = self._do(job)
                     self._write(job, found)
+                    self._failed |= {job.name: found} if found.status == FAILED else {}
                 if found.status != _TAKEN:
                     return found
             if not wait:

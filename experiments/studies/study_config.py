@@ -61,7 +61,9 @@ class StudyConfig:
                     f"{name}: wanted some of {', '.join(known)}, each once"
                     f"{' and in this order' * (name == 'stages')}, got {', '.join(found)}"
                 )
-        if "policy" not in self.stages:
-            raise InputError(f"stages: wanted policy among them, got {', '.join(self.stages)}")
+        if not {"policy", "evaluate"} <= set(self.stages):
+            raise InputError(
+                f"stages: wanted policy and evaluate among them, got {', '.join(self.stages)}"
+            )
         if not self.grid:
             raise InputError("grid: wanted at least one setting with its values, got none")
