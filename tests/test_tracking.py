@@ -1,6 +1,5 @@
 """Metrics: valid JSON lines, a file that resumes exactly, a console that suits its reader."""
 
-
 import jax
 import numpy as np
 import pytest
