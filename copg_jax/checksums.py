@@ -173,6 +173,16 @@ def note(folder: epath.PathLike, facts: Mapping[str, Any]) -> None:
         write_record(path, record | {"facts": record["facts"] | dict(facts)})
 
 
+def rewrite(folder: epath.PathLike, name: str, text: str) -> None:
+    """Exchanges a text file of a sealed folder, and its checksum."""
+    folder = epath.Path(folder)
+    record = read_record(folder / NAME, wanted=("files", "facts"), fix="Restore it from a copy.")
+    with bucket_errors(folder):
+        write_text(folder / name, text)
+        files = record["files"] | {name: file_sum(folder / name)}
+        write_record(folder / NAME, record | {"files": files})
+
+
 def _sums(folder: epath.Path, names: Collection[str]) -> dict[str, str]:
     with ThreadPoolExecutor(_THREADS) as threads:  # hashing and reading release the lock
         return dict(zip(names, threads.map(lambda n: file_sum(folder / n), names), strict=True))

@@ -15,9 +15,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from copg_jax import distributed
+from copg_jax import distributed, reuse
 from copg_jax.config.load import config_differences
-from copg_jax.config.sections import DataConfig
+from copg_jax.config.sections import DataConfig, GenerationConfig
 from copg_jax.config.stages import PolicyEvaluationConfig
 from copg_jax.data import sampled, scored
 from copg_jax.data.dataset import GroupDataset, data_key, format_stats, is_prepared, prepare
@@ -34,7 +34,7 @@ from copg_jax.files import is_remote, scratch_folder
 from copg_jax.hf.pretrained import PretrainedModel
 from copg_jax.models.forward import make_token_logp
 from copg_jax.rewards.functions import WeightedRewards
-from copg_jax.sampling import make_sampler
+from copg_jax.sampling import Sampler, make_sampler
 from copg_jax.sharding import batch_sharding, replicated
 
 log = logging.getLogger(__name__)
@@ -80,13 +80,17 @@ def open_data(
         if not is_remote(folder):
             turn = distributed.main_first(path, lambda: is_prepared(path, key))
     with turn:
-        dataset = prepare(
-            rows,
-            model.tokenizer,
-            path=path,
-            limits=section.limits,
-            vocab_size=vocab_size,
-            end_ids=model.end_ids,
+        dataset = reuse.once(
+            "data",
+            (repr(section), key, chosen_only, by_choice),
+            lambda: prepare(
+                rows,
+                model.tokenizer,
+                path=path,
+                limits=section.limits,
+                vocab_size=vocab_size,
+                end_ids=model.end_ids,
+            ),
         )
     _report(dataset, section, name)
     prompt, _, completion = dataset.shape(multiple=1)
@@ -280,13 +284,32 @@ def _load_token_logp(
     reference: PretrainedModel, mesh: jax.sharding.Mesh, logits_chunk: int | None
 ) -> Callable[[GroupBatch], jax.Array]:
     """ln π_ref of the tokens of a batch, nats, [B, K, C]; holds the weights."""
-    token_logp = jax.jit(
-        make_token_logp(reference.arch, reference.partitioner, chunk=logits_chunk),
-        in_shardings=(None, batch_sharding(mesh)),
-        out_shardings=replicated(mesh),
-    )
-    # An argument of the compiled function, not a constant inside it.
-    return partial(token_logp, reference.load_frozen())
+    arch = replace(reference.arch, remat="none")  # nothing is differentiated
+
+    def make() -> Callable[[GroupBatch], jax.Array]:
+        token_logp = jax.jit(
+            make_token_logp(arch, reference.partitioner, chunk=logits_chunk),
+            in_shardings=(None, batch_sharding(mesh)),
+            out_shardings=replicated(mesh),
+        )
+        # An argument of the compiled function, not a constant inside it.
+        return partial(token_logp, reference.load_frozen())
+
+    key = reference.hash, arch, mesh, logits_chunk
+    return reuse.once("reference", key, make, only_newest=True)
+
+
+def _open_sampler(model: PretrainedModel, generation: GenerationConfig) -> Sampler:
+    arch = replace(model.arch, remat="none")  # nothing is differentiated
+    options = {
+        "eos_id": model.tokenizer.eos_token_id,
+        "max_new_tokens": generation.max_new_tokens,
+        "num_samples": generation.num_samples,
+        "temperature": generation.sampling_temperature,
+        "mesh": model.mesh,
+    }
+    key = arch, *options.values()
+    return reuse.once("sampler", key, lambda: make_sampler(arch, **options))
 
 
 def open_evaluation(
@@ -326,20 +349,18 @@ def open_evaluation(
         generation.max_new_tokens,
         fix="lower evaluation.data.max_prompt_tokens or evaluation.generation.max_new_tokens",
     )
-    rewards = WeightedRewards(section.rewards)
+    rewards = reuse.once(
+        "rewards",
+        repr(section.rewards),
+        lambda: WeightedRewards(section.rewards),
+        only_newest=True,
+    )
     hashes = {"evaluation.data": dataset.fingerprint, "evaluation.rewards": rewards.fingerprint}
     ref_token_logp = None
     if reference is not None:
         hashes["reference"] = reference.hash
         ref_token_logp = _load_token_logp(reference, model.mesh, logits_chunk)
-    sampler = make_sampler(
-        model.arch,
-        end_ids=model.end_ids,
-        max_new_tokens=generation.max_new_tokens,
-        num_samples=generation.num_samples,
-        temperature=generation.sampling_temperature,
-        mesh=model.mesh,
-    )
+    sampler = _open_sampler(model, generation)
     tokens = model.tokenizer.convert_ids_to_tokens(model.end_ids)
     log.info("generations end in one of: %s", ", ".join(map(repr, tokens)))
     text_of = Encoder(model.tokenizer).completion_text

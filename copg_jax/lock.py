@@ -41,6 +41,10 @@ _TAKEN = (
 _WATCHED = "%s: %s had it; waiting up to %g s for its heartbeat (remove %s if that run is gone)"
 
 
+class Taken(InputError):
+    """Another run has the folder."""
+
+
 @dataclass(frozen=True)
 class _Claim:
     """Who wants or has a folder."""
@@ -59,7 +63,7 @@ def hold(folder: epath.PathLike) -> Iterator[Callable[[], None]]:
     """Holds a folder, which exists, while the body runs; gives what lets it go before that.
 
     Raises:
-        InputError: another run has it; names that run and what to do.
+        Taken: another run has it; names that run and what to do.
     """
     claim = _OwnClaim(epath.Path(folder))
     try:
@@ -108,7 +112,7 @@ class _OwnClaim:
                 log.warning("%s could not be removed (%s): remove it", self._path, error)
 
     def _outwait(self, path: epath.Path) -> None:
-        """Returns once another claim is gone; raises InputError where it comes first."""
+        """Returns once another claim is gone; raises Taken where that comes first."""
         moved, has_moved, is_watched = time.monotonic(), False, False
         text = _read(path)
         while text is not None:
@@ -127,7 +131,7 @@ class _OwnClaim:
                 return
             is_first = claim is not None and (claim.is_held or path.name < self._path.name)
             if is_alive and is_first:
-                raise InputError(_TAKEN.format(self._folder, _name(claim), _DEAD_SEC))
+                raise Taken(_TAKEN.format(self._folder, _name(claim), _DEAD_SEC))
             time.sleep(_POLL_SEC)
             before, text = text, _read(path)
             if text != before:

@@ -1,7 +1,7 @@
 """Numbers of a run, from the loop to disk and screen.
 
 1. On resume, drop the lines that the interrupted run wrote after the step we restart from.
-2. Each `log` appends one JSON line to metrics.jsonl and, on request, TensorBoard scalars.
+2. Each `log` appends one JSON line to metrics.jsonl and, on request, tells a tracker.
 3. The console shows a progress bar on a terminal, otherwise a plain line every few steps.
 """
 
@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from copg_jax.distributed import is_main_process
-from copg_jax.errors import InputError, for_terminal
+from copg_jax.errors import for_terminal
 from copg_jax.files import GrowingFile, read_json_lines
+from copg_jax.trackers import open_tracker
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +31,12 @@ class MetricsLogger:
     """Context manager that logs a run's metrics; does nothing on processes other than 0.
 
     Args:
-      output_dir: Folder of metrics.jsonl and of TensorBoard's files.
+      output_dir: Folder of metrics.jsonl and of a tracker's files.
       total_steps: Number of steps of the whole run, for the progress bar and the time left.
       unit: What a step is, in the console's lines: "step", or what an evaluation counts.
       log_every: Steps between console lines; "eval/" metrics and the last step always show.
-      tensorboard: Also write TensorBoard event files (the `tensorboard` extra).
+      tracker: Service that gets the numbers too, see `trackers.open_tracker`.
+      settings: Config of the run, for the tracker.
       quiet: No console output.
       resume_step: Last step already done, None for a fresh start. Lines of later steps are removed
         first, so that an interrupted and resumed run leaves the file of an uninterrupted one.
@@ -42,7 +44,7 @@ class MetricsLogger:
       logged: Steps that have a line, as is known; those whose line is lost are named.
 
     Raises:
-      InputError: TensorBoard was asked for and is not installed.
+      InputError: The tracker is not installed, or refuses.
     """
 
     def __init__(
@@ -52,7 +54,8 @@ class MetricsLogger:
         total_steps: int,
         unit: str = "step",
         log_every: int = 10,
-        tensorboard: bool = False,
+        tracker: str = "none",
+        settings: Mapping[str, Any] | None = None,
         quiet: bool = False,
         resume_step: int | None = None,
         is_done: Callable[[int], bool] | None = None,
@@ -62,16 +65,16 @@ class MetricsLogger:
         self._log_every = log_every
         self._enabled = is_main_process()
         self._file = None
-        self._writer = None
+        self._tracker = None
         self._progress = None
         self._console = None if quiet else Console(soft_wrap=True, highlight=False)
         self._last_step = resume_step or 0
         self._last_time: float | None = None  # of the first step: what was before is compilation
         if not self._enabled:
             return
-        if tensorboard:
-            self._writer = _tensorboard_writer(epath.Path(output_dir), resume_step)
-        path = epath.Path(output_dir) / FILE_NAME
+        folder = epath.Path(output_dir)
+        self._tracker = open_tracker(tracker, folder, settings or {}, resume_step)
+        path = folder / FILE_NAME
         kept: list[str] = []
         if (last := resume_step) is not None:
             warn_of_lost_lines(output_dir, logged)
@@ -104,8 +107,8 @@ class MetricsLogger:
     ) -> None:
         if self._progress is not None:
             self._progress.stop()
-        if self._writer is not None:
-            self._writer.close()
+        if self._tracker is not None:
+            self._tracker.close()
         if self._file is not None:
             self._file.close()
 
@@ -133,11 +136,8 @@ class MetricsLogger:
         if text:
             line["text"] = dict(text)
         self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-        if self._writer is not None:
-            for name, value in numbers.items():
-                self._writer.add_scalar(name, value, step)
-            for name, value in (text or {}).items():
-                self._writer.add_text(name, value, step)
+        if self._tracker is not None:
+            self._tracker.log(step, numbers, text or {})
         if self._console is not None:
             self._show(self._console, step if done is None else done, numbers, text or {})
 
@@ -204,19 +204,6 @@ def _lines(path: epath.Path) -> Iterator[tuple[str, int | None]]:
     for line, row in read_json_lines(path) if path.exists() else ():
         step = row.get("step") if isinstance(row, dict) else None
         yield line, step if isinstance(step, int) else None
-
-
-def _tensorboard_writer(output_dir: epath.Path, resume_step: int | None) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise InputError(
-            "tensorboard=true wants the package tensorboardX, which is not installed; "
-            "run `pip install 'copg_jax[tensorboard]'` or set tensorboard=false"
-        ) from error
-    # TensorBoard hides the events from purge_step on that the interrupted run wrote.
-    purge = None if resume_step is None else resume_step + 1
-    return SummaryWriter(str(output_dir / "tensorboard"), purge_step=purge)
 
 
 def _duration(seconds: float) -> str:

@@ -1,155 +1,112 @@
-"""Pictures of what runs wrote."""
+"""Draws what a study has measured so far, and writes the numbers beside it.
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+    python -m experiments.figures configs/studies/quickstart.yaml
 
-import matplotlib
+Writes into figures/ of the study: curves (the paper's figures 2-4), beta (5), best (6), frontier
+and held_out (ours), each as .png and .csv; differences.csv and table.md with paired differences.
+The table also goes into the model cards of the policies. Runs that are not done are left out, and
+their number is said.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import numpy as np
-from numpy.typing import ArrayLike
+from etils import epath
 
-from experiments.studies.comparison import Policy, Trained, measure
-from experiments.studies.regret_figure import COLOURS, LABELS
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.typing import LineStyleType, MarkerType
-
-# One line style and marker for each β of a method, from the smallest on.
-STYLES: tuple[tuple[LineStyleType, MarkerType], ...] = (
-    (":", "v"),
-    ("-", "o"),
-    ("--", "^"),
-    ("-.", "s"),
+from copg_jax import checksums, runtime
+from copg_jax.config.load import run_main
+from copg_jax.errors import InputError
+from copg_jax.files import write_text
+from copg_jax.hf.card import add_to_card
+from experiments.studies import pictures, tables
+from experiments.studies.comparison import Policy
+from experiments.studies.grid import Grid, Point
+from experiments.studies.outcomes import (
+    Curve,
+    above_baseline,
+    best_curves,
+    curves,
+    read_outcome,
+    reward_gap_sd,
 )
+from experiments.studies.runner import DONE, Runner
+from experiments.studies.second_look import ended, second_look
+from experiments.studies.study_config import StudyConfig
+
+log = logging.getLogger("copg_jax.figures")
 
 
-def reward_and_frontier(policies: Sequence[Trained], sft: Policy, *, beta: float) -> Figure:
-    """Reward over training steps beside reward against KL, all above the SFT model's reward.
+def main(study: StudyConfig) -> None:
+    """Draws every group of runs that differ in loss, β and seed only."""
+    runtime.setup()
+    grid = Grid(study)
+    runner = Runner(study.output_dir, {})
+    done = [point for point in grid.points if ended(point, runner) == DONE]
+    best = [point for point in second_look(grid, runner) if ended(point, runner) == DONE]
+    if len(done) < len(grid.points):
+        log.warning(
+            "%d of %d runs are not done: left out", len(grid.points) - len(done), len(grid.points)
+        )
+    if not done:
+        raise InputError(f"{study.output_dir}: wanted runs of the study that are done, got none")
+    for group in dict.fromkeys(point.group for point in done):
+        own, looked = ([p for p in points if p.group == group] for points in (done, best))
+        folder = epath.Path(study.output_dir) / "figures" / group
+        folder.mkdir(parents=True, exist_ok=True)
+        draw(study, own, looked, folder)
+        log.info("wrote %s", folder)
+
+
+def draw(
+    study: StudyConfig, points: Sequence[Point], second: Sequence[Point], folder: epath.Path
+) -> None:
+    """Draws one group of runs.
 
     Args:
-        policies: of several methods, at most four β a method.
-        sft: what all started from, on the prompts of their last evaluations.
-        beta: β of the objective, whose level lines are drawn.
+        study: says what to draw.
+        points: of the grid, done.
+        second: runs at the best β of each method, done; none where there are none.
+        folder: to write into.
     """
-    betas = {
-        method: sorted({p.beta for p in policies if p.method == method})
-        for method in dict.fromkeys(p.method for p in policies)
+    found = curves(map(read_outcome, points))
+    looked = curves(map(read_outcome, second))
+    beta = points[0].evaluation.config.beta
+    sd = reward_gap_sd(points[0].policy.config.data)
+    over_steps = tables.rows_over_steps(found)
+    by_beta = tables.rows_by_beta(found, beta=beta, sd=sd)
+    best = {
+        name: looked or best_curves(found, partial(_end, value=value))
+        for name, value in tables.measures(beta).items()
     }
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.8), layout="constrained", sharey=True)
-    # Most of what is worth seeing happens below one nat; a collapsed policy is at several.
-    right.set_xscale("function", functions=(_root, _square))
-    ticks = [0, 0.25, 1, 2, 4, 8, 16, 32, 64]
-    right.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    for policy in policies:
-        style = STYLES[betas[policy.method].index(policy.beta)]
-        _draw_curve(left, policy, style)
-        _draw_way(right, policy, style)
-    for method in betas:
-        _draw_frontier(right, [p for p in policies if p.method == method], sft, beta)
-    _draw_levels(right, beta)
-    left.set(
-        xlabel="training step",
-        ylabel="reward above SFT (reward units)",
-        title=f"during training: {policies[0].points[0].num_prompts} held-out posts",
-    )
-    right.set(
-        xlabel="KL to the SFT model (nats, on a square-root scale)",
-        title=f"large: at the end, {len(sft.reward)} posts, ± standard error; small: on the way",
-    )
-    for axes in (left, right):
-        axes.title.set_fontsize(10)
-        axes.grid(alpha=0.25)
-    figure.legend(handles=_legend(betas, beta), loc="outside lower center", ncols=3, frameon=False)
-    return figure
+    best_over_steps = tables.rows_over_steps(best["reward"])
+    differences = tables.rows_of_differences(best, beta=beta)
+    drawn = {
+        "curves": lambda: (pictures.curves_figure(over_steps), over_steps),
+        "beta": lambda: (pictures.beta_figure(by_beta), by_beta),
+        "best": lambda: (pictures.best_figure(best_over_steps), best_over_steps),
+        "frontier": lambda: (pictures.frontier_figure(over_steps, by_beta, beta=beta), by_beta),
+        "held_out": lambda: (pictures.held_out_figure(over_steps), over_steps),
+    }
+    for name in study.figures:
+        figure, rows = drawn[name]()
+        pictures.write_picture(figure, folder / f"{name}.png")
+        write_text(folder / f"{name}.csv", tables.to_csv(rows))
+    write_text(folder / "differences.csv", tables.to_csv(differences))
+    num_prompts = len(best["reward"][0].runs[0].final.reward)
+    table = tables.to_markdown(by_beta, differences, beta=beta, num_prompts=num_prompts)
+    write_text(folder / "table.md", table)
+    for point in (*points, *second):
+        for name in ("model", "best"):
+            model = epath.Path(point.policy.config.output_dir) / name
+            if checksums.is_sealed(model):
+                add_to_card(model, "The study that it is of", table)
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Writes a picture and forgets it."""
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+def _end(curve: Curve, value: Callable[[Policy], np.ndarray]) -> float:
+    return above_baseline(curve, value).mean
 
 
-def _draw_curve(axes: Any, policy: Trained, style: tuple[LineStyleType, MarkerType]) -> None:
-    steps = [point.step for point in policy.points]
-    rewards = [point.reward for point in policy.points]
-    line, marker = style
-    look = {"linestyle": line, "marker": marker, "markersize": 4, "alpha": 0.9}
-    axes.plot(steps, rewards, color=COLOURS[policy.method], **look)
-
-
-def _draw_way(axes: Any, policy: Trained, style: tuple[LineStyleType, MarkerType]) -> None:
-    """Evaluations of a run, without the start that all share and the end, which is drawn large."""
-    points = [point for point in policy.points if point.step > 0][:-1]
-    kl, rewards = [point.kl for point in points], [point.reward for point in points]
-    look = {"linestyle": "", "marker": style[1], "markersize": 3, "alpha": 0.4}
-    axes.plot(kl, rewards, color=COLOURS[policy.method], **look)
-
-
-def _draw_frontier(axes: Any, policies: Sequence[Trained], sft: Policy, beta: float) -> None:
-    """The last evaluations of one method, in the order of β, from the SFT model (β = ∞) on."""
-    ordered = sorted(policies, key=lambda policy: policy.beta)
-    colour = COLOURS[ordered[0].method]
-    measured = [measure(trained.policy, sft, beta=beta) for trained in ordered]
-    kl, reward = ([*(row[name].mean for row in measured), 0.0] for name in ("kl", "reward"))
-    axes.plot(kl, reward, color=colour, linewidth=1.2)
-    for (_, marker), row in zip(STYLES, measured, strict=False):
-        axes.errorbar(
-            row["kl"].mean,
-            row["reward"].mean,
-            xerr=row["kl"].stderr,
-            yerr=row["reward"].stderr,
-            color=colour,
-            marker=marker,
-            markersize=8,
-            capsize=2,
-        )
-
-
-def _draw_levels(axes: Any, beta: float) -> None:
-    """Lines of equal E[R] − β·KL, evenly over the axes, whose limits stay as they are."""
-    limits = axes.get_xlim(), axes.get_ylim()
-    most = limits[0][1]
-    kl = _square(np.linspace(0, _root(most), 50))
-    # A line is named by the KL at which its reward is 0.
-    for zero in _square(np.linspace(-_root(limits[1][1] / beta), _root(most), 14)):
-        axes.plot(kl, beta * (kl - zero), color="#bbbbbb", linewidth=0.6, linestyle="--", zorder=0)
-    axes.set(xlim=limits[0], ylim=limits[1])
-
-
-def _root(kl: ArrayLike) -> np.ndarray:
-    """√KL; an estimate may be below 0."""
-    return np.sign(kl) * np.sqrt(np.abs(kl))
-
-
-def _square(root: ArrayLike) -> np.ndarray:
-    return np.sign(root) * np.square(root)
-
-
-def _legend(betas: Mapping[str, Sequence[float]], beta: float) -> list[Line2D]:
-    methods = [
-        Line2D([], [], color=COLOURS[method], label=f"{LABELS[method]}, β = {_listed(values)}")
-        for method, values in betas.items()
-    ]
-    most = max(map(len, betas.values()))
-    names = {1: ["β"], 2: ["small β", "large β"], 3: ["small β", "middle β", "large β"]}
-    ranks = [
-        Line2D([], [], color="#444444", linestyle=line, marker=marker, label=name)
-        for (line, marker), name in zip(
-            STYLES, names.get(most, [f"β number {i + 1}" for i in range(most)]), strict=False
-        )
-    ]
-    level = Line2D(
-        [],
-        [],
-        color="#bbbbbb",
-        linestyle="--",
-        label=f"equal E[R] − {beta:g}·KL",
-    )
-    return [*methods, *ranks, level]
-
-
-def _listed(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:g}" for value in values)
+if __name__ == "__main__":
+    run_main(main, StudyConfig, description=__doc__)

@@ -37,7 +37,6 @@ from copg_jax.hf import weights as hf_weights
 from copg_jax.models.params import Architecture, init_params
 from copg_jax.rewards import RewardModel
 from experiments import evaluate, score, train_policy, train_reward, train_sft
-from experiments.figures import LABELS, reward_and_frontier, save
 from experiments.generated import write_generated
 from experiments.studies.comparison import (
     TIE_STDERRS,
@@ -51,6 +50,7 @@ from experiments.studies.comparison import (
     read_points,
     read_policy,
 )
+from experiments.studies.quickstart_figure import LABELS, reward_and_frontier, save
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = [str(CONFIGS / "tldr.yaml"), str(CONFIGS / "sizes" / "quickstart.yaml")]
@@ -135,7 +135,15 @@ def _run_stages(config: QuickstartConfig) -> None:
     run_folder.write_run_header(folder, config, inputs={})
     stages = Stages(config)
     stages.head("1/7 Inputs: generated posts and comparisons, and an untrained tiny Llama")
-    make_inputs(config, folder)
+    make_inputs(
+        folder,
+        num_posts=config.num_posts,
+        num_comparisons=config.num_comparisons,
+        seed=config.seed,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_layers,
+    )
     stages.head("2/7 SFT: a tiny Llama learns to summarise posts and becomes the reference")
     train_sft.main(stages.config(SFTConfig, "sft"))
     stages.head("3/7 Reward model: learns from comparisons which summary is preferred")
@@ -166,29 +174,38 @@ def label(config: PolicyConfig) -> str:
     return f"{LABELS[config.loss.name]}, β = {config.loss.beta:g}"
 
 
-def make_inputs(config: QuickstartConfig, folder: Path) -> None:
-    """Writes data, tokenizer and an untrained model, once."""
+def make_inputs(
+    folder: Path,
+    *,
+    num_posts: int = 4000,
+    num_comparisons: int = 3000,
+    seed: int = 0,
+    vocab_size: int = 700,
+    hidden_size: int = 128,
+    num_layers: int = 3,
+) -> None:
+    """Writes data, tokenizer and an untrained model, once; see `QuickstartConfig`."""
     if (folder / "base" / "config.json").exists():
         return
     write_generated(
         folder / "data",
-        num_posts=config.num_posts,
-        num_comparisons=config.num_comparisons,
-        seed=config.seed,
-        vocab_size=config.vocab_size,
+        num_posts=num_posts,
+        num_comparisons=num_comparisons,
+        seed=seed,
+        vocab_size=vocab_size,
     )
     tokenizer = load_tokenizer(folder / "data" / "tokenizer")
     model = Architecture(
         vocab_size=len(tokenizer),
-        hidden_size=config.hidden_size,
-        intermediate_size=8 * config.hidden_size // 3,
-        num_hidden_layers=config.num_layers,
+        hidden_size=hidden_size,
+        intermediate_size=8 * hidden_size // 3,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=config.hidden_size // 4,
+        head_dim=hidden_size // 4,
         tie_word_embeddings=True,
     )
-    params = init_params(model, jax.random.key(config.seed))
+    params = init_params(model, jax.random.key(seed))
     hf_weights.save_pretrained(folder / "base", model, params, head="lm", tokenizer=tokenizer)
 
 

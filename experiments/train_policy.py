@@ -9,9 +9,16 @@ and the reward functions' models. Writes metrics.jsonl, checkpoints/, model/ (th
 best/ (the step of the highest generation reward).
 """
 
+from collections.abc import Callable
+from functools import partial
+
+from jax import Array
+
+from copg_jax import reuse
 from copg_jax.config.load import run_main
 from copg_jax.config.sections import BY_DIFFERENCES
 from copg_jax.config.stages import PolicyConfig
+from copg_jax.hf.pretrained import PretrainedModel
 from copg_jax.inputs import (
     open_evaluation,
     require_differences,
@@ -19,8 +26,14 @@ from copg_jax.inputs import (
     require_scored_folder,
 )
 from copg_jax.models.forward import make_seq_logp
-from copg_jax.objective import find_coefficients, find_objective, make_policy_loss
+from copg_jax.objective import LossFn, find_coefficients, find_objective, make_policy_loss
 from copg_jax.train.run import Stage, train
+
+
+def _make_loss(
+    model: PretrainedModel, *, objective: Callable[..., Array], chunk: int | None
+) -> LossFn:
+    return make_policy_loss(make_seq_logp(model.arch, model.partitioner, chunk=chunk), objective)
 
 
 def main(config: PolicyConfig) -> None:
@@ -31,8 +44,10 @@ def main(config: PolicyConfig) -> None:
         config,
         Stage(
             head="lm",
-            make_loss=lambda model: make_policy_loss(
-                make_seq_logp(model.arch, model.partitioner, chunk=config.logits_chunk), objective
+            make_loss=reuse.once(
+                "loss",
+                (objective, config.logits_chunk),
+                lambda: partial(_make_loss, objective=objective, chunk=config.logits_chunk),
             ),
             coefficients=find_coefficients(config.loss),
             check_section=require_scored_folder,

@@ -4,7 +4,6 @@ import ast
 import re
 import runpy
 import sys
-from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -73,8 +72,8 @@ def test_the_pinned_environment_has_no_torch_and_no_cuda(path):
 def test_every_third_party_import_is_a_declared_dependency(metadata):
     """Imports of the product, under the names of the packages that bring them."""
     extras = metadata["extras_require"]
-    optional = [extras[name] for name in ("gguf", "math", "nli", "tensorboard")]
-    texts = [*metadata["install_requires"], *chain(*optional)]
+    optional = ("gguf", "math", "nli", "tensorboard", "trackio", "wandb")
+    texts = [*metadata["install_requires"], *(text for name in optional for text in extras[name])]
     declared = {canonicalize_name(Requirement(text).name).replace("-", "_") for text in texts}
     package_of = {"yaml": "pyyaml", "orbax": "orbax_checkpoint", "tensorboardX": "tensorboardx"}
     peers = ROOT / "experiments/benchmark/peers"  # each runs in an environment of its own

@@ -1,13 +1,10 @@
 """Metrics: valid JSON lines, a file that resumes exactly, a console that suits its reader."""
 
-import sys
-
 import jax
 import numpy as np
 import pytest
 
 from copg_jax import tracking
-from copg_jax.errors import InputError
 from copg_jax.files import read_json_lines
 from copg_jax.tracking import MetricsLogger
 
@@ -144,20 +141,6 @@ def test_only_process_0_logs(tmp_path, monkeypatch, capsys):
         logger.log(1, {"loss": 1.0})
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out == ""
-
-
-def test_tensorboard_gets_the_same_numbers(tmp_path):
-    with MetricsLogger(tmp_path, total_steps=1, tensorboard=True, quiet=True) as logger:
-        logger.log(1, {"loss": 1.0}, text={"sample": "words"})
-    (events,) = (tmp_path / "tensorboard").iterdir()
-    assert b"loss" in events.read_bytes()
-    assert b"words" in events.read_bytes()
-
-
-def test_tensorboard_without_its_package_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(InputError, match=r"pip install 'copg_jax\[tensorboard\]'"):
-        MetricsLogger(tmp_path, total_steps=1, tensorboard=True)
 
 
 FOREIGN = [

@@ -17,6 +17,7 @@ ATTENTIONS = ("xla", "splash", "cudnn")
 ATTENTION_CHOICES = ("auto", *ATTENTIONS)
 DISTRIBUTED_MODES = ("auto", "on", "off")
 REMATS = ("none", "dots", "mlp", "full")
+TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 TEXT_FORMATS = ("auto", "tldr", "text", "chat")
 POLICY_LOSSES = ("copg", "dpo", "ipo", "pg", "rloo", "opmd", "oapl", "asymre")
 COMBINATIONS = ("sum", "min", "standardized_sum")
@@ -248,7 +249,10 @@ class TrainingConfig:
     eval_every: int = option(50, "steps between evaluations; one also runs before the first step")
     save_every: int = option(500, "steps between checkpoints (best and last are always saved)")
     log_every: int = option(10, "steps between console lines (metrics.jsonl has every step)")
-    tensorboard: bool = option(False, "also write TensorBoard files (needs the tensorboard extra)")
+    tracker: str = option(
+        "none",
+        "service that shows the metrics: none, tensorboard, wandb or trackio (each an extra)",
+    )
 
     def __post_init__(self):
         require_size(self, "batch_size", "num_microbatches")
@@ -256,6 +260,7 @@ class TrainingConfig:
         require_positive(self, "eval_every", "save_every", "log_every")
         require(self, "< 2**63", lambda count: count < 2**63, "num_epochs")
         require_one_of(self, REMATS, "remat")
+        require_one_of(self, TRACKERS, "tracker")
         if self.batch_size % self.num_microbatches:
             raise InputError(
                 f"batch_size must be a multiple of num_microbatches, got {self.batch_size} and "

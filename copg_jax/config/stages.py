@@ -43,7 +43,7 @@ MAY_DIFFER = (
     "training.eval_every",  # best/ is then the best of the steps that were evaluated
     "training.save_every",
     "training.log_every",
-    "training.tensorboard",
+    "training.tracker",
     "training.num_microbatches",
     "training.remat",
     "logits_chunk",

@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 from copg_jax import checksums, distributed
 from copg_jax.errors import InputError
 from copg_jax.files import is_remote, local_copy
+from copg_jax.hf.card import CARD_NAME, model_card
 from copg_jax.hf.config_json import read_config
 from copg_jax.hf.families import to_architecture, to_config
 from copg_jax.hf.names import (
@@ -47,7 +48,7 @@ from copg_jax.models.params import Architecture, Params, param_specs
 
 _WRITTEN = re.compile(  # into a model's folder, by `save_pretrained`
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|chat_template\.jinja|"
-    r"(config|checksums|tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json"
+    r"(config|checksums|tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json|README\.md"
 )
 RESTORE = (
     "Fix: copy the folder again, or let the run that wrote it export it anew (the same command); "
@@ -175,10 +176,11 @@ def save_pretrained(
     tokenizer: transformers.PreTrainedTokenizerBase,
     end_ids: Sequence[int] = (),
     source: Mapping[str, Any] | None = None,
+    card: str | None = None,
     max_shard_bytes: int = 4 << 30,
 ) -> None:
-    """Write config.json, safetensors (float32), tokenizer and, last, the checksums of these, which
-    mark the folder as complete.
+    """Write config.json, safetensors (float32), tokenizer, model card (README.md) and, last, the
+    checksums of these, which mark the folder as complete.
 
     Every process calls it, to gather each tensor in turn; process 0 writes.
 
@@ -191,6 +193,7 @@ def save_pretrained(
         end_ids: all ids at which a generation ends, for whoever generates with the export; none:
             the tokenizer's EOS.
         source: config.json of the folder that the model came from; what it says besides is kept.
+        card: text of the model card; None says no more than what kind of model it is.
         max_shard_bytes: size at which the next safetensors file begins.
     """
     special = {
@@ -214,6 +217,8 @@ def save_pretrained(
                 padded.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
             _save_tokenizer(padded, temporary)
             (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            text = model_card(head) if card is None else card
+            (temporary / CARD_NAME).write_bytes(text.encode())
     try:
         _write_weights(temporary, tensors, value, max_shard_bytes)
         with distributed.main_first(folder / checksums.NAME):

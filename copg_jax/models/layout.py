@@ -112,6 +112,13 @@ class Shape(NamedTuple):
         batch = collate(groups, *sizes)
         return batch._replace(layout=self.layout(batch.prompt_length, batch.completion_length))
 
+    def joined(self, other: Self) -> Self:
+        """The least shape that fits what fits either; of as many bins, places and completions."""
+        return self._replace(
+            prompt_sizes=tuple(map(max, self.prompt_sizes, other.prompt_sizes)),
+            capacity=Capacity(*map(max, self.capacity, other.capacity)),
+        )
+
     def with_all_completions(self) -> Self:
         """The same with capacity for completions that fill all slots, even of empty places."""
         own = len(self.prompt_sizes) * self.num_completions * self.completion_size
@@ -187,6 +194,7 @@ def pack_epochs(
     sizes: tuple[int, int, int],
     epoch_size: int,
     num_fitted: int,
+    at_least: Shape | None = None,
 ) -> Callable[[int], PackedBatches]:
     """Deals the groups of epochs that are laid end to end, a window of neighbours at a time.
 
@@ -198,6 +206,7 @@ def pack_epochs(
         sizes: P, K and C that fit every group.
         epoch_size: groups of an epoch, at least B. Only those of one epoch are dealt together.
         num_fitted: batches from the first one that share a shape which fits them all.
+        at_least: a shape that theirs is joined with.
 
     Returns:
         Batch `index`, dealt when it is asked for, with rows [B]. One after `num_fitted` may be
@@ -217,6 +226,7 @@ def pack_epochs(
         lengths.append(deal(window)[1])
         after = window[1]
     shape = _fit(np.concatenate(lengths), sizes, multiple=8)
+    shape = shape if at_least is None else shape.joined(at_least)
 
     @lru_cache(maxsize=4)  # those of neighbours are asked for together
     def dealt(window: tuple[int, int]) -> PackedBatches:

@@ -62,7 +62,13 @@ def is_exported(folder: epath.Path, model: PretrainedModel, *, has_best: bool) -
 
 
 def export(
-    folder: epath.Path, name: str, model: PretrainedModel, params: Any, *, base: ModelConfig
+    folder: epath.Path,
+    name: str,
+    model: PretrainedModel,
+    params: Any,
+    *,
+    base: ModelConfig,
+    card: str,
 ) -> None:
     """Writes `folder`/`name`, and before it the adapter where one was trained.
 
@@ -72,6 +78,7 @@ def export(
         model: what was trained.
         params: what is trained of it.
         base: the model that training began with, by its name.
+        card: README.md of the merged model.
     """
     values = params
     if model.lora is not None:
@@ -91,5 +98,6 @@ def export(
         tokenizer=model.tokenizer,
         end_ids=model.end_ids,
         source=model.config,
+        card=card,
     )
     log.info("wrote %s", folder / name)

@@ -9,7 +9,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -23,24 +23,28 @@ from copg_jax import (
     flops,
     inputs,
     pooled,
+    reuse,
     run_folder,
     runtime,
     sharding,
 )
+from copg_jax.config.schema import as_stored
 from copg_jax.config.sections import DataConfig
 from copg_jax.config.stages import MAY_DIFFER, TrainConfig
 from copg_jax.data.dataset import GroupDataset
-from copg_jax.data.stream import Groups, GroupStream, num_steps
+from copg_jax.data.stream import Groups, num_steps
 from copg_jax.evaluate import GenerationEvaluator, make_loss_evaluator
 from copg_jax.hf.pretrained import PretrainedModel, open_model
-from copg_jax.models.layout import pack_epochs
 from copg_jax.objective import LossFn
+from copg_jax.trackers import require_tracker
 from copg_jax.tracking import MetricsLogger, warn_of_lost_lines
 from copg_jax.train import loop, optim
+from copg_jax.train.card import run_card
 from copg_jax.train.checkpoint import Checkpoints
 from copg_jax.train.compiled import CompiledStep, as_arguments
 from copg_jax.train.exports import bytes_to_write, export, is_exported
 from copg_jax.train.metrics import LateMetrics
+from copg_jax.train.order import open_stream
 from copg_jax.train.state import (
     TrainState,
     abstract_state,
@@ -100,6 +104,7 @@ class _Run:
 def train(config: TrainConfig, stage: Stage) -> None:
     """Runs one training stage, or what is left of it."""
     runtime.setup(config.distributed)
+    require_tracker(config.training.tracker)
     with run_folder.claim(config.output_dir, config, may_differ=MAY_DIFFER):
         _run_stage(config, stage)
 
@@ -124,7 +129,8 @@ def _run_stage(config: TrainConfig, stage: Stage) -> None:
             run.folder,
             total_steps=run.num_steps,
             log_every=config.training.log_every,
-            tensorboard=config.training.tensorboard,
+            tracker=config.training.tracker,
+            settings=as_stored(config),
             resume_step=start or None,
             logged=range(1, start + 1),
         ) as logger:
@@ -161,9 +167,9 @@ def _train(
         lora_parameters=run.model.lora_parameters,
     )
     return loop.run(
-        _compiled_step(run, loss_fn, stage.coefficients, frozen),
+        _step(run, stage, loss_fn, frozen),
         _initial_state(run, checkpoints, start),
-        iter(_stream(run, start)),
+        iter(open_stream(run.data, run.config.training, run.config.seed, run.mesh, start)),
         range(start + 1, run.num_steps + 1),
         mesh=run.mesh,
         metrics=LateMetrics(logger, checkpoints.folder, run.mesh, useful_flops),
@@ -173,22 +179,23 @@ def _train(
     ).params
 
 
-def _compiled_step(
-    run: _Run,
-    loss_fn: LossFn,
-    coefficients: Mapping[str, float],
-    frozen: Mapping[str, Any] | None,
+def _step(
+    run: _Run, stage: Stage, loss_fn: LossFn, frozen: Mapping[str, Any] | None
 ) -> CompiledStep:
     """The step of a run, with its optimiser, mesh and learning rate."""
+    training = run.config.training
     step_fn = make_train_step(
         loss_fn,
         run.optimizer,
         mesh=run.mesh,
         state_shardings=run.shardings,
-        num_microbatches=run.config.training.num_microbatches,
+        num_microbatches=training.num_microbatches,
     )
+    # The learning rate is an argument.
+    alike = replace(run.config.optim, learning_rate=1.0, warmup_fraction=0.0, decay="constant")
+    made_of = stage.make_loss, run.model.arch, run.mesh, training.num_microbatches, alike
     learning_rate = partial(optim.learning_rate, run.config.optim, run.num_steps)
-    return CompiledStep(step_fn, coefficients, learning_rate, frozen)
+    return CompiledStep(step_fn, made_of, stage.coefficients, learning_rate, frozen)
 
 
 def _prepare(config: TrainConfig, stage: Stage) -> _Run:
@@ -247,23 +254,6 @@ def _prepare(config: TrainConfig, stage: Stage) -> _Run:
     )
 
 
-def _stream(run: _Run, start: int) -> GroupStream:
-    """This host's share of the batches after step `start`."""
-    training = run.config.training
-    host, num_hosts = sharding.batch_share(run.mesh)
-    return GroupStream(
-        run.data,
-        pack_epochs,
-        batch_size=training.batch_size,
-        num_epochs=training.num_epochs,
-        seed=run.config.seed,
-        num_bins=sharding.num_batch_shards(run.mesh) * training.num_microbatches,
-        start_step=start,
-        host=host,
-        num_hosts=num_hosts,
-    )
-
-
 def _initial_state(run: _Run, checkpoints: Checkpoints, start: int) -> TrainState:
     """The newest checkpoint, or the model's weights with a fresh optimiser."""
     if start:
@@ -285,7 +275,11 @@ def _evaluation(
         return None
     held_out_loss = None
     if run.held_out is not None:
-        loss_step = make_loss_step(loss_fn, mesh=run.mesh)
+        loss_step = reuse.once(
+            "held-out step",
+            (stage.make_loss, run.model.arch, run.mesh),
+            lambda: make_loss_step(loss_fn, mesh=run.mesh),
+        )
         held_out_loss = make_loss_evaluator(
             partial(loss_step, **as_arguments(stage.coefficients)),
             run.held_out,
@@ -310,10 +304,12 @@ def _export_all(run: _Run, checkpoints: Checkpoints, last: Any) -> None:
     if best is not None:
         is_last = best[0] == run.num_steps
         params = last if is_last else checkpoints.restore_params(best[0], run.shapes, run.shardings)
-        _export(run, "best", params)
+        _export(run, "best", params, best[0])
         log.info("best/ is step %d, value %.4f", *best)
-    _export(run, "model", last)
+    _export(run, "model", last, run.num_steps)
 
 
-def _export(run: _Run, name: str, params: Any) -> None:
-    export(run.folder, name, run.model, params, base=run.config.model)
+def _export(run: _Run, name: str, params: Any, step: int) -> None:
+    datasets = {"train": run.data, "validation": run.held_out}
+    card = run_card(run.config, run.model.head, datasets, step)
+    export(run.folder, name, run.model, params, base=run.config.model, card=card)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
 from copg_jax.data.formats.texts import TextGroup
 from copg_jax.data.groups import TokenGroup
@@ -61,7 +62,7 @@ class Policy:
         return self.reward - beta * self.log_ratio
 
 
-def read_policy(folder: Path) -> Policy:
+def read_policy(folder: epath.Path | Path) -> Policy:
     """Reads the generations.jsonl of an evaluation; samples of one prompt are averaged."""
     path = folder / "generations.jsonl"
     by_prompt: dict[int, list[dict[str, Any]]] = {}

@@ -37,9 +37,11 @@ def step(toy) -> CompiledStep:
         mesh=toy.mesh,
         shardings=toy.layout,
         num_steps=STEPS,
+        model=SimpleNamespace(arch=None),
         config=SimpleNamespace(optim=OPTIM, training=TrainingConfig()),
     )
-    return run._compiled_step(cast(Any, of_run), scaled_loss, {"scale": 3.0}, None)
+    stage = SimpleNamespace(make_loss=None, coefficients={"scale": 3.0})
+    return run._step(cast(Any, of_run), cast(Any, stage), scaled_loss, None)
 
 
 def test_each_step_has_the_learning_rate_of_its_number_and_the_numbers_of_the_loss(toy, step):

@@ -4,8 +4,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from experiments.figures import COLOURS, reward_and_frontier, save
 from experiments.studies.comparison import Point, Policy, Trained
+from experiments.studies.quickstart_figure import COLOURS, reward_and_frontier, save
 
 SFT = Policy(np.array([1.0, 3.0]), np.zeros(2), np.ones(2), np.ones(2))
 

@@ -1,0 +1,58 @@
+"""The model card of an exported folder: what the model is, and how it was made."""
+
+from collections.abc import Mapping, Sequence
+
+import yaml
+from etils import epath
+
+from copg_jax import checksums
+
+CARD_NAME = "README.md"
+
+_HEADS = {
+    "lm": "A causal language model",
+    "score": "A reward model: the score of its last token is the reward of a completion",
+}
+
+
+def model_card(
+    head: str,
+    *,
+    base: str | None = None,
+    settings: str = "",
+    data: Mapping[str, str] | None = None,
+    metrics: Sequence[tuple[str, float]] = (),
+) -> str:
+    """README.md of a model, in the form of the Hugging Face hub.
+
+    Args:
+        head: "lm" or "score".
+        base: the model that it was trained from.
+        settings: resolved config of the run, as YAML.
+        data: name of a data set → what it was.
+        metrics: names and values, as last measured.
+    """
+    front: dict[str, object] = {"library_name": "transformers", "tags": ["copg_jax"]}
+    parts = [f"{_HEADS[head]}, exported by copg_jax in float32."]
+    if base is not None:
+        front["base_model"] = base
+        parts[0] += f" It was trained from `{base}`."
+    if metrics:
+        rows = [f"| {name} | {value:.6g} |" for name, value in metrics]
+        parts.append("\n".join(["## Metrics", "", "| metric | value |", "|---|---|", *rows]))
+    if data:
+        rows = [f"- {name}: {text}" for name, text in data.items()]
+        parts.append("\n".join(["## Data", "", *rows]))
+    if settings:
+        parts.append(f"## Settings\n\n```yaml\n{settings.rstrip()}\n```")
+    head_text = yaml.safe_dump(front, sort_keys=False)
+    return f"---\n{head_text}---\n\n# Model card\n\n" + "\n\n".join(parts) + "\n"
+
+
+def add_to_card(folder: epath.PathLike, title: str, text: str) -> None:
+    """Puts a section at the end of the card of an exported folder, in place of an earlier one of
+    this title.
+    """
+    card = (epath.Path(folder) / CARD_NAME).read_bytes().decode()
+    before, _, _ = card.partition(f"\n## {title}\n")
+    checksums.rewrite(folder, CARD_NAME, f"{before.rstrip()}\n\n## {title}\n\n{text.strip()}\n")

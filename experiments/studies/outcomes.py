@@ -1,0 +1,213 @@
+"""What the runs of a study measured, and the numbers that its figures and tables show.
+
+1. `read_outcome` reads one run: its evaluations on the way, and the last one prompt by prompt.
+2. A `Curve` is one method at one β over its seeds.
+3. `spread` and `paired` give means with two standard errors: over prompts, with the seeds of each
+   prompt averaged, and over seeds, with the prompts of each seed averaged.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from copg_jax.config.sections import DataConfig
+from copg_jax.data.reader import GroupReader
+from copg_jax.errors import InputError
+from copg_jax.files import read_json_lines
+from experiments.studies.comparison import Policy, read_policy
+from experiments.studies.grid import BETA, SEED, Point, Values
+
+
+class Evaluation(NamedTuple):
+    """One evaluation on the way of a training run."""
+
+    step: int
+    reward: float  # mean over prompts
+    stderr: float  # of that mean, over prompts
+    kl: float  # to π_ref, nats
+    loss: float  # held-out; NaN without held-out data
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run measured."""
+
+    name: str
+    group: str  # what else varies, see `Point.group`
+    values: Values
+    method: str
+    beta: float
+    seed: int
+    steps: tuple[Evaluation, ...]
+    final: Policy
+    baseline: Policy  # π_ref on the same prompts
+
+    @property
+    def reward(self) -> float:
+        """Mean reward after training."""
+        return float(np.nanmean(self.final.reward))
+
+
+class Spread(NamedTuple):
+    """A mean with its standard errors; NaN where there is one prompt, or one seed."""
+
+    mean: float
+    over_prompts: float
+    over_seeds: float
+    num_seeds: int
+
+    def __str__(self) -> str:
+        seeds = "" if math.isnan(self.over_seeds) else f" ± {self.over_seeds:.3f}"
+        return f"{round(self.mean, 3) + 0.0:.3f} ± {self.over_prompts:.3f}{seeds}"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One method at one β."""
+
+    method: str
+    beta: float
+    runs: tuple[Outcome, ...]  # one a seed
+
+    def over_steps(self, field: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps [n] and a field of `Evaluation` at them, one row a run [runs, n]: the steps that
+        all runs have.
+        """
+        tables = [{one.step: getattr(one, field) for one in run.steps} for run in self.runs]
+        steps = sorted(set.intersection(*map(set, tables)))
+        values = [[table[step] for step in steps] for table in tables]
+        return np.array(steps), np.array(values, float)
+
+
+def read_outcome(point: Point) -> Outcome:
+    """Reads a run that is done.
+
+    Raises:
+        InputError: it has no evaluation by generation.
+    """
+    config = point.policy.config
+    path = epath.Path(config.output_dir) / "metrics.jsonl"
+    rows = [row for _, row in read_json_lines(path) if isinstance(row, dict)]
+    steps = tuple(
+        Evaluation(
+            row["step"],
+            row["eval/reward_mean"],
+            _number(row.get("eval/reward_stderr")),
+            _number(row.get("eval/kl")),
+            _number(row.get("eval/loss")),
+        )
+        for row in rows
+        if row.get("eval/reward_mean") is not None
+    )
+    if not steps:
+        raise InputError(
+            f"{path}: wanted evaluations by generation, got none: a study draws their rewards. "
+            "Fix: give policy an evaluation."
+        )
+    final, baseline = (
+        read_policy(epath.Path(job.config.output_dir)) for job in (point.evaluation, point.baseline)
+    )
+    return Outcome(
+        name=point.name,
+        group=point.group,
+        values=point.values,
+        method=config.loss.name,
+        beta=config.loss.beta,
+        seed=config.seed,
+        steps=steps,
+        final=final,
+        baseline=baseline,
+    )
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def curves(outcomes: Iterable[Outcome]) -> list[Curve]:
+    """The runs by method and β, β ascending."""
+    found: dict[tuple[str, float], list[Outcome]] = {}
+    for one in outcomes:
+        found.setdefault((one.method, one.beta), []).append(one)
+    ordered = {method: None for method, _ in found}
+    keys = sorted(found, key=lambda key: (list(ordered).index(key[0]), key[1]))
+    return [Curve(*key, tuple(sorted(found[key], key=lambda run: run.seed))) for key in keys]
+
+
+def best_values(outcomes: Iterable[Outcome]) -> list[Values]:
+    """Of each method, and of all else that varies, the values at the β of the highest mean reward
+    after training, over seeds; without the seed.
+    """
+    by_group: dict[str, dict[str, list[Outcome]]] = {}
+    for one in outcomes:
+        rest = {axis: value for axis, value in one.values.items() if axis != SEED}
+        group = repr({axis: value for axis, value in rest.items() if axis != BETA})
+        by_group.setdefault(group, {}).setdefault(repr(rest), []).append(one)
+    mean = lambda runs: np.mean([run.reward for run in runs])
+    best = [max(of_group.values(), key=mean)[0] for of_group in by_group.values()]
+    return [{a: value for a, value in one.values.items() if a != SEED} for one in best]
+
+
+def best_curves(found: Sequence[Curve], value: Callable[[Curve], float]) -> list[Curve]:
+    """Of each method the curve with the highest value."""
+    methods = dict.fromkeys(curve.method for curve in found)
+    return [max((c for c in found if c.method == method), key=value) for method in methods]
+
+
+def spread(by_seed: Sequence[np.ndarray]) -> Spread:
+    """The mean of one number a prompt and seed, with its standard errors.
+
+    Args:
+        by_seed: one array [N] a seed, of the same prompts; NaN where a prompt has no number.
+    """
+    values = np.stack([np.asarray(one, float) for one in by_seed])
+    values = values[:, np.isfinite(values).all(0)]
+    if not values.size:
+        return Spread(math.nan, math.nan, math.nan, len(values))
+    return Spread(
+        float(values.mean()), _stderr(values.mean(0)), _stderr(values.mean(1)), len(values)
+    )
+
+
+def _stderr(values: np.ndarray) -> float:
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def above_baseline(curve: Curve, value: Callable[[Policy], np.ndarray]) -> Spread:
+    """What a curve ends at above π_ref, prompt by prompt; `value` is policy → one number a prompt.
+
+    A Bradley–Terry reward is defined up to a constant only.
+    """
+    return spread([value(run.final) - value(run.baseline) for run in curve.runs])
+
+
+def paired(first: Curve, second: Curve, value: Callable[[Policy], np.ndarray]) -> Spread:
+    """The difference of two curves, prompt by prompt and seed by seed: what makes a prompt easy, or
+    an order lucky, for both cancels.
+
+    Args:
+        first: minuend.
+        second: subtrahend.
+        value: policy → one number a prompt, [N].
+    """
+    others = {run.seed: run.final for run in second.runs}
+    runs = [run for run in first.runs if run.seed in others]
+    gaps = [value(run.final) - value(others[run.seed]) for run in runs]
+    return spread(gaps or [np.array([])])
+
+
+def reward_gap_sd(section: DataConfig) -> float:
+    """Standard deviation of ΔR, the difference of the rewards of two completions of one prompt.
+
+    ΔR is as often this as its opposite, so it is √E[ΔR²]; over all pairs of all groups.
+    """
+    squares: list[float] = []
+    for group in GroupReader(section):
+        rewards: list[Any] = [r for r in group.rewards or () if r is not None and not math.isnan(r)]
+        squares += [(a - b) ** 2 for a, b in combinations(rewards, 2)]
+    return math.sqrt(np.mean(squares)) if squares else math.nan

@@ -1,0 +1,217 @@
+"""The pictures of a study, each drawn from the rows of its CSV file.
+
+A method has a colour where methods are compared, and a β has one where they are curves of a method.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from experiments.studies.regret_figure import COLOURS
+from experiments.studies.tables import Row, label
+
+_OTHERS = ("#F0E442", "#000000", "#999999", "#7F3C8D", "#11A579")  # of losses without a colour
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+def curves_figure(rows: Sequence[Row]) -> Figure:
+    """Reward of generations over steps, a curve a β and a panel a method (paper: Figs. 2–4)."""
+    methods = _methods(rows)
+    figure, panels = _panels(1, len(methods), sharey=True)
+    for axes, method in zip(panels[0], methods, strict=True):
+        _draw_betas(axes, [row for row in rows if row["method"] == method], "reward")
+        axes.set(title=label(method), xlabel="training step")
+        axes.legend(title="β", fontsize=8, title_fontsize=8, loc="upper left")
+    panels[0][0].set_ylabel("reward of generations above step 0")
+    figure.suptitle(f"held-out prompts, {_seeds(rows)}", fontsize=10)
+    return figure
+
+
+def beta_figure(rows: Sequence[Row]) -> Figure:
+    """Reward after training as a function of β, and of β in units of the s.d. of ΔR (Fig. 5)."""
+    figure, panels = _panels(1, 2, sharey=True)
+    for axes, name in zip(panels[0], ("beta", "beta_in_sd"), strict=True):
+        for method in _methods(rows):
+            own = [row for row in rows if row["method"] == method]
+            x, y = ([row[key] for row in own] for key in (name, "reward"))
+            look = _look(method, rows)
+            axes.errorbar(x, y, yerr=_errors(own, "reward"), capsize=3, label=label(method), **look)
+        axes.set_xscale("log")
+    panels[0][0].set(xlabel="β (reward units)", ylabel="final reward above π_ref")
+    panels[0][1].set(xlabel="β / s.d. of ΔR")
+    panels[0][0].legend()
+    figure.suptitle(
+        f"± the larger standard error, over prompts or over seeds; {_seeds(rows)}", fontsize=10
+    )
+    return figure
+
+
+def best_figure(rows: Sequence[Row]) -> Figure:
+    """The best β of each method over steps, with both standard errors (Fig. 6)."""
+    figure, panels = _panels(1, 1)
+    axes = panels[0][0]
+    for method in _methods(rows):
+        own = [row for row in rows if row["method"] == method]
+        steps, mean = (np.array([row[key] for row in own]) for key in ("step", "reward"))
+        look = _look(method, rows)
+        axes.plot(steps, mean, label=f"{label(method)}, β = {own[0]['beta']:g}", **look)
+        for name, alpha in (("prompts", 0.12), ("seeds", 0.25)):
+            error = np.array([row[f"reward_se_{name}"] for row in own])
+            axes.fill_between(
+                steps, mean - error, mean + error, color=look["color"], alpha=alpha, lw=0
+            )
+    axes.set(xlabel="training step", ylabel="reward of generations above step 0")
+    axes.legend()
+    axes.set_title(
+        f"± standard error: pale over prompts, dark over seeds; {_seeds(rows)}", fontsize=9
+    )
+    return figure
+
+
+def frontier_figure(over_steps: Sequence[Row], by_beta: Sequence[Row], *, beta: float) -> Figure:
+    """Reward against KL over β and steps, and J at one β for all over the β of training (ours)."""
+    figure, panels = _panels(1, 2)
+    left, right = panels[0]
+    for method in _methods(by_beta):
+        look = _look(method, by_beta)
+        own = [row for row in by_beta if row["method"] == method]
+        for row in own:
+            way = [r for r in over_steps if (r["method"], r["beta"]) == (method, row["beta"])]
+            left.plot(
+                _root([r["kl"] for r in way]), [r["reward"] for r in way],
+                color=look["color"], lw=0.8, alpha=0.35,
+            )  # fmt: skip
+        kl, reward = (np.array([row[key] for row in own]) for key in ("kl", "reward"))
+        left.errorbar(
+            _root(kl), reward, yerr=_errors(own, "reward"), capsize=2, label=label(method), **look
+        )
+        for row in (own[0], own[-1]):
+            left.annotate(
+                f"{row['beta']:g}", (_root([row["kl"]])[0], row["reward"]), fontsize=8,
+                color=look["color"], xytext=(5, 4), textcoords="offset points",
+            )  # fmt: skip
+        right.errorbar(
+            [row["beta_in_sd"] for row in own], [row["objective"] for row in own],
+            yerr=_errors(own, "objective"), capsize=3, label=label(method), **look,
+        )  # fmt: skip
+    _draw_levels(left, beta)
+    left.set(
+        xlabel="KL to π_ref (nats, on a square-root scale)",
+        ylabel="reward above π_ref",
+        title=f"markers: after training, by β (its ends are named); lines: on the way;\n"
+        f"dashed: equal J = E[R] − {beta:g}·KL",
+    )
+    right.set(
+        xscale="log",
+        xlabel="β of training / s.d. of ΔR",
+        ylabel=f"J = E[R] − {beta:g}·KL above π_ref",
+        title=f"J at one β for all\n{_seeds(by_beta)}",
+    )
+    low = max(row["objective"] for row in by_beta)
+    right.set_yscale("symlog", linthresh=max(abs(low), 1e-3))
+    right.axhline(0, color="#888888", lw=0.8)
+    for axes in (left, right):
+        axes.title.set_fontsize(9)
+        axes.legend(fontsize=8)
+    return figure
+
+
+def held_out_figure(rows: Sequence[Row]) -> Figure:
+    """Reward of generations, and below it the held-out loss, of the least β of each method and of
+    its best: does the loss see that the reward drops? (ours; the paper says that it does not)
+    """
+    methods = _methods(rows)
+    figure, panels = _panels(2, len(methods), sharex=True)
+    for column, method in enumerate(methods):
+        own = [row for row in rows if row["method"] == method]
+        last = {row["beta"]: row["reward"] for row in own}  # the last step of each
+        shown = {min(last), max(last, key=lambda beta: last[beta])}
+        chosen = [row for row in own if row["beta"] in shown]
+        _draw_betas(panels[0][column], chosen, "reward")
+        _draw_betas(panels[1][column], chosen, "held_out_loss")
+        panels[0][column].set_title(label(method))
+        panels[0][column].legend(title="β", fontsize=8, title_fontsize=8)
+        panels[1][column].set_xlabel("training step")
+    panels[0][0].set_ylabel("reward above step 0")
+    panels[1][0].set_ylabel("held-out loss above step 0")
+    figure.suptitle(f"the least β, and the best of those drawn; {_seeds(rows)}", fontsize=10)
+    return figure
+
+
+def write_picture(figure: Figure, path: Any) -> None:
+    """Writes a PNG and forgets the picture."""
+    with path.open("wb") as stream:
+        figure.savefig(stream, dpi=130, format="png")
+    plt.close(figure)
+
+
+def _panels(rows: int, columns: int, **shared: Any) -> tuple[Figure, Any]:
+    size = (max(4.0 * columns, 6.4), 3.6 * rows + 0.6)
+    figure, panels = plt.subplots(
+        rows, columns, figsize=size, layout="constrained", squeeze=False, **shared
+    )
+    for axes in panels.flat:
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
+def _draw_betas(axes: Any, rows: Sequence[Row], name: str) -> None:
+    """One curve a β, dark for small ones, with its standard error over seeds (or else prompts)."""
+    betas = sorted({row["beta"] for row in rows})
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.88, max(len(betas), 2)))
+    for beta, colour, marker in zip(betas, colours, _MARKERS * len(betas), strict=False):
+        own = [row for row in rows if row["beta"] == beta]
+        steps, mean = (np.array([row[key] for row in own]) for key in ("step", name))
+        axes.plot(steps, mean, color=colour, marker=marker, ms=3.5, lw=1.4, label=f"{beta:g}")
+        error = np.array([row[f"{name}_se_seeds"] for row in own])
+        if np.isnan(error).all() and name == "reward":
+            error = np.array([row["reward_se_prompts"] for row in own])
+        axes.fill_between(steps, mean - error, mean + error, color=colour, alpha=0.15, lw=0)
+
+
+def _methods(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row["method"] for row in rows))
+
+
+def _look(method: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """Colour and marker of a method, a user's own included."""
+    methods = _methods(rows)
+    others = [one for one in methods if one not in COLOURS]
+    colour = COLOURS.get(method) or _OTHERS[others.index(method) % len(_OTHERS)]
+    return {"color": colour, "marker": _MARKERS[methods.index(method) % len(_MARKERS)], "ms": 5}
+
+
+def _errors(rows: Sequence[Row], name: str) -> list[float]:
+    """The larger of the two standard errors; 0 where neither is known."""
+    pairs = ([row[f"{name}_se_prompts"], row[f"{name}_se_seeds"]] for row in rows)
+    return [max((one for one in pair if not math.isnan(one)), default=0.0) for pair in pairs]
+
+
+def _seeds(rows: Sequence[Row]) -> str:
+    counts = sorted({row["num_seeds"] for row in rows})
+    text = "–".join(map(str, [counts[0], counts[-1]][: len(counts)]))
+    return f"{text} seed{'s' * (counts[-1] > 1)}"
+
+
+def _root(kl: Sequence[float] | np.ndarray) -> np.ndarray:
+    """√KL; an estimate may be below 0."""
+    return np.sign(kl) * np.sqrt(np.abs(kl))
+
+
+def _draw_levels(axes: Any, beta: float) -> None:
+    """Lines of equal reward − β·KL, over axes in √KL whose limits stay as they are."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    root = np.linspace(max(left, 0.0), right, 60)
+    for level in np.linspace(low - beta * right**2, high, 16):
+        axes.plot(root, level + beta * root**2, color="#bbbbbb", lw=0.6, ls="--", zorder=0)
+    ticks = [tick for tick in (0, 0.1, 0.5, 1, 2, 4, 8, 16, 32, 64, 128) if tick <= right**2]
+    axes.set_xticks(np.sqrt(ticks), [f"{tick:g}" for tick in ticks])
+    axes.set(xlim=(left, right), ylim=(low, high))

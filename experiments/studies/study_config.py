@@ -1,0 +1,69 @@
+"""The config of a study."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from copg_jax.config.options import option
+from copg_jax.config.sections import require_path
+from copg_jax.config.stages import STAGES
+from copg_jax.errors import InputError
+
+FIGURES = ("curves", "beta", "best", "frontier", "held_out")
+
+
+@dataclass(frozen=True)
+class InputsConfig:
+    """What makes the data or models of a study, before its first stage."""
+
+    function: str = option(help="dotted path of a function of a folder and of the arguments")
+    arguments: dict[str, Any] = option({}, "what it is called with besides")
+
+
+@dataclass(frozen=True)
+class InputsRun(InputsConfig):
+    """The same with the folder of the study."""
+
+    output_dir: str = option(help="folder that the function gets")
+
+
+@dataclass(frozen=True)
+class BestConfig:
+    """A second look at the best β of each method (paper: Fig. 6)."""
+
+    settings: list[str] = option([], "further key=value, of policy and evaluate, for these runs")
+    seeds: list[int] = option([], "seeds of these runs; none = those of the grid")
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Runs over a grid of settings, and what is drawn of them."""
+
+    output_dir: str = option(help="folder of the study: a folder for each run, and figures/")
+    configs: list[str] = option([], "YAML files of the stages, from left to right")
+    settings: list[str] = option([], "key=value of all runs, as on the command line of a stage")
+    stages: list[str] = option(list(STAGES), "stages to run, in their order")
+    inputs: InputsConfig | None = option(None, "what is made before the stages; null = nothing")
+    grid: dict[str, Any] = option(
+        {},
+        "setting -> its values, or value of an earlier setting -> values there; a setting of no "
+        "stage is one of policy",
+    )
+    best: BestConfig | None = option(None, "runs at the best beta of each method; null = none")
+    figures: list[str] = option(list(FIGURES), f"what to draw: {', '.join(FIGURES)}")
+
+    def __post_init__(self) -> None:
+        require_path("output_dir", self.output_dir)
+        for name, known in (("stages", tuple(STAGES)), ("figures", FIGURES)):
+            found = getattr(self, name)
+            ordered = [one for one in known if one in found]
+            if sorted(found) != sorted(ordered) or (name == "stages" and found != ordered):
+                raise InputError(
+                    f"{name}: wanted some of {', '.join(known)}, each once"
+                    f"{' and in this order' * (name == 'stages')}, got {', '.join(found)}"
+                )
+        if not {"policy", "evaluate"} <= set(self.stages):
+            raise InputError(
+                f"stages: wanted policy and evaluate among them, got {', '.join(self.stages)}"
+            )
+        if not self.grid:
+            raise InputError("grid: wanted at least one setting with its values, got none")
