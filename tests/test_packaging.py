@@ -72,7 +72,8 @@ def test_the_pinned_environment_has_no_torch_and_no_cuda(path):
 def test_every_third_party_import_is_a_declared_dependency(metadata):
     """Imports of the product, under the names of the packages that bring them."""
     extras = metadata["extras_require"]
-    texts = [*metadata["install_requires"], *extras["gguf"], *extras["tensorboard"]]
+    optional = [*extras["gguf"], *extras["math"], *extras["tensorboard"]]
+    texts = [*metadata["install_requires"], *optional]
     declared = {canonicalize_name(Requirement(text).name).replace("-", "_") for text in texts}
     package_of = {"yaml": "pyyaml", "orbax": "orbax_checkpoint", "tensorboardX": "tensorboardx"}
     peers = ROOT / "experiments/benchmark/peers"  # each runs in an environment of its own

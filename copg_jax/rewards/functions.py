@@ -11,8 +11,8 @@ import copy
 import hashlib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -21,9 +21,29 @@ from copg_jax.config.sections import RewardSpec
 from copg_jax.dotted import describe, find, shown
 from copg_jax.errors import Ended, InputError
 
-RewardFn = Callable[..., Sequence[float | None]]
+RewardFn = Callable[..., Sequence[Any]]
 OWN = "rewards"
 """The column of the rewards that rows bring along."""
+
+
+class Missing(NamedTuple):
+    """Stands for a reward that a completion does not have, like None, and says why in a word."""
+
+    reason: str  # of letters and underscores: it is part of a metric's name
+
+
+class FaultyEntry(InputError):
+    """What the row of one completion has cannot be used; raised by a reward function."""
+
+    def __init__(self, index: int, text: str) -> None:
+        super().__init__(text)
+        self.index = index
+
+
+def reading(column: str, function: RewardFn) -> RewardFn:
+    """Notes that a function needs a column, of which it gets what each row has, whole."""
+    vars(function)["row_columns"] = (column,)
+    return function
 
 
 def load_reward(spec: RewardSpec) -> RewardFn:
@@ -90,6 +110,8 @@ def score_texts(
         answer: Any = function(prompts=list(prompts), completions=list(completions), **own)
         if hasattr(answer, "__array__") and np.ndim(answer) == 1:
             answer = _listed(answer)
+    except FaultyEntry as error:
+        raise InputError(f"{where[error.index]}: reward function {name}: {error}") from error
     except (InputError, KeyboardInterrupt, Ended):
         raise
     except BaseException as error:
@@ -101,19 +123,25 @@ def score_texts(
     return _checked(answer, completions, where, name)
 
 
-def _taken(function: RewardFn, columns: Iterable[str], name: str) -> set[str]:
+def _taken(function: RewardFn, columns: Collection[str], name: str) -> set[str]:
     """The columns that a function gets: all, but the rows' own rewards only if it takes them.
 
     Raises:
         InputError: it cannot be called with them.
     """
+    for column in getattr(function, "row_columns", ()):
+        if column not in columns:
+            raise InputError(
+                f"reward function {name}: wanted the column {column!r}, got data with the columns "
+                f"{sorted(columns)}. Fix: name the column in its arguments, or add it to the rows."
+            )
     taken = {column for column in columns if column != OWN or takes_own(function, required=False)}
     try:
         inspect.signature(function).bind(prompts=[], completions=[], **{key: [] for key in taken})
     except (TypeError, ValueError) as error:
         raise InputError(
             f"reward function {name}: cannot be called as f(prompts, completions, **columns) with "
-            f"the columns of this data, {sorted(taken)}: {error}"
+            f"the columns of this data, {sorted(taken)}: {error}. A factory needs `arguments`."
         ) from error
     return taken
 
@@ -132,6 +160,7 @@ def _checked(
             f"reward function {name}: wanted {len(completions)} rewards, one a completion, "
             f"got {len(answer)}"
         )
+    answer = [None if isinstance(value, Missing) else value for value in answer]
     for place, text, value in zip(where, completions, answer, strict=True):
         if value is not None and math.isnan(_number(value)):
             raise InputError(
@@ -209,7 +238,7 @@ class WeightedRewards:
             for spec, function in self._parts
         ]
 
-    def require_columns(self, columns: Iterable[str]) -> None:
+    def require_columns(self, columns: Collection[str]) -> None:
         """Raises InputError unless all functions can be called with these columns."""
         for spec, function in self._parts:
             _taken(function, columns, spec.function)

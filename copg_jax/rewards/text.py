@@ -1,7 +1,14 @@
 """Rewards that need no model: those that rows bring along, and those that read texts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+
+def as_text(value: str | Sequence[Mapping[str, Any]]) -> str:
+    """A prompt or completion as one text: of messages, their contents on lines of their own."""
+    if isinstance(value, str):
+        return value
+    return "\n".join(str(message["content"]) for message in value)
 
 
 def given(
@@ -24,12 +31,12 @@ def given(
 
 def length(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
     """Minus the number of words: the shorter, the better."""
-    return [-float(len(text.split())) for text in completions]
+    return [-float(len(as_text(completion).split())) for completion in completions]
 
 
 def rouge_l(
     prompts: Sequence[str],
-    completions: Sequence[str],
+    completions: Sequence[Any],
     *,
     reference: Sequence[str | None],
     **columns: Any,
@@ -46,6 +53,6 @@ def rouge_l(
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     return [
-        None if target is None else scorer.score(target, text)["rougeL"].fmeasure
-        for target, text in zip(reference, completions, strict=True)
+        None if target is None else scorer.score(target, as_text(completion))["rougeL"].fmeasure
+        for target, completion in zip(reference, completions, strict=True)
     ]
