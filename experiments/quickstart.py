@@ -46,8 +46,7 @@ from copg_jax.models.params import Architecture, init_params
 from copg_jax.rewards.functions import load_reward
 from experiments import evaluate, score, train_policy, train_reward, train_sft
 from experiments.figures import LABELS, reward_and_frontier, save
-from experiments.generated import TASKS
-from experiments.generated.writing import write_generated
+from experiments.generated import TASKS, write_generated
 from experiments.studies.comparison import (
     TIE_STDERRS,
     Policy,
@@ -193,7 +192,7 @@ def make_inputs(config: QuickstartConfig, folder: Path) -> None:
         return
     write_generated(
         folder / "data",
-        TASKS[config.task],
+        task=config.task,
         num_examples=config.num_examples,
         num_comparisons=config.num_comparisons,
         seed=config.seed,

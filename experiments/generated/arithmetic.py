@@ -87,10 +87,6 @@ def make_solution(rng: random.Random, problem: Problem) -> str:
     return solution(start, changes)
 
 
-def right_answer(prompts, completions, answer, **columns):
-    return [float(text.rpartition("#### ")[2] == a) for text, a in zip(completions, answer)]
-
-
 def _examples(count: int, rng: random.Random) -> Iterator[Row]:
     for index in range(count):
         problem = make_problem(rng)

@@ -13,7 +13,18 @@ from typing import NamedTuple
 
 from experiments.generated.writing import Row, Task
 
-NAMES = ("change", "convert", "compute", "solve", "step", "score")
+NAMES = (
+    "change",
+    "convert",
+    "compute",
+    "solve",
+    "step",
+    "score",
+    "apply",
+    "shift",
+    "work",
+    "count",
+)
 OPERATORS = {
     "adds {}": "+",
     "subtracts {}": "-",
@@ -33,7 +44,7 @@ BUGS = {
 }
 COMPLETIONS = 2
 """Programs of a specification that are compared."""
-MOST = 15  # of the numbers
+MOST = 9  # of the numbers
 _ARGUMENTS = (0, 1, 5, 12)  # of the tests
 
 

@@ -1,10 +1,10 @@
 """Made-up dialogues of four turns, and which of two last turns people prefer.
 
 1. A user tells their name and where they saw a thing at what price, and asks for one of these in
-   their second turn. Rows are messages: `prompt` with `completion`, `chosen` and `rejected`.
+   their second turn. Rows are messages: `prompt` with `completion`, or `chosen` and `rejected`.
 2. Replies are written with a random mixture of flaws (a wrong fact, no answer, no name, rude, the
    question repeated, no offer of help), so that a model trained on them has as many.
-3. `latent_utility` grades a reply; which of two is chosen is drawn from the Bradley-Terry model of
+3. `reply_utility` grades a reply; which of two is chosen is drawn from the Bradley-Terry model of
    the utilities: P(first) = sigmoid(u_1 - u_2).
 """
 
@@ -12,7 +12,7 @@ import math
 import random
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from experiments.generated.writing import Row, Task
 
@@ -24,8 +24,14 @@ QUESTIONS = {
     "shop": ("Where did I see it?", "Where was it again?"),
     "price": ("How much was it?", "What did it cost?"),
 }
-RUDE = ("Listen to yourself.", "What a silly question.")
+RUDE = ("That is obvious.", "What a silly question.")
 OFFER = "Can I help you with anything else?"
+
+MARKS = ("<|user|>", "<|assistant|>")
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
+    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 # Share of replies with each flaw drawn first; a flawed one gets a second flaw three times in ten.
 FLAWS = {
@@ -75,7 +81,9 @@ def make_reply(rng: random.Random, talk: Talk) -> str:
     if "wrong fact" in flaws:
         shop = rng.choice([word for word in SHOPS if word != shop])
         price = rng.choice([number for number in PRICES if number != price])
-    text = f"The {talk.thing} was " + (f"at the {shop}" if talk.asked == "shop" else f"{price} coins")
+    text = f"The {talk.thing} was " + (
+        f"at the {shop}" if talk.asked == "shop" else f"{price} coins"
+    )
     if "no answer" in flaws:
         text = "I do not know"
     text += "." if "no name" in flaws else f", {talk.name}."
@@ -84,7 +92,7 @@ def make_reply(rng: random.Random, talk: Talk) -> str:
     return text if "no offer" in flaws else f"{text} {OFFER}"
 
 
-def latent_utility(talk: Talk, reply: str) -> float:
+def reply_utility(talk: Talk, reply: str) -> float:
     """Grades a reply: u = 3 right - 2 wrong + name + offer - 2 rude.
 
     `right` and `wrong` say whether the fact that was asked for is in it, and another one.
@@ -121,7 +129,7 @@ def _comparisons(count: int, rng: random.Random) -> Iterator[Row]:
         first = second = make_reply(rng, talk)
         while second == first:
             second = make_reply(rng, talk)
-        gap = latent_utility(talk, first) - latent_utility(talk, second)
+        gap = reply_utility(talk, first) - reply_utility(talk, second)
         if rng.random() >= 1 / (1 + math.exp(-gap)):
             first, second = second, first
         yield {
@@ -130,3 +138,10 @@ def _comparisons(count: int, rng: random.Random) -> Iterator[Row]:
             "chosen": _turn(first),
             "rejected": _turn(second),
         }
+
+
+def _text(row: Row) -> str:
+    return "\n".join(message["content"] for message in [*row["prompt"], *row["completion"]])
+
+
+DIALOGUE = Task(_examples, _comparisons, _text, TEMPLATE, MARKS)

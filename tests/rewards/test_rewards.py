@@ -144,7 +144,7 @@ def test_pairwise_accuracy_counts_strictly_ordered_pairs_and_ties_as_wrong():
 def folder(tmp_path_factory) -> Path:
     """A tiny random reward model with the tokenizer of generated posts."""
     folder = tmp_path_factory.mktemp("reward")
-    write_generated(folder / "data", num_posts=20, num_comparisons=2, seed=0, vocab_size=300)
+    write_generated(folder / "data", num_examples=20, num_comparisons=2, seed=0, vocab_size=300)
     tokenizer = load_tokenizer(folder / "data" / "tokenizer")
     arch = replace(LLAMA, vocab_size=len(tokenizer))
     params = init_params(arch, jax.random.key(0), head="score")
