@@ -10,6 +10,7 @@ time:
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -141,6 +142,7 @@ class GenerationEvaluator:
     ) -> None:
         self._config, self._prompts, self._generator = config, prompts, generator
         self._rewards, self._beta = rewards, beta
+        self._counts: Counter[str] = Counter()
         self._placement = sharding.batch_sharding(generator.mesh)
         self._pause, self._is_compiled = make_pause(generator.mesh), False
         self._columns = sorted({name for prompt in prompts for name in prompt.columns})
@@ -159,7 +161,12 @@ class GenerationEvaluator:
             InputError: ln π or ln π_ref that is not finite, or a reward function that misbehaves.
         """
         found = in_prompt_order(g for batch in self.batches(params, step) for g in batch)
-        return summarize(found, beta=self._beta), sample_texts(found, self._config)
+        metrics = summarize(found, beta=self._beta) | self.dropped()
+        return metrics, sample_texts(found, self._config)
+
+    def dropped(self) -> dict[str, float]:
+        """Rewards that are missing among what was generated last, by function and reason."""
+        return {f"eval/{name}": float(number) for name, number in self._counts.items()}
 
     def batches(
         self, params: Any, step: int, finished: Collection[int] = ()
@@ -179,6 +186,7 @@ class GenerationEvaluator:
         )
         # Texts and rewards of a batch are made while the device generates the next one.
         left, done = len(self._prompts) - len(finished), 0
+        self._counts.clear()
         compiles = not self._is_compiled and left > 0
         with Progress("generation", left, "prompts", compiles=compiles) as progress:
             for rows, samples, ref_logp in one_late(launched):
@@ -273,12 +281,15 @@ class GenerationEvaluator:
         """Fills in the rewards."""
         rows = [self._prompts[g.index].columns for g in found]
         columns = {name: [row.get(name) for row in rows] for name in self._columns}
-        with Progress(f"rewards of {len(found)} generations"):
+        number = len(found) * len(self._rewards)
+        with Progress(f"rewards of {len(found)} generations", number, "rewards") as progress:
             rewards, _ = self._rewards(
                 [g.prompt for g in found],
                 [g.completion for g in found],
                 columns,
                 [self._prompts[g.index].where for g in found],
+                counts=self._counts,
+                update=progress.update,
             )
         penalty = self._config.missing_eos_reward
         return [

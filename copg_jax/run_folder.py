@@ -11,6 +11,7 @@ import logging
 import os
 import platform
 import posixpath
+import re
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -120,7 +121,8 @@ def check_run_folder(
     Args:
       output_dir: Folder of the run; need not exist.
       config: Config dataclass of the run.
-      may_differ: Dotted prefixes that do not define the run, such as "log_every" or "evaluation".
+      may_differ: Dotted prefixes that do not define the run, such as "log_every", "evaluation" or
+        "rewards[i].num_workers".
 
     Raises:
       InputError: The folder overlaps with an input, holds a run with another config or what a run
@@ -308,6 +310,7 @@ def _field(difference: str) -> str:
 
 
 def _is_under(name: str, prefix: str) -> bool:
+    name = re.sub(r"\[\d+\]", "[i]", name)
     return name == prefix or name.startswith((prefix + ".", prefix + "["))
 
 

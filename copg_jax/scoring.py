@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import compress
@@ -39,7 +40,8 @@ from copg_jax.data.tokenizer import tokenizer_hash
 from copg_jax.errors import Damaged, InputError
 from copg_jax.hf.pretrained import PretrainedModel
 from copg_jax.infer import GroupForward
-from copg_jax.rewards.functions import OWN, WeightedRewards
+from copg_jax.rewards.functions import DROPPED, WeightedRewards
+from copg_jax.rewards.protocol import OWN
 from copg_jax.runtime import Progress
 from copg_jax.tracking import MetricsLogger, warn_of_lost_lines
 
@@ -172,7 +174,7 @@ def score_dataset(
         logged=ends[finished].tolist(),
     ) as logger:
         log.info("scoring %d groups", len(dataset) - done)
-        spread = _per_completion(dataset)
+        spread = _per_completion(dataset) - rewards.row_columns
         for part, (first, end) in enumerate(zip(first_rows, ends.tolist(), strict=True)):
             if finished[part]:
                 continue
@@ -183,7 +185,8 @@ def score_dataset(
             logger.log(end, metrics, done=done)
             logger.sync()
             if distributed.is_main_process():
-                written = scored.write_part(folder, part, groups, key)
+                dropped = {name: n for name, n in metrics.items() if DROPPED in name}
+                written = scored.write_part(folder, part, groups, key, dropped)
                 side_car = replace(side_car, parts=side_car.parts | written)
                 scored.write_side_car(folder, side_car)
     with distributed.main_first(folder):
@@ -193,19 +196,21 @@ def score_dataset(
 
 def _finish(dataset: GroupDataset, folder: epath.Path, side_car: scored.SideCar) -> None:
     """Makes the folder usable: the side-car with the counts of all parts."""
-    counts = dataset.stats | scored.count_rewards(folder)
+    dropped = scored.count_dropped(folder)
+    counts = dataset.stats | scored.count_rewards(folder) | {"rewards missing": dropped}
     if counts["without a reward"] == counts["completions scored"]:
         names = " or ".join(spec["function"] for spec in side_car.rewards)
         raise InputError(
             f"{folder}: not one of {counts['completions scored']} completions has a reward: each "
-            f"got None of {names}. Correct that, and score into another output_dir."
+            f"got None of {names} ({dropped}). Correct that, and score into another output_dir."
         )
     scored.write_side_car(folder, replace(side_car, complete=True, counts=counts))
     log.info(
-        "%s: %d completions scored, %d of them without a reward (they will be left out)",
+        "%s: %d completions scored, %d of them without a reward (they will be left out)%s",
         folder,
         counts["completions scored"],
         counts["without a reward"],
+        "".join(f"\n  {name}: {number}" for name, number in dropped.items()),
     )
 
 
@@ -241,7 +246,8 @@ def _score_rows(
     """Scores the groups of a part; with metrics."""
     begin = time.perf_counter()
     rows = [_spread(row, spread) for row in rows]
-    totals, parts = _reward_groups(rewards, rows, spread)
+    counts: Counter[str] = Counter()
+    totals, parts = _reward_groups(rewards, rows, spread, counts)
     reward_sec = time.perf_counter() - begin
     ref_logps = reference(rows)
     groups = [
@@ -255,6 +261,7 @@ def _score_rows(
         "reward/mean": float(kept.mean()) if len(kept) else math.nan,
         "reward/std": float(kept.std()) if len(kept) else math.nan,
         "reward/dropped": len(values) - len(kept),
+        **counts,
         "ref_logp/mean": float(np.concatenate(ref_logps).mean()),
         "perf/groups_per_sec": len(rows) / seconds,
         "perf/reward_share": reward_sec / seconds,
@@ -262,9 +269,9 @@ def _score_rows(
 
 
 def _reward_groups(
-    rewards: WeightedRewards, rows: Sequence[TokenGroup], spread: set[str]
+    rewards: WeightedRewards, rows: Sequence[TokenGroup], spread: set[str], counts: Counter[str]
 ) -> tuple[list[np.ndarray], list[dict[str, np.ndarray]]]:
-    """Total reward and its parts of each group; NaN where a reward is absent."""
+    """Total reward and its parts of each group; NaN where a reward is absent, counted by reason."""
     cells = [(row, k) for row in rows for k in range(len(row.completions))]
 
     def entry(row: TokenGroup, k: int, name: str) -> Any:
@@ -275,12 +282,15 @@ def _reward_groups(
     columns = {name: [entry(row, k, name) for row, k in cells] for name in names}
     if any(row.rewards is not None for row in rows):
         columns[OWN] = [None if row.rewards is None else float(row.rewards[k]) for row, k in cells]
-    with Progress(f"rewards of {len(cells)} completions"):
+    number = len(cells) * len(rewards)
+    with Progress(f"rewards of {len(cells)} completions", number, "rewards") as progress:
         total, parts = rewards(
             [row.prompt for row, _ in cells],
             [row.completions[k] for row, k in cells],
             columns,
             [row.where for row, _ in cells],
+            counts=counts,
+            update=progress.update,
         )
     cuts = np.cumsum([len(row.completions) for row in rows])[:-1]
     split = {name: np.split(values, cuts) for name, values in parts.items()}

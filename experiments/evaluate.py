@@ -92,14 +92,14 @@ def _evaluate(config: EvaluateConfig) -> dict[str, float]:
             if file is not None:
                 file.write("".join(map(_line, batch)))
                 file.sync()
-    metrics = summarize(found, beta=config.beta)
+    metrics = summarize(found, beta=config.beta) | evaluator.dropped()
     averages = folder / "evaluation.json"
     with distributed.main_first(averages):
         if is_main:
             write_text(path, "".join(map(_line, found)))
             write_text(averages, json.dumps(_jsonable(metrics), indent=2) + "\n")
     log.info("wrote %s and %s", averages, path)
-    _report_rewards(metrics["eval/dropped_rewards"], total, path)
+    _report_rewards(metrics["eval/dropped_rewards"], total, path, evaluator.dropped())
     return metrics
 
 
@@ -110,15 +110,18 @@ def _bytes_to_write(config: EvaluateConfig) -> int:
     return prepared_bytes(config.evaluation.data) + 2 * _BYTES_A_TOKEN * num_tokens
 
 
-def _report_rewards(num_dropped: float, total: int, path: epath.Path) -> None:
+def _report_rewards(
+    num_dropped: float, total: int, path: epath.Path, reasons: dict[str, float]
+) -> None:
     """Says how many generations have no reward; none with one is an error."""
+    why = ", ".join(f"{name}: {number:.0f}" for name, number in reasons.items())
     if num_dropped == total:
         raise InputError(
-            f"{path}: not one of {total} generations has a reward: each got None. Correct the "
-            "reward function and evaluate into another output_dir."
+            f"{path}: not one of {total} generations has a reward: each got None ({why}). Correct "
+            "the reward function and evaluate into another output_dir."
         )
     if num_dropped:
-        log.warning("%d of %d generations have no reward (None): left out", num_dropped, total)
+        log.warning("%d of %d generations have no reward: left out (%s)", num_dropped, total, why)
 
 
 def _read(path: epath.Path, num_samples: int) -> list[Generation]:

@@ -249,10 +249,27 @@ class RewardSpec:
         {}, "if given, the path names a factory that is called with these and returns the function"
     )
     weight: float = option(1.0, "factor of this reward in the sum")
+    num_workers: int = option(
+        0, "processes that call the function; 0 = the run's own, where nothing can stop it"
+    )
+    timeout_sec: float | None = option(
+        None, "longest time for a completion in a worker; then it is dropped and counted"
+    )
+    batch_size: int | None = option(
+        None, "completions that a call gets; null = all of them, in a worker 1"
+    )
 
     def __post_init__(self):
         if isinstance(path := self.arguments.get("path"), str):
             require_path("arguments: path", path)
+        require(self, "in [0, 1024]", lambda count: 0 <= count <= 1024, "num_workers")
+        require(self, "> 0", lambda seconds: seconds > 0, "timeout_sec")
+        require_size(self, "batch_size")
+        if self.timeout_sec is not None and not self.num_workers:
+            raise InputError(
+                f"timeout_sec is {self.timeout_sec:g} but num_workers is 0: nothing can stop a "
+                "function in the run's own process. Set num_workers to 1 or more."
+            )
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,10 @@ MAY_DIFFER = (
     "training.num_microbatches",
     "training.remat",
     "logits_chunk",
+    "rewards[i].num_workers",
+    "rewards[i].batch_size",
+    "evaluation.rewards[i].num_workers",
+    "evaluation.rewards[i].batch_size",
 )
 """Config fields that do not define a run: resuming with another value of them is allowed."""
 

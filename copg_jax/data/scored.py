@@ -11,6 +11,7 @@
 import json
 import logging
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -27,7 +28,9 @@ from copg_jax.files import bucket_errors
 
 log = logging.getLogger(__name__)
 
-_KEY = b"copg_jax.key"  # in the metadata of a part
+# In the metadata of a part.
+_KEY = b"copg_jax.key"
+_DROPPED = b"copg_jax.dropped"
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,11 @@ def part_name(index: int) -> str:
 
 
 def write_part(
-    folder: epath.Path, index: int, groups: Sequence[ScoredGroup], key: str
+    folder: epath.Path,
+    index: int,
+    groups: Sequence[ScoredGroup],
+    key: str,
+    dropped: Mapping[str, float] | None = None,
 ) -> dict[str, str]:
     """Writes one part, at once or not at all, and returns its name with its checksum.
 
@@ -71,6 +78,7 @@ def write_part(
         index: of the part.
         groups: what it holds.
         key: what decides the parts of this folder, see `whole_parts`.
+        dropped: how many rewards are missing, by function and reason.
 
     Raises:
         InputError: other numbers of ids and scores than completions, an infinite reward, or a
@@ -81,7 +89,8 @@ def write_part(
         left.unlink()  # of a process that was ended
     path = folder / part_name(index)
     part = folder / f".{path.name}.tmp"
-    schema = SCHEMA.with_metadata({_KEY: _own_key(path, key)})
+    counts = json.dumps(dict(dropped or {})).encode()
+    schema = SCHEMA.with_metadata({_KEY: _own_key(path, key), _DROPPED: counts})
     table = pa.Table.from_pylist([make_row(scored) for scored in groups], schema)
     try:
         with part.open("wb") as file:
@@ -159,6 +168,16 @@ def count_rewards(folder: epath.Path) -> dict[str, int]:
         rewards = column.combine_chunks().flatten()
         total, absent = total + len(rewards), absent + rewards.null_count
     return {"completions scored": total, "without a reward": absent}
+
+
+def count_dropped(folder: epath.Path) -> dict[str, int]:
+    """Returns how many rewards of all parts are missing, by function and reason."""
+    total: Counter[str] = Counter()
+    for path in folder.glob("part-*.parquet"):
+        with path.open("rb") as file:
+            metadata = pq.read_schema(file).metadata or {}
+        total.update(json.loads(metadata.get(_DROPPED, b"{}")))
+    return dict(sorted(total.items()))
 
 
 def is_scored(path: str) -> bool:

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from copg_jax.rewards.answers import exact_match, math_answer, regex
-    from copg_jax.rewards.functions import Missing
     from copg_jax.rewards.model import RewardModel
     from copg_jax.rewards.programs import unit_tests
+    from copg_jax.rewards.protocol import Missing
     from copg_jax.rewards.text import given, length, rouge_l
 
 __all__ = [
@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Missing": "functions",
+    "Missing": "protocol",
     "RewardModel": "model",
     "exact_match": "answers",
     "given": "text",

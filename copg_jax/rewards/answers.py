@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from copg_jax.errors import InputError
-from copg_jax.rewards.functions import Missing, RewardFn, reading
+from copg_jax.rewards.protocol import Missing, RewardFn, reading
 from copg_jax.rewards.text import as_text
 
 

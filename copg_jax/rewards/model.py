@@ -43,6 +43,8 @@ class RewardModel:
             of TL;DR are read in the format `tldr` and others in `text`.
     """
 
+    on_accelerator = True
+
     def __init__(
         self,
         path: str,

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from copg_jax.errors import InputError
-from copg_jax.rewards.functions import FaultyEntry, Missing, RewardFn, reading
+from copg_jax.rewards.protocol import FaultyEntry, Missing, RewardFn, reading
 from copg_jax.rewards.text import as_text
 
 log = logging.getLogger(__name__)

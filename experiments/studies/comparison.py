@@ -19,7 +19,7 @@ from copg_jax.data.formats.texts import TextGroup
 from copg_jax.data.groups import TokenGroup
 from copg_jax.errors import InputError
 from copg_jax.files import read_json_lines
-from copg_jax.rewards.functions import RewardFn, score_texts
+from copg_jax.rewards.protocol import RewardFn, score_texts
 
 TIE_STDERRS = 2.0
 """Differences of fewer standard errors than this are called ties."""

@@ -12,7 +12,8 @@ import pytest
 
 from copg_jax.config.sections import RewardSpec
 from copg_jax.errors import InputError
-from copg_jax.rewards.functions import WeightedRewards, load_reward, score_texts
+from copg_jax.rewards.functions import WeightedRewards, load_reward
+from copg_jax.rewards.protocol import score_texts
 from copg_jax.runtime import signals_as_exits
 from tests.toys import names_all
 

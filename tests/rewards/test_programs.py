@@ -14,7 +14,7 @@ import pytest
 
 from copg_jax.errors import InputError
 from copg_jax.rewards import Missing, programs, unit_tests
-from copg_jax.rewards.functions import score_texts
+from copg_jax.rewards.protocol import score_texts
 from tests.toys import names_all
 
 TESTS = ["assert add(1, 2) == 3", "assert add(0, 0) == 0"]

@@ -24,12 +24,8 @@ from copg_jax.hf import weights as hf_weights
 from copg_jax.models.forward import make_score
 from copg_jax.models.params import init_params
 from copg_jax.rewards import RewardModel
-from copg_jax.rewards.functions import (
-    RewardFn,
-    WeightedRewards,
-    load_reward,
-    score_texts,
-)
+from copg_jax.rewards.functions import WeightedRewards, load_reward
+from copg_jax.rewards.protocol import RewardFn, score_texts
 from experiments.generated import write_generated
 from experiments.studies.comparison import pairwise_accuracy
 from tests.toys import LLAMA, names_all
