@@ -5,7 +5,7 @@
 `GenerationEvaluator` estimates J(π) = E[R] − β·KL(π‖π_ref) by sampling, on the same prompts each
 time:
 1. sample completions of a fixed list of prompts;
-2. decode them up to EOS and call the reward function on the texts;
+2. decode them up to the end token and call the reward function on the texts;
 3. compute ln π_ref of the same tokens and estimate the KL from the samples.
 """
 
@@ -22,6 +22,8 @@ from jax import Array
 from copg_jax import distributed, sharding
 from copg_jax.config.sections import GenerationConfig
 from copg_jax.data.dataset import GroupDataset
+from copg_jax.data.formats.choice import FORMATS
+from copg_jax.data.formats.texts import Text, content
 from copg_jax.data.groups import GroupBatch, TokenGroup, columns_by_completion
 from copg_jax.errors import InputError
 from copg_jax.infer import not_finite, one_late
@@ -96,13 +98,13 @@ class Generation:
 
     index: int  # of its prompt among the fixed ones
     id: str
-    prompt: str
-    completion: str
+    prompt: Text  # messages where those of the prompt's row are
+    completion: Text
     reward: float  # NaN where the reward function gave None
     logp: float  # ln π, nats
     ref_logp: float  # ln π_ref, nats; NaN without a reference
     kl_k3: float  # k3 estimate, nats; NaN without a reference
-    length: int  # tokens, EOS included
+    length: int  # tokens, the end token included
     has_eos: bool
 
 
@@ -266,7 +268,7 @@ class GenerationEvaluator:
                         index=index,
                         id=prompt.id,
                         prompt=prompt.prompt,
-                        completion=text,
+                        completion=FORMATS[prompt.format].answer(text),
                         reward=np.nan,
                         logp=float(logp.sum()),
                         ref_logp=float((logp - log_ratio).sum()),
@@ -312,7 +314,7 @@ def sample_texts(generations: Sequence[Generation], sizes: GenerationConfig) -> 
     """
     shown = generations[:: sizes.num_samples][: sizes.num_texts]
     return {
-        f"sample/{i}": f"[reward {g.reward:.3f}] {g.completion.strip()}"
+        f"sample/{i}": f"[reward {g.reward:.3f}] {content(g.completion).strip()}"
         for i, g in enumerate(shown)
     }
 
@@ -332,10 +334,10 @@ def summarize(generations: Sequence[Generation], *, beta: float) -> dict[str, fl
     """
     reward = np.array([g.reward for g in generations])
     known = np.isfinite(reward)
-    by_prompt: dict[str, list[float]] = {}
+    by_prompt: dict[int, list[float]] = {}
     for g in generations:
         if np.isfinite(g.reward):
-            by_prompt.setdefault(g.prompt, []).append(g.reward)
+            by_prompt.setdefault(g.index, []).append(g.reward)
     means = np.array([np.mean(values) for values in by_prompt.values()])
     stderr = means.std(ddof=1) / np.sqrt(len(means)) if len(means) > 1 else float("nan")
     kl = np.array([g.logp - g.ref_logp for g in generations]).mean()

@@ -21,6 +21,7 @@ from copg_jax.config.sections import DataConfig
 from copg_jax.config.stages import PolicyEvaluationConfig
 from copg_jax.data import scored
 from copg_jax.data.dataset import GroupDataset, data_key, format_stats, is_prepared, prepare
+from copg_jax.data.formats.texts import stored_text
 from copg_jax.data.groups import REPEATED, GroupBatch, TokenGroup
 from copg_jax.data.reader import GroupReader
 from copg_jax.data.sources import describe_files, find_files, is_hub_id
@@ -64,7 +65,8 @@ def open_data(
     turn: AbstractContextManager[None] = nullcontext()
     if jax.process_count() > 1:
         try:
-            key = data_key(rows, model.tokenizer, section.limits, vocab_size)
+            encoder = Encoder(model.tokenizer, model.end_ids)
+            key = data_key(rows, encoder, section.limits, vocab_size)
         except InputError as error:
             key = f"{_UNREADABLE}{error}"  # the others wait to hear of this process
         _require_same(key, section.path)
@@ -73,7 +75,12 @@ def open_data(
             turn = distributed.main_first(path, lambda: is_prepared(path, key))
     with turn:
         dataset = prepare(
-            rows, model.tokenizer, path=path, limits=section.limits, vocab_size=vocab_size
+            rows,
+            model.tokenizer,
+            path=path,
+            limits=section.limits,
+            vocab_size=vocab_size,
+            end_ids=model.end_ids,
         )
     _report(dataset, section, name)
     prompt, _, completion = dataset.shape(multiple=1)
@@ -224,7 +231,7 @@ def _first_prompts(dataset: GroupDataset, num_prompts: int, path: str) -> list[T
     """The first different prompts of a data set (comparisons repeat theirs)."""
     prompts: dict[str, TokenGroup] = {}
     for group in dataset:
-        prompts.setdefault(group.prompt, group)
+        prompts.setdefault(stored_text(group.prompt), group)
         if len(prompts) == num_prompts:
             return list(prompts.values())
     raise InputError(
@@ -291,12 +298,14 @@ def open_evaluation(
         ref_token_logp = _load_token_logp(reference, model.mesh, logits_chunk)
     sampler = make_sampler(
         model.arch,
-        eos_id=model.tokenizer.eos_token_id,
+        end_ids=model.end_ids,
         max_new_tokens=generation.max_new_tokens,
         num_samples=generation.num_samples,
         temperature=generation.sampling_temperature,
         mesh=model.mesh,
     )
+    tokens = model.tokenizer.convert_ids_to_tokens(model.end_ids)
+    log.info("generations end in one of: %s", ", ".join(map(repr, tokens)))
     text_of = Encoder(model.tokenizer).completion_text
     names = f"policy {model.folder}", f"reference {reference and reference.folder}"
     generator = Generator(sampler, text_of, model.mesh, ref_token_logp, *names)

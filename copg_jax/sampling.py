@@ -2,11 +2,11 @@
 
 1. The prompts run once (`prefill`); all samples of a prompt share its keys and values.
 2. A `while_loop` appends one token at a time to a small cache of the completions' own, and ends
-   when every row has met EOS or the limit. No host round trip per token.
+   when every row has met an end token or the limit. No host round trip per token.
 3. The log-probability of each chosen token is recorded on the way; it is the one training computes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -25,9 +25,9 @@ class Samples(NamedTuple):
     """K completions of each prompt."""
 
     tokens: Array  # int32 [B, K, C], zero after the end
-    length: Array  # int32 [B, K], EOS included
+    length: Array  # int32 [B, K], the end token included
     token_logp: Array  # float32 [B, K, C], nats under π itself (temperature 1), zero after the end
-    has_eos: Array  # bool [B, K]: ended by EOS rather than by the limit, or never begun
+    has_eos: Array  # bool [B, K]: ended by an end token, not by the limit, or never begun
 
 
 class _Loop(NamedTuple):
@@ -117,8 +117,8 @@ def _empty(prompt_length: Array, num_samples: int, max_new_tokens: int) -> Sampl
     )
 
 
-def _append(samples: Samples, tokens: Array, logp: Array, index: Array, eos_id: int) -> Samples:
-    """Writes token number `index` into the rows that have not ended."""
+def _append(samples: Samples, tokens: Array, logp: Array, index: Array, ends: Array) -> Samples:
+    """Writes token number `index` into the rows that have not ended; `ends` [E] end them."""
     live = ~samples.has_eos
 
     def column(array: Array, new: Array) -> Array:
@@ -129,7 +129,7 @@ def _append(samples: Samples, tokens: Array, logp: Array, index: Array, eos_id: 
         tokens=column(samples.tokens, tokens),
         length=samples.length + live,
         token_logp=column(samples.token_logp, logp),
-        has_eos=samples.has_eos | (tokens == eos_id),
+        has_eos=samples.has_eos | jnp.isin(tokens, ends),
     )
 
 
@@ -161,7 +161,7 @@ def _decode(decoder: Decoder, params: Any, first: _Loop, append: Callable[..., S
 def make_sampler(
     arch: Architecture,
     *,
-    eos_id: int,
+    end_ids: Collection[int],
     max_new_tokens: int,
     num_samples: int = 1,
     temperature: float = 1.0,
@@ -171,8 +171,8 @@ def make_sampler(
 
     Args:
         arch: architecture.
-        eos_id: id that ends a completion.
-        max_new_tokens: C, EOS included.
+        end_ids: each of them ends a completion.
+        max_new_tokens: C, the end token included.
         num_samples: K, completions of each prompt.
         temperature: of the sampling distribution; 0 is greedy. Log-probabilities are always those
             of temperature 1.
@@ -194,7 +194,8 @@ def make_sampler(
         def append(samples: Samples, hidden: Array, index: Array) -> Samples:
             logits = jnp.einsum("bkd,dv->bkv", hidden, matrix, preferred_element_type=jnp.float32)
             tokens, logp = _next_tokens(logits, keys, index, temperature)
-            return _append(samples, tokens, logp, index, eos_id)
+            ends = jnp.array(sorted(end_ids), jnp.int32)
+            return _append(samples, tokens, logp, index, ends)
 
         cache, last = decoding.prefill(
             decoder,

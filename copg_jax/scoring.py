@@ -32,11 +32,11 @@ from copg_jax.config.sections import RewardSpec
 from copg_jax.config.stages import ScoreConfig
 from copg_jax.data import scored
 from copg_jax.data.dataset import GroupDataset
-from copg_jax.data.formats.choice import FORMATS
+from copg_jax.data.formats.choice import text_format_hash
 from copg_jax.data.formats.texts import TextGroup
 from copg_jax.data.groups import TokenGroup, columns_by_completion
 from copg_jax.data.reader import GroupReader
-from copg_jax.data.tokenizer import tokenizer_hash
+from copg_jax.data.tokenizer import Encoder
 from copg_jax.errors import Damaged, InputError
 from copg_jax.hf.pretrained import PretrainedModel
 from copg_jax.infer import GroupForward
@@ -92,10 +92,11 @@ def make_side_car(
     dataset: GroupDataset,
 ) -> scored.SideCar:
     """What a scored folder is made of, before its first part is written."""
+    encoder, text_format = Encoder(reference.tokenizer), dataset.stats["text_format"]
     return scored.SideCar(
-        tokenizer_hash=tokenizer_hash(reference.tokenizer),
-        text_format=dataset.stats["text_format"],
-        text_format_hash=FORMATS[dataset.stats["text_format"]].hash,
+        tokenizer_hash=encoder.hash,
+        text_format=text_format,
+        text_format_hash=text_format_hash(text_format, encoder),
         reference_hash=reference.hash,
         reference_dtype=reference.arch.dtype,
         rewards=rewards.provenance,

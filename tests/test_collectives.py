@@ -129,7 +129,7 @@ def test_decoding_gathers_no_weights_and_cuts_heads_as_they_are(tensor):
         params,
         sharding.shardings(mesh, logical_axes(ARCH), params),
     )
-    sampler = make_sampler(ARCH, eos_id=0, max_new_tokens=4, mesh=mesh)
+    sampler = make_sampler(ARCH, end_ids=[0], max_new_tokens=4, mesh=mesh)
     prompts = ints(B, P), ints(B), layout(8 // tensor, 160 * tensor, 0)
     found = all_gathers(sampler.lower(params, *prompts, jax.eval_shape(lambda: row_keys(0, 0, B))))
     if tensor == 1:

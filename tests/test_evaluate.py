@@ -151,7 +151,7 @@ def sampler_on(on: jax.sharding.Mesh) -> Any:
     """Draws as `GENERATION` says."""
     return make_sampler(
         LLAMA,
-        eos_id=EOS,
+        end_ids=[EOS],
         max_new_tokens=GENERATION.max_new_tokens,
         num_samples=GENERATION.num_samples,
         mesh=on,

@@ -21,7 +21,7 @@ from copg_jax.data import scored
 from copg_jax.data.formats import verbatim
 from copg_jax.data.formats.choice import FORMATS
 from copg_jax.data.reader import GroupReader
-from copg_jax.data.tokenizer import load_tokenizer, tokenizer_hash
+from copg_jax.data.tokenizer import Encoder, load_tokenizer
 from copg_jax.errors import InputError
 from copg_jax.hf.pretrained import open_model
 from experiments import score
@@ -122,7 +122,7 @@ def scored_text(model, tmp_path_factory) -> Path:
 def read(model: Path, path: Path, **settings: Any) -> GroupReader:
     """Reads scored data to its end, as training does."""
     reader = GroupReader(DataConfig(path=str(path), **settings))
-    reader.check_ids(tokenizer_hash(load_tokenizer(model)))
+    reader.check_ids(Encoder(load_tokenizer(model)))
     assert len(list(reader)) == len(TEXTS)
     return reader
 

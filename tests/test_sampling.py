@@ -38,7 +38,7 @@ def sampler_on(on: jax.sharding.Mesh, num_samples: int, temperature: float) -> s
     """A sampler of the tiny model on a mesh."""
     return make_sampler(
         ARCH,
-        eos_id=EOS,
+        end_ids=[EOS],
         max_new_tokens=C,
         num_samples=num_samples,
         temperature=temperature,
@@ -162,6 +162,16 @@ def test_generation_stops_when_every_row_has_ended(sample, params):
     never = sure | {"lm_head": sure["lm_head"].at[:, EOS].set(-10.0)}
     endless = sample(never, PROMPTS, LENGTH, row_keys(0, 0, B))
     assert (endless.length == C).all() and not endless.has_eos.any() and len(trips) == C - 1
+
+
+def test_each_of_the_end_tokens_ends_a_completion(params):
+    ends = make_sampler(ARCH, end_ids=[EOS, 5], max_new_tokens=C, num_samples=K, mesh=mesh())
+    samples = jax.device_get(ends(params, PROMPTS, LENGTH, None, row_keys(0, 0, B)))
+    last = np.take_along_axis(samples.tokens, samples.length[..., None] - 1, axis=2)[..., 0]
+    assert {*last[samples.has_eos].tolist()} == {EOS, 5}
+    is_end = np.isin(samples.tokens, [EOS, 5]) & (np.arange(C) < samples.length[..., None])
+    np.testing.assert_array_equal(is_end.sum(-1), samples.has_eos)
+    assert (samples.length[~samples.has_eos] == C).all() and not samples.has_eos.all()
 
 
 def test_places_without_a_prompt_generate_nothing_and_are_not_waited_for(sample, samples, params):

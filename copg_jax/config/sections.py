@@ -17,7 +17,7 @@ ATTENTIONS = ("xla", "splash", "cudnn")
 ATTENTION_CHOICES = ("auto", *ATTENTIONS)
 DISTRIBUTED_MODES = ("auto", "on", "off")
 REMATS = ("none", "dots", "mlp", "full")
-TEXT_FORMATS = ("auto", "tldr", "text")
+TEXT_FORMATS = ("auto", "tldr", "text", "chat")
 POLICY_LOSSES = ("copg", "dpo", "ipo", "pg", "rloo", "opmd", "oapl", "asymre")
 BY_DIFFERENCES = ("copg", "dpo", "ipo", "rloo")
 """Losses whose gradient is 0 at the reference where all rewards of each group are equal."""
@@ -126,8 +126,11 @@ class DataConfig:
     revision: str | None = option(None, "hub revision; a commit pins the contents")
     format: str = option(
         "auto",
-        "tldr (posts in their frame), text (prompt and completion, byte for byte) or auto, which "
-        "the first row decides",
+        "tldr (posts in their frame), text (prompt and completion, byte for byte), chat (messages, "
+        "by the tokenizer's template) or auto, which the first row decides",
+    )
+    columns: dict[str, str] = option(
+        {}, "fields that have other names in the data, e.g. {prompt: question, completion: answer}"
     )
     max_prompt_tokens: int = option(512, "longer posts are cut at a newline until the prompt fits")
     max_completion_tokens: int = option(

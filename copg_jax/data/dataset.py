@@ -22,17 +22,17 @@ from transformers import PreTrainedTokenizerBase
 
 from copg_jax.checksums import check_file, file_sum, read_record, write_record
 from copg_jax.config.sections import Limits
-from copg_jax.data.formats.texts import TextGroup
+from copg_jax.data.formats.texts import TextGroup, given_text, stored_text
 from copg_jax.data.formats.tldr import post_fraction
 from copg_jax.data.groups import NUMBERS, TokenGroup, fit_group, tokenize_group
 from copg_jax.data.reader import GroupReader
 from copg_jax.data.rows import InvalidRow
-from copg_jax.data.tokenizer import Encoder, tokenizer_hash
+from copg_jax.data.tokenizer import Encoder
 from copg_jax.errors import InputError
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 3
+_FORMAT = 4
 _ROWS_PER_RECORD_BATCH = 256
 _GROUPS_PER_REPORT = 10_000
 _MADE_ANEW = "It is made anew."
@@ -50,6 +50,7 @@ _ARROW_SCHEMA = pa.schema(
         "origin": pa.list_(pa.int8()),
         "kept": pa.list_(pa.bool_()),
         "columns": pa.string(),
+        "format": pa.string(),
     }
 )
 
@@ -79,16 +80,18 @@ class GroupDataset:
             name: column[index % _ROWS_PER_RECORD_BATCH]
             for name, column in zip(batch.schema.names, batch.columns, strict=True)
         }
+        format = row["format"].as_py()
         return TokenGroup(
             id=row["id"].as_py(),
             where=row["where"].as_py(),
-            prompt=row["prompt"].as_py(),
+            prompt=given_text(row["prompt"].as_py(), format),
             prompt_tokens=row["prompt_tokens"].values.to_numpy(),
-            completions=tuple(row["completions"].as_py()),
+            completions=tuple(given_text(text, format) for text in row["completions"].as_py()),
             completion_tokens=tuple(
                 ids.values.to_numpy() for ids in row["completion_tokens"].values
             ),
             columns=json.loads(row["columns"].as_py()),
+            format=format,
             **{
                 name: row[name].values.to_numpy(zero_copy_only=False)
                 for name in (*NUMBERS, "kept")
@@ -144,6 +147,7 @@ def prepare(
     path: Path,
     limits: Limits,
     vocab_size: int,
+    end_ids: Sequence[int] = (),
 ) -> GroupDataset:
     """Tokenises groups into an Arrow file, or opens it where it is still valid.
 
@@ -156,15 +160,16 @@ def prepare(
         path: the Arrow file; a JSON side-car with the counts lies beside it.
         limits: most tokens of a prompt and of a completion; what to do with bad rows.
         vocab_size: number of token ids that the model knows.
+        end_ids: see `Encoder`.
 
     Raises:
         InputError: bad row, no row left, token id that the model does not know, or scored data of
             another tokenizer.
     """
-    encoder = Encoder(tokenizer)
+    encoder = Encoder(tokenizer, end_ids)
     key = None
     if isinstance(rows, GroupReader):
-        key = data_key(rows, tokenizer, limits, vocab_size)
+        key = data_key(rows, encoder, limits, vocab_size)
         if is_prepared(path, key):
             return GroupDataset(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -199,18 +204,16 @@ def prepare(
     return GroupDataset(path)
 
 
-def data_key(
-    rows: GroupReader, tokenizer: PreTrainedTokenizerBase, limits: Limits, vocab_size: int
-) -> str:
+def data_key(rows: GroupReader, encoder: Encoder, limits: Limits, vocab_size: int) -> str:
     """Everything that decides what `prepare` makes of these; the arguments are `prepare`'s.
 
     Raises:
         InputError: data that cannot be read, or that was scored with another tokenizer.
     """
-    own = tokenizer_hash(tokenizer)
-    rows.check_ids(own)
+    rows.check_ids(encoder)
     made_of = rows.fingerprint(), rows.by_choice
-    return json.dumps([_FORMAT, *made_of, own, *limits, vocab_size])
+    read_by = encoder.hash, encoder.template and encoder.template.hash, encoder.end_ids
+    return json.dumps([_FORMAT, *made_of, *read_by, *limits, vocab_size])
 
 
 def is_prepared(path: Path, key: str) -> bool:
@@ -306,7 +309,12 @@ def _record_batches(path: Path) -> list[pa.RecordBatch]:
 
 
 def _record_batch(groups: list[TokenGroup]) -> pa.RecordBatch:
-    rows = [vars(group) | {"columns": json.dumps(group.columns, default=str)} for group in groups]
+    rows = []
+    for group in groups:
+        texts = [stored_text(text) for text in (group.prompt, *group.completions)]
+        columns = json.dumps(group.columns, default=str)
+        own = {"prompt": texts[0], "completions": texts[1:], "columns": columns}
+        rows.append(vars(group) | own)
     return pa.RecordBatch.from_pylist(rows, schema=_ARROW_SCHEMA)
 
 

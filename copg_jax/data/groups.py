@@ -14,7 +14,7 @@ import numpy as np
 
 from copg_jax.config.sections import Limits
 from copg_jax.data.formats.choice import FORMATS
-from copg_jax.data.formats.texts import TextGroup
+from copg_jax.data.formats.texts import Text, TextGroup, Written
 from copg_jax.data.formats.tldr import parse_prompt
 from copg_jax.data.rows import InvalidRow
 from copg_jax.data.tokenizer import NOT_EXACT, Encoder
@@ -49,14 +49,15 @@ class TokenGroup:
     `rewards` and `ref_logps` (nats, summed) are float32 [K], None where the data has none; a reward
     of NaN marks a completion to leave out. `has_eos`, bool [K]: the completion really ended, in an
     end token; None: each one does. `origin`, int8 [K]: which µ it is from; None: all are from 0.
-    `kept`, bool [K of the row]: which of the row's completions these are; None: all.
+    `kept`, bool [K of the row]: which of the row's completions these are; None: all. `format`: of
+    the texts, by its name.
     """
 
     id: str
     where: str
-    prompt: str
+    prompt: Text
     prompt_tokens: np.ndarray
-    completions: tuple[str, ...]
+    completions: tuple[Text, ...]
     completion_tokens: tuple[np.ndarray, ...]
     rewards: np.ndarray | None = None
     ref_logps: np.ndarray | None = None
@@ -64,6 +65,7 @@ class TokenGroup:
     origin: np.ndarray | None = None
     kept: np.ndarray | None = None
     columns: dict[str, Any] = field(default_factory=dict)
+    format: str = "text"
 
 
 def columns_by_completion(rows: Iterable[TokenGroup]) -> tuple[set[str], dict[str, str]]:
@@ -98,42 +100,32 @@ def tokenize_group(
         counts: increased by what is changed or left out, and by what is odd, by reason.
 
     Raises:
-        InvalidRow: the prompt cannot be cut to the limit, or a completion contains EOS or has text
-            but no tokens.
+        InvalidRow: the prompt cannot be cut to the limit, or a completion contains an end token or
+            has text but no tokens.
     """
-    prompt, prompt_ids = _fit_prompt(group, encoder, limits.max_prompt_tokens)
-    encoded = encoder.encode_completions(prompt, prompt_ids, group.completions)
+    written = FORMATS[group.format].write(group, encoder)
+    encoder, (prompt, prompt_ids) = written.encoder, _fit_prompt(group, written, limits)
+    encoded = encoder.encode_completions(prompt, prompt_ids, written.completions)
     completions, notes = zip(*encoded, strict=True)
     for index, ids in enumerate(completions):
-        if len(ids) == 1 and group.completions[index]:
-            raise InvalidRow(
-                group.where,
-                NO_TOKENS,
-                f"completion {index}, {group.completions[index]!r:.60}, has no tokens: the "
-                "tokenizer leaves out all of its text.",
-            )
-        if encoder.eos_id in ids[:-1]:
-            raise InvalidRow(
-                group.where,
-                EOS_INSIDE,
-                f"completion {index} contains the end-of-sequence token {encoder.eos_token!r} as "
-                "text. It is appended by id: remove it from the text.",
-            )
+        _check_completion(group, index, ids, written)
+    is_cut = prompt != written.prompt
     whole = TokenGroup(
         id=group.id,
         where=group.where,
-        prompt=prompt,
+        prompt=prompt if is_cut else group.prompt,
         prompt_tokens=np.asarray(prompt_ids, np.int32),
         completions=group.completions,
         completion_tokens=tuple(np.asarray(ids, np.int32) for ids in completions),
         rewards=None if group.rewards is None else np.array(group.rewards, np.float32),
         columns=group.columns,
+        format=group.format,
     )
     fitted = fit_group(whole, limits, counts)
     if fitted != TOO_FEW:
-        counts["prompt cut"] += prompt != group.prompt
+        counts["prompt cut"] += is_cut
         counts[NOT_EXACT] += not encoder.gives_back(prompt, prompt_ids)
-        counts[REPEATED] += _is_repeated(group)
+        counts[REPEATED] += _is_repeated(written)
         counts.update(filter(None, notes))
     return fitted
 
@@ -231,21 +223,43 @@ def _check_size(group: TokenGroup, shape: tuple[int, int, int]) -> None:
         )
 
 
-def _is_repeated(group: TextGroup) -> bool:
+def _check_completion(group: TextGroup, index: int, ids: list[int], written: Written) -> None:
+    """Raises InvalidRow where a completion has no tokens, or an end token before its end."""
+    encoder, text = written.encoder, written.completions[index]
+    if len(ids) == 1 and text:
+        raise InvalidRow(
+            group.where,
+            NO_TOKENS,
+            f"completion {index}, {text!r:.60}, has no tokens: the tokenizer leaves out all of its "
+            "text.",
+        )
+    if inside := [end for end in encoder.end_ids if end in ids[:-1]]:
+        raise InvalidRow(
+            group.where,
+            EOS_INSIDE,
+            f"completion {index} contains the end token {encoder.token_text(inside[0])!r} as text, "
+            f"at which a generation ends. Completions end in {encoder.eos_token!r}, which is "
+            "appended by id: remove it from the text.",
+        )
+
+
+def _is_repeated(written: Written) -> bool:
     """Whether all completions begin with the prompt, as in rows that hold whole dialogues."""
-    prompt = group.prompt.strip()
-    return all(text.lstrip().startswith(prompt) for text in group.completions)
+    prompt = written.prompt.strip()
+    return all(text.lstrip().startswith(prompt) for text in written.completions)
 
 
-def _fit_prompt(group: TextGroup, encoder: Encoder, max_tokens: int) -> tuple[str, list[int]]:
+def _fit_prompt(group: TextGroup, written: Written, limits: Limits) -> tuple[str, list[int]]:
     """Returns the prompt, cut by the rule of its format where it is too long, and its ids."""
-    ids = encoder.encode_prompt(group.prompt)
+    encoder, max_tokens = written.encoder, limits.max_prompt_tokens
+    ids = encoder.encode_prompt(written.prompt)
     if len(ids) <= max_tokens:
-        return group.prompt, ids
-    prompt = FORMATS[group.format].cut(group.prompt, encoder.token_ends, max_tokens)
+        return written.prompt, ids
+    prompt = FORMATS[group.format].cut(written.prompt, encoder.token_ends, max_tokens)
     if prompt is None:
-        is_post = group.format == "tldr" and parse_prompt(group.prompt)
+        is_post = group.format == "tldr" and parse_prompt(written.prompt)
         how = "even with the post cut away" if is_post else "and it has no post that could be cut"
+        how = "and a conversation is never cut" if group.format == "chat" else how
         raise InvalidRow(
             group.where,
             f"prompt over {max_tokens} tokens",

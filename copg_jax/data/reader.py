@@ -10,19 +10,21 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 from etils import epath
 
 from copg_jax.config.sections import DataConfig
 from copg_jax.data import scored
-from copg_jax.data.formats.choice import FORMATS, FormatChoice
+from copg_jax.data.formats.choice import FormatChoice, text_format_hash
 from copg_jax.data.formats.columns import detect_schema, to_group
-from copg_jax.data.formats.texts import TextGroup
+from copg_jax.data.formats.texts import TextGroup, stored_text
 from copg_jax.data.formats.tldr import post_fraction
 from copg_jax.data.groups import TokenGroup
-from copg_jax.data.rows import InvalidRow, Row, read_rows
+from copg_jax.data.rows import InvalidRow, Row, read_rows, rename
 from copg_jax.data.scored_rows import read_row
 from copg_jax.data.sources import SIDE_CAR, describe_files, fingerprint, split_family
+from copg_jax.data.tokenizer import Encoder
 from copg_jax.errors import InputError
 from copg_jax.files import bucket_errors
 
@@ -65,7 +67,7 @@ class GroupReader:
         path = self._config.path
         return f"{path} ({describe_files(path, self._config.split)})"
 
-    def check_ids(self, tokenizer_hash: str) -> None:
+    def check_ids(self, encoder: Encoder) -> None:
         """Raises InputError where the data has ids, and they are not this tokenizer's, not as they
         were written, or those of texts in another format.
         """
@@ -79,11 +81,15 @@ class GroupReader:
                 f"{config.path}: the data was scored in the text format '{name}', but data.format "
                 f"is '{config.format}'. Set data.format={name}, or score again."
             )
-        known = FORMATS.get(name)
+        if config.columns:
+            raise InputError(
+                f"{config.path}: scored data have the fields that scoring gave them, but "
+                f"data.columns is {config.columns}. Leave it out."
+            )
         side_car = scored.verify(
             config.path,
-            tokenizer_hash=tokenizer_hash,
-            text_format_hash=known.hash if known else f"no format '{name}'",
+            tokenizer_hash=encoder.hash,
+            text_format_hash=text_format_hash(name, encoder),
         )
         scored.check_parts(config.path, side_car)
 
@@ -101,8 +107,8 @@ class GroupReader:
         self._make = self._text_group
         self._choice = FormatChoice(config.format)
         if scored.is_scored(config.path):
-            self._make = read_row
-            self.text_format = scored.read_side_car(epath.Path(config.path)).text_format
+            name = scored.read_side_car(epath.Path(config.path)).text_format
+            self._make, self.text_format = partial(read_row, text_format=name), name
         self.counts.clear()
         self.changed.clear()
         self._first = None
@@ -125,7 +131,7 @@ class GroupReader:
                 raise row
             group = self._make(where, row)
             if not isinstance(group, str) and config.part != "all":
-                held_out = post_fraction(group.prompt) < config.holdout_fraction
+                held_out = post_fraction(stored_text(group.prompt)) < config.holdout_fraction
                 if held_out != (config.part == "validation"):
                     return OTHER_PART
             if not isinstance(group, str) and self._chosen_only:
@@ -163,6 +169,7 @@ class GroupReader:
             split_family(config.split) or config.split
         ):
             return OTHER_SPLIT
+        row = rename(where, row, config.columns)
         group = to_group(where, row)
         if isinstance(group, TextGroup):
             group = self._choice.render(group)

@@ -2,12 +2,13 @@
 
 1. `read_rows` yields `(where, row)`: `where` is `file:line` for every error text to come.
 2. A row that cannot be read comes as the `InvalidRow` that says why, so that reading can go on.
-3. A path that is not local and looks like `owner/name` is streamed from the hub.
+3. `rename` gives fields that have other names in a data set those that are known.
+4. A path that is not local and looks like `owner/name` is streamed from the hub.
 """
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,24 @@ def read_rows(
             raise InputError(
                 f"{file}: cannot be read ({error}). Check the file and its permissions."
             ) from error
+
+
+def rename(where: str, row: Row, names: Mapping[str, str]) -> Row:
+    """The row with `data.columns`: for each field that is known, the name it has in the row.
+
+    Raises:
+        InvalidRow: no such field, or the known name is there too.
+    """
+    for name, own in names.items():
+        is_read = f"data.columns reads '{name}' from the field {own!r}, "
+        if own not in row:
+            detail = f"{is_read}which is missing; the row has {sorted(row)}."
+            raise InvalidRow(where, f"no field '{own}'", detail)
+        if name in row and name not in names.values():
+            detail = f"{is_read}but the row has {name!r} too: wanted one field for it."
+            raise InvalidRow(where, "two fields for one", detail)
+    kept = {name: value for name, value in row.items() if name not in names.values()}
+    return kept | {name: row[own] for name, own in names.items()}
 
 
 def _read_json(file: Path) -> Iterator[tuple[str, Row | InvalidRow]]:

@@ -17,6 +17,7 @@ One for each group of K completions, in Parquet:
 | `logp_mu` | [K] float32 or null | ln µ of the completion's ids where a sampler knows it, nats |
 | `columns` | string | the row's other columns, as JSON |
 
+Texts of the format `chat` are messages, as JSON.
 `make_row` makes the row of a group. `read_row` reads it back, number for number.
 """
 
@@ -28,6 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from copg_jax.data.formats.texts import given_text, stored_text
 from copg_jax.data.groups import NUMBERS, TokenGroup
 from copg_jax.data.rows import Row
 from copg_jax.errors import InputError
@@ -74,9 +76,9 @@ def make_row(scored: ScoredGroup) -> Row:
         _check_finite(group.where, f"reward '{name}'", values, or_nan=True)
     return {
         "id": group.id,
-        "prompt": group.prompt,
+        "prompt": stored_text(group.prompt),
         "prompt_token_ids": group.prompt_tokens,
-        "completions": group.completions,
+        "completions": [stored_text(text) for text in group.completions],
         "completion_token_ids": group.completion_tokens,
         "has_eos": [True] * count if group.has_eos is None else group.has_eos,
         "origin": [0] * count if group.origin is None else group.origin,
@@ -87,8 +89,13 @@ def make_row(scored: ScoredGroup) -> Row:
     }
 
 
-def read_row(where: str, row: Row) -> TokenGroup:
+def read_row(where: str, row: Row, *, text_format: str) -> TokenGroup:
     """Makes a group of one row of a part: the ids and numbers that are stored.
+
+    Args:
+        where: file and line of the row.
+        row: the row.
+        text_format: name of the format of its texts.
 
     Raises:
         InputError: a column that is missing, or numbers that do not fit the completions.
@@ -97,15 +104,16 @@ def read_row(where: str, row: Row) -> TokenGroup:
         group = TokenGroup(
             id=row["id"],
             where=where,
-            prompt=row["prompt"],
+            prompt=given_text(row["prompt"], text_format),
             prompt_tokens=np.array(row["prompt_token_ids"], np.int32),
-            completions=tuple(row["completions"]),
+            completions=tuple(given_text(text, text_format) for text in row["completions"]),
             completion_tokens=tuple(np.array(i, np.int32) for i in row["completion_token_ids"]),
             rewards=np.array(row["reward"], np.float32),
             ref_logps=np.array(row["ref_logp"], np.float32),
             has_eos=np.array(row["has_eos"], bool),
             origin=np.array(row["origin"], np.int8),
             columns=json.loads(row["columns"]),
+            format=text_format,
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(

@@ -2,15 +2,19 @@
 
 1. `load_tokenizer` reads a Hugging Face tokenizer from a local folder or the hub.
 2. `Encoder` puts in front of a prompt what the tokenizer itself puts in front of a text, splits
-   prompt and completion as TRL does, and ends a completion in EOS, by id.
+   prompt and completion as TRL does, and ends a completion in its end token, by id: EOS, or of
+   what the chat template renders (`Encoder.of_turns`) the end of the template's turns.
 3. `Encoder.completion_text` is the text of a completion's ids, for whoever wants one.
 4. `tokenizer_hash` names the tokenizer in caches and side-cars.
 """
 
+import copy
 import hashlib
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from copg_jax.data.chat_template import ChatTemplate
 from copg_jax.errors import InputError
 
 SEPARATE = "completion encoded by itself: a token would reach over from its prompt"
@@ -77,13 +82,18 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 class Encoder:
     """Encodes prompts and completions, whatever padding or truncation the tokenizer is set to.
 
+    Args:
+        tokenizer: a fast one, with an end-of-sequence token.
+        end_ids: at which a model ends a generation, beside those that the tokenizer names.
+
     Attributes:
         prefix: ids that the tokenizer puts in front of a text, such as BOS; often none.
         eos_id: id appended to every completion.
+        template: the chat template; None where the tokenizer has none.
         hash: see `tokenizer_hash`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int] = ()) -> None:
         self._name = name = tokenizer.name_or_path or type(tokenizer).__name__
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
@@ -98,6 +108,9 @@ class Encoder:
             )
         self.eos_id: int = eos_id
         self.eos_token: str = str(tokenizer.eos_token)
+        self._named_ends = end_ids
+        has_template = getattr(tokenizer, "chat_template", None)
+        self.template = ChatTemplate(tokenizer, name) if has_template else None
         # A private copy: padding and truncation that others set on the tokenizer must not act here.
         self._backend: Any = tokenizers.Tokenizer.from_str(backend.to_str())
         self._backend.no_truncation()
@@ -119,6 +132,41 @@ class Encoder:
                 "it does not know. Take one that knows every text, or has an unk_token."
             )
         self._anchor_text: str = self._decode(self._anchor)
+
+    @cached_property
+    def end_ids(self) -> list[int]:
+        """Ids at any of which a completion ends: EOS, the turn end of the chat template, and those
+        of the model.
+        """
+        found = [self.eos_id]
+        if self.template is not None:
+            with suppress(InputError):  # said where messages are encoded
+                found.append(self.template.turn_end.id)
+        return list(dict.fromkeys([*found, *self._named_ends]))
+
+    @cached_property
+    def of_turns(self) -> "Encoder":
+        """What encodes what the chat template renders, which has its own BOS where it wants one; a
+        completion ends in the turn end.
+
+        Raises:
+            InputError: there is no template, or it does not end a turn.
+        """
+        if self.template is None:
+            raise InputError(
+                f"{self._name}: the data have messages, but the tokenizer has no chat template to "
+                "make a text of them. Fix: put the template that the model was trained with into "
+                "chat_template.jinja in its folder, or give texts (fields with strings)."
+            )
+        end = self.template.turn_end
+        turns = copy.copy(self)
+        turns.prefix, turns.eos_id, turns.eos_token = [], end.id, end.token
+        turns.end_ids = self.end_ids
+        return turns
+
+    def token_text(self, index: int) -> str:
+        """Returns a token of the vocabulary as its tokenizer writes it."""
+        return self._backend.id_to_token(index)
 
     def _find_prefix(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """What the tokenizer puts in front of a text; behind it there may be EOS, as ours."""

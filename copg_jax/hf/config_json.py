@@ -146,7 +146,7 @@ def check_fields(raw: Mapping[str, Any], of_family: Collection[str]) -> dict[str
     for name in ("rope_scaling", "rope_parameters"):
         _check(raw.get(name) or {}, _ROPE, f"{name}.")
     _refuse_two_ropes(raw)
-    _check_end(raw)
+    _end_ids(raw, raw.get("vocab_size", 2**31))
     width, heads = raw.get("hidden_size"), raw.get("num_attention_heads")
     if width and heads and width % heads and not raw.get("head_dim"):
         raise InputError(
@@ -206,16 +206,48 @@ def _with_type(rope: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_end(raw: Mapping[str, Any]) -> None:
-    """Raises InputError for an end-of-sequence token that the vocabulary does not have."""
-    ids, size = raw.get("eos_token_id"), raw.get("vocab_size", 2**31)
-    for number in ids if isinstance(ids, list) else [ids]:
-        is_id = isinstance(number, int) and not isinstance(number, bool) and 0 <= number < size
-        if number is not None and not is_id:
+def read_end_ids(folder: str | Path, config: Mapping[str, Any]) -> list[int]:
+    """Reads the ids at which a model's makers end a generation: those of generation_config.json,
+    where there is one, else those of config.json, as transformers does; often one, or none.
+
+    Args:
+        folder: of the model.
+        config: its config.json.
+
+    Raises:
+        InputError: the file cannot be read, or has an id that the vocabulary does not have.
+    """
+    file = Path(folder) / "generation_config.json"
+    if not file.exists():
+        return _end_ids(config, config.get("vocab_size", 2**31))
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file}: wanted JSON, got {error}") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{file}: wanted a JSON object, got {_got(raw)}")
+    try:
+        return _end_ids(raw, config.get("vocab_size", 2**31))
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
+
+
+def _end_ids(raw: Mapping[str, Any], vocab_size: int) -> list[int]:
+    """The end-of-sequence tokens that are named.
+
+    Raises:
+        InputError: one that the vocabulary does not have.
+    """
+    named = raw.get("eos_token_id")
+    ids = named if isinstance(named, list) else [named]
+    for number in ids:
+        is_id = isinstance(number, int) and not isinstance(number, bool)
+        if number is not None and not (is_id and 0 <= number < vocab_size):
             raise InputError(
-                f"eos_token_id: wanted ids below vocab_size, which is {size}, or null, got "
-                f"{_got(ids)}"
+                f"eos_token_id: wanted ids below vocab_size, which is {vocab_size}, or null, got "
+                f"{_got(named)}"
             )
+    return [number for number in ids if number is not None]
 
 
 def _got(value: Any) -> str:

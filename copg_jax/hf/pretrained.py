@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from copg_jax import checksums, sharding
 from copg_jax.config.sections import ModelConfig
-from copg_jax.data.tokenizer import load_tokenizer
+from copg_jax.data.tokenizer import Encoder, load_tokenizer
 from copg_jax.errors import InputError
-from copg_jax.hf.config_json import read_config
+from copg_jax.hf.config_json import read_config, read_end_ids
 from copg_jax.hf.weights import (
     RESTORE,
     load_params,
@@ -73,6 +73,16 @@ class PretrainedModel:
     def hash(self) -> str:
         """Hash of the weights and config on disk, which are compared with their checksums."""
         return params_hash(self.folder)
+
+    @cached_property
+    def end_ids(self) -> list[int]:
+        """Ids at any of which a generation ends: the tokenizer's EOS, the turn end of its chat
+        template, and those that the folder's generation_config.json names.
+
+        Raises:
+            InputError: that file cannot be read, or names an id that the model does not have.
+        """
+        return Encoder(self.tokenizer, read_end_ids(self.folder, self.config)).end_ids
 
     def require_context(self, where: str, prompt: int, completion: int, *, fix: str) -> None:
         """Raises InputError unless it computes sequences of so many tokens.

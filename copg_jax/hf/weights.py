@@ -14,7 +14,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,7 @@ def save_pretrained(
     *,
     head: str,
     tokenizer: transformers.PreTrainedTokenizerBase,
+    end_ids: Sequence[int] = (),
     source: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 4 << 30,
 ) -> None:
@@ -167,12 +168,14 @@ def save_pretrained(
         params: tree of `init_params`, any sharding.
         head: "lm" -> the family's ForCausalLM, "score" -> ForSequenceClassification of one label.
         tokenizer: gives BOS, EOS and padding ids; saved beside the weights.
+        end_ids: all ids at which a generation ends, for whoever generates with the export; none:
+            the tokenizer's EOS.
         source: config.json of the folder that the model came from; what it says besides is kept.
         max_shard_bytes: size at which the next safetensors file begins.
     """
     special = {
         "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": list(end_ids) if len(end_ids) > 1 else tokenizer.eos_token_id,
         "pad_token_id": _pad_id(tokenizer),
     }
     config = to_config(arch, head=head, special=special, source=source or {})

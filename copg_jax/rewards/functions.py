@@ -16,6 +16,7 @@ import numpy as np
 
 from copg_jax.config.schema import FLOAT32_MAX, as_stored, map_leaves
 from copg_jax.config.sections import RewardSpec
+from copg_jax.data.formats.texts import Text
 from copg_jax.dotted import describe, find, shown
 from copg_jax.errors import Ended, InputError
 from copg_jax.rewards.protocol import COLUMNS, Answer, RewardFn, ask, columns_taken, takes_own
@@ -123,8 +124,8 @@ class WeightedRewards:
 
     def __call__(
         self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
         columns: Mapping[str, Sequence[Any]],
         where: Sequence[str] | None = None,
         *,

@@ -15,7 +15,7 @@ import jax
 from copg_jax.config.sections import DTYPES, TEXT_FORMATS, Limits, MeshConfig, ModelConfig
 from copg_jax.data import groups
 from copg_jax.data.formats.choice import FORMATS, own_format
-from copg_jax.data.formats.texts import TextGroup
+from copg_jax.data.formats.texts import Text, TextGroup
 from copg_jax.data.groups import TokenGroup
 from copg_jax.data.rows import InvalidRow
 from copg_jax.data.tokenizer import Encoder
@@ -31,7 +31,7 @@ class RewardModel:
     """A Bradley–Terry reward model as a reward function.
 
     Texts are tokenised with the model's own tokenizer and end in its EOS, whether or not the policy
-    wrote one.
+    wrote one; messages in the turn end of its chat template.
 
     Args:
         path: folder or hub id that `AutoModelForSequenceClassification` (num_labels=1) could load.
@@ -40,7 +40,7 @@ class RewardModel:
         max_prompt_tokens: longer TL;DR prompts are cut as in training, so this is the limit it was
             trained with.
         text_format: `data.format` of its training. "auto": each prompt says it, those in the frame
-            of TL;DR are read in the format `tldr` and others in `text`.
+            of TL;DR are read in the format `tldr`, messages in `chat` and others in `text`.
     """
 
     on_accelerator = True
@@ -81,7 +81,7 @@ class RewardModel:
         )
 
     def __call__(
-        self, /, prompts: Sequence[str], completions: Sequence[str], **columns: Any
+        self, /, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
     ) -> list[float | None]:
         """Scores, reward units, one a completion; None for text without tokens, or with EOS."""
         runs = self._group(prompts, completions)
@@ -93,7 +93,7 @@ class RewardModel:
         return rewards
 
     def _group(
-        self, prompts: Sequence[str], completions: Sequence[str]
+        self, prompts: Sequence[Text], completions: Sequence[Text]
     ) -> list[tuple[TokenGroup, list[int]]]:
         """Groups runs of equal prompts; each with the indices of its completions."""
         runs = itertools.groupby(range(len(prompts)), key=prompts.__getitem__)
@@ -117,12 +117,12 @@ class RewardModel:
         raise InvalidRow(text.where, reason, f"the prompt cannot be read: {reason}.")
 
     def _tokenize(
-        self, run: list[int], prompts: Sequence[str], completions: Sequence[str]
+        self, run: list[int], prompts: Sequence[Text], completions: Sequence[Text]
     ) -> list[tuple[TokenGroup, list[int]]]:
         """One group of a run; completions that spell EOS or have no tokens are left out."""
         text = TextGroup(
             id=str(run[0]),
-            where=f"prompt {prompts[run[0]][:60]!r}",
+            where=f"prompt {prompts[run[0]]!r:.60}",
             prompt=prompts[run[0]],
             completions=tuple(completions[i] for i in run),
         )

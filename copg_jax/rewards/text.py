@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from copg_jax.data.formats.texts import Text
+
 
 def as_text(value: str | Sequence[Mapping[str, Any]]) -> str:
     """A prompt or completion as one text: of messages, their contents on lines of their own."""
@@ -12,8 +14,8 @@ def as_text(value: str | Sequence[Mapping[str, Any]]) -> str:
 
 
 def given(
-    prompts: Sequence[str],
-    completions: Sequence[str],
+    prompts: Sequence[Text],
+    completions: Sequence[Text],
     *,
     rewards: Sequence[float | None],
     **columns: Any,
@@ -29,7 +31,7 @@ def given(
     return rewards
 
 
-def length(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+def length(prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
     """Minus the number of words: the shorter, the better."""
     return [-float(len(as_text(completion).split())) for completion in completions]
 

@@ -339,6 +339,7 @@ def _export(run: _Run, name: str, params: Any) -> None:
         params,
         head=run.model.head,
         tokenizer=run.model.tokenizer,
+        end_ids=run.model.end_ids,
         source=run.model.config,
     )
     log.info("wrote %s", run.folder / name)

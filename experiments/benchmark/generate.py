@@ -31,7 +31,6 @@ from copg_jax.models.params import (
 from experiments.benchmark.cost import peak_device_bytes
 from experiments.benchmark.workload import Workload
 
-_NO_EOS = -1
 _ROUNDS = 3
 
 
@@ -65,7 +64,7 @@ def measure(
     def median_sec(max_new_tokens: int) -> float:
         sample = sampling.make_sampler(
             arch,
-            eos_id=_NO_EOS,
+            end_ids=(),  # none ends early
             max_new_tokens=max_new_tokens,
             num_samples=num_samples,
             temperature=0.0,

@@ -237,7 +237,7 @@ def _sampling_program(
     params = jax.eval_shape(partial(cast_matrices, arch), abstract_params(arch))
     function = make_sampler(
         arch,
-        eos_id=0,
+        end_ids=[0],
         max_new_tokens=num_steps,
         num_samples=generation.num_samples,
         temperature=generation.sampling_temperature,

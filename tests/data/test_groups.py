@@ -73,7 +73,7 @@ def test_prompts_that_cannot_be_cut_name_place_limit_and_fix(plain):
 
 
 def test_eos_inside_a_completion_is_refused(plain):
-    with pytest.raises(InvalidRow, match=r"completion 1 contains the end-of-sequence token '</s>'"):
+    with pytest.raises(InvalidRow, match=r"completion 1 contains the end token '</s>'"):
         tokenize_group(text_group((" a", " b</s>")), Encoder(plain), Limits(), Counter())
 
 

@@ -285,7 +285,7 @@ def test_max_rows_counts_rows_of_the_part(write_lines):
         ({"max_prompt_tokens": 0}, "max_prompt_tokens must be at least 1, got 0"),
         ({"max_rows": 0}, "max_rows must be at least 1, got 0"),
         ({"holdout_fraction": 1.0}, r"holdout_fraction must be in \[0, 1\), got 1.0"),
-        ({"format": "chat"}, "format must be one of auto, tldr, text, got 'chat'"),
+        ({"format": "talk"}, "format must be one of auto, tldr, text, chat, got 'talk'"),
         ({"part": "test"}, "part must be one of all, train, validation, got 'test'"),
         ({"invalid_rows": "skip"}, "invalid_rows must be one of error, drop, got 'skip'"),
         ({"part": "validation"}, "holdout_fraction is 0"),

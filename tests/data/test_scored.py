@@ -112,6 +112,7 @@ def test_what_was_scored_comes_back_number_for_number(plain, tmp_path, rng):
             has_eos=rng.random(k) < 0.5,
             origin=rng.integers(0, 3, k).astype(np.int8),
             columns={"topic": i, "nested": {"a": [None, "ü"]}},
+            format="tldr",
         )
         wanted.append(group)
     groups = [ScoredGroup(group, {}) for group in wanted]

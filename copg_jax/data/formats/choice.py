@@ -1,17 +1,27 @@
 """Which format the texts of a data set are in: the one that is named, or that of its first row."""
 
-from copg_jax.data.formats.texts import TextFormat, TextGroup
+from copg_jax.data.formats.chat import Chat
+from copg_jax.data.formats.texts import TextFormat, TextGroup, content
 from copg_jax.data.formats.tldr import Tldr
 from copg_jax.data.formats.verbatim import Verbatim
 from copg_jax.data.rows import InvalidRow
+from copg_jax.data.tokenizer import Encoder
 
 # The first that recognises a row wins: the more particular ones come first.
-FORMATS: dict[str, TextFormat] = {format.name: format for format in (Tldr(), Verbatim())}
+FORMATS: dict[str, TextFormat] = {format.name: format for format in (Tldr(), Verbatim(), Chat())}
 
 
 def own_format(group: TextGroup) -> TextFormat:
     """The format that the texts of a row, as they are given, say they are in."""
     return next(format for format in FORMATS.values() if format.recognises(group))
+
+
+def text_format_hash(name: str, encoder: Encoder) -> str:
+    """Hash of a format's conventions and, where it uses one, of the tokenizer's chat template."""
+    if name not in FORMATS:
+        return f"no format '{name}'"
+    own = FORMATS[name].hash
+    return f"{own}-{encoder.template and encoder.template.hash}" if name == Chat.name else own
 
 
 class FormatChoice:
@@ -47,10 +57,11 @@ class FormatChoice:
         if chosen is None or chosen is own:
             return
         if self._first:
+            or_text = ", or set data.format=text, which takes every prompt as it is"
             detail = (
                 f"the text is in the format '{own.name}', but the row at {self._first}, which was "
                 f"first, in '{chosen.name}': a data set has one. Let data.path name the files of "
-                "one, or set data.format=text, which takes every prompt as it is."
+                f"one{or_text * (Chat.name not in (own.name, chosen.name))}."
             )
         elif not chosen.recognises(group):
             detail = (
@@ -65,11 +76,12 @@ class FormatChoice:
 def _check_texts(group: TextGroup) -> None:
     where = group.where
     for index, text in enumerate(group.completions):
-        if not text.strip():
-            raise InvalidRow(
-                where, "empty completion", f"completion {index} is empty: wanted text."
-            )
-    if len(group.completions) > 1 and len(set(group.completions)) == 1:
+        if not content(text).strip():
+            what = "an empty assistant turn" if isinstance(text, list) else "empty"
+            detail = f"completion {index} is {what}: wanted text."
+            raise InvalidRow(where, "empty completion", detail)
+    first, *others = group.completions
+    if others and all(other == first for other in others):
         raise InvalidRow(
             where,
             "identical completions",

@@ -1,25 +1,30 @@
 """Rows of every public schema, as groups of text.
 
 1. `detect_schema` recognises a row by its field names alone.
-2. `to_group` makes a `TextGroup` of it, with the texts as the row has them.
+2. `to_group` makes a `TextGroup` of it, with the texts or messages as the row has them.
 3. What cannot be used raises `InvalidRow`; news articles come back as a reason to leave them out.
 """
 
-import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from copg_jax.config.schema import FLOAT32_MAX
-from copg_jax.data.formats.texts import TextGroup
+from copg_jax.data.chat_template import Messages
+from copg_jax.data.formats.messages import (
+    check_turns,
+    read_messages,
+    refuse_options,
+    split_answer,
+    split_pair,
+)
+from copg_jax.data.formats.texts import Text, TextGroup, content
 from copg_jax.data.formats.tldr import NEWS, Post, format_prompt
+from copg_jax.data.formats.values import check_values
 from copg_jax.data.rows import InvalidRow, Row
 
 PAIR_SCORES = ("score_{}", "{}_score", "reward_{}", "{}_reward")
 """Names of the scores of a pair, "chosen" or "rejected" in the braces; they are its rewards."""
-
-
-_MAX_NESTING = 100  # far above real data, far below what a library may recurse
 
 
 def to_group(where: str, row: Row) -> TextGroup | str:
@@ -29,9 +34,9 @@ def to_group(where: str, row: Row) -> TextGroup | str:
         InvalidRow: unknown schema, missing or mistyped field, no prompt, number that is not finite,
             or what no file could hold.
     """
-    _check_values(where, row)
+    check_values(where, row)
     group = detect_schema(where, row).make(where, row)
-    if isinstance(group, TextGroup) and not group.prompt.strip():
+    if isinstance(group, TextGroup) and isinstance(group.prompt, str) and not group.prompt.strip():
         raise InvalidRow(where, "empty prompt", "field 'prompt' is empty.")
     return group
 
@@ -111,7 +116,11 @@ def _comparison_row(where: str, row: Row) -> TextGroup | str:
 
 
 def _pair_row(where: str, row: Row) -> TextGroup:
-    texts = tuple(_text(where, row, name) for name in ("chosen", "rejected"))
+    chosen, rejected = (_said(where, row, name) for name in ("chosen", "rejected"))
+    written = row.get("prompt")
+    if not (isinstance(written, list) or isinstance(chosen, str) or isinstance(rejected, str)):
+        row = row | {"prompt": _shared_prompt(where, written, (chosen, rejected))}
+    texts = chosen, rejected
     kinds = [[form.format(side) for side in ("chosen", "rejected")] for form in PAIR_SCORES]
     nulls = [names for names in kinds if all(name in row for name in names)]
     kinds = [names for names in kinds if any(row.get(name) is not None for name in names)]
@@ -130,18 +139,40 @@ def _pair_row(where: str, row: Row) -> TextGroup:
 
 def _completion_row(name: str) -> Callable[[str, Row], TextGroup]:
     def make(where: str, row: Row) -> TextGroup:
-        text = _text(where, row, name)
-        row = {**row, "reference": row.get("reference", text)}
+        text = _said(where, row, name)
+        row = {**row, "reference": row.get("reference", content(text))}
         return _prompt_row(where, row, (text,), None, used=("prompt", name))
 
     return make
 
 
+def _conversation_row(where: str, row: Row) -> TextGroup:
+    messages = read_messages(where, "messages", _typed(where, row, "messages", list))
+    prompt, answer = split_answer(where, "messages", messages)
+    row = {name: value for name, value in row.items() if name != "messages"}
+    row |= {"prompt": prompt, "completion": answer}
+    return _completion_row("completion")(where, row)
+
+
+def _shared_prompt(where: str, written: Any, pair: tuple[Messages, Messages]) -> Messages:
+    """The messages that both conversations of a pair begin with; a prompt that is given as a text
+    has to be what one of them says.
+    """
+    prompt, _, _ = split_pair(where, pair)
+    said = [message["content"] for message in prompt]
+    if written is not None and written not in said:
+        raise InvalidRow(
+            where,
+            "two prompts",
+            f"field 'prompt' is {written!r:.60}, which none of the messages says that 'chosen' and "
+            "'rejected' begin with: wanted one prompt.",
+        )
+    return prompt
+
+
 def _group_row(where: str, row: Row) -> TextGroup:
-    texts = tuple(_typed(where, row, "completions", list))
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise _type_error(where, f"completions[{index}]", "a string", text)
+    given = _typed(where, row, "completions", list)
+    texts = tuple(_read(where, f"completions[{k}]", text) for k, text in enumerate(given))
     if not texts:
         raise InvalidRow(
             where,
@@ -155,15 +186,39 @@ def _group_row(where: str, row: Row) -> TextGroup:
 def _prompt_row(
     where: str,
     row: Row,
-    texts: tuple[str, ...],
+    texts: tuple[Text, ...],
     rewards: tuple[float | None, ...] | None,
     *,
     used: Collection[str],
 ) -> TextGroup:
     """Shared end of the schemas with a ready-made prompt; fields not `used` become columns."""
-    prompt = _text(where, row, "prompt")
+    prompt = _said(where, row, "prompt")
+    texts = tuple(_behind(prompt, text) for text in texts)
+    kinds = {type(text) for text in (prompt, *texts)}
+    if len(kinds) > 1:
+        raise InvalidRow(
+            where,
+            "texts and messages",
+            f"field 'prompt' is a {_kind(prompt)}, and what answers it a "
+            f"{' or '.join(sorted({_kind(text) for text in texts}))}: wanted messages in both, or "
+            "texts in both.",
+        )
+    if isinstance(prompt, list):
+        refuse_options(where, row)
+        check_turns(where, prompt, [text for text in texts if isinstance(text, list)])
     columns = {name: value for name, value in row.items() if name not in used and name != "id"}
     return TextGroup(_id(where, row), where, prompt, texts, rewards, columns)
+
+
+def _behind(prompt: Text, text: Text) -> Text:
+    """An answer in messages without the prompt, where it is a whole conversation."""
+    if isinstance(prompt, list) and isinstance(text, list) and text[: len(prompt)] == prompt:
+        return text[len(prompt) :] or text
+    return text
+
+
+def _kind(text: Text) -> str:
+    return "text" if isinstance(text, str) else "list of messages"
 
 
 # First match wins: those with more, and more particular, fields come first.
@@ -174,49 +229,27 @@ SCHEMAS = (
     Schema("preference pairs", ("prompt", "chosen", "rejected"), _pair_row),
     Schema("prompt and completion", ("prompt", "completion"), _completion_row("completion")),
     Schema("prompt and label (CarperAI)", ("prompt", "label"), _completion_row("label")),
+    Schema("pairs of conversations", ("chosen", "rejected"), _pair_row),
+    Schema("conversations", ("messages",), _conversation_row),
 )
-
-
-def _check_values(where: str, row: Row) -> None:
-    """Raises InvalidRow for what neither a tokenizer, a file nor a reward function could take."""
-    if _depth(row) > 1 + _MAX_NESTING:
-        name = next(name for name, value in row.items() if _depth(value) > _MAX_NESTING)
-        detail = f"field {name!r} is nested deeper than {_MAX_NESTING} levels."
-        raise InvalidRow(where, "nested too deep", detail)
-    try:
-        _to_bytes(row)
-    except UnicodeEncodeError as error:
-        name = next(name for name, value in row.items() if not _is_unicode({name: value}))
-        detail = (
-            f"field {name!r} has half of a surrogate pair, {error.object[error.start]!r}, "
-            "which is no Unicode text: an emoji was cut in two."
-        )
-        raise InvalidRow(where, "half a surrogate pair", detail) from error
-
-
-def _to_bytes(row: Row) -> bytes:
-    return json.dumps(row, ensure_ascii=False, default=str).encode()
-
-
-def _is_unicode(row: Row) -> bool:
-    try:
-        return bool(_to_bytes(row))
-    except UnicodeEncodeError:
-        return False
-
-
-def _depth(value: Any) -> int:
-    """Levels of lists and objects, without recursion."""
-    depth, level = 0, [value]
-    while level := [v for v in level if isinstance(v, list | tuple | dict)]:
-        depth += 1
-        level = [v for some in level for v in (some.values() if isinstance(some, dict) else some)]
-    return depth
 
 
 def _id(where: str, row: Row) -> str:
     """The row's own id, else where it stands: file name and line."""
     return str(row["id"]) if row.get("id") is not None else where.rsplit("/", 1)[-1]
+
+
+def _said(where: str, row: Row, name: str) -> Text:
+    """A field with a text, or with messages."""
+    return _read(where, name, _typed(where, row, name, object))
+
+
+def _read(where: str, name: str, value: Any) -> Text:
+    if isinstance(value, list):
+        return read_messages(where, name, value)
+    if not isinstance(value, str):
+        raise _type_error(where, name, "a string or messages", value)
+    return value
 
 
 def _text(where: str, row: Row, name: str, parent: str = "") -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from copg_jax.data.formats.texts import TextGroup
+from copg_jax.data.formats.texts import TextFormat, TextGroup, content
 from copg_jax.data.rows import InvalidRow
 
 VERSION = 2  # counted up with every change by which a row gets another text
@@ -103,7 +103,7 @@ def normalize_completion(text: str) -> str:
     return " " + text.lstrip(" ")
 
 
-class Tldr:
+class Tldr(TextFormat):
     """Prompts in the frame of TL;DR, completions with one leading blank."""
 
     name = "tldr"
@@ -118,6 +118,8 @@ class Tldr:
     def recognises(self, group: TextGroup) -> bool:
         """Posts, and the news articles that lie among them in TRL's copies."""
         prompt = group.prompt
+        if not isinstance(prompt, str):
+            return False
         return group.is_framed or parse_prompt(prompt) is not None or is_news_prompt(prompt)
 
     def render(self, group: TextGroup) -> TextGroup | str:
@@ -126,9 +128,11 @@ class Tldr:
         Raises:
             InvalidRow: the post is empty.
         """
-        if is_news_prompt(group.prompt):
+        prompt, columns = group.prompt, group.columns
+        assert isinstance(prompt, str)
+        if is_news_prompt(prompt):
             return NEWS
-        texts, columns, prompt = group.completions, group.columns, group.prompt
+        texts = tuple(map(content, group.completions))
         post = parse_prompt(prompt)
         if post is not None:
             if not post.post.strip():

@@ -146,9 +146,17 @@ GROUP = {"prompt": "p", "completions": ["a", "b"], "rewards": [1.0, 0.0]}
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
 BAD_ROWS = [
     (bad(PAIR, prompt=" "), "empty prompt", "'prompt' is empty"),
-    (bad(PAIR, prompt=3), "wrong type", r"field 'prompt': wanted a string, got int \(3\)"),
+    (
+        bad(PAIR, prompt=3),
+        "wrong type",
+        r"field 'prompt': wanted a string or messages, got int \(3\)",
+    ),
     (bad(PAIR, chosen=""), "empty completion", "completion 0 is empty"),
-    (bad(PAIR, rejected=None), "wrong type", "'rejected': wanted a string, got NoneType"),
+    (
+        bad(PAIR, rejected=None),
+        "wrong type",
+        "'rejected': wanted a string or messages, got NoneType",
+    ),
     (bad(PAIR, chosen="b"), "identical completions", "all 2 completions are the same text"),
     (bad(GROUP, completions=["a", "a"]), "identical completions", "all 2 completions"),
     (bad(GROUP, completions=[]), "empty completion", "'completions' is an empty list"),
