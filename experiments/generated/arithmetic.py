@@ -9,9 +9,10 @@
 
 import random
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
-from experiments.generated.writing import Row, Task
+from experiments.generated.writing import Row, Task, different
 
 PEOPLE = ("Tom", "Anna", "Ben", "Mia", "Sam", "Lena", "Max", "Ida")
 THINGS = ("pens", "books", "coins", "cards", "apples", "stamps")
@@ -101,13 +102,10 @@ def _examples(count: int, rng: random.Random) -> Iterator[Row]:
 def _comparisons(count: int, rng: random.Random) -> Iterator[Row]:
     for index in range(count):
         problem = make_problem(rng)
-        texts: dict[str, None] = {}  # different ones, in order
-        while len(texts) < COMPLETIONS:
-            texts[make_solution(rng, problem)] = None
         yield {
             "id": f"c{index}",
             "prompt": problem.prompt,
-            "completions": list(texts),
+            "completions": different(partial(make_solution, rng, problem), COMPLETIONS),
             "answer": str(problem.answer),
         }
 

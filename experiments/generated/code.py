@@ -9,9 +9,10 @@
 
 import random
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
-from experiments.generated.writing import Row, Task
+from experiments.generated.writing import Row, Task, different
 
 NAMES = (
     "change",
@@ -148,13 +149,10 @@ def _examples(count: int, rng: random.Random) -> Iterator[Row]:
 def _comparisons(count: int, rng: random.Random) -> Iterator[Row]:
     for index in range(count):
         specification = make_specification(rng)
-        texts: dict[str, None] = {}  # different ones, in order
-        while len(texts) < COMPLETIONS:
-            texts[make_program(rng, specification)] = None
         yield {
             "id": f"c{index}",
             "prompt": specification.prompt,
-            "completions": list(texts),
+            "completions": different(partial(make_program, rng, specification), COMPLETIONS),
             "tests": specification.tests,
         }
 

@@ -32,6 +32,14 @@ class Task(NamedTuple):
     marks: tuple[str, ...] = ()
 
 
+def different(draw: Callable[[], str], count: int) -> list[str]:
+    """Draws until there are so many different texts."""
+    texts: dict[str, None] = {}  # in order
+    while len(texts) < count:
+        texts[draw()] = None
+    return list(texts)
+
+
 def write_lines(path: Path, rows: Iterable[Row]) -> None:
     """Writes rows as JSON Lines."""
     with path.open("w", encoding="utf-8") as file:
