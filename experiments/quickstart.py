@@ -1,11 +1,13 @@
-"""The whole pipeline on generated posts and a tiny Llama, on CPU, in minutes.
+"""The whole pipeline on generated data and a tiny Llama, on CPU, in minutes.
 
     python -m experiments.quickstart configs/quickstart.yaml
 
-SFT → reward model → score → CoPG, DPO and IPO at several β each, on the same scored pairs →
-evaluation of all on the same posts, through the same stages, file formats and configs as the 7B
-runs, with configs/sizes/quickstart.yaml. Prints tables and writes summary.json and frontier.png:
-reward over steps beside reward against KL. Finished stages are not run again.
+SFT → reward model (where a reward of the task is one) → score → CoPG, DPO and IPO at several β
+each, on the same scored completions → evaluation of all on the same prompts, through the same
+stages, file formats and configs as the 7B runs, with configs/sizes/quickstart.yaml. A task is a
+module of `experiments.generated` and, but for TL;DR, a file of configs/tasks. Prints tables and
+writes summary.json and frontier.png: reward over steps beside reward against KL. Finished stages
+are not run again.
 """
 
 import json
@@ -22,7 +24,13 @@ from rich.table import Table
 from copg_jax import run_folder, runtime
 from copg_jax.config.load import load_config, run_main
 from copg_jax.config.options import option
-from copg_jax.config.sections import require, require_positive, require_seed
+from copg_jax.config.sections import (
+    RewardSpec,
+    require,
+    require_one_of,
+    require_positive,
+    require_seed,
+)
 from copg_jax.config.stages import (
     EvaluateConfig,
     PolicyConfig,
@@ -35,9 +43,9 @@ from copg_jax.data.tokenizer import load_tokenizer
 from copg_jax.errors import InputError
 from copg_jax.hf import weights as hf_weights
 from copg_jax.models.params import Architecture, init_params
-from copg_jax.rewards import RewardModel
+from copg_jax.rewards.functions import load_reward
 from experiments import evaluate, score, train_policy, train_reward, train_sft
-from experiments.generated import write_generated
+from experiments.generated import TASKS, write_generated
 from experiments.studies.comparison import (
     TIE_STDERRS,
     Policy,
@@ -53,19 +61,20 @@ from experiments.studies.comparison import (
 from experiments.studies.quickstart_figure import LABELS, reward_and_frontier, save
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-FILES = [str(CONFIGS / "tldr.yaml"), str(CONFIGS / "sizes" / "quickstart.yaml")]
+FILES = [CONFIGS / "tldr.yaml", CONFIGS / "sizes" / "quickstart.yaml"]
 METHODS = ("copg", "dpo", "ipo")
 OVERRIDDEN = ("sft", "reward", "score", *METHODS, "evaluate")
 
 
 @dataclass(frozen=True)
 class QuickstartConfig:
-    """The whole pipeline on generated posts and a tiny Llama, on CPU, in minutes."""
+    """The whole pipeline on generated data and a tiny Llama, on CPU, in minutes."""
 
     output_dir: str = option("runs/quickstart", "folder of all its runs")
+    task: str = option("tldr", f"what is learnt: {', '.join(TASKS)}")
     seed: int = option(0, "seed of data, initialisation and data order")
-    num_posts: int = option(4000, "generated posts with a reference summary, for SFT")
-    num_comparisons: int = option(3000, "generated human comparisons")
+    num_examples: int = option(4000, "generated prompts with one completion, for SFT")
+    num_comparisons: int = option(3000, "generated prompts with several completions")
     vocab_size: int = option(700, "size of the tokenizer that is trained on them")
     hidden_size: int = option(128, "width of the tiny Llama")
     num_layers: int = option(3, "its depth")
@@ -78,7 +87,8 @@ class QuickstartConfig:
 
     def __post_init__(self):
         require_seed(self)
-        require_positive(self, "num_posts", "num_comparisons")
+        require_one_of(self, list(TASKS), "task")
+        require_positive(self, "num_examples", "num_comparisons")
         require(self, "at least 259, as there are bytes", lambda size: size >= 259, "vocab_size")
         require(self, "a multiple of 8", lambda size: size > 0 and size % 8 == 0, "hidden_size")
         require(self, ">= 2", lambda layers: layers >= 2, "num_layers")
@@ -98,6 +108,8 @@ class Stages:
             raise InputError(
                 f"overrides: wanted stages among {', '.join(OVERRIDDEN)}, got {', '.join(unknown)}"
             )
+        own = CONFIGS / "tasks" / f"{config.task}.yaml"  # TL;DR is what the others differ from
+        self._files = [str(file) for file in (*FILES, own) if file.exists()]
         self._folder, self._overrides = f"shared.folder={config.output_dir}", config.overrides
         self._console = Console(highlight=False, soft_wrap=True)
 
@@ -107,10 +119,16 @@ class Stages:
 
     def config(self, cls: type, name: str, *arguments: str, loss: str = "") -> Any:
         """Config of the stage whose overrides are called `name`; a policy needs its loss."""
-        files = [*FILES, str(CONFIGS / "losses" / f"{loss}.yaml")] if loss else FILES
+        files = [*self._files, *([str(CONFIGS / "losses" / f"{loss}.yaml")] if loss else [])]
         # One process, even where a cluster would be detected.
         overrides = ("distributed=off", *self._overrides.get(name, []))
         return load_config(cls, [*files, self._folder, *arguments, *overrides])
+
+    def reward_model(self) -> RewardSpec | None:
+        """Of the task's rewards, the one that `train_reward` makes."""
+        made = f"{self.config(RewardModelConfig, 'reward').output_dir}/model"
+        specs = self.config(ScoreConfig, "score").rewards
+        return next((spec for spec in specs if spec.arguments.get("path") == made), None)
 
     def policies(self, factors: Sequence[float]) -> Iterator[tuple[str, PolicyConfig]]:
         """Folder names and configs of the policies: each method at its β times each factor."""
@@ -134,21 +152,25 @@ def _run_stages(config: QuickstartConfig) -> None:
     folder = Path(config.output_dir)
     run_folder.write_run_header(folder, config, inputs={})
     stages = Stages(config)
-    stages.head("1/7 Inputs: generated posts and comparisons, and an untrained tiny Llama")
+    stages.head(f"1/7 Inputs: generated data of the task {config.task}, an untrained tiny Llama")
     make_inputs(
         folder,
-        num_posts=config.num_posts,
+        task=config.task,
+        num_examples=config.num_examples,
         num_comparisons=config.num_comparisons,
         seed=config.seed,
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         num_layers=config.num_layers,
     )
-    stages.head("2/7 SFT: a tiny Llama learns to summarise posts and becomes the reference")
+    stages.head("2/7 SFT: a tiny Llama learns from examples and becomes the reference")
     train_sft.main(stages.config(SFTConfig, "sft"))
-    stages.head("3/7 Reward model: learns from comparisons which summary is preferred")
-    train_reward.main(stages.config(RewardModelConfig, "reward"))
-    stages.head("4/7 Score: rewards and reference log-probabilities of pairs, once for all")
+    if stages.reward_model() is None:
+        stages.head("3/7 Reward model: none, since the rewards of the task are programs")
+    else:
+        stages.head("3/7 Reward model: learns from comparisons which completion is preferred")
+        train_reward.main(stages.config(RewardModelConfig, "reward"))
+    stages.head("4/7 Score: rewards and reference log-probabilities, once for all")
     score.main(stages.config(ScoreConfig, "score"))
     policies = dict(stages.policies(config.beta_factors))
     for i, policy in enumerate(policies.values(), 1):
@@ -162,11 +184,10 @@ def _run_stages(config: QuickstartConfig) -> None:
     summarize(stages, folder, policies)
 
 
-def reward_accuracy(stages: Stages, folder: Path) -> float:
+def reward_accuracy(stages: Stages, spec: RewardSpec) -> float:
     """Share of held-out choices that the exported reward model predicts."""
     held_out = stages.config(RewardModelConfig, "reward").validation
-    model = RewardModel(path=str(folder / "reward" / "model"), batch_size=64)
-    return pairwise_accuracy(model, GroupReader(held_out))
+    return pairwise_accuracy(load_reward(spec), GroupReader(held_out))
 
 
 def label(config: PolicyConfig) -> str:
@@ -177,7 +198,8 @@ def label(config: PolicyConfig) -> str:
 def make_inputs(
     folder: Path,
     *,
-    num_posts: int = 4000,
+    task: str = "tldr",
+    num_examples: int = 4000,
     num_comparisons: int = 3000,
     seed: int = 0,
     vocab_size: int = 700,
@@ -189,7 +211,8 @@ def make_inputs(
         return
     write_generated(
         folder / "data",
-        num_posts=num_posts,
+        task=task,
+        num_examples=num_examples,
         num_comparisons=num_comparisons,
         seed=seed,
         vocab_size=vocab_size,
@@ -218,7 +241,6 @@ def summarize(stages: Stages, folder: Path, configs: Mapping[str, PolicyConfig])
         configs: of the policies, by the name of their folder.
     """
     beta = stages.config(EvaluateConfig, "evaluate", "shared.run=sft").beta
-    accuracy = reward_accuracy(stages, folder)
     sft = read_policy(folder / "evaluate_sft")
     trained = [
         Trained(
@@ -234,16 +256,21 @@ def summarize(stages: Stages, folder: Path, configs: Mapping[str, PolicyConfig])
     console.print(differences_table(trained, beta))
     console.print(
         f"* the best of its method. Rewards are above the SFT model's mean on the same "
-        f"{len(sft.reward)} held-out posts (here {estimate(sft.reward)}): a Bradley-Terry reward "
-        "is defined up to a constant, and its level differs from processor to processor. ± is the "
-        "standard error of paired differences over posts; it does not cover another training "
-        f"seed. Less than {TIE_STDERRS:g} standard errors are called a tie; each method's best β "
-        "is chosen on these same posts."
+        f"{len(sft.reward)} held-out prompts (here {estimate(sft.reward)}). ± is the standard "
+        "error of paired differences over prompts; it does not cover another training seed. Less "
+        f"than {TIE_STDERRS:g} standard errors are called a tie; each method's best β is chosen on "
+        "these same prompts."
     )
-    console.print(f"The reward model predicts {accuracy:.3f} of held-out choices.")
+    summary = summary_of(trained, sft, beta)
+    if (model := stages.reward_model()) is not None:
+        accuracy = reward_accuracy(stages, model)
+        console.print(
+            f"The reward model predicts {accuracy:.3f} of held-out choices. Its rewards are "
+            "defined up to a constant, and their level differs from processor to processor."
+        )
+        summary |= {"reward_model": {"validation_accuracy": accuracy}}
     picture, numbers = folder / "frontier.png", folder / "summary.json"
     save(reward_and_frontier(trained, sft, beta=beta), picture)
-    summary = summary_of(trained, sft, beta) | {"reward_model": {"validation_accuracy": accuracy}}
     numbers.write_text(json.dumps(summary, indent=2) + "\n")
     console.print(f"wrote {numbers} and {picture}", soft_wrap=True)
 
@@ -292,7 +319,7 @@ def compared(beta: float) -> dict[str, Callable[[Policy], np.ndarray]]:
 
 def policies_table(trained: Sequence[Trained], sft: Policy, beta: float) -> Table:
     """Every policy against the SFT model; the best β of each method has a star."""
-    title = "Generations on held-out posts: reward above SFT, KL in nats, EOS rate"
+    title = "Generations on held-out prompts: reward above SFT, KL in nats, EOS rate"
     table = Table(title=title, title_justify="left")
     table.add_column("policy")
     for column in ("β", "reward", "KL", f"E[R] − {beta:g}·KL", "length", "EOS"):

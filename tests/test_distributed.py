@@ -73,7 +73,7 @@ class Place:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        write_generated(folder / "data", num_posts=8, num_comparisons=24, seed=0, vocab_size=400)
+        write_generated(folder / "data", num_examples=8, num_comparisons=24, seed=0, vocab_size=400)
         tokenizer = load_tokenizer(folder / "data" / "tokenizer")
         tiny_model(folder / "base", tokenizer, len(tokenizer))
 

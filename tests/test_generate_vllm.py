@@ -90,7 +90,7 @@ def test_vllm_is_given_ids_and_its_answers_become_rows(script, tmp_path, monkeyp
 def tokenizer(tmp_path_factory) -> Any:
     """Of generated posts."""
     folder = tmp_path_factory.mktemp("generated")
-    write_generated(folder, num_posts=30, num_comparisons=24, seed=1, vocab_size=400)
+    write_generated(folder, num_examples=30, num_comparisons=24, seed=1, vocab_size=400)
     return load_tokenizer(folder / "tokenizer")
 
 

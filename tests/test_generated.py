@@ -11,17 +11,17 @@ from copg_jax.data.formats.tldr import Post, format_prompt
 from copg_jax.data.reader import GroupReader
 from copg_jax.data.tokenizer import Encoder, load_tokenizer, tokenizer_hash
 from copg_jax.errors import InputError
-from experiments.generated import (
+from experiments.generated import write_generated
+from experiments.generated.posts import (
     Facts,
     facts_of,
     latent_reward,
     latent_utility,
     make_post,
     make_summary,
-    write_generated,
 )
 
-SIZES = {"num_posts": 400, "num_comparisons": 400, "seed": 3, "vocab_size": 640}
+SIZES = {"num_examples": 400, "num_comparisons": 400, "seed": 3, "vocab_size": 640}
 
 
 @pytest.fixture(scope="module")

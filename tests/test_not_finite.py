@@ -57,7 +57,7 @@ class Models:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        write_generated(folder / "data", num_posts=20, num_comparisons=2, seed=0, vocab_size=300)
+        write_generated(folder / "data", num_examples=20, num_comparisons=2, seed=0, vocab_size=300)
         self.tokenizer = load_tokenizer(folder / "data" / "tokenizer")
         for name, rows in (("rows", ROWS), ("pairs", PAIRS)):
             text = "".join(json.dumps(row) + "\n" for row in rows)

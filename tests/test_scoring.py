@@ -63,7 +63,7 @@ def _fresh():
 def tokenizer(tmp_path_factory) -> Any:
     """Tokenizer of generated posts, data beside it."""
     folder = tmp_path_factory.mktemp("generated")
-    write_generated(folder, num_posts=30, num_comparisons=24, seed=1, vocab_size=400)
+    write_generated(folder, num_examples=30, num_comparisons=24, seed=1, vocab_size=400)
     return load_tokenizer(folder / "tokenizer")
 
 

@@ -54,7 +54,7 @@ def nothing(prompts: list[str], completions: list[str], **columns: Any) -> list[
 def model(tmp_path_factory) -> Path:
     """A tiny random language model."""
     folder = tmp_path_factory.mktemp("own")
-    write_generated(folder / "data", num_posts=20, num_comparisons=2, seed=0, vocab_size=300)
+    write_generated(folder / "data", num_examples=20, num_comparisons=2, seed=0, vocab_size=300)
     tokenizer = load_tokenizer(folder / "data" / "tokenizer")
     tiny_model(folder / "base", tokenizer, len(tokenizer))
     return folder / "base"

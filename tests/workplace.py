@@ -67,7 +67,9 @@ class Workplace:
     def __init__(self, folder: Path, model: Architecture = LLAMA) -> None:
         self.folder = folder
         self.reads: dict[str, set[str]] = {}
-        write_generated(folder / "data", num_posts=40, num_comparisons=48, seed=0, vocab_size=400)
+        write_generated(
+            folder / "data", num_examples=40, num_comparisons=48, seed=0, vocab_size=400
+        )
         tokenizer = load_tokenizer(folder / "data" / "tokenizer")
         tiny_model(folder / "base", tokenizer, len(tokenizer), model)
         self.posts = folder / "data" / "sft.jsonl"

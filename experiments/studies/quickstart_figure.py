@@ -53,11 +53,11 @@ def reward_and_frontier(policies: Sequence[Trained], sft: Policy, *, beta: float
     left.set(
         xlabel="training step",
         ylabel="reward above SFT (reward units)",
-        title=f"during training: {policies[0].points[0].num_prompts} held-out posts",
+        title=f"during training: {policies[0].points[0].num_prompts} held-out prompts",
     )
     right.set(
         xlabel="KL to the SFT model (nats, on a square-root scale)",
-        title=f"large: at the end, {len(sft.reward)} posts, ± standard error; small: on the way",
+        title=f"large: at the end, {len(sft.reward)} prompts, ± standard error; small: on the way",
     )
     for axes in (left, right):
         axes.title.set_fontsize(10)

@@ -140,7 +140,7 @@ def test_pairwise_accuracy_counts_strictly_ordered_pairs_and_ties_as_wrong():
 def folder(tmp_path_factory) -> Path:
     """A tiny random reward model with the tokenizer of generated posts."""
     folder = tmp_path_factory.mktemp("reward")
-    write_generated(folder / "data", num_posts=20, num_comparisons=2, seed=0, vocab_size=300)
+    write_generated(folder / "data", num_examples=20, num_comparisons=2, seed=0, vocab_size=300)
     tokenizer = load_tokenizer(folder / "data" / "tokenizer")
     arch = replace(LLAMA, vocab_size=len(tokenizer))
     params = init_params(arch, jax.random.key(0), head="score")
@@ -244,7 +244,7 @@ def test_a_prompt_that_the_reward_model_s_format_leaves_out_is_refused_with_the_
 
 @pytest.mark.parametrize("name", ["TLDR", "", None])
 def test_a_text_format_that_there_is_not_is_refused_with_those_that_there_are(folder, name):
-    with pytest.raises(InputError, match=r"text_format: wanted one of auto, tldr, text, got"):
+    with pytest.raises(InputError, match=r"text_format: wanted one of auto, tldr, text, chat, got"):
         RewardModel(str(folder), text_format=name)
 
 

@@ -1,4 +1,4 @@
-"""Made-up posts for the quickstart: the real data's schema, small enough for a tiny model on a CPU.
+"""Made-up posts: the schema of the real data, small enough for a tiny model on a CPU.
 
 1. A post tells that a person did something to a thing at a place, and asks a question. All words
    come from small closed lists, and a post names one person, thing and place only, so that a model
@@ -7,22 +7,17 @@
    question, filler, rambling), so that a model trained on summaries imitates the mixture.
 3. `latent_utility` grades a summary; the human-like choice between two summaries of a post is drawn
    from the Bradley-Terry model of the utilities: P(first) = sigmoid(u_1 - u_2).
-4. `write_generated` writes `sft.jsonl`, `comparisons.jsonl` and a tokenizer trained on them.
 """
 
-import json
 import math
 import random
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
-
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
 from copg_jax.data.formats.tldr import Post, format_prompt, parse_prompt
 from copg_jax.errors import InputError
+from experiments.generated.writing import Row, Task
 
 PEOPLE = ["brother", "sister", "friend", "boss", "neighbor", "cousin"]
 THINGS = ["car", "bike", "dog", "phone", "guitar", "lamp"]
@@ -165,33 +160,13 @@ def make_summary(rng: random.Random, post: Post) -> str:
     return text + ("." if "no question" in flaws else f", {facts.ask}")
 
 
-def write_generated(
-    folder: Path, *, num_posts: int, num_comparisons: int, seed: int, vocab_size: int
-) -> None:
-    """Writes `sft.jsonl`, `comparisons.jsonl` and `tokenizer/` into a folder, the same for a seed.
-
-    Args:
-        folder: made if it is not there; files of those names are replaced.
-        num_posts: posts with a summary.
-        num_comparisons: comparisons, two for each of other posts.
-        seed: decides everything.
-        vocab_size: most tokens of the tokenizer, which has 256 bytes and 3 special tokens at least
-            and about 550 when every word is one token.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_lines(folder / "sft.jsonl", _posts(num_posts, random.Random(f"{seed} posts")))
-    rng = random.Random(f"{seed} comparisons")
-    _write_lines(folder / "comparisons.jsonl", _comparisons(num_comparisons, rng))
-    _train_tokenizer(folder, vocab_size).save_pretrained(str(folder / "tokenizer"))
-
-
-def _posts(count: int, rng: random.Random) -> Iterator[dict[str, Any]]:
+def _posts(count: int, rng: random.Random) -> Iterator[Row]:
     for index in range(count):
         post = make_post(rng)
         yield {"id": f"s{index}", **post._asdict(), "summary": make_summary(rng, post)}
 
 
-def _comparisons(count: int, rng: random.Random) -> Iterator[dict[str, Any]]:
+def _comparisons(count: int, rng: random.Random) -> Iterator[Row]:
     post = make_post(rng)
     for index in range(count):
         if index % _COMPARISONS_PER_POST == 0:
@@ -214,37 +189,8 @@ def _comparisons(count: int, rng: random.Random) -> Iterator[dict[str, Any]]:
         }
 
 
-def _train_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE on the written posts; it puts a BOS in front, as Llama's does."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<pad>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_texts(folder / "sft.jsonl"), trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
+def _text(row: Row) -> str:
+    return f"{format_prompt(Post(*(row[name] for name in Post._fields)))} {row['summary']}"
 
 
-def _texts(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            row = json.loads(line)
-            yield (
-                format_prompt(Post(row["subreddit"], row["title"], row["post"]))
-                + " "
-                + row["summary"]
-            )
-
-
-def _write_lines(path: Path, rows: Iterator[dict[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+POSTS = Task(_posts, _comparisons, _text)
