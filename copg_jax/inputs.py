@@ -82,7 +82,8 @@ def open_data(
     with turn:
         dataset = reuse.once(
             "data",
-            (repr(section), key, chosen_only, by_choice),
+            (repr(section), tokenizer_hash(model.tokenizer), vocab_size)
+            + (chosen_only, by_choice, prompts_only),
             lambda: prepare(
                 rows,
                 model.tokenizer,
