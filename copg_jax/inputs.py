@@ -80,10 +80,10 @@ def open_data(
         if not is_remote(folder):
             turn = distributed.main_first(path, lambda: is_prepared(path, key))
     with turn:
+        own = repr(section), chosen_only, by_choice, prompts_only
         dataset = reuse.once(
             "data",
-            (repr(section), tokenizer_hash(model.tokenizer), vocab_size)
-            + (chosen_only, by_choice, prompts_only),
+            (*own, tokenizer_hash(model.tokenizer), vocab_size),
             lambda: prepare(
                 rows,
                 model.tokenizer,
