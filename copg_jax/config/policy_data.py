@@ -30,7 +30,7 @@ class PolicyDataConfig(DataConfig):
     """The scored data of a policy: one folder, or several sources."""
 
     path: str | None = option(  # pyright: ignore[reportIncompatibleVariableOverride]
-        None, "scored folder; null where there are sources"
+        help="scored folder; null where there are sources"
     )
     sources: list[SourceSpec] = option([], "several scored sources in place of path")
 
