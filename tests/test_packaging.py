@@ -77,8 +77,9 @@ def test_every_third_party_import_is_a_declared_dependency(metadata):
     declared = {canonicalize_name(Requirement(text).name).replace("-", "_") for text in texts}
     package_of = {"yaml": "pyyaml", "orbax": "orbax_checkpoint", "tensorboardX": "tensorboardx"}
     peers = ROOT / "experiments/benchmark/peers"  # each runs in an environment of its own
+    engine = ROOT / "experiments/generate_vllm.py"  # so does this
     found = [*ROOT.glob("copg_jax/**/*.py"), *ROOT.glob("experiments/**/*.py")]
-    for path in (path for path in found if path.parent != peers):
+    for path in (path for path in found if path.parent != peers and path != engine):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.module:

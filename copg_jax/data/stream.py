@@ -31,7 +31,7 @@ class Batch(Protocol):
 
     @property
     def rows(self) -> np.ndarray:
-        """The place of each of its groups in the order of training; int [B]."""
+        """The position of each of its groups in the order of training; int [B]."""
         ...
 
     def collate(self, groups: Sequence[TokenGroup | None]) -> GroupBatch:
@@ -43,7 +43,7 @@ Groups = GroupDataset | Pool | JoinedPool
 """What is read by index; its length is that of an epoch."""
 
 Pack = Callable[..., Callable[[int], Batch]]
-"""(num_tokens: places [n] → [n, 2], batch_size=, num_bins=, sizes=(P, K, C), epoch_size=,
+"""(num_tokens: positions [n] → [n, 2], batch_size=, num_bins=, sizes=(P, K, C), epoch_size=,
 num_fitted=) → (index → Batch). See `models.layout.pack_epochs`."""
 
 
@@ -108,7 +108,7 @@ class GroupStream:
         self._start_step, self._host, self._num_hosts = start_step, host, num_hosts
         self._order = _order(dataset, seed)
         self._batch = pack(
-            lambda places: dataset.num_tokens(self._in_order(places)),
+            lambda positions: dataset.num_tokens(self._in_order(positions)),
             batch_size=batch_size,
             num_bins=num_bins,
             sizes=dataset.shape(),
@@ -116,9 +116,9 @@ class GroupStream:
             num_fitted=num_steps(len(dataset), batch_size, num_measured(len(dataset), num_epochs)),
         )
 
-    def _in_order(self, places: np.ndarray) -> np.ndarray:
-        """Rows of the data set at these places in the order of training."""
-        return np.array([self._order[place] for place in places.tolist()])
+    def _in_order(self, positions: np.ndarray) -> np.ndarray:
+        """Rows of the data set at these positions in the order of training."""
+        return np.array([self._order[i] for i in positions.tolist()])
 
     def __iter__(self) -> Iterator[tuple[list[str], GroupBatch]]:
         # No index of grain's is larger, and no run is longer.
@@ -134,7 +134,7 @@ class GroupStream:
 
 
 def _order(dataset: Groups, seed: int) -> grain.MapDataset:
-    """Index of the group at each place of any number of epochs."""
+    """Index of the group at each position of any number of epochs."""
     ranges = dataset.ranges if isinstance(dataset, Pool) else [(0, len(dataset), 1.0)]
     # The seed goes through `.seed`: `shuffle(seed)` adds the epoch to it, so that the second
     # epoch of one seed would be the first epoch of the next.

@@ -34,7 +34,7 @@ _RUNNER = Path(__file__).with_name("program_runner.py")
 # Namespaces of its own: no network, no other process in sight, and all of them end with the first.
 _ISOLATE = "unshare --user --map-root-user --net --mount --pid --fork --kill-child"
 _MAX_REPORT = 1 << 20  # bytes; what is more is no report
-_BLOCK = re.compile(r"^[ \t]*```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.M | re.S)
+_FENCE = re.compile(r"^[ \t]*```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.M | re.S)
 _DEFINES = (
     *(ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom),
     *(ast.Assign, ast.AnnAssign),
@@ -96,7 +96,7 @@ def unit_tests(
         rewards: list[float | Missing] = []
         for prompt, completion, own in zip(prompts, completions, tests, strict=True):
             program = content(completion)
-            program = last_block(program) if strip_fence else program
+            program = last_fenced(program) if strip_fence else program
             program = content(prompt) + program if with_prompt else program
             if not own:
                 rewards.append(Missing("no_tests"))
@@ -120,10 +120,10 @@ def _limits(given: dict[str, int]) -> ProgramLimits:
     return ProgramLimits(**given)
 
 
-def last_block(text: str) -> str:
+def last_fenced(text: str) -> str:
     """The content of the last fenced block of Python, or the text where it has none."""
-    blocks = _BLOCK.findall(text)
-    return blocks[-1] if blocks else text
+    fenced = _FENCE.findall(text)
+    return fenced[-1] if fenced else text
 
 
 def _tests(value: Any) -> list[str]:

@@ -21,7 +21,7 @@ from copg_jax.rewards.protocol import FunctionFailed, ask
 _GRACE_SEC = 60
 
 
-def main() -> None:
+def serve() -> None:
     """Serves the connection that the first argument names."""
     for name in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(name, lambda *_: None)  # meant for the run, which ends its workers

@@ -27,7 +27,7 @@ from copg_jax.errors import InputError, hidden
 from copg_jax.rewards.protocol import Answer
 
 _START = (
-    "import sys; sys.path[:] = {path}; from copg_jax.rewards import worker_process as w; w.main()"
+    "import sys; sys.path[:] = {path}; from copg_jax.rewards import worker_process as w; w.serve()"
 )
 _REASONS = {"failed": "error", "ended": "crash", "late": "timeout"}
 _PATIENCE = 32  # failures before the first reward, after which the function is at fault

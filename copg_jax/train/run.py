@@ -39,12 +39,12 @@ from copg_jax.objective import LossFn
 from copg_jax.trackers import require_tracker
 from copg_jax.tracking import MetricsLogger, warn_of_lost_lines
 from copg_jax.train import loop, optim
-from copg_jax.train.card import run_card
 from copg_jax.train.checkpoint import Checkpoints
 from copg_jax.train.compiled import CompiledStep, as_arguments
 from copg_jax.train.exports import bytes_to_write, export, is_exported
 from copg_jax.train.metrics import LateMetrics
 from copg_jax.train.order import open_stream
+from copg_jax.train.run_card import run_card
 from copg_jax.train.state import (
     TrainState,
     abstract_state,

@@ -28,13 +28,14 @@ NUMBERS = {
 ANY_SIGN = ("weight", "missing_eos_reward")
 
 
-def rewards_with(field: str, value: str) -> str:
-    """A list of one reward that has this field, such as `overlong.max_tokens`."""
+def listed(of: str, field: str, value: str) -> str:
+    """A list of one reward or source that has this field, such as `overlong.max_tokens`."""
     *sections, name = field.split(".")
     text = ", ".join([f"{k}: {v}" for k, v in BESIDE.get(name, {}).items()] + [f"{name}: {value}"])
     for section in reversed(sections):
         text = f"{section}: {{{text}}}"
-    return f"[{{function: f.f, {text}}}]"
+    needed = "path: d" if of == "data.sources" else "function: f.f"
+    return f"[{{{needed}, {text}}}]"
 
 
 def load(stage: str, name: str, value: str) -> Any:
@@ -42,7 +43,7 @@ def load(stage: str, name: str, value: str) -> Any:
     names = [field.name for field in iter_fields(cls)]
     needed = [setting for setting in NEEDED if setting.partition("=")[0] in names]
     name, _, inside = name.partition("[i].")
-    return load_config(cls, [*needed, f"{name}={rewards_with(inside, value) if inside else value}"])
+    return load_config(cls, [*needed, f"{name}={listed(name, inside, value) if inside else value}"])
 
 
 def refusal(stage: str, name: str, value: str) -> str:

@@ -17,6 +17,7 @@ from copg_jax.config.schema import iter_fields
 from copg_jax.config.stages import STAGES
 from experiments import bandit
 from experiments.quickstart import QuickstartConfig
+from experiments.studies.study_config import StudyConfig
 from tests.reads import dead_fields, recorded_reads
 
 ROOT = Path(__file__).parents[2]
@@ -28,10 +29,13 @@ SCRIPTS: dict[str, type] = {
     "train_policy": config.PolicyConfig,
     "evaluate": config.EvaluateConfig,
     "quickstart": QuickstartConfig,
+    "study": StudyConfig,
+    "figures": StudyConfig,
     "bandit": BanditConfig,
 }
 SIZES = ("llama2_7b", "smollm2", "quickstart")
 LOSSES = ("copg", "dpo", "ipo")
+STUDIES = ("quickstart", "smollm2", "tldr_llama2_7b")
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
@@ -69,10 +73,18 @@ def test_every_yaml_tells_a_command_that_reads_it_and_loads(file: Path):
         assert isinstance(loaded, SCRIPTS[script])
 
 
-def test_every_file_is_a_size_a_loss_the_task_or_a_script_s_own():
+def test_every_file_is_a_size_a_loss_a_task_a_study_or_a_script_s_own():
     named = {f"sizes/{size}" for size in SIZES} | {f"losses/{loss}" for loss in LOSSES}
-    names = {str(file.relative_to(ROOT / "configs")) for file in FILES}
-    assert names == {f"{name}.yaml" for name in named | {"tldr", "quickstart", "bandit"}}
+    named |= {f"studies/{study}" for study in STUDIES} | {"tldr", "quickstart", "bandit"}
+    names = {file.relative_to(ROOT / "configs").with_suffix("") for file in FILES}
+    tasks = {name for name in names if name.parts[0] in ("tasks", "quickstart")} - {
+        Path("quickstart")
+    }
+    assert {str(name) for name in names - tasks} == named
+    # What the quickstart runs of a task is a file, which reads that of the task.
+    assert {name.stem for name in tasks} == {
+        name.stem for name in tasks if name.parts[0] == "tasks"
+    }
 
 
 @pytest.mark.parametrize(("stage", "size", "loss"), runs())
