@@ -248,7 +248,7 @@ def test_a_prompt_that_the_reward_model_s_format_leaves_out_is_refused_with_the_
 
 @pytest.mark.parametrize("name", ["TLDR", "", None])
 def test_a_text_format_that_there_is_not_is_refused_with_those_that_there_are(folder, name):
-    with pytest.raises(InputError, match=r"text_format: wanted one of auto, tldr, text, got"):
+    with pytest.raises(InputError, match=r"text_format: wanted one of auto, tldr, text, chat, got"):
         RewardModel(str(folder), text_format=name)
 
 
