@@ -303,7 +303,7 @@ def _load_token_logp(
 def _open_sampler(model: PretrainedModel, generation: GenerationConfig) -> Sampler:
     arch = replace(model.arch, remat="none")  # nothing is differentiated
     options = {
-        "eos_id": model.tokenizer.eos_token_id,
+        "end_ids": tuple(model.end_ids),
         "max_new_tokens": generation.max_new_tokens,
         "num_samples": generation.num_samples,
         "temperature": generation.sampling_temperature,

@@ -31,7 +31,7 @@ EOS = 3
 def generation(prompt: str, reward: float, **numbers: Any) -> Generation:
     """A generation with small defaults."""
     values = {"logp": -4.0, "ref_logp": -5.0, "kl_k3": 0.5, "length": 4, "has_eos": True}
-    values |= {"completion": "", "index": 0, "rewards": {}} | numbers
+    values |= {"completion": "", "index": "ab".index(prompt), "rewards": {}} | numbers
     return Generation(id=prompt, prompt=prompt, reward=reward, **values)
 
 

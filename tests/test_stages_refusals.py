@@ -151,8 +151,8 @@ def test_data_that_was_not_scored_trains_no_policy(workplace, elsewhere, tmp_pat
     [
         ("reward", {"completion": "c"}, ["got 1 without", "`chosen` and `rejected`"]),
         ("reward", {"completions": ["a", "b"]}, ["got 2 without", "`rewards`"]),
-        ("score", {}, ["['completions'] are missing", "Known schemas", "chosen, rejected"]),
-        ("sft", {}, ["['completions'] are missing", "prompt, completion"]),
+        ("score", {}, ["a prompt and no completion", "`completions`", "`rewards`"]),
+        ("sft", {}, ["a prompt and no completion", "`completion`", "`chosen`"]),
         (
             "sft",
             {"completions": ["a", "b", "c"], "rewards": [1, 2, 3]},

@@ -132,12 +132,13 @@ class GroupReader:
 
     def __iter__(self) -> Iterator[TextGroup | TokenGroup]:
         config = self._config
+        combination = _combination(config)
         self._make = self._text_group
         self._choice = FormatChoice(config.format)
         if (name := self._format_of_ids()) is not None:
             read = read_sampled_row
             if scored.is_scored(config.path):
-                read = partial(read_row, combination=_combination(config))
+                read = partial(read_row, combination=combination)
             self._make, self.text_format = partial(read, text_format=name), name
         self.counts.clear()
         self.changed.clear()

@@ -41,7 +41,9 @@ class StudyConfig:
     output_dir: str = option(help="folder of the study: a folder for each run, and figures/")
     configs: list[str] = option([], "YAML files of the stages, from left to right")
     settings: list[str] = option([], "key=value of all runs, as on the command line of a stage")
-    stages: list[str] = option(list(STAGES), "stages to run, in their order")
+    stages: list[str] = option(
+        [stage for stage in STAGES if stage != "sample"], "stages to run, in their order"
+    )
     inputs: InputsConfig | None = option(None, "what is made before the stages; null = nothing")
     grid: dict[str, Any] = option(
         {},

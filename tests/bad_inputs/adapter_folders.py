@@ -100,7 +100,6 @@ CASES = [
         }.items()
     ),
     field("target_modules", ["q_proj", "lm_head"], stage="evaluate"),
-    field("use_dora", True, stage="score"),
     adapter(
         "an adapter whose tensors have another prefix", keep, "missing", "surplus",
         *(f"{Q0}.lora_{factor}.weight" for factor in "AB"), "Nothing was loaded",

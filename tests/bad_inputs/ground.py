@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from safetensors.numpy import load_file, save_file
 
 from copg_jax import checksums
+from copg_jax.checksums import file_sum, write_record
 from copg_jax.config.load import load_config
 from copg_jax.data.tokenizer import load_tokenizer
 from copg_jax.hf import weights
@@ -258,6 +259,19 @@ def edit_part(
         path = folder / f"part-{part:05d}.parquet"
         schema = pq.read_schema(path)
         pq.write_table(pa.Table.from_pylist(change(pq.read_table(path).to_pylist()), schema), path)
+
+    return edit
+
+
+def resealed(name: str, change: Callable[[Path], object]) -> Callable[[Path], None]:
+    """A change of a folder, whose record of this name and checksums then fit it again."""
+
+    def edit(folder: Path) -> None:
+        change(folder)
+        values = json.loads((folder / name).read_text())
+        del values["checksum"]
+        values["parts"] = {part: file_sum(folder / part) for part in values["parts"]}
+        write_record(folder / name, values)
 
     return edit
 

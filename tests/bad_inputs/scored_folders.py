@@ -14,6 +14,7 @@ from tests.bad_inputs.ground import (
     damage,
     edit_json,
     edit_part,
+    resealed,
     runs,
     scored,
 )
@@ -106,6 +107,7 @@ def pooled(name: str, change: Callable[[Path], object], *words: str, more: str =
 def other(name: str) -> Case:
     """A pool whose second source was scored with another thing of this name."""
     change = edit_json(SIDE_CAR, **{name: "bfloat16" if name == "reference_dtype" else "other"})
+    change = resealed(SIDE_CAR, change)
     return pooled(f"a pool with another {name}", change, f"second/{SIDE_CAR}", name)
 
 
@@ -210,14 +212,15 @@ POOLS = [
     *map(other, ("tokenizer_hash", "text_format_hash", "reference_hash", "reference_dtype")),
     pooled("a pool with a folder that is not scored", lambda folder: (folder / SIDE_CAR).unlink(),
            "second"),
-    pooled("a pool with a half-scored folder", edit_json(SIDE_CAR, complete=False),
+    pooled("a pool with a half-scored folder",
+           resealed(SIDE_CAR, edit_json(SIDE_CAR, complete=False)),
            f"second/{SIDE_CAR}", "interrupted"),
     pooled("pairs across the origins of a pool that has one", lambda folder: None, "pairs=cross",
            "origin", more="loss.pairs=cross"),
     Case("a pool whose glob matches nothing", runs("policy", "data.path=null",
          "data.sources=[{path: HERE/round-*}]"), ("round-*", "matches nothing")),
-    Case("one completion for a loss of pairs", scored(edit_part(one_completion)),
-         ("2 or more completions",)),
+    Case("one completion for a loss of pairs",
+         scored(resealed(SIDE_CAR, edit_part(one_completion))), ("2 or more completions",)),
 ]  # fmt: skip
 
 CASES = [*FIELDS, *SIDE_CARS, *PARTS, *ROWS, *POOLS, *OTHERS]

@@ -197,7 +197,7 @@ STAGES = [
     Case(
         "prompts of no name",
         runs("sample", "data.path=HERE/rows.jsonl", make=files(rows__jsonl='{"promt": "a"}\n')),
-        ("rows.jsonl:1", "'prompt'"),
+        ("rows.jsonl:1", "wanted a `prompt`", "promt"),
     ),
     Case(
         "samples longer than the model's positions",

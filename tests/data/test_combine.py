@@ -1,6 +1,5 @@
 """One reward of several: the formulas, the rule for absent ones, and data that is combined anew."""
 
-import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from copg_jax.data.formats.choice import FORMATS
 from copg_jax.data.groups import TokenGroup
 from copg_jax.data.reader import GroupReader
 from copg_jax.data.scored import ScoredGroup, SideCar
-from copg_jax.data.tokenizer import tokenizer_hash
+from copg_jax.data.tokenizer import Encoder, tokenizer_hash
 from copg_jax.errors import InputError
 from tests.toys import names_all
 
@@ -185,7 +184,7 @@ def test_a_reward_is_standardised_over_the_whole_folder_whatever_part_of_it_is_r
 def test_another_combination_is_other_data_and_another_order_of_it_is_not(folder, plain):
     def key(rewards: dict[str, float], how: str = "sum") -> str:
         config = DataConfig(path=str(folder), rewards=rewards, combine=how)
-        return data_key(GroupReader(config), plain, config.limits, 500)
+        return data_key(GroupReader(config), Encoder(plain), config.limits, 500)
 
     both = {"a": 1.0, "b": 2.0}
     assert key(both) == key({"b": 2.0, "a": 1.0})
@@ -220,9 +219,8 @@ def test_weights_for_data_that_was_not_scored_are_refused_before_a_row_is_read(t
 
 def test_ties_are_those_of_the_combined_reward(folder, plain, tmp_path):
     tied = opened(folder, plain, tmp_path / "tied.arrow", rewards={"same": 1.0})
-    section = DataConfig(path=str(folder), rewards={"same": 1.0})
     with pytest.raises(InputError, match="all completions are equally good"):
-        inputs.require_differences(section, tied)
+        inputs.require_differences(tied)
     both = opened(folder, plain, tmp_path / "both.arrow", rewards={"same": 1.0, "a": 1e-3})
-    inputs.require_differences(dataclasses.replace(section, rewards={}), both)
+    inputs.require_differences(both)
     assert len(both) == 19

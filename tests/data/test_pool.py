@@ -13,7 +13,7 @@ from copg_jax.data.groups import TokenGroup
 from copg_jax.data.pool import JoinedPool, Pool, Source
 from copg_jax.data.stream import GroupStream
 from copg_jax.errors import InputError
-from copg_jax.models.layout import pack
+from copg_jax.models.layout import pack_epochs
 
 
 def group(prompt: int, name: str, size: int = 2) -> TokenGroup:
@@ -54,7 +54,7 @@ def offline(with_bos, tmp_path) -> GroupDataset:
 
 def order(pool: Pool | JoinedPool, num_epochs: int = 2, **settings) -> list[str]:
     """Ids in the order of training, in batches of two."""
-    stream = GroupStream(pool, pack, batch_size=2, num_epochs=num_epochs, seed=1, **settings)
+    stream = GroupStream(pool, pack_epochs, batch_size=2, num_epochs=num_epochs, seed=1, **settings)
     return [name for ids, _ in stream for name in ids]
 
 

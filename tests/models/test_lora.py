@@ -101,7 +101,7 @@ def test_while_b_is_zero_the_model_is_its_base_bit_for_bit(dtype, head, make):
 def test_greedy_tokens_of_adapters_are_those_of_the_merged_weights():
     base, adapter = base_of(LLAMA), adapters(LLAMA)
     sampler = make_sampler(
-        LLAMA, eos_id=LLAMA.vocab_size, max_new_tokens=4, temperature=0.0, mesh=toys.mesh()
+        LLAMA, end_ids=[LLAMA.vocab_size], max_new_tokens=4, temperature=0.0, mesh=toys.mesh()
     )
     prompts = BATCH.prompt_tokens, BATCH.prompt_length, None, row_keys(0, 0, 3)
     got, wanted, other = (

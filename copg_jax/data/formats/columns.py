@@ -51,9 +51,17 @@ def to_prompt(where: str, row: Row) -> TextGroup | str:
     """The same without its completions; a row may have none, and a `prompt` alone.
 
     Raises:
-        InvalidRow: as `to_group`.
+        InvalidRow: as `to_group`, and for a row without a prompt.
     """
-    if any(all(name in row for name in schema.fields) for schema in SCHEMAS) or "prompt" not in row:
+    is_known = any(all(name in row for name in schema.fields) for schema in SCHEMAS)
+    if not is_known and "prompt" not in row:
+        raise InvalidRow(
+            where,
+            "no prompt",
+            f"wanted a `prompt`, or a row as it is trained on; got {sorted(row)}. data.columns "
+            "reads it from a field of another name.",
+        )
+    if is_known:
         group = to_group(where, row)
         if isinstance(group, str):
             return group
