@@ -27,7 +27,7 @@ import numpy as np
 from etils import epath
 
 from copg_jax import distributed
-from copg_jax.config.sections import RewardSpec
+from copg_jax.config.reward_spec import RewardSpec
 from copg_jax.config.stages import ScoreConfig
 from copg_jax.data import sampled, scored
 from copg_jax.data.dataset import GroupDataset

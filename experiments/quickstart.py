@@ -22,15 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 from copg_jax import run_folder, runtime
+from copg_jax.config.checks import require, require_one_of, require_positive, require_seed
 from copg_jax.config.load import load_config, run_main
 from copg_jax.config.options import option
-from copg_jax.config.sections import (
-    RewardSpec,
-    require,
-    require_one_of,
-    require_positive,
-    require_seed,
-)
+from copg_jax.config.reward_spec import RewardSpec
 from copg_jax.config.stages import (
     EvaluateConfig,
     PolicyConfig,

@@ -2,7 +2,8 @@
 
 import pytest
 
-from copg_jax.config.sections import LossConfig, RewardSpec
+from copg_jax.config.reward_spec import RewardSpec
+from copg_jax.config.sections import LossConfig
 from copg_jax.dotted import find
 from copg_jax.errors import InputError
 from copg_jax.objective import find_objective

@@ -13,7 +13,8 @@ import pytest
 from etils import epath
 
 import experiments.evaluate
-from copg_jax.config.sections import GenerationConfig, RewardSpec
+from copg_jax.config.reward_spec import RewardSpec
+from copg_jax.config.sections import GenerationConfig
 from copg_jax.data.groups import TokenGroup
 from copg_jax.errors import InputError
 from copg_jax.evaluate import GenerationEvaluator, Generator

@@ -15,7 +15,8 @@ from etils import epath
 
 from copg_jax import inputs
 from copg_jax.config.load import load_config
-from copg_jax.config.sections import DataConfig, GenerationConfig, ModelConfig, RewardSpec
+from copg_jax.config.reward_spec import RewardSpec
+from copg_jax.config.sections import DataConfig, GenerationConfig, ModelConfig
 from copg_jax.config.stages import PolicyEvaluationConfig, ScoreConfig
 from copg_jax.data import scored
 from copg_jax.data.formats import verbatim

@@ -17,7 +17,8 @@ from etils import epath
 
 from copg_jax import inputs, scoring
 from copg_jax.checksums import file_sum
-from copg_jax.config.sections import DataConfig, RewardSpec
+from copg_jax.config.reward_spec import RewardSpec
+from copg_jax.config.sections import DataConfig
 from copg_jax.data import scored, scored_rows
 from copg_jax.data.dataset import GroupDataset, prepare
 from copg_jax.data.formats.choice import FORMATS

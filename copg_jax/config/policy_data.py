@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from copg_jax.config.checks import require, require_path
 from copg_jax.config.options import option
-from copg_jax.config.sections import DataConfig, require, require_path
+from copg_jax.config.sections import DataConfig
 from copg_jax.errors import InputError
 
 

@@ -4,11 +4,17 @@ Defaults are the paper's settings. A range that a single value can violate is ch
 depends on a model, a device or the data is checked where it is used.
 """
 
-import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from copg_jax.config.checks import (
+    require,
+    require_one_of,
+    require_path,
+    require_positive,
+    require_seed,
+    require_size,
+)
 from copg_jax.config.options import option
 from copg_jax.errors import InputError
 
@@ -23,53 +29,6 @@ POLICY_LOSSES = ("copg", "dpo", "ipo", "pg", "rloo", "opmd", "oapl", "asymre")
 COMBINATIONS = ("sum", "min", "standardized_sum")
 BY_DIFFERENCES = ("copg", "dpo", "ipo", "rloo")
 """Losses whose gradient is 0 at the reference where all rewards of each group are equal."""
-
-
-def require(config: Any, wanted: str, holds: Callable[[Any], bool], *names: str) -> None:
-    """Raises InputError unless this holds for each of these fields that is not null."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not holds(value):
-            raise InputError(f"{name} must be {wanted}, got {value!r}")
-
-
-def require_positive(config: Any, *names: str) -> None:
-    """Raises InputError unless each of these counts is null or at least 1."""
-    require(config, ">= 1", lambda count: count >= 1, *names)
-
-
-def require_size(config: Any, *names: str) -> None:
-    """Raises InputError unless each of these counts of what is computed at once is in range."""
-    require(config, "in [1, 2**20]", lambda count: 1 <= count <= 2**20, *names)
-
-
-def require_one_of(config: Any, choices: Sequence[str], *names: str) -> None:
-    """Raises InputError unless each of these fields is one of the choices."""
-    require(config, f"one of {', '.join(choices)}", choices.__contains__, *names)
-
-
-_MAY_BE_SECRET = re.compile(r"//[^/]*@|[?#].*=", re.DOTALL)  # user@, ?name=value, #name=value
-
-
-def require_path(name: str, path: str) -> None:
-    """Raises InputError for an empty path, and for a URL that may have a password or token in it,
-    which logs, side-cars and messages would show.
-    """
-    if not path.strip():
-        raise InputError(f"{name} must be a path, got an empty text")
-    scheme, _, rest = path.partition("://")
-    if rest and _MAY_BE_SECRET.search(f"//{rest}"):
-        raise InputError(
-            f"{name} must be a URL without password or token, got one of {scheme}:// with user@, "
-            "?name=value or #name=value, which may be one: leave that out, and give secrets in the "
-            "file or environment variables of its client, such as GOOGLE_APPLICATION_CREDENTIALS "
-            "or AWS_SECRET_ACCESS_KEY"
-        )
-
-
-def require_seed(config: Any) -> None:
-    """Raises InputError unless the seed is one for NumPy and for JAX."""
-    require(config, "in [0, 2**32)", lambda seed: 0 <= seed < 2**32, "seed")
 
 
 @dataclass(frozen=True)
@@ -305,76 +264,29 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
-class OverlongPenalty:
-    """What a long completion costs: `penalty`·min(1, max(0, n − `max_tokens` + `buffer_tokens`) /
-    `buffer_tokens`) for n tokens, as in DAPO (arXiv 2503.14476, Eq. 13).
-    """
+class GenerationConfig:
+    """How completions are generated and judged."""
 
-    max_tokens: int = option(
-        help="a completion of more tokens, end token included, costs all of it"
+    num_prompts: int = option(
+        128, "fixed prompts, the first ones of the data (paper: 128; Fig. 6: 1024)"
     )
-    buffer_tokens: int = option(0, "it begins so many tokens before, and grows linearly")
-    penalty: float = option(1.0, "what is taken off the reward at most")
-
-    def __post_init__(self):
-        require_positive(self, "max_tokens")
-        require(self, ">= 0", lambda number: number >= 0, "buffer_tokens", "penalty")
-        require(self, "<= max_tokens", lambda size: size <= self.max_tokens, "buffer_tokens")
-
-
-_REWARD_NAME = re.compile(r"[A-Za-z_][\w-]*", re.ASCII)
-
-
-@dataclass(frozen=True)
-class RewardSpec:
-    """One reward function and its share in the total."""
-
-    function: str = option(help="dotted path of the function, e.g. copg_jax.rewards.rouge_l")
-    arguments: dict[str, Any] = option(
-        {}, "if given, the path names a factory that is called with these and returns the function"
+    num_samples: int = option(1, "completions per prompt")
+    max_new_tokens: int = option(53, "longest completion, EOS included")
+    sampling_temperature: float = option(
+        1.0, "1 estimates J(pi), an expectation under pi; 0 is greedy decoding"
     )
-    weight: float = option(
-        1.0, "factor of this reward in the sum; 0 = it is stored and logged, and decides nothing"
+    missing_eos_reward: float | None = option(
+        None, "reward of a completion without EOS; null = that of its text, like any other"
     )
-    name: str | None = option(
-        None, "by which it is stored and logged; null = the last part of `function`"
-    )
-    clip: list[float] | None = option(
-        None, "[lo, hi]: values outside are set to the nearer; null = none"
-    )
-    overlong: OverlongPenalty | None = option(
-        None, "what a long completion costs, after clipping; null = nothing"
-    )
-    num_workers: int = option(
-        0, "processes that call the function; 0 = the run's own, where nothing can stop it"
-    )
-    timeout_sec: float | None = option(
-        None, "longest time for a completion in a worker; then it is dropped and counted"
-    )
-    batch_size: int | None = option(
-        None, "completions that a call gets; null = all of them, in a worker 1"
-    )
+    batch_size: int = option(32, "prompts generated at a time")
+    num_texts: int = option(4, "generations shown and logged as text")
+    seed: int = option(0, "seed of the sampling; the step is folded in")
 
     def __post_init__(self):
-        if isinstance(path := self.arguments.get("path"), str):
-            require_path("arguments: path", path)
-        require(self, "in [0, 1024]", lambda count: 0 <= count <= 1024, "num_workers")
-        require(self, "> 0", lambda seconds: seconds > 0, "timeout_sec")
-        require_size(self, "batch_size")
-        if self.timeout_sec is not None and not self.num_workers:
-            raise InputError(
-                f"timeout_sec is {self.timeout_sec:g} but num_workers is 0: nothing can stop a "
-                "function in the run's own process. Set num_workers to 1 or more."
-            )
-        wanted = "made of letters, digits, _ and -, the first no digit or -"
-        require(self, wanted, lambda name: _REWARD_NAME.fullmatch(name) is not None, "name")
-        wanted = "two numbers [lo, hi], lo < hi"
-        require(self, wanted, lambda clip: len(clip) == 2 and clip[0] < clip[1], "clip")
-
-    @property
-    def label(self) -> str:
-        """The name by which it is stored and logged."""
-        return self.name or self.function.rpartition(".")[2]
+        require_size(self, "num_samples", "batch_size")
+        require_positive(self, "num_prompts", "max_new_tokens")
+        require(self, ">= 0", lambda n: n >= 0, "sampling_temperature", "num_texts")
+        require_seed(self)
 
 
 @dataclass(frozen=True)
@@ -401,29 +313,3 @@ class SamplingConfig:
                 "temperature=0 is greedy decoding, which gives one completion: set num_samples=1, "
                 "and no top_k or top_p; or a temperature above 0"
             )
-
-
-@dataclass(frozen=True)
-class GenerationConfig:
-    """How completions are generated and judged."""
-
-    num_prompts: int = option(
-        128, "fixed prompts, the first ones of the data (paper: 128; Fig. 6: 1024)"
-    )
-    num_samples: int = option(1, "completions per prompt")
-    max_new_tokens: int = option(53, "longest completion, EOS included")
-    sampling_temperature: float = option(
-        1.0, "1 estimates J(pi), an expectation under pi; 0 is greedy decoding"
-    )
-    missing_eos_reward: float | None = option(
-        None, "reward of a completion without EOS; null = that of its text, like any other"
-    )
-    batch_size: int = option(32, "prompts generated at a time")
-    num_texts: int = option(4, "generations shown and logged as text")
-    seed: int = option(0, "seed of the sampling; the step is folded in")
-
-    def __post_init__(self):
-        require_size(self, "num_samples", "batch_size")
-        require_positive(self, "num_prompts", "max_new_tokens")
-        require(self, ">= 0", lambda n: n >= 0, "sampling_temperature", "num_texts")
-        require_seed(self)

@@ -8,8 +8,17 @@ another run.
 from dataclasses import dataclass
 from typing import Any
 
+from copg_jax.config.checks import (
+    require,
+    require_one_of,
+    require_path,
+    require_positive,
+    require_seed,
+    require_size,
+)
 from copg_jax.config.options import option, section
 from copg_jax.config.policy_data import PolicyDataConfig
+from copg_jax.config.reward_spec import RewardSpec
 from copg_jax.config.sections import (
     DISTRIBUTED_MODES,
     DataConfig,
@@ -19,15 +28,8 @@ from copg_jax.config.sections import (
     MeshConfig,
     ModelConfig,
     OptimConfig,
-    RewardSpec,
     SamplingConfig,
     TrainingConfig,
-    require,
-    require_one_of,
-    require_path,
-    require_positive,
-    require_seed,
-    require_size,
 )
 from copg_jax.errors import InputError
 

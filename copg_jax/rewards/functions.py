@@ -15,8 +15,8 @@ from typing import Any, cast
 
 import numpy as np
 
+from copg_jax.config.reward_spec import RewardSpec
 from copg_jax.config.schema import as_stored, map_leaves
-from copg_jax.config.sections import RewardSpec
 from copg_jax.data.combine import combine, require_float32
 from copg_jax.data.formats.texts import Text
 from copg_jax.data.groups import TokenGroup

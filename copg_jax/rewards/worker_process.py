@@ -13,7 +13,7 @@ import threading
 from multiprocessing.connection import Connection
 from typing import Any
 
-from copg_jax.config.sections import RewardSpec
+from copg_jax.config.reward_spec import RewardSpec
 from copg_jax.errors import InputError
 from copg_jax.rewards.functions import load_reward
 from copg_jax.rewards.protocol import FunctionFailed, ask

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from copg_jax.config.sections import RewardSpec
+from copg_jax.config.reward_spec import RewardSpec
 from copg_jax.errors import InputError, hidden
 from copg_jax.rewards.protocol import Answer
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from copg_jax import sharding
-from copg_jax.config.sections import LoraConfig, RewardSpec
+from copg_jax.config.reward_spec import RewardSpec
+from copg_jax.config.sections import LoraConfig
 from copg_jax.config.stages import EvaluateConfig, PolicyConfig
 from copg_jax.hf.pretrained import PretrainedModel
 from copg_jax.models.lora import find_targets, lora_specs

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from copg_jax.config.checks import require_path
 from copg_jax.config.options import option
-from copg_jax.config.sections import require_path
 from copg_jax.config.stages import STAGES
 from copg_jax.errors import InputError
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from copg_jax.config.sections import RewardSpec
+from copg_jax.config.reward_spec import RewardSpec
 from copg_jax.errors import InputError
 from copg_jax.rewards import Missing
 from copg_jax.rewards.functions import WeightedRewards, load_reward

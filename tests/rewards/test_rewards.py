@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from copg_jax import checksums, rewards
-from copg_jax.config.sections import Limits, RewardSpec
+from copg_jax.config.reward_spec import RewardSpec
+from copg_jax.config.sections import Limits
 from copg_jax.data.formats.choice import FormatChoice
 from copg_jax.data.formats.columns import to_group
 from copg_jax.data.formats.texts import TextGroup

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from copg_jax.config.sections import OverlongPenalty, RewardSpec
+from copg_jax.config.reward_spec import OverlongPenalty, RewardSpec
 from copg_jax.errors import InputError
 from copg_jax.rewards.functions import WeightedRewards
 

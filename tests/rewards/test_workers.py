@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from copg_jax.config.sections import RewardSpec
+from copg_jax.config.reward_spec import RewardSpec
 from copg_jax.errors import InputError
 from copg_jax.rewards.functions import WeightedRewards
 from tests.rewards import hostile
@@ -204,7 +204,7 @@ def test_workers_end_with_the_run_however_that_ends(end, tmp_path):
     mark = tmp_path / "pids"
     text = {"SIGTERM": "hang", "SIGKILL": "hang"}.get(end, "a")
     program = f"""
-from copg_jax.config.sections import RewardSpec
+from copg_jax.config.reward_spec import RewardSpec
 from copg_jax.rewards.functions import WeightedRewards
 from copg_jax.runtime import signals_as_exits
 with signals_as_exits():
