@@ -123,7 +123,7 @@ def test_scored_messages_are_refused_under_another_template(place):
     tokenizer.chat_template = LLAMA_3
     with pytest.raises(InputError, match="'text_format_hash': the data was scored with the text"):
         reader.check_ids(Encoder(tokenizer))
-    with pytest.raises(InputError, match=r"fields that scoring gave them.*data\.columns"):
+    with pytest.raises(InputError, match=r"fields that they were given.*data\.columns"):
         renamed = DataConfig(path=str(place / "scored"), columns={"prompt": "question"})
         GroupReader(renamed).check_ids(Encoder(tokenizer))
 

@@ -26,6 +26,7 @@ from copg_jax.data.tokenizer import load_tokenizer, tokenizer_hash
 from copg_jax.errors import InputError
 from copg_jax.files import read_json_lines
 from copg_jax.hf.pretrained import open_model
+from copg_jax.train import exports
 from copg_jax.train import run as training
 from copg_jax.train.checkpoint import Checkpoints
 from experiments import evaluate
@@ -184,7 +185,9 @@ def test_a_damaged_file_ends_in_the_same_run_or_is_named(place, stage, operation
 def checkpoints(place, monkeypatch) -> Callable[[], Any]:
     """Gives the newest step of the policy's run, its arrays, and the parameters of the best one."""
     made: dict[str, Any] = {}
-    monkeypatch.setattr(training, "_is_exported", lambda run, _: made.update(run=run) or True)
+    prepare = training._prepare
+    monkeypatch.setattr(training, "_prepare", lambda *of: made.setdefault("run", prepare(*of)))
+    monkeypatch.setattr(training, "is_exported", lambda *of, **more: True)
     place.run("policy")
     run = made["run"]
 
@@ -306,7 +309,7 @@ def test_an_export_that_cannot_be_read_now_is_not_written_again(place, monkeypat
         return check(folder, **more)
 
     monkeypatch.setattr(checksums, "check", failing)
-    monkeypatch.setattr(training, "save_pretrained", None)
+    monkeypatch.setattr(exports, "save_pretrained", None)
     with pytest.raises(InputError, match="not now"):
         place.run("policy")
 

@@ -202,7 +202,7 @@ def test_generations_without_a_reward_are_counted_in_the_log(models, tmp_path, c
     more = f"evaluation.rewards=[{{function: {__name__}.some_rewards}}]"
     found = run(evaluate, EvaluateConfig, tmp_path, *evaluation(models, models.make(), more))
     assert found["eval/reward_mean"] == 1.0 and found["eval/dropped_rewards"] == 1
-    assert "1 of 2 generations have no reward (None): left out" in capfd.readouterr().err
+    assert "1 of 2 generations have no reward: left out" in capfd.readouterr().err
 
 
 def test_a_tokenizer_with_an_id_beyond_the_embedding_is_refused(models, tmp_path):

@@ -64,10 +64,10 @@ def test_the_commands_of_the_rewards_find_functions_that_score(folder, monkeypat
     (folder / "runs").mkdir()
     (folder / "runs" / "scores.jsonl").write_text(json.dumps(row) + "\n")
     texts = ["Parcel?"] * 3, [" please wait", " no", " never heard of"]
-    total, parts = WeightedRewards(polite.rewards)(*texts, {})
-    assert parts["my_rewards.says_please"].tolist() == [1, 0, 0]
+    total, parts = WeightedRewards(polite.rewards)(*texts, {}, num_tokens=[3] * 3)
+    assert parts["says_please"].tolist() == [1, 0, 0]
     assert total.tolist() == pytest.approx([0.98, -0.01, -0.03])
-    total, _ = WeightedRewards(scores.rewards)(*texts, {})
+    total, _ = WeightedRewards(scores.rewards)(*texts, {}, num_tokens=[3] * 3)
     assert total[:2].tolist() == [4.0, 0.5]
     assert total[2] != total[2]  # unknown: left out
 
