@@ -187,15 +187,20 @@ def require_preferences(section: DataConfig) -> None:
         )
 
 
-def require_differences(dataset: Groups) -> None:
-    """Raises InputError where no group has two different rewards, from which a loss would learn."""
+def require_differences(where: str, dataset: Groups) -> None:
+    """Raises InputError where no group has two different rewards, from which a loss would learn.
+
+    Args:
+        where: the path of the data, or those of its sources.
+        dataset: all groups.
+    """
     for group in dataset:
         given = group.rewards[~np.isnan(group.rewards)] if group.rewards is not None else []
         if len(given) and min(given) < max(given):
             return
     raise InputError(
-        f"data.path: wanted groups with different rewards, got {len(dataset)} in "
-        "each of which all completions are equally good: there is nothing to learn. Fix: other "
+        f"{where}: wanted groups with different rewards, got {len(dataset)} in each of which "
+        " all completions are equally good: there is nothing to learn. Fix: other "
         "data, or score with another reward function."
     )
 

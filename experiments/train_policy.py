@@ -16,6 +16,7 @@ from jax import Array
 
 from copg_jax import reuse
 from copg_jax.config.load import run_main
+from copg_jax.config.policy_data import PolicyDataConfig
 from copg_jax.config.sections import BY_DIFFERENCES
 from copg_jax.config.stages import PolicyConfig
 from copg_jax.hf.pretrained import PretrainedModel
@@ -36,9 +37,14 @@ def _make_loss(
     return make_policy_loss(make_seq_logp(model.arch, model.partitioner, chunk=chunk), objective)
 
 
+def _paths(data: PolicyDataConfig) -> str:
+    return data.path or ", ".join(source.path for source in data.sources)
+
+
 def main(config: PolicyConfig) -> None:
     """Trains the SFT model with the loss named in `loss.name`."""
     objective, evaluation = find_objective(config.loss), config.evaluation
+    learns_from_gaps = config.loss.name in BY_DIFFERENCES
 
     train(
         config,
@@ -52,7 +58,9 @@ def main(config: PolicyConfig) -> None:
             coefficients=find_coefficients(config.loss),
             check_section=require_scored_folder,
             check_data=require_same_reference,
-            check_pool=require_differences if config.loss.name in BY_DIFFERENCES else None,
+            check_pool=partial(require_differences, _paths(config.data))
+            if learns_from_gaps
+            else None,
             cross=config.loss.pairs == "cross",
             open_evaluation=evaluation
             and (

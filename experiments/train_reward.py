@@ -18,10 +18,10 @@ from copg_jax.objective import make_bradley_terry_loss
 from copg_jax.train.run import Stage, train
 
 
-def check_data(_section: DataConfig, _model: PretrainedModel, dataset: GroupDataset) -> None:
+def check_data(section: DataConfig, _model: PretrainedModel, dataset: GroupDataset) -> None:
     """Raises InputError unless there are pairs, and choices among them."""
     require_rewards(dataset, at_least=2)
-    require_differences(dataset)
+    require_differences(section.path, dataset)
 
 
 def main(config: RewardModelConfig) -> None:

@@ -251,10 +251,10 @@ def test_a_part_and_its_line_in_the_log_are_never_apart(
 ):
     write_part = scored.write_part
 
-    def ended(folder: Any, index: int, groups: Any, key: str) -> Any:
+    def ended(folder: Any, index: int, *of: Any) -> Any:
         if index == part:
             raise KeyboardInterrupt
-        return write_part(folder, index, groups, key)
+        return write_part(folder, index, *of)
 
     monkeypatch.setattr(scored, "write_part", ended)
     with pytest.raises(KeyboardInterrupt):

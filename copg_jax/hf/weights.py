@@ -54,7 +54,7 @@ RESTORE = (
     "Fix: copy the folder again, or let the run that wrote it export it anew (the same command); "
     f"where it was changed on purpose, delete {checksums.NAME} there."
 )
-_SNAPSHOT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+_SNAPSHOT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md"]
 
 
 def resolve(path_or_id: str, revision: str | None = None) -> Path:

@@ -60,7 +60,7 @@ def test_values_outside_a_clip_are_set_to_the_nearer_end_and_counted_before_they
     total, by_name, counts = rewarded(spec("values", clip=[-0.5, 1.0], weight=-2.0))
     np.testing.assert_array_equal(by_name["values"], [-0.5, -0.5, 0.25, 1.0, math.nan])
     np.testing.assert_array_equal(total, [1.0, 1.0, -0.5, -2.0, math.nan])
-    assert counts == {"rewards/values/clipped": 2}
+    assert counts == {"rewards/values/clipped": 2, "rewards/values/dropped/none": 1}
 
 
 # DAPO's Eq. 13 with L_max = 20 and L_cache = 4: 0 up to 16 tokens, −1 from 20.
@@ -80,6 +80,7 @@ def test_a_clip_does_not_take_back_what_a_long_completion_costs_and_none_stays_n
     options = {"clip": [-1.0, 1.0], "overlong": OverlongPenalty(5, penalty=0.5)}
     _, by_name, counts = rewarded(spec("values", **options), num_tokens=[9] * 5)
     np.testing.assert_array_equal(by_name["values"], [-1.5, -1.0, -0.25, 0.5, math.nan])
+    assert counts.pop("rewards/values/dropped/none") == 1
     assert counts == {"rewards/values/clipped": 2, "rewards/values/overlong": 4}
 
 

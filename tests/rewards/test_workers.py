@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ def ask(rewards: WeightedRewards, texts: list[str]) -> tuple[list[float], dict[s
     """Rewards of texts, and why some are missing."""
     counts: Counter[str] = Counter()
     where = [f"f:{i}" for i in range(1, len(texts) + 1)]
-    total, _ = rewards(["p"] * len(texts), texts, {}, where, counts=counts)
+    sizes = [9] * len(texts)
+    total, _ = rewards(["p"] * len(texts), texts, {}, where, num_tokens=sizes, counts=counts)
     return total.tolist(), {name.rpartition("/")[2]: number for name, number in counts.items()}
 
 
@@ -153,7 +155,7 @@ def test_what_a_reward_prints_and_changes_is_said_once(num_workers, caplog, capf
     columns = {"topic": ["x"] * 2}
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            total, _ = rewards(["p"] * 2, ["print", "print"], columns)
+            total, _ = rewards(["p"] * 2, ["print", "print"], columns, num_tokens=[9] * 2)
     assert total.tolist() == [5.0, 5.0]
     assert columns == {"topic": ["x"] * 2}
     (prints, changes) = (record.getMessage() for record in caplog.records)
@@ -209,7 +211,7 @@ from copg_jax.rewards.functions import WeightedRewards
 from copg_jax.runtime import signals_as_exits
 with signals_as_exits():
     rewards = WeightedRewards([RewardSpec({JUDGE!r}, num_workers=2)])
-    rewards(["p"] * 4, [{text!r}] * 4, {{}})
+    rewards(["p"] * 4, [{text!r}] * 4, {{}}, num_tokens=[9] * 4)
     {"raise KeyError('x')" if end == "raise" else ""}
 """
     environment = os.environ | {"HOSTILE_MARK": str(mark)}
@@ -262,6 +264,6 @@ def test_batches_in_the_run_s_own_process_give_the_same_and_say_how_far_they_are
     whole = ask(WeightedRewards([RewardSpec(JUDGE)]), texts)
     spec = RewardSpec(JUDGE, batch_size=2)
     assert ask(WeightedRewards([spec]), texts) == whole
-    both: Any = WeightedRewards([spec, spec])
-    both(["p"] * 5, texts, {}, update=told.append)
+    both: Any = WeightedRewards([spec, replace(spec, name="second")])
+    both(["p"] * 5, texts, {}, num_tokens=[9] * 5, update=told.append)
     assert told == [2, 4, 5, 7, 9, 10]
