@@ -285,7 +285,17 @@ def test_folders_beside_each_other_do_not_overlap(tmp_path, monkeypatch, read, w
 DEFINES = {
     *(f"model.{name}" for name in ("path", "revision", "dtype", "adapter")),
     *("reference", *(f"reference.{name}" for name in ("path", "revision", "dtype", "adapter"))),
-    *("lora", "sampling", "origin", "prompts", "rewards", "seed", "part_size", "beta"),
+    *(
+        "lora",
+        "sampling",
+        "origin",
+        "engine_prompts",
+        "prompts",
+        "rewards",
+        "seed",
+        "part_size",
+        "beta",
+    ),
     *("data", "validation", "optim", "loss", "evaluation", "evaluation.data", "evaluation.rewards"),
     *("training.batch_size", "training.num_epochs", "training.max_steps"),
     *(f"evaluation.generation.{name}" for name in ("num_prompts", "num_samples", "seed")),
