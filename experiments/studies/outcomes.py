@@ -208,6 +208,10 @@ def reward_gap_sd(section: DataConfig) -> float:
     """
     squares: list[float] = []
     for group in GroupReader(section):
-        rewards: list[Any] = [r for r in group.rewards or () if r is not None and not math.isnan(r)]
+        rewards: list[Any] = (
+            []
+            if group.rewards is None
+            else [r for r in group.rewards if r is not None and not math.isnan(r)]
+        )
         squares += [(a - b) ** 2 for a, b in combinations(rewards, 2)]
     return math.sqrt(np.mean(squares)) if squares else math.nan
