@@ -81,7 +81,7 @@ def pipeline(request: pytest.FixtureRequest, tmp_path_factory) -> Pipeline:
 @pytest.mark.parametrize(
     ("pipeline", "sizes"),
     [
-        *(("llama", sizes) for sizes in ((1, 8, 1), (1, 4, 2), (2, 2, 2))),
+        *(("llama", sizes) for sizes in ((1, 8, 1), (2, 2, 2))),
         ("qwen2", (2, 2, 2)),  # whose biases are cut too; of the others a step is compared
     ],
     indirect=["pipeline"],
