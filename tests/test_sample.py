@@ -22,6 +22,7 @@ from copg_jax.hf.pretrained import PretrainedModel, open_model
 from copg_jax.infer import GroupForward
 from copg_jax.models.forward import make_seq_logp
 from copg_jax.objective import make_policy_loss
+from tests.runs import json_rows
 from tests.toys import names_all
 from tests.workplace import Workplace
 
@@ -186,6 +187,35 @@ def test_on_policy_with_two_samples_the_gradient_of_a_step_is_that_of_rloo(place
     by_hand = jax.jit(jax.grad(lambda params: -(weights * seq_logp(params, batch)).sum()))(params)
     for one, other in zip(jax.tree.leaves(copg), jax.tree.leaves(by_hand), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-3 * largest)
+
+
+@pytest.mark.slow
+def test_a_policy_trains_on_a_pool_with_shares_and_on_pairs_across_its_origins(place, tmp_path):
+    """Other samples of the same prompts are a second source; with a glob, several folders of it."""
+    for name, seed in (("round-0", 1), ("round-1", 2)):
+        draw(place, f"sampling.seed={seed}", f"output_dir={tmp_path / 'drawn' / name}")
+        drawn = f"data.path={tmp_path / 'drawn' / name}"
+        score(place, "x", drawn, f"output_dir={tmp_path / name}")
+    rounds, first = tmp_path / "round-*", place.folder / "scored"
+    base = [f"model.path={place.folder / 'base'}", "data.path=null", "data.part=all"]
+    base += ["data.holdout_fraction=0", "data.max_rows=null", "validation=null", "evaluation=null"]
+
+    def train(name: str, sources: str, *more: str) -> list[dict[str, Any]]:
+        folder = tmp_path / name
+        place.run("policy", *base, f"data.sources={sources}", f"output_dir={folder}", *more)
+        return [row for row in json_rows(folder / "metrics.jsonl") if "loss" in row]
+
+    shares = f"[{{path: {rounds}, share: 0.75}}, {{path: {first}, share: 0.25}}]"
+    rows = train("shares", shares)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    # At the reference the loss is 0.
+    assert abs(rows[0]["loss"]) < 1e-2 < abs(rows[2]["loss"])
+    origins = f"[{{path: {rounds}, origin: 1}}, {{path: {first}, origin: 0}}]"
+    across = train("across", origins, "loss.pairs=cross")
+    assert abs(across[0]["loss"]) < 1e-2 < abs(across[2]["loss"])
+    assert across[1:] != rows[1:]
+    again = train("across", origins, "loss.pairs=cross")  # is complete
+    assert again == across
 
 
 def test_prompts_alone_are_enough_each_is_taken_once_and_those_for_an_engine_have_ids(

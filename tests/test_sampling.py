@@ -206,6 +206,38 @@ def test_greedy_is_the_most_likely_token_of_the_whole_text_recomputed(params):
     np.testing.assert_array_equal(greedy.length[:, 0], length)
 
 
+@pytest.mark.parametrize(
+    ("mu", "num_kept"),
+    [({"temperature": 0.7, "top_k": 3}, 3), ({"temperature": 2.0, "top_p": 0.6}, None)],
+    ids=str,
+)
+def test_ln_mu_is_that_of_what_was_drawn_from_and_ln_pi_stays_that_of_the_model(
+    params, mu, num_kept
+):
+    sizes = {"max_new_tokens": 1, "num_samples": K}
+    sampler: Any = make_sampler(ARCH, end_ids=[EOS], mesh=mesh(), **sizes, **mu)
+    keys = row_keys(0, 0, B)
+    drawn = jax.device_get(sampler(params, PROMPTS, LENGTH, None, keys))
+    hidden = tiny.plain_hidden(ARCH, params, jnp.asarray(PROMPTS))[np.arange(B), LENGTH - 1]
+    logits = np.asarray(hidden @ Decoder(ARCH).output_matrix(params), np.float64)
+    for b in range(B):
+        scaled = logits[b] / mu.get("temperature", 1.0)
+        order = np.argsort(-scaled)
+        probs = np.exp(scaled - scaled.max())
+        probs /= probs.sum()
+        count = num_kept
+        if count is None:  # as few as a total of top_p takes
+            count = int(np.searchsorted(np.cumsum(probs[order]), mu["top_p"])) + 1
+            assert count < 8
+        wanted = np.zeros(8)
+        wanted[order[:count]] = probs[order[:count]] / probs[order[:count]].sum()
+        tokens = drawn.tokens[b, :, 0]
+        assert set(tokens.tolist()) <= set(order[:count].tolist())
+        np.testing.assert_allclose(np.exp(drawn.mu_token_logp[b, :, 0]), wanted[tokens], rtol=1e-4)
+        logp = logits[b] - np.log(np.exp(logits[b] - logits[b].max()).sum()) - logits[b].max()
+        np.testing.assert_allclose(drawn.token_logp[b, :, 0], logp[tokens], atol=1e-4)
+
+
 def test_eight_devices_draw_what_one_device_draws(samples, params):
     shape = Shape(4, (P,) * (B // 4), P, K, C, Capacity(11, 0))
     layout, keys = shape.prompt_layout(LENGTH), row_keys(0, 0, B)
