@@ -93,7 +93,8 @@ def _evaluate(config: EvaluateConfig) -> dict[str, float]:
             if file is not None:
                 file.write("".join(map(_line, batch)))
                 file.sync()
-    metrics = summarize(found, beta=config.beta) | evaluator.dropped()
+    # Of what is stored alone: the counts of an interrupted evaluation's first part are not known.
+    metrics = summarize(found, beta=config.beta)
     averages = folder / "evaluation.json"
     with distributed.main_first(averages):
         if is_main:
