@@ -129,7 +129,12 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _is_of_library(error: BaseException) -> bool:
-    """Whether a library that writes raised it: one that is not Python raises what is built in."""
+    """Whether a library that writes raised it: one that is not Python raises what is built in.
+
+    An error with no frame at all was never raised in Python: a thread of such a library set it.
+    """
+    if error.__traceback__ is None:
+        return True
     frames = (frame.f_globals.get("__name__") for frame, _ in walk_tb(error.__traceback__))
     names = [type(error).__module__, *filter(None, frames)]
     return any(name.partition(".")[0] in _LIBRARIES for name in names)

@@ -43,6 +43,13 @@ class PolicyDataConfig(DataConfig):
             )
         if self.path is not None:
             require_path("path", self.path)
+        if self.sources and self.combine == "standardized_sum":
+            raise InputError(
+                "combine: wanted sum or min with sources, got standardized_sum: means and standard "
+                "deviations of each folder alone would weigh the same reward differently from "
+                "folder to folder. Fix: combine=sum with weights w/s, from the log of "
+                "standardized_sum on one folder or the table that experiments.score prints"
+            )
         shares = [source.share for source in self.sources if source.share is not None]
         if shares and (len(shares) < len(self.sources) or abs(sum(shares) - 1) > 1e-6):
             raise InputError(
