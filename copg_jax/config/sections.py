@@ -103,6 +103,7 @@ class DataConfig:
         "train", "hub split, or the files or rows of this split where they name one"
     )
     revision: str | None = option(None, "hub revision; a commit pins the contents")
+    subset: str | None = option(None, "which of a hub data set's configurations, such as main")
     format: str = option(
         "auto",
         "tldr (posts in their frame), text (prompt and completion, byte for byte), chat (messages, "

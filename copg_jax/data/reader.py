@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -124,7 +125,7 @@ class GroupReader:
     def fingerprint(self) -> str:
         """Hash of everything that decides which groups come out: file contents and the config."""
         config = self._config
-        contents = fingerprint(config.path, split=config.split, revision=config.revision)
+        contents = fingerprint(config.path, **_where(config))
         # The contents stand for the path, which may be written in another way, or be a secret.
         own = {name: value for name, value in vars(config).items() if name != "path"}
         decides = json.dumps([contents, own, self._chosen_only, self._prompts_only], sort_keys=True)
@@ -146,7 +147,7 @@ class GroupReader:
         self._answered.clear()
         self._first = None
         self.rows_read = kept = 0
-        for where, row in read_rows(config.path, split=config.split, revision=config.revision):
+        for where, row in read_rows(config.path, **_where(config)):
             if kept == config.max_rows:
                 return
             self.rows_read += 1
@@ -284,6 +285,11 @@ def _require_stored(config: DataConfig) -> None:
             f"data.rewards: {config.path} has no reward {unknown!r}; it has {', '.join(names)}. "
             "Fix: name these, or score again with that reward too."
         )
+
+
+def _where(config: DataConfig) -> dict[str, Any]:
+    """Which rows behind a path are meant."""
+    return {"split": config.split, "revision": config.revision, "subset": config.subset}
 
 
 def _combination(config: DataConfig) -> Callable[[Mapping[str, np.ndarray]], np.ndarray] | None:

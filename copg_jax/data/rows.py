@@ -37,7 +37,7 @@ class InvalidRow(InputError):
 
 
 def read_rows(
-    path: str, *, split: str = "train", revision: str | None = None
+    path: str, *, split: str = "train", revision: str | None = None, subset: str | None = None
 ) -> Iterator[tuple[str, Row | InvalidRow]]:
     """Yields `(where, row)` for each row of a local file, folder, glob or hub data set.
 
@@ -45,13 +45,19 @@ def read_rows(
         path: file of `sources.SUFFIXES`, folder or glob of such, or hub id `owner/name`.
         split: hub split; in a folder whose files are named after splits, the files to read.
         revision: hub revision; None is the default branch (the Parquet one of a script-only set).
+        subset: configuration of a hub data set that has several.
 
     Raises:
-        InputError: unreadable file, or malformed JSON (with line and column).
+        InputError: unreadable file, or malformed JSON (with line and column); a subset of files.
     """
     if is_hub_id(path):
-        yield from _read_hub(path, split, revision)
+        yield from _read_hub(path, split, revision, subset)
         return
+    if subset is not None:
+        raise InputError(
+            f"data.subset: {subset!r} is a configuration of a data set of the hub, but {path} is "
+            "local. Fix: leave it out, and name the files that you mean."
+        )
     for file in find_files(path, split):
         reader = _read_parquet if file.suffix == ".parquet" else _read_json
         try:
@@ -192,10 +198,14 @@ def _parquet_row(where: str, batch: Any, index: int) -> Row | InvalidRow:
     return row
 
 
-def _read_hub(path: str, split: str, revision: str | None) -> Iterator[tuple[str, Row]]:
+def _read_hub(
+    path: str, split: str, revision: str | None, subset: str | None
+) -> Iterator[tuple[str, Row]]:
     import datasets
 
     options: dict[str, Any] = {"split": split, "streaming": True}
+    if subset is not None:
+        options["name"] = subset
     if path in SCRIPT_ONLY:
         revision = revision or PARQUET_REVISION
         options["data_files"] = {split: f"{SCRIPT_ONLY[path]}/{split}/*.parquet"}
@@ -206,7 +216,7 @@ def _read_hub(path: str, split: str, revision: str | None) -> Iterator[tuple[str
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{path}: not a local path, and the hub's data set of that name could not be read "
-            f"(split '{split}', revision {revision or 'default'}): {type(error).__name__}: "
-            f"{error}. Check data.path, data.split, data.revision and the network, or download "
-            "the files and give their local path."
+            f"(split '{split}', revision {revision or 'default'}, subset {subset or 'default'}): "
+            f"{type(error).__name__}: {error}. Check data.path, data.split, data.revision, "
+            "data.subset and the network, or download the files and give their local path."
         ) from error

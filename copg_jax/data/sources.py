@@ -148,18 +148,21 @@ def _listed(files: Sequence[Path]) -> str:
     return ", ".join(map(str, files[:_NUM_LISTED])) + ", ..." * (len(files) > _NUM_LISTED)
 
 
-def fingerprint(path: str, *, split: str = "train", revision: str | None = None) -> str:
+def fingerprint(
+    path: str, *, split: str = "train", revision: str | None = None, subset: str | None = None
+) -> str:
     """Returns a hash of the contents behind `path`.
 
     Note:
-        For a hub id it covers id, split and revision only: a commit as revision pins the contents.
+        For a hub id it covers id, split, revision and subset only: a commit as revision pins the
+        contents.
 
     Raises:
         InputError: a file that cannot be read, or two with the same contents.
     """
     digest = hashlib.sha256()
     if is_hub_id(path):
-        digest.update(repr((path, split, revision)).encode())
+        digest.update(repr((path, split, revision, subset)).encode())
         return digest.hexdigest()
     seen: dict[bytes, Path] = {}
     for file in find_files(path, split):

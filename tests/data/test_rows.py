@@ -109,6 +109,9 @@ def test_hub_ids_are_streamed_and_script_only_sets_read_as_parquet(hub):
             },
         ),
     ]
+    list(read_rows("openai/gsm8k", subset="main"))
+    assert hub[2] == ("openai/gsm8k", {"revision": None, "split": "train", "streaming": True,
+                                       "name": "main"})  # fmt: skip
     with pytest.raises(InputError, match=r"no/where: not a local path.*no such data set"):
         list(read_rows("no/where"))
 
