@@ -59,6 +59,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "copg_jax_test_xla")
 )
+# Half the time of a first run is LLVM's, and the tests' programs are small. What XLA itself does
+# (partitioning, fusion, buffers) stays as it is.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Small programs too, which the two workers and those scripts share.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Tests never reach a network.

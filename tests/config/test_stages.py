@@ -35,6 +35,7 @@ SCRIPTS: dict[str, type] = {
 }
 SIZES = ("llama2_7b", "smollm2", "quickstart")
 LOSSES = ("copg", "dpo", "ipo")
+PUBLIC_TASKS = {"gsm8k", "mbpp", "ultrafeedback"}
 STUDIES = ("quickstart", "smollm2", "tldr_llama2_7b")
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 
@@ -75,16 +76,37 @@ def test_every_yaml_tells_a_command_that_reads_it_and_loads(file: Path):
 
 def test_every_file_is_a_size_a_loss_a_task_a_study_or_a_script_s_own():
     named = {f"sizes/{size}" for size in SIZES} | {f"losses/{loss}" for loss in LOSSES}
-    named |= {f"studies/{study}" for study in STUDIES} | {"tldr", "quickstart", "bandit"}
+    named |= {f"studies/{study}" for study in STUDIES} | {"tldr", "quickstart", "bandit", "lora"}
     names = {file.relative_to(ROOT / "configs").with_suffix("") for file in FILES}
     tasks = {name for name in names if name.parts[0] in ("tasks", "quickstart")} - {
         Path("quickstart")
     }
     assert {str(name) for name in names - tasks} == named
     # What the quickstart runs of a task is a file, which reads that of the task.
-    assert {name.stem for name in tasks} == {
-        name.stem for name in tasks if name.parts[0] == "tasks"
+    of = {name.parts[0]: {n.stem for n in tasks if n.parts[0] == name.parts[0]} for name in tasks}
+    assert of["tasks"] == of["quickstart"] | PUBLIC_TASKS
+
+
+def test_with_adapters_each_stage_reads_those_of_the_stage_before_it():
+    more, sft = "configs/lora.yaml", "runs/smollm2_lora/sft/adapter"
+    lora = {
+        stage: load(
+            stage, "smollm2", more, loss="copg" if stage in ("policy", "evaluate") else None
+        )
+        for stage in ("sft", "reward", "score", "policy", "evaluate")
     }
+    base = lora["sft"].model.path
+    for stage in ("sft", "reward", "policy"):
+        assert lora[stage].lora.rank == 16 and lora[stage].model.path == base
+    assert lora["sft"].model.adapter is None
+    starts = [lora["reward"].model, lora["score"].reference, lora["policy"].model]
+    for model in (*starts, lora["evaluate"].reference):
+        assert (model.path, model.adapter) == (base, sft)
+    assert lora["evaluate"].model.adapter == f"{lora['policy'].output_dir}/best_adapter"
+    for stage in ("policy", "evaluate"):
+        (spec,) = lora[stage].evaluation.rewards
+        assert spec.arguments["path"] == base
+        assert spec.arguments["adapter"] == f"{lora['reward'].output_dir}/adapter"
 
 
 @pytest.mark.parametrize(("stage", "size", "loss"), runs())
