@@ -69,9 +69,9 @@ def open_data(
     )
     vocab_size = model.arch.vocab_size
     turn: AbstractContextManager[None] = nullcontext()
+    encoder = Encoder(model.tokenizer, model.end_ids)
     if jax.process_count() > 1:
         try:
-            encoder = Encoder(model.tokenizer, model.end_ids)
             key = data_key(rows, encoder, section.limits, vocab_size)
         except InputError as error:
             key = f"{_UNREADABLE}{error}"  # the others wait to hear of this process
@@ -83,7 +83,7 @@ def open_data(
         own = repr(section), chosen_only, by_choice, prompts_only
         dataset = reuse.once(
             "data",
-            (*own, tokenizer_hash(model.tokenizer), vocab_size),
+            (*own, *encoder.reads_by, vocab_size),
             lambda: prepare(
                 rows,
                 model.tokenizer,

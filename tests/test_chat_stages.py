@@ -1,6 +1,7 @@
 """Chat through the stages: messages for rewards, ids for models, generations as rows again."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from copg_jax import inputs
+from copg_jax import inputs, reuse
 from copg_jax.config.load import load_config
 from copg_jax.config.sections import DataConfig, ModelConfig
 from copg_jax.config.stages import EvaluateConfig, ScoreConfig
@@ -126,6 +127,20 @@ def test_scored_messages_are_refused_under_another_template(place):
     with pytest.raises(InputError, match=r"fields that they were given.*data\.columns"):
         renamed = DataConfig(path=str(place / "scored"), columns={"prompt": "question"})
         GroupReader(renamed).check_ids(Encoder(tokenizer))
+
+
+def test_runs_of_one_process_share_data_only_where_the_template_is_the_same(place, tmp_path):
+    model = open_model(ModelConfig(str(place / "base"), dtype="float32"), mesh())
+    other = deepcopy(model.tokenizer)
+    other.chat_template += "{# another #}"
+    section = DataConfig(path=str(place / "rows.jsonl"))
+    with reuse.shared_by_runs():
+        first, again, rendered = (
+            inputs.open_data(section, one, epath.Path(tmp_path / str(number)), "train")
+            for number, one in enumerate((model, model, replace(model, tokenizer=other)))
+        )
+    assert again is first
+    assert rendered is not first and rendered.fingerprint != first.fingerprint
 
 
 def test_generations_of_chat_are_messages_that_rewards_judge_and_stages_read(place, capfd):

@@ -213,8 +213,7 @@ def data_key(rows: GroupReader, encoder: Encoder, limits: Limits, vocab_size: in
     """
     rows.check_ids(encoder)
     made_of = rows.fingerprint(), rows.by_choice
-    read_by = encoder.hash, encoder.template and encoder.template.hash, encoder.end_ids
-    return json.dumps([_FORMAT, *made_of, *read_by, *limits, vocab_size])
+    return json.dumps([_FORMAT, *made_of, *encoder.reads_by, *limits, vocab_size])
 
 
 def is_prepared(path: Path, key: str) -> bool:

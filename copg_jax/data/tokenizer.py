@@ -144,6 +144,11 @@ class Encoder:
                 found.append(self.template.turn_end.id)
         return list(dict.fromkeys([*found, *self._named_ends]))
 
+    @property
+    def reads_by(self) -> tuple[Any, ...]:
+        """All that decides which ids it makes of a row: tokenizer, template, ends."""
+        return self.hash, self.template and self.template.hash, tuple(self.end_ids)
+
     @cached_property
     def of_turns(self) -> "Encoder":
         """What encodes what the chat template renders, which has its own BOS where it wants one; a
