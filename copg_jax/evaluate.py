@@ -23,7 +23,7 @@ from copg_jax import distributed, sharding
 from copg_jax.config.sections import GenerationConfig
 from copg_jax.data.dataset import GroupDataset
 from copg_jax.data.formats.choice import FORMATS
-from copg_jax.data.groups import GroupBatch, TokenGroup, columns_by_completion
+from copg_jax.data.groups import GroupBatch, TokenGroup, warn_of_lists
 from copg_jax.errors import InputError
 from copg_jax.generation import PromptSampler
 from copg_jax.infer import not_finite, one_late
@@ -142,12 +142,7 @@ class GenerationEvaluator:
         self._columns = sorted({name for prompt in prompts for name in prompt.columns})
         rewards.require_columns(self._columns)
         rewards.check_rows(prompts)
-        if whole := columns_by_completion(prompts)[0]:
-            log.warning(
-                "columns with one entry for each completion of the data: %s: functions receive the "
-                "whole list for each generated completion",
-                ", ".join(sorted(whole)),
-            )
+        warn_of_lists(prompts)
 
     def __call__(self, params: Any, step: int) -> tuple[dict[str, float], dict[str, str]]:
         """Metrics (`eval/…`) and sample texts of the policy `params` at `step`; see `summarize`.

@@ -347,7 +347,7 @@ def open_evaluation(
     if reference is not None:
         require_comparable(model, reference)
     generation = section.generation
-    dataset = open_data(section.data, model, folder, "prompts")
+    dataset = open_data(section.data, model, folder, "prompts", prompts_only=True)
     prompts = _first_prompts(dataset, generation.num_prompts, section.data.path)
     model.require_context(
         "evaluation.generation",

@@ -220,8 +220,11 @@ def _finish(dataset: GroupDataset, folder: epath.Path, side_car: scored.SideCar)
 
 
 def _per_completion(dataset: GroupDataset) -> set[str]:
-    """Columns that hold, in every row, a list with one entry for each completion, or null."""
-    spread, mixed = columns_by_completion(dataset)
+    """Columns that hold, in every row, a list with one entry for each completion, or null. Those of
+    rows whose completions were drawn belong to the prompt, however long they are.
+    """
+    is_drawn = lambda row: row.has_eos is not None and row.rewards is None
+    spread, mixed = columns_by_completion(row for row in dataset if not is_drawn(row))
     for name, where in mixed.items():
         log.warning(
             "column %r: at %s not one entry for each completion, as in other rows: functions "

@@ -13,6 +13,7 @@ vLLM is given the ids, so that no second BOS comes in front. Each row is written
 import argparse
 import json
 import os
+import random
 from pathlib import Path
 
 from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
@@ -45,8 +46,9 @@ def main(args: argparse.Namespace) -> None:
                 enable_lora=args.adapter is not None, max_lora_rank=256)  # fmt: skip
     numbers = {"n": args.num_samples, "max_tokens": args.max_new_tokens, "top_k": args.top_k,
                "top_p": args.top_p, "temperature": args.temperature}  # fmt: skip
-    # vLLM adds the number of a completion to the seed of its prompt.
-    seeds = [args.seed + index * args.num_samples for index in range(len(rows))]
+    # vLLM adds the number of a completion to the seed of its prompt: seeds far apart, so that those
+    # of another prompt or another --seed are never the same.
+    seeds = [random.Random(f"{args.seed} {index}").getrandbits(31) for index in range(len(rows))]
     params = [SamplingParams(**numbers, seed=seed, skip_special_tokens=False) for seed in seeds]
     adapter = LoRARequest("policy", 1, args.adapter) if args.adapter else None
     prompts = [{"prompt_token_ids": row["prompt_token_ids"]} for row in rows]

@@ -20,6 +20,7 @@ from copg_jax.config.stages import MAY_DIFFER, SampleConfig
 from copg_jax.data import sampled
 from copg_jax.data.dataset import GroupDataset
 from copg_jax.data.formats.choice import text_format_hash
+from copg_jax.data.groups import warn_of_lists
 from copg_jax.data.tokenizer import Encoder
 from copg_jax.files import write_text
 from copg_jax.hf.pretrained import PretrainedModel, open_model
@@ -43,6 +44,7 @@ def _sample(config: SampleConfig) -> None:
     mesh = sharding.make_mesh(config.mesh)
     model = open_model(config.model, mesh)
     prompts = open_data(config.data, model, folder, "prompts", prompts_only=True)
+    warn_of_lists(prompts)
     longest, *_ = prompts.shape(multiple=1)
     fix = "lower data.max_prompt_tokens or sampling.max_new_tokens"
     model.require_context(config.data.path, longest, numbers.max_new_tokens, fix=fix)

@@ -71,7 +71,12 @@ def test_vllm_is_given_ids_and_its_answers_become_rows(script, tmp_path, monkeyp
     assert asked["prompts"] == [{"prompt_token_ids": [1, 20, 21]}, {"prompt_token_ids": [1, 30]}]
     assert asked["model"] == "folder" and asked["adapter"] == ("policy", 1, "lora")
     assert asked["settings"]["generation_config"] == "vllm" and asked["settings"]["enable_lora"]
-    assert [params["seed"] for params in asked["params"]] == [5, 7]
+    # Of neighbouring seeds, no completion of a prompt has the seed of another one.
+    drawn = [params["seed"] + k for params in asked["params"] for k in range(2)]
+    monkeypatch.setattr(sys, "argv", [*command[:-1], "6"])
+    script.main(script.parse_arguments())
+    drawn += [params["seed"] + k for params in asked["params"] for k in range(2)]
+    assert len(set(drawn)) == 8
     assert asked["params"][0]["n"] == 2 and asked["params"][0]["top_p"] == 1.0
     first, second = (json.loads(line) for line in out.read_text().split("\n") if line)
     assert first == PROMPTS[0] | {
@@ -150,6 +155,17 @@ def test_an_engine_may_write_the_same_twice(tokenizer, tmp_path):
     assert len(read(tmp_path, tokenizer, same)) == 1
 
 
+def test_a_model_may_end_at_once_where_its_ids_say_so(tokenizer, tmp_path):
+    eos = Encoder(tokenizer).eos_id
+    ended = ROW | {"completions": ["a", ""], "completion_token_ids": [[70], [eos]]}
+    ended |= {"finish_reason": ["stop", "stop"]}
+    (group,) = read(tmp_path, tokenizer, ended)
+    assert group.completion_tokens[1].tolist() == [eos]
+    bare = {name: ended[name] for name in ("prompt", "completions", "finish_reason")}
+    with pytest.raises(InputError, match=r"rows\.jsonl:1: completion 1 is empty"):
+        read(tmp_path, tokenizer, bare)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -163,7 +179,6 @@ def test_an_engine_may_write_the_same_twice(tokenizer, tmp_path):
         ({"prompt_token_ids": [10**9]}, ["1000000000", "outside the model's vocabulary"]),
         ({"finish_reason": ["stop", "abort"]}, ["finish_reason[1]", "'abort'"]),
         ({"finish_reason": "stop"}, ["finish_reason", "a list"]),
-        ({"completions": ["a", " "]}, ["completion 1", "empty"]),
         ({"prompt": " "}, ["prompt", "empty"]),
     ],
     ids=str,

@@ -237,6 +237,34 @@ def test_prompts_alone_are_enough_each_is_taken_once_and_those_for_an_engine_hav
     assert not (tmp_path / "out" / "sampled.json").exists()
 
 
+seen: list[Any] = []
+
+
+def watching(prompts: list[str], completions: list[str], writer: list[Any]) -> list[float]:
+    """Notes the column that it gets for each completion."""
+    seen.extend(writer)
+    return [float(len(text)) for text in completions]
+
+
+def test_columns_of_completions_that_were_there_are_not_those_of_the_new_ones(
+    place, tmp_path, capfd
+):
+    """Of an engine's file, with as many completions as are drawn."""
+    writers = ["a person", "a model"]
+    row = {"prompt": "Say a.", "completions": ["a", "b"], "completion_token_ids": [[70], [71]]}
+    row |= {"finish_reason": ["stop", "stop"], "writer": writers}
+    rows = [row, row, row | {"prompt": "Say b."}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = [f"data.path={tmp_path / 'rows.jsonl'}", "data.part=all", "data.holdout_fraction=0"]
+    draw(place, *own, f"output_dir={tmp_path / 'out'}")
+    assert "one entry for each completion of the data: writer" in capfd.readouterr().err
+    assert len(rows_of(tmp_path / "out")) == 2  # each prompt once
+    seen.clear()
+    rewards = f"rewards=[{{function: {__name__}.watching}}]"
+    score(place, "watched", rewards, f"data.path={tmp_path / 'out'}")
+    assert seen == [writers] * 4
+
+
 @pytest.mark.parametrize("setting", ["sampling.top_k=5", "sampling.top_p=0.9"])
 def test_a_truncated_support_is_warned_of(place, tmp_path, setting, capfd):
     draw(place, setting, "data.max_rows=3", f"output_dir={tmp_path / 'out'}")

@@ -85,7 +85,10 @@ def test_prompts_come_with_what_the_reward_needs(task, cls):
     section = config.data if cls is SampleConfig else config.evaluation.data
     if cls is not SampleConfig:
         assert section.split == "test"
-    (group,) = read(section, folder, prompts_only=True)
+        # Rows of the test split: GSM8K 1,319, MBPP 500, UltraFeedback 1,000.
+        most = {"gsm8k": 1319, "mbpp": 500, "ultrafeedback": 1000}[name]
+        assert config.evaluation.generation.num_prompts <= most
+    (group,) = read(section, folder, prompts_only=True)  # as `sample` and evaluations do
     for spec in [] if name == "ultrafeedback" else config_of(name, ScoreConfig).rewards:
         assert spec.arguments["column"] in group.columns
 

@@ -195,6 +195,20 @@ class PolicyConfig(TrainConfig):
                     f"validation.{name} must be data.{name}, {own}, got {held_out}: else the "
                     "held-out loss is that of another reward"
                 )
+        is_another = self.validation is not None and self.validation.path != self.data.path
+        if is_another and self.data.combine == "standardized_sum":
+            raise InputError(
+                "validation.combine: wanted sum or min with held-out data of another folder, got "
+                "standardized_sum, whose means and standard deviations would be those of that "
+                "folder, and the held-out loss that of another reward. Fix: combine=sum with "
+                "weights w/s, from the log of standardized_sum"
+            )
+        if self.loss.pairs == "cross" and self.validation is not None:
+            raise InputError(
+                "validation: wanted none with loss.pairs=cross, since held-out data is one folder "
+                "and has no pairs across origins; got "
+                f"{self.validation.path}. Fix: validation=null"
+            )
         shares = [source.share for source in self.data.sources if source.share is not None]
         if self.loss.pairs == "cross" and shares:
             raise InputError(

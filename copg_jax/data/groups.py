@@ -5,6 +5,7 @@
 3. `collate` pads groups into one `GroupBatch`, the only thing that any stage trains on.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,8 @@ from copg_jax.data.formats.tldr import parse_prompt
 from copg_jax.data.rows import InvalidRow
 from copg_jax.data.tokenizer import NOT_EXACT, Encoder
 from copg_jax.errors import InputError
+
+log = logging.getLogger(__name__)
 
 TOO_FEW = "too few completions left"
 EOS_INSIDE = "EOS inside a completion"
@@ -88,6 +91,16 @@ def columns_by_completion(rows: Iterable[TokenGroup]) -> tuple[set[str], dict[st
     return lists - others.keys(), {name: others[name] for name in sorted(lists & others.keys())}
 
 
+def warn_of_lists(prompts: Iterable[TokenGroup]) -> None:
+    """Warns of columns that are about completions which were left out for new ones."""
+    if whole := columns_by_completion(prompts)[0]:
+        log.warning(
+            "columns with one entry for each completion of the data: %s: functions receive the "
+            "whole list for each generated completion",
+            ", ".join(sorted(whole)),
+        )
+
+
 NUMBERS = ("rewards", "ref_logps", "has_eos", "origin", "mu_logps")
 """Fields of a `TokenGroup` with one number a completion, or None."""
 
@@ -133,6 +146,8 @@ def tokenize_group(
         format=group.format,
     )
     fitted = fit_group(whole, limits, counts)
+    if isinstance(fitted, TokenGroup) and group.num_left_out:
+        fitted = replace(fitted, kept=np.zeros(group.num_left_out, bool))
     if fitted != TOO_FEW:
         counts["prompt cut"] += is_cut
         counts[NOT_EXACT] += not encoder.gives_back(prompt, prompt_ids)

@@ -209,8 +209,8 @@ class GroupReader:
         self._prompts.add(prompt)
         if isinstance(group, TextGroup):
             return group
-        numbers = dict.fromkeys(NUMBERS)
-        return replace(group, completions=(), completion_tokens=(), **numbers)
+        nothing = {**dict.fromkeys(NUMBERS), "kept": np.zeros(len(group.completions), bool)}
+        return replace(group, completions=(), completion_tokens=(), **nothing)
 
     def _text_group(self, where: str, row: Row) -> TextGroup | str:
         config = self._config

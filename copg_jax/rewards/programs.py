@@ -34,7 +34,8 @@ _RUNNER = Path(__file__).with_name("program_runner.py")
 # Namespaces of its own: no network, no other process in sight, and all of them end with the first.
 _ISOLATE = "unshare --user --map-root-user --net --mount --pid --fork --kill-child"
 _MAX_REPORT = 1 << 20  # bytes; what is more is no report
-_FENCE = re.compile(r"^[ \t]*```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.M | re.S)
+_FENCE = re.compile(r"^[ \t]*```([^\n`]*)\n(.*?)(?:^[ \t]*```[ \t]*$|\Z)", re.M | re.S)
+_PYTHON = ("", "py", "python", "python3")  # what a block of it says behind its fence
 _DEFINES = (
     *(ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom),
     *(ast.Assign, ast.AnnAssign),
@@ -122,7 +123,8 @@ def _limits(given: dict[str, int]) -> ProgramLimits:
 
 def last_fenced(text: str) -> str:
     """The content of the last fenced block of Python, or the text where it has none."""
-    fenced = _FENCE.findall(text)
+    named = [(info.split() or [""], block) for info, block in _FENCE.findall(text)]
+    fenced = [block for (language, *_), block in named if language.lower() in _PYTHON]
     return fenced[-1] if fenced else text
 
 

@@ -56,11 +56,23 @@ def test_a_test_sees_the_program_s_names_and_not_those_of_another_test():
     assert share(GOOD, "assert add(1, 2) == 3") == 1.0
 
 
+OTHERS = (
+    f"```Python\n{GOOD}```\nRun it:\n```bash\npython a.py\n```\n```json\n{{}}\n```\nThat is all.\n"
+)
 FENCED = f"Let me think.\n```python\nadd = None\n```\nBetter:\n```python\n{GOOD}```\nDone."
 
 
 @pytest.mark.parametrize(
-    "text", [FENCED, f"```\n{GOOD}```", f"``` py \n{GOOD}", f"  ```python3\n{GOOD}  ```", GOOD]
+    "text",
+    [
+        FENCED,
+        OTHERS,
+        f"```json\n[]\n```\n```py\n{GOOD}```",
+        f"```\n{GOOD}```",
+        f"``` py \n{GOOD}",
+        f"  ```python3\n{GOOD}  ```",
+        GOOD,
+    ],
 )
 def test_a_fence_is_stripped_on_request_only(text):
     assert share(text, strip_fence=True) == 1.0

@@ -65,7 +65,8 @@ def to_prompt(where: str, row: Row) -> TextGroup | str:
         group = to_group(where, row)
         if isinstance(group, str):
             return group
-        return replace(group, completions=(), rewards=None, chosen=None, is_choice=False)
+        nothing = {"rewards": None, "chosen": None, "is_choice": False, "engine": None}
+        return replace(group, completions=(), num_left_out=len(group.completions), **nothing)
     check_values(where, row)
     return _with_prompt(where, _prompt_row(where, row, (), None, used=("prompt",)))
 

@@ -39,7 +39,8 @@ class TextGroup:
     index of the completion that is preferred, where a row says so; `is_choice`: the rewards, 1 and
     0, are that choice alone, and no scores. `is_framed`: the row has the fields of a post and no
     prompt of its own. `format` names the format that its texts are in. `engine`: what an inference
-    engine that wrote the completions says of them.
+    engine that wrote the completions says of them. `num_left_out`: completions of the row that are
+    not here, since its prompt alone is wanted.
     """
 
     id: str
@@ -53,6 +54,7 @@ class TextGroup:
     is_framed: bool = False
     format: str = "text"
     engine: EngineOutput | None = None
+    num_left_out: int = 0
 
 
 class Written(NamedTuple):
