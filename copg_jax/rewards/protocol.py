@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TextIO, cast
 import numpy as np
 
 from copg_jax.config.schema import FLOAT32_MAX
-from copg_jax.dotted import describe, shown
+from copg_jax.dotted import describe, forks_end, shown
 from copg_jax.errors import Ended, InputError
 
 RewardFn = Callable[..., Sequence[Any]]
@@ -123,7 +123,7 @@ def ask(
     given |= {column: columns[column] for column in columns if column in taken}
     own, heard = copy.deepcopy(given), _Heard(sys.stdout)
     try:
-        with contextlib.redirect_stdout(cast(TextIO, heard)):
+        with forks_end(), contextlib.redirect_stdout(cast(TextIO, heard)):
             answer: Any = function(**own)
             if hasattr(answer, "__array__") and np.ndim(answer) == 1:
                 answer = _listed(answer)

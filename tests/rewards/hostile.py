@@ -34,6 +34,10 @@ def _obey(text: str) -> Any:
             os.write(writing, b"x")
             time.sleep(999)
         os.read(reading, 1)
+    if text == "fork and return":
+        os.fork()
+    if text == "fork and raise" and os.fork() == 0:
+        raise KeyError(text)
     if text == "raise":
         raise KeyError(text)
     if text == "memory":
@@ -82,6 +86,12 @@ def unfinished(folder: str) -> Any:
         file.write("x")
     if Path(folder, "made").stat().st_size > 1:
         os._exit(3)
+    return judge
+
+
+def forks(then: str) -> Any:
+    """A factory that starts a process, which returns as well."""
+    os.fork()
     return judge
 
 

@@ -116,6 +116,26 @@ def test_a_process_that_a_reward_forks_ends_with_the_worker(tmp_path, monkeypatc
     assert gone(list(started))
 
 
+@pytest.mark.parametrize("then", ["return", "raise"])
+def test_a_process_that_a_reward_forks_and_lets_go_on_answers_nothing(then):
+    texts = [text for n in range(1, 5) for text in (n * "x", f"fork and {then}")]
+    rewards = WeightedRewards([RewardSpec(JUDGE, num_workers=1)])
+    assert ask(rewards, texts) == ([float(len(text)) for text in texts], {})
+
+
+def test_a_process_that_a_factory_or_a_reward_forks_does_not_go_on_with_the_run():
+    program = f"""
+from copg_jax.config.reward_spec import RewardSpec
+from copg_jax.rewards.functions import load_reward
+from copg_jax.rewards.protocol import ask
+function = load_reward(RewardSpec({f"{hostile.__name__}.forks"!r}, {{"then": "return"}}))
+texts = ["fork and return", "fork and raise"]
+print(*ask(function, texts, texts, {{}}, name="forks").values, flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("15.0 14.0\n", 0), done.stderr
+
+
 def test_in_a_batch_only_the_completion_at_fault_is_dropped():
     spec = RewardSpec(JUDGE, num_workers=1, timeout_sec=1.0, batch_size=4)
     values, counts = ask(
