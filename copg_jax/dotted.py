@@ -4,7 +4,8 @@ import importlib
 import os
 import sysconfig
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ def find(path: str, what: str, example: str) -> Callable[..., Any]:
     """
     module_name, _, name = path.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module_name), name)
+        with forks_end():
+            found = getattr(importlib.import_module(module_name), name)
     except (KeyboardInterrupt, Ended):
         raise
     except BaseException as error:  # a module of the user's may do anything, `sys.exit(0)` too
@@ -38,6 +40,19 @@ def find(path: str, what: str, example: str) -> Callable[..., Any]:
     if not callable(found):
         raise InputError(f"{what} {path!r} is not a function, got {type(found).__name__}")
     return found
+
+
+@contextmanager
+def forks_end() -> Iterator[None]:
+    """Ends a process that the user's code in the body forks, once it leaves the body: it would go
+    on with all that this one does.
+    """
+    pid = os.getpid()
+    try:
+        yield
+    finally:
+        if os.getpid() != pid:
+            os._exit(1)
 
 
 def describe(error: BaseException) -> str:

@@ -151,12 +151,12 @@ class GenerationEvaluator:
             InputError: ln π or ln π_ref that is not finite, or a reward function that misbehaves.
         """
         found = in_prompt_order(g for batch in self.batches(params, step) for g in batch)
-        metrics = summarize(found, beta=self._beta) | self.dropped()
+        metrics = summarize(found, beta=self._beta) | self.counts()
         return metrics, sample_texts(found, self._config)
 
-    def dropped(self) -> dict[str, float]:
-        """Rewards that are missing, by function and reason, among what the last call of `batches`
-        generated.
+    def counts(self) -> dict[str, float]:
+        """Rewards that are missing, by function and reason, and those that `clip` and `overlong`
+        changed, among what the last call of `batches` generated.
         """
         return {f"eval/{name}": float(number) for name, number in self._counts.items()}
 

@@ -45,7 +45,7 @@ _CONFIG_END = "...\n"  # YAML's end of a document: a config without it was cut s
 _EXPORTS = ("model", "best", "adapter", "best_adapter")
 _FOLDERS = (*_EXPORTS, "checkpoints", "tokens", "tensorboard", "wandb")
 _FILES = ("config.yaml", "versions.json", "inputs.json", "metrics.jsonl", "scored.json")
-_FILES += ("evaluation.json", "generations.jsonl", "sampled.json", "prompts.jsonl")
+_FILES += ("evaluation.json", "generations.jsonl", "sampled.json", "prompts.jsonl", "tracker.json")
 
 
 @contextmanager

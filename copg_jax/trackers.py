@@ -5,16 +5,22 @@ step. Whether it is online is its own setting: `WANDB_MODE=offline` keeps a run 
 trackio keeps runs there anyway.
 """
 
-import hashlib
+import logging
 import os
+import secrets
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any, Protocol
 
 from etils import epath
 
-from copg_jax.errors import InputError
+from copg_jax.checksums import read_record, write_record
+from copg_jax.errors import Damaged, InputError
 from copg_jax.files import is_remote
+
+log = logging.getLogger(__name__)
+
+FILE_NAME = "tracker.json"
 
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 _PROJECT = "copg_jax"
@@ -53,7 +59,8 @@ def open_tracker(
 
     Args:
         name: one of `TRACKERS` of the config's sections.
-        folder: of the run; its last part names it, and a resumed run goes on in the same one.
+        folder: of the run; its last part names it, and its tracker.json holds the id of the run
+            of the service, in which a resumed run goes on.
         settings: the config, as a file may keep it.
         resume_step: last step done, None for a fresh start.
 
@@ -76,8 +83,8 @@ class _TensorBoard:
     def __init__(self, folder: epath.Path, settings: Mapping[str, Any], resume_step: int | None):
         from tensorboardX import SummaryWriter
 
-        # TensorBoard hides the events from purge_step on that the interrupted run wrote.
-        purge = None if resume_step is None else resume_step + 1
+        # TensorBoard hides the events from purge_step on that an interrupted run wrote.
+        purge = 0 if resume_step is None else resume_step + 1
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
     def log(self, step: int, numbers: Mapping[str, float], texts: Mapping[str, str]) -> None:
@@ -97,7 +104,7 @@ class _Wandb:
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", _PROJECT),
             name=folder.name,
-            id=_run_id(folder),
+            id=_run_id(folder, resume_step),
             resume="allow",
             dir=None if is_remote(folder) else str(folder),
             config=dict(settings),
@@ -119,7 +126,7 @@ class _Trackio:
         self._markdown = trackio.Markdown
         self._run = trackio.init(
             project=os.environ.get("TRACKIO_PROJECT", _PROJECT),
-            name=f"{folder.name}-{_run_id(folder)}",
+            name=f"{folder.name}-{_run_id(folder, resume_step)}",
             config=dict(settings),
             resume="allow",
             embed=False,
@@ -136,7 +143,14 @@ class _Trackio:
 _OPENERS = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}
 
 
-def _run_id(folder: epath.Path) -> str:
-    """The same for the same folder, so that a resumed run is found again."""
-    path = str(folder) if is_remote(folder) else os.path.realpath(folder)
-    return hashlib.sha256(path.encode()).hexdigest()[:10]
+def _run_id(folder: epath.Path, resume_step: int | None) -> str:
+    """That in the folder, so that a resumed run is found again; a new one for a fresh start."""
+    path = folder / FILE_NAME
+    if resume_step is not None and path.exists():
+        try:
+            return read_record(path, wanted=["id"], fix="The run goes on in a new one there.")["id"]
+        except Damaged as error:
+            log.warning("%s", error)
+    found = secrets.token_hex(8)
+    write_record(path, {"id": found})
+    return found

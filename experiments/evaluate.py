@@ -28,6 +28,7 @@ from copg_jax.errors import InputError
 from copg_jax.files import GrowingFile, read_json_lines, write_text
 from copg_jax.hf.pretrained import open_model
 from copg_jax.inputs import open_evaluation, prepared_bytes
+from copg_jax.rewards.functions import DROPPED
 from copg_jax.summary import Generation, in_prompt_order, sample_texts, summarize
 from copg_jax.tracking import MetricsLogger
 
@@ -101,7 +102,7 @@ def _evaluate(config: EvaluateConfig) -> dict[str, float]:
             write_text(path, "".join(map(_line, found)))
             write_text(averages, json.dumps(_jsonable(metrics), indent=2) + "\n")
     log.info("wrote %s and %s", averages, path)
-    _report_rewards(metrics["eval/dropped_rewards"], total, path, evaluator.dropped())
+    _report_rewards(metrics["eval/dropped_rewards"], total, path, evaluator.counts())
     return metrics
 
 
@@ -113,17 +114,18 @@ def _bytes_to_write(config: EvaluateConfig) -> int:
 
 
 def _report_rewards(
-    num_dropped: float, total: int, path: epath.Path, reasons: dict[str, float]
+    num_dropped: float, total: int, path: epath.Path, counts: dict[str, float]
 ) -> None:
     """Says how many generations have no reward; none with one is an error."""
-    why = ", ".join(f"{name}: {number:.0f}" for name, number in reasons.items())
+    why = ", ".join(f"{name}: {number:.0f}" for name, number in counts.items() if DROPPED in name)
+    why = why and f" ({why})"  # of what an earlier process generated it is not known
     if num_dropped == total:
         raise InputError(
-            f"{path}: not one of {total} generations has a reward: each got None ({why}). Correct "
+            f"{path}: not one of {total} generations has a reward: each got None{why}. Correct "
             "the reward function and evaluate into another output_dir."
         )
     if num_dropped:
-        log.warning("%d of %d generations have no reward: left out (%s)", num_dropped, total, why)
+        log.warning("%d of %d generations have no reward: left out%s", num_dropped, total, why)
 
 
 def _read(path: epath.Path, num_samples: int) -> list[Generation]:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import signal
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -392,6 +393,15 @@ def test_missing_eos_reward_replaces_the_reward_of_completions_cut_short(sampler
     assert 0 < sum(g.has_eos for g in plain) < len(plain)
     for before, after in zip(plain, judged, strict=True):
         np.testing.assert_equal(after.reward, before.reward if before.has_eos else -7.0)
+
+
+@pytest.mark.parametrize("num_missing", [1, 2])
+def test_a_missing_reward_has_the_reasons_of_its_absence_and_no_other_counts(num_missing, caplog):
+    counts = {"eval/rewards/length/clipped": 2.0, "eval/rewards/length/dropped/none": num_missing}
+    with pytest.raises(InputError) if num_missing == 2 else nullcontext() as caught:
+        experiments.evaluate._report_rewards(num_missing, 2, epath.Path("g.jsonl"), counts)
+    text = str(caught.value) if caught else caplog.text
+    assert f"(eval/rewards/length/dropped/none: {num_missing})" in text
 
 
 def test_texts_are_of_different_prompts(sampler, params):

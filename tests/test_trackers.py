@@ -3,11 +3,14 @@ named before any work.
 """
 
 import json
+import shutil
+import struct
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from copg_jax import trackers
 from copg_jax.config.sections import TRACKERS
@@ -60,6 +63,21 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     assert b"loss" in events.read_bytes() and b"words" in events.read_bytes()
 
 
+@pytest.mark.parametrize(("resume_step", "begin"), [(None, 0), (2, 3)])
+def test_tensorboard_hides_what_an_interrupted_run_wrote_of_steps_that_are_done_again(
+    tmp_path, resume_step, begin
+):
+    log_all(tmp_path, "tensorboard", resume_step=resume_step)
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    raw, starts = file.read_bytes(), []
+    while raw:  # a record: size and checksum of 4 bytes, event and checksum of 4 bytes
+        (size,) = struct.unpack("<Q", raw[:8])
+        event = Event.FromString(raw[12 : 12 + size])
+        starts += [event.step] if event.session_log.status == SessionLog.START else []
+        raw = raw[16 + size :]
+    assert starts == [begin]  # from where on TensorBoard leaves out earlier events
+
+
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_a_service_gets_the_numbers_by_step_the_settings_and_the_end(service, tmp_path, name):
     log_all(tmp_path / "run", name, settings={"seed": 3})
@@ -73,12 +91,35 @@ def test_a_service_gets_the_numbers_by_step_the_settings_and_the_end(service, tm
 def test_a_resumed_run_goes_on_in_the_same_run_of_a_service_and_others_do_not(
     service, tmp_path, name
 ):
-    for folder in ("a", "a", "b"):
-        log_all(tmp_path / folder, name)
-    key = "id" if name == "wandb" else "name"
-    first, again, other = (begun[key] for begun in service.begun)
-    assert first == again != other
+    begins = [("a", None), ("a", 1), ("a", 2), ("b", None), ("a", None), ("a", 1)]
+    for folder, resume_step in begins:
+        log_all(tmp_path / folder, name, resume_step=resume_step)
+    runs = [begun["id" if name == "wandb" else "name"] for begun in service.begun]
+    assert [runs.index(run) for run in runs] == [0, 0, 0, 3, 4, 4]
     assert all(begun["resume"] == "allow" for begun in service.begun)
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_runs_of_one_path_on_two_machines_are_two_runs_of_a_service(service, tmp_path, name):
+    for _ in range(2):
+        log_all(tmp_path / "run", name)
+        shutil.rmtree(tmp_path / "run")
+    one, other = (begun["id" if name == "wandb" else "name"] for begun in service.begun)
+    assert one != other
+
+
+@pytest.mark.parametrize("change", [lambda text: text.replace('"id": "', '"id": "0'), lambda _: ""])
+def test_a_run_whose_id_is_damaged_goes_on_in_a_new_run_and_says_so(
+    service, tmp_path, caplog, change
+):
+    log_all(tmp_path, "wandb")
+    file = tmp_path / "tracker.json"
+    file.write_text(change(file.read_text()))
+    for resume_step in (1, 2):
+        log_all(tmp_path, "wandb", resume_step=resume_step)
+    first, again, last = (begun["id"] for begun in service.begun)
+    assert first != again == last
+    assert f"{file}: damaged" in caplog.text and "goes on in a new one" in caplog.text
 
 
 @pytest.mark.parametrize("name", [name for name in TRACKERS if name != "none"])

@@ -20,7 +20,7 @@ from copg_jax.config.schema import as_stored, map_leaves
 from copg_jax.data.combine import combine, require_float32
 from copg_jax.data.formats.texts import Text
 from copg_jax.data.groups import TokenGroup
-from copg_jax.dotted import describe, find, shown
+from copg_jax.dotted import describe, find, forks_end, shown
 from copg_jax.errors import Ended, InputError
 from copg_jax.rewards.protocol import (
     COLUMNS,
@@ -59,7 +59,9 @@ def load_reward(spec: RewardSpec) -> RewardFn:
         )
     try:
         plain = lambda value: str(value) if isinstance(value, str) else value
-        function = function(**map_leaves(plain, spec.arguments)) if spec.arguments else function
+        if spec.arguments:
+            with forks_end():
+                function = function(**map_leaves(plain, spec.arguments))
     except (KeyboardInterrupt, Ended):
         raise
     except InputError as error:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TextIO, cast
 import numpy as np
 
 from copg_jax.config.schema import FLOAT32_MAX
-from copg_jax.dotted import describe, shown
+from copg_jax.dotted import describe, forks_end, shown
 from copg_jax.errors import Ended, InputError
 
 RewardFn = Callable[..., Sequence[Any]]
@@ -123,7 +123,7 @@ def ask(
     given |= {column: columns[column] for column in columns if column in taken}
     own, heard = copy.deepcopy(given), _Heard(sys.stdout)
     try:
-        with contextlib.redirect_stdout(cast(TextIO, heard)):
+        with forks_end(), contextlib.redirect_stdout(cast(TextIO, heard)):
             answer: Any = function(**own)
             if hasattr(answer, "__array__") and np.ndim(answer) == 1:
                 answer = _listed(answer)
@@ -138,9 +138,17 @@ def ask(
     remarks = {}
     if heard.text:
         remarks["prints"] = f"prints, such as {heard.text!r}"
-    if changed := [key for key, value in given.items() if own.get(key) != value]:
+    if changed := [key for key, value in given.items() if _differ(own.get(key), value)]:
         remarks["changes"] = f"changes what it is given ({', '.join(changed)}): copies of its own"
     return Answer(*_checked(answer, completions, where, name), remarks)
+
+
+def _differ(one: Any, other: Any) -> bool:
+    """Whether two values differ; what cannot be compared, such as arrays in a list, does."""
+    try:
+        return bool(one != other)
+    except Exception:
+        return True
 
 
 class _Heard:
@@ -200,7 +208,7 @@ def _checked(
         value.reason if isinstance(value, Missing) else "none" * (value is None) for value in answer
     ]
     for reason in filter(None, reasons):
-        if not re.fullmatch(r"\w+", reason, re.ASCII):
+        if not (isinstance(reason, str) and re.fullmatch(r"\w+", reason, re.ASCII)):
             raise InputError(
                 f"reward function {name}: Missing: wanted a reason of letters, digits and _, got "
                 f"{shown(reason)}"
@@ -226,10 +234,13 @@ def _listed(answer: Any) -> list[Any]:
 
 def _number(value: Any) -> float:
     """A reward; NaN for what float32 cannot hold, or is no number."""
-    if hasattr(value, "item") and np.ndim(value) == 0:  # of NumPy or JAX
-        value = value.item()
-    fits = isinstance(value, int | float) and abs(value) <= FLOAT32_MAX
-    return float(value) if fits else math.nan
+    try:
+        if hasattr(value, "item") and np.ndim(value) == 0:  # of NumPy or JAX
+            value = value.item()
+        fits = isinstance(value, int | float) and abs(value) <= FLOAT32_MAX
+        return float(value) if fits else math.nan
+    except Exception:  # a class of the user's own, or a tensor without values
+        return math.nan
 
 
 def takes_own(function: RewardFn, *, required: bool = True) -> bool:

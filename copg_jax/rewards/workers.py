@@ -30,6 +30,9 @@ _START = (
     "import sys; sys.path[:] = {path}; from copg_jax.rewards import worker_process as w; w.serve()"
 )
 _REASONS = {"failed": "error", "ended": "crash", "late": "timeout"}
+_TICK_SEC = 0.5  # between looks at whether the processes that are waited for still run
+_CLOSING_SEC = 1.0  # for the process behind a connection that has ended
+_STARTS = 3  # processes in a row that end before they are ready, after which none can be started
 _PATIENCE = 32  # failures before the first reward, after which the function is at fault
 
 
@@ -52,16 +55,31 @@ class _Worker:
         self.batch: list[int] = []
         self.place = ""  # of the first of them
         self.deadline = float("inf")
-        self.connection.send((spec, is_first))
+        self.send((spec, is_first))
+
+    def send(self, message: tuple[Any, ...]) -> bool:
+        """Tells the process something; False where it has ended."""
+        with suppress(OSError):
+            if self.process.poll() is None:
+                self.connection.send(message)
+                return True
+        return False
 
     def receive(self) -> tuple[str, Any]:
-        """What the process says, or its end."""
+        """What the process says, or its end, which its connection does not show while a process
+        that it forked holds that.
+        """
         try:
-            return self.connection.recv()
+            if self.connection.poll():
+                return self.connection.recv()
         except (EOFError, OSError):
-            status = self.process.wait()
-            how = f"signal {-status}" if status < 0 else f"exit status {status}"
-            return "ended", f"its process ended ({how})"
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(_CLOSING_SEC)
+        status = self.process.poll()
+        if status is None:
+            return "ended", "its process closed the connection to the run"
+        how = f"signal {-status}" if status < 0 else f"exit status {status}"
+        return "ended", f"its process ended ({how})"
 
     def end(self) -> None:
         """Ends the process and those of its own, and waits for that."""
@@ -89,7 +107,7 @@ class WorkerPool:
     def __init__(self, spec: RewardSpec) -> None:
         self._spec = spec
         self._workers: list[_Worker] = []
-        self._is_proven, self._num_failed = False, 0
+        self._is_proven, self._num_failed, self._num_unready = False, 0, 0
         weakref.finalize(self, _end_all, self._workers)  # at the exit of Python too
 
     def __call__(
@@ -121,12 +139,15 @@ class WorkerPool:
         try:
             while todo or any(worker.batch for worker in self._workers):
                 self._start(len(todo))
-                for worker in self._workers:
+                for index, worker in enumerate(self._workers):
                     if worker.is_ready and not worker.batch and todo:
-                        batch = todo.popleft()
+                        batch = todo[0]
                         texts = take(prompts, batch), take(completions, batch)
                         further = {name: take(values, batch) for name, values in columns.items()}
-                        worker.connection.send((*texts, further, take(where, batch)))
+                        if not worker.send((*texts, further, take(where, batch))):
+                            self._replace(index)  # it ended while it had nothing to do
+                            continue
+                        todo.popleft()
                         limit = (self._spec.timeout_sec or float("inf")) * len(batch)
                         worker.batch, worker.place = batch, where[batch[0]]
                         worker.deadline = time.monotonic() + limit
@@ -143,15 +164,20 @@ class WorkerPool:
         while len(self._workers) < min(self._spec.num_workers, num_batches):
             self._workers.append(_Worker(self._spec, is_first=not self._workers))
 
+    def _replace(self, index: int) -> None:
+        """A new process in place of one."""
+        self._workers[index].end()
+        self._workers[index] = _Worker(self._spec, is_first=False)
+
     def _heard(self) -> list[tuple[int, str, Any]]:
         """Waits until workers have something to say, or are late: index, what kind, content."""
         busy = {i: w for i, w in enumerate(self._workers) if w.batch or not w.is_ready}
         first = min((worker.deadline for worker in busy.values()), default=float("inf"))
-        left = None if first == float("inf") else max(0.0, first - time.monotonic())
+        left = min(max(0.0, first - time.monotonic()), _TICK_SEC)
         speaking = multiprocessing.connection.wait([w.connection for w in busy.values()], left)
         heard = []
         for index, worker in busy.items():
-            if worker.connection in speaking:
+            if worker.connection in speaking or worker.process.poll() is not None:
                 heard.append((index, *worker.receive()))
             elif time.monotonic() >= worker.deadline:
                 heard.append((index, "late", f"it took longer than {self._spec.timeout_sec} s"))
@@ -165,10 +191,16 @@ class WorkerPool:
         if kind == "refused":
             raise InputError(hidden(content))
         if kind == "ready":
-            worker.is_ready = True
+            worker.is_ready, self._num_unready = True, 0
             return 0
         if not worker.is_ready:
-            raise InputError(f"reward function {name}: no worker can be started: {hidden(content)}")
+            self._num_unready += 1
+            if self._num_unready == _STARTS:
+                raise InputError(
+                    f"reward function {name}: no worker can be started: {hidden(content)}"
+                )
+            self._replace(index)
+            return 0
         batch, worker.batch, worker.deadline = worker.batch, [], float("inf")
         if kind == "answer":
             self._is_proven = True
@@ -177,8 +209,7 @@ class WorkerPool:
             answer.remarks.update(content.remarks)
             return len(batch)
         if kind != "failed":
-            worker.end()
-            self._workers[index] = _Worker(self._spec, is_first=False)
+            self._replace(index)
         if len(batch) > 1:
             todo.extendleft([i] for i in reversed(batch))
             return 0

@@ -25,6 +25,9 @@ def _obey(text: str) -> Any:
         sys.exit(0)
     if text == "exit at once":
         os._exit(0)
+    if text == "close":
+        os.closerange(3, 256)
+        time.sleep(999)
     if text == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if text == "fork":
@@ -34,6 +37,10 @@ def _obey(text: str) -> Any:
             os.write(writing, b"x")
             time.sleep(999)
         os.read(reading, 1)
+    if text == "fork and return":
+        os.fork()
+    if text == "fork and raise" and os.fork() == 0:
+        raise KeyError(text)
     if text == "raise":
         raise KeyError(text)
     if text == "memory":
@@ -76,12 +83,18 @@ def asks_for_a_secret(key: str) -> Any:
     return function
 
 
-def unfinished(folder: str) -> Any:
-    """A factory that fails in processes that come later."""
+def unfinished(folder: str, last: int = 99) -> Any:
+    """A factory that ends processes that come later, from the second to the last that is named."""
     with Path(folder, "made").open("a") as file:
         file.write("x")
-    if Path(folder, "made").stat().st_size > 1:
+    if 1 < Path(folder, "made").stat().st_size <= last:
         os._exit(3)
+    return judge
+
+
+def forks(then: str) -> Any:
+    """A factory that starts a process, which returns as well."""
+    os.fork()
     return judge
 
 

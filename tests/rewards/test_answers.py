@@ -12,7 +12,7 @@ import pytest
 
 from copg_jax.config.reward_spec import RewardSpec
 from copg_jax.errors import InputError
-from copg_jax.rewards import Missing
+from copg_jax.rewards import Missing, protocol
 from copg_jax.rewards.functions import WeightedRewards, load_reward
 from copg_jax.rewards.protocol import score_texts
 from copg_jax.runtime import signals_as_exits
@@ -62,10 +62,26 @@ def test_a_tensor_that_numpy_cannot_read_is_an_answer_too():
 
 
 class Unwritable:
-    """Fails where it is shown."""
+    """Fails where it is shown, compared or asked for its number."""
 
     def __repr__(self) -> str:
         raise RuntimeError("no text")
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("no comparison")
+
+    def item(self) -> float:
+        raise RuntimeError("no number")
+
+
+@pytest.mark.parametrize("value", [np.array([1, 2]), Unwritable()])
+def test_a_change_to_what_cannot_be_compared_is_a_change(value):
+    def changes(prompts: list[str], completions: list[str], x: list[Any]) -> list[float]:
+        x[0] = value
+        return [0.0]
+
+    answer = protocol.ask(changes, ["p"], ["c"], {"x": [[1, 2]]}, name="changes")
+    assert answer.remarks["changes"].startswith("changes what it is given (x)")
 
 
 @pytest.mark.parametrize(
@@ -104,6 +120,7 @@ class Unwritable:
         ),
         (None, ["NoneType", "a `return` missing?"]),
         ([1.0, Missing("no answer")], ["Missing", "a reason of letters", "'no answer'"]),
+        ([1.0, Missing(404)], ["Missing", "a reason of letters", "404 (int)"]),  # pyright: ignore[reportArgumentType]
     ],
 )
 def test_an_answer_that_is_no_list_of_rewards_is_refused(answer, words):

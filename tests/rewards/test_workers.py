@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,28 @@ def pool() -> WeightedRewards:
     return WeightedRewards([RewardSpec(JUDGE, num_workers=2, timeout_sec=2.0)])
 
 
+def workers(rewards: WeightedRewards) -> list[Any]:
+    """Its workers."""
+    return [worker for found in rewards._pools if found for worker in found._workers]
+
+
 def pids(rewards: WeightedRewards) -> list[int]:
     """The processes of its workers."""
-    return [worker.process.pid for found in rewards._pools if found for worker in found._workers]
+    return [worker.process.pid for worker in workers(rewards)]
+
+
+@pytest.fixture
+def soon() -> Iterator[None]:
+    """Ends a test that waits for ever, after a minute."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 def ask(rewards: WeightedRewards, texts: list[str]) -> tuple[list[float], dict[str, int]]:
@@ -114,6 +134,62 @@ def test_a_process_that_a_reward_forks_ends_with_the_worker(tmp_path, monkeypatc
     del rewards
     gc.collect()
     assert gone(list(started))
+
+
+def test_a_process_that_a_reward_forks_ends_with_the_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOSTILE_MARK", str(tmp_path / "pids"))
+    rewards = WeightedRewards([RewardSpec(JUDGE, num_workers=1)])
+    ask(rewards, ["fork"])
+    (worker,) = workers(rewards)
+    worker.process.stdin.close()  # as the end of this process does
+    assert gone([int(pid) for pid in (tmp_path / "pids").read_text().split()])
+
+
+@pytest.mark.parametrize("then", ["return", "raise"])
+def test_a_process_that_a_reward_forks_and_lets_go_on_answers_nothing(then):
+    texts = [text for n in range(1, 5) for text in (n * "x", f"fork and {then}")]
+    rewards = WeightedRewards([RewardSpec(JUDGE, num_workers=1)])
+    assert ask(rewards, texts) == ([float(len(text)) for text in texts], {})
+
+
+def test_a_process_that_a_factory_or_a_reward_forks_does_not_go_on_with_the_run():
+    program = f"""
+from copg_jax.config.reward_spec import RewardSpec
+from copg_jax.rewards.functions import load_reward
+from copg_jax.rewards.protocol import ask
+function = load_reward(RewardSpec({f"{hostile.__name__}.forks"!r}, {{"then": "return"}}))
+texts = ["fork and return", "fork and raise"]
+print(*ask(function, texts, texts, {{}}, name="forks").values, flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("15.0 14.0\n", 0), done.stderr
+
+
+@pytest.mark.parametrize(("first", "last"), [("fork", "exit at once"), ("four", "close")])
+def test_the_end_of_a_worker_is_seen_though_a_process_of_its_own_lives_or_it_does_itself(
+    soon, first, last
+):
+    rewards = WeightedRewards([RewardSpec(JUDGE, num_workers=1)])
+    values, counts = ask(rewards, [first, last, "abc"])
+    np.testing.assert_array_equal(values, [4, np.nan, 3])
+    assert counts == {"crash": 1}
+
+
+@pytest.mark.parametrize("first", ["ab", "fork"])
+def test_a_worker_that_ended_between_calls_is_replaced_and_costs_no_completion(soon, first):
+    rewards = WeightedRewards([RewardSpec(JUDGE, num_workers=1)])
+    ask(rewards, [first])
+    (worker,) = workers(rewards)
+    worker.process.kill()
+    worker.process.wait()
+    assert ask(rewards, ["abc"]) == ([3.0], {})
+    assert pids(rewards) != [worker.process.pid]
+
+
+def test_workers_that_end_before_they_are_ready_are_replaced(tmp_path):
+    arguments = {"folder": str(tmp_path), "last": 3}
+    spec = RewardSpec(f"{hostile.__name__}.unfinished", arguments, num_workers=1)
+    assert ask(WeightedRewards([spec]), ["abc"]) == ([3.0], {})
 
 
 def test_in_a_batch_only_the_completion_at_fault_is_dropped():
