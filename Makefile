@@ -84,7 +84,7 @@ $(STAMP): setup.py $(wildcard constraints/*.txt)
 	@$(CHECK_PYTHON)
 	@echo "Setting up $(VENV) with $$($(PYTHON) --version), once; this takes a few minutes."
 	$(PYTHON) -m venv --clear $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
 		--constraint constraints/$$($(VENV)/bin/python -c '$(MINOR)').txt --editable '.[$(EXTRAS)]'
 	@touch $@
 
@@ -94,7 +94,7 @@ $(ORACLES_STAMP): $(STAMP) Makefile
 	@echo "Setting up $(ORACLES_VENV), once; this takes a minute or two."
 	$(VENV)/bin/python -m venv --clear $(ORACLES_VENV)
 	echo "$(call PACKAGES_OF,$(VENV))" > "$(call PACKAGES_OF,$(ORACLES_VENV))/suite.pth"
-	$(ORACLES_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	$(ORACLES_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
 		--constraint constraints/$$($(VENV)/bin/python -c '$(MINOR)').txt $(ORACLES)
 	$(ORACLES_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		$(ORACLE_MODEL)
