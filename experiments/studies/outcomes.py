@@ -19,8 +19,9 @@ from copg_jax.config.sections import DataConfig
 from copg_jax.data.reader import GroupReader
 from copg_jax.errors import InputError
 from copg_jax.files import read_json_lines
+from experiments.studies.axes import BETA, SEED, Values
 from experiments.studies.comparison import Policy, read_policy
-from experiments.studies.grid import BETA, SEED, Point, Values
+from experiments.studies.grid import Point
 
 
 class Evaluation(NamedTuple):
