@@ -65,7 +65,10 @@ def main(study: StudyConfig, *, shard: str | None = None, only_list: bool = Fals
     if distributed.is_main_process():
         _report(points, runner, only_list=only_list)
         if study.best is not None and not best:
-            log.info("the runs at the best beta of each method follow once all others have ended")
+            log.info(
+                "the runs at the best beta of each method follow once all others have ended, where "
+                "a beta has all of its seeds"
+            )
     return int(any(row.failed for row in count_jobs(points, runner.record)))
 
 

@@ -92,6 +92,11 @@ def estimate(values: np.ndarray) -> Estimate:
     return Estimate(float(known.mean()), float(known.std(ddof=1) / np.sqrt(len(known))))
 
 
+def rank(value: float) -> float:
+    """A number to find the best by: what is not finite is below all others."""
+    return value if math.isfinite(value) else -math.inf
+
+
 def measure(policy: Policy, baseline: Policy, *, beta: float) -> dict[str, Estimate]:
     """A policy against a baseline that had the same prompts: `reward` and `objective`, which are
     paired differences to the baseline's, and `kl` to the reference.
@@ -158,7 +163,8 @@ def best_of_each(
     best: dict[str, Trained] = {}
     for one in trained:
         rival = best.get(one.method)
-        if rival is None or np.nanmean(value(one.policy)) > np.nanmean(value(rival.policy)):
+        mean = lambda trained: rank(estimate(value(trained.policy)).mean)
+        if rival is None or mean(one) > mean(rival):
             best[one.method] = one
     return best
 

@@ -125,6 +125,11 @@ class Grid:
         return points
 
     @property
+    def has_second_look(self) -> bool:
+        """Whether runs at the best β are asked for."""
+        return self._study.best is not None
+
+    @property
     def seeds(self) -> tuple[int, ...]:
         """All seeds of the policies."""
         best = self._study.best

@@ -121,6 +121,13 @@ def test_each_method_is_taken_at_the_beta_that_is_best_for_what_is_compared():
     assert {name: one.beta for name, one in best.items()} == {"copg": 1.0, "dpo": 1.0}
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_beta_without_rewards_is_not_the_best_wherever_it_stands(order):
+    nothing = Trained("copg", 0.01, [], policy([math.nan] * 3))
+    best = best_of_each([nothing, *TRAINED][::order], lambda one: one.reward)
+    assert best["copg"].beta == 0.1
+
+
 def test_methods_are_compared_by_paired_differences_at_their_best_beta():
     (found,) = differences(TRAINED, lambda one: one.reward)
     assert (found.first.method, found.second.method) == ("copg", "dpo")
