@@ -13,11 +13,11 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from copg_jax import checksums, runtime
+from copg_jax import runtime
 from copg_jax.config.load import run_main
 from copg_jax.errors import InputError
 from copg_jax.files import write_text
-from copg_jax.hf.card import add_to_card
+from copg_jax.hf.card import CARD_NAME, add_to_card
 from experiments.studies import pictures, tables
 from experiments.studies.grid import Grid, Point
 from experiments.studies.outcomes import Ended, best_curves, read_curves, reward_gap_sd
@@ -100,10 +100,10 @@ def draw(
 
 def _add_to_cards(points: Sequence[Point], table: str) -> None:
     for point in points:
-        for name in ("model", "best"):
-            model = epath.Path(point.policy.config.output_dir) / name
-            if checksums.is_sealed(model):
-                add_to_card(model, "The study that it is of", table)
+        for name in ("model", "best", "adapter", "best_adapter"):
+            folder = epath.Path(point.policy.config.output_dir) / name
+            if (folder / CARD_NAME).exists():
+                add_to_card(folder, "The study that it is of", table)
 
 
 if __name__ == "__main__":
