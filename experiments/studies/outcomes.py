@@ -21,7 +21,7 @@ from copg_jax.errors import InputError
 from copg_jax.files import read_json_lines
 from copg_jax.pooled import scored_sections
 from experiments.studies.axes import SEED, Values
-from experiments.studies.comparison import Policy, read_policy
+from experiments.studies.comparison import AGAIN, Policy, read_policy
 from experiments.studies.grid import Point
 from experiments.studies.runner import DIVERGED, DONE
 
@@ -101,10 +101,12 @@ def read_outcome(point: Point) -> Outcome:
     """Reads a run that is done.
 
     Raises:
-        InputError: it has no evaluation by generation.
+        InputError: it has no evaluation by generation, or a file of it is gone.
     """
     config = point.policy.config
     path = epath.Path(config.output_dir) / "metrics.jsonl"
+    if not path.exists():
+        raise InputError(f"{path}: wanted the metrics of a run, got no file. {AGAIN}")
     rows = [row for _, row in read_json_lines(path) if isinstance(row, dict)]
     steps = tuple(
         Evaluation(

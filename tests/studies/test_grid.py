@@ -148,13 +148,14 @@ def test_the_second_look_has_settings_and_seeds_of_its_own():
         ({"stages": ["policy", "sft"]}, "stages: wanted some of sft, .* in this order"),
         ({"stages": ["sft"]}, "stages: wanted policy and evaluate"),
         ({"figures": ["curve"]}, "figures: wanted some of curves,"),
+        ({"best": {"seeds": [1, 2, 1]}}, "seeds: wanted different ones"),
         ({"grid": {}}, "grid: wanted at least one setting"),
         ({"output_dir": ""}, "output_dir must be a path"),
     ],
 )
 def test_a_study_that_cannot_be_run_is_refused_by_its_field(changed, text):
     with pytest.raises(InputError, match=text):
-        replace(STUDY, **changed)
+        replace(STUDY, **{k: BestConfig(**v) if k == "best" else v for k, v in changed.items()})
 
 
 def test_the_baseline_of_adapters_is_pi_ref_and_neither_its_base_nor_the_policy():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from copg_jax.errors import InputError
 from copg_jax.train.metrics import NonFiniteLoss
 from experiments import figures, study
 from experiments.studies.study_config import BestConfig, StudyConfig
@@ -128,6 +129,11 @@ def test_a_policy_of_several_sources_is_drawn(config, tmp_path):
     config = replace(config, settings=settings, best=None, figures=["beta"])
     assert study.main(config) == 0
     figures.main(config)
+    (Path(config.output_dir) / "copg-beta_0.1" / "metrics.jsonl").rename(tmp_path / "gone")
+    with pytest.raises(
+        InputError, match=r"metrics\.jsonl: wanted the metrics of a run, got no file"
+    ):
+        figures.main(config)
     text = (Path(config.output_dir) / "figures" / "beta.csv").read_text()
     (row, *_) = csv.DictReader(text.splitlines())
     assert float(row["beta_in_sd"]) == pytest.approx(0.1 / 3)
