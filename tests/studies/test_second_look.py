@@ -12,6 +12,7 @@ import pytest
 from copg_jax.errors import InputError
 from copg_jax.train.metrics import NonFiniteLoss
 from experiments import figures, study
+from experiments.studies.grid import Grid
 from experiments.studies.study_config import BestConfig, StudyConfig
 
 # β → reward, and ln π − ln π_ref: the small β is better in reward, the large in J = E[R] − 0.3·KL.
@@ -50,6 +51,15 @@ def evaluate(config) -> None:
 def config(tmp_path, monkeypatch) -> StudyConfig:
     """A study of two methods and two β, whose second look has more prompts."""
     monkeypatch.setattr(study, "MAINS", {"policy": train, "evaluate": evaluate})
+    grids: dict[str, Grid] = {}  # loading its configs lasts longer than all else here
+
+    def grid_of(one: StudyConfig) -> Grid:
+        if repr(one) not in grids:
+            grids[repr(one)] = Grid(one)
+        return grids[repr(one)]
+
+    monkeypatch.setattr(study, "Grid", grid_of)
+    monkeypatch.setattr(figures, "Grid", grid_of)
     rows = tmp_path / "rows.jsonl"
     rows.write_text(ROWS)
     return StudyConfig(
