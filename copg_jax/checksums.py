@@ -105,7 +105,7 @@ def seal(
     Args:
         folder: complete but for this.
         facts: JSON values, kept with the checksums; see `note`.
-        leave_out: name of a file that will still be changed.
+        leave_out: name of a file that may be changed, or come later.
     """
     folder = epath.Path(folder)
     with bucket_errors(folder):
@@ -171,16 +171,6 @@ def note(folder: epath.PathLike, facts: Mapping[str, Any]) -> None:
     record = read_record(path, wanted=("files", "facts"), fix="Restore it from a copy.")
     with bucket_errors(path):
         write_record(path, record | {"facts": record["facts"] | dict(facts)})
-
-
-def rewrite(folder: epath.PathLike, name: str, text: str) -> None:
-    """Exchanges a text file of a sealed folder, and its checksum."""
-    folder = epath.Path(folder)
-    record = read_record(folder / NAME, wanted=("files", "facts"), fix="Restore it from a copy.")
-    with bucket_errors(folder):
-        write_text(folder / name, text)
-        files = record["files"] | {name: file_sum(folder / name)}
-        write_record(folder / NAME, record | {"files": files})
 
 
 def _sums(folder: epath.Path, names: Collection[str]) -> dict[str, str]:

@@ -9,28 +9,18 @@ their number is said.
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
-import numpy as np
 from etils import epath
 
-from copg_jax import checksums, runtime
+from copg_jax import runtime
 from copg_jax.config.load import run_main
 from copg_jax.errors import InputError
 from copg_jax.files import write_text
-from copg_jax.hf.card import add_to_card
+from copg_jax.hf.card import CARD_NAME, add_to_card
 from experiments.studies import pictures, tables
-from experiments.studies.comparison import Policy
 from experiments.studies.grid import Grid, Point
-from experiments.studies.outcomes import (
-    Curve,
-    above_baseline,
-    best_curves,
-    curves,
-    read_outcome,
-    reward_gap_sd,
-)
+from experiments.studies.outcomes import Ended, best_curves, read_curves, reward_gap_sd
 from experiments.studies.runner import DONE, Runner
 from experiments.studies.second_look import ended, second_look
 from experiments.studies.study_config import StudyConfig
@@ -43,16 +33,17 @@ def main(study: StudyConfig) -> None:
     runtime.setup()
     grid = Grid(study)
     runner = Runner(study.output_dir, {})
-    done = [point for point in grid.points if ended(point, runner) == DONE]
-    best = [point for point in second_look(grid, runner) if ended(point, runner) == DONE]
-    if len(done) < len(grid.points):
-        log.warning(
-            "%d of %d runs are not done: left out", len(grid.points) - len(done), len(grid.points)
-        )
+    first, second = (
+        [(point, ended(point, runner)) for point in points]
+        for points in (grid.points, second_look(grid, runner))
+    )
+    done = [point for point, end in first if end == DONE]
+    if len(done) < len(first):
+        log.warning("%d of %d runs are not done: left out", len(first) - len(done), len(first))
     if not done:
         raise InputError(f"{study.output_dir}: wanted runs of the study that are done, got none")
     for group in dict.fromkeys(point.group for point in done):
-        own, looked = ([p for p in points if p.group == group] for points in (done, best))
+        own, looked = ([pair for pair in x if pair[0].group == group] for x in (first, second))
         folder = epath.Path(study.output_dir) / "figures" / group
         folder.mkdir(parents=True, exist_ok=True)
         draw(study, own, looked, folder)
@@ -60,26 +51,29 @@ def main(study: StudyConfig) -> None:
 
 
 def draw(
-    study: StudyConfig, points: Sequence[Point], second: Sequence[Point], folder: epath.Path
+    study: StudyConfig, first: Sequence[Ended], second: Sequence[Ended], folder: epath.Path
 ) -> None:
     """Draws one group of runs.
 
     Args:
         study: says what to draw.
-        points: of the grid, done.
-        second: runs at the best β of each method, done; none where there are none.
+        first: the runs of the grid, and how each ended.
+        second: those at the best β of each method; none where there are none yet.
         folder: to write into.
     """
-    found = curves(map(read_outcome, points))
-    looked = curves(map(read_outcome, second))
-    beta = points[0].evaluation.config.beta
-    sd = reward_gap_sd(points[0].policy.config.data)
+    planned = read_curves(first)
+    found = [curve for curve in planned if curve.runs]
+    point = first[0][0]
+    beta = point.evaluation.config.beta
     over_steps = tables.rows_over_steps(found)
-    by_beta = tables.rows_by_beta(found, beta=beta, sd=sd)
-    best = {
-        name: looked or best_curves(found, partial(_end, value=value))
-        for name, value in tables.measures(beta).items()
-    }
+    by_beta = tables.rows_by_beta(found, beta=beta, sd=reward_gap_sd(point.policy.config.data))
+    best = {name: best_curves(found, value) for name, value in tables.measures(beta).items()}
+    # The second look is at the β that are best in reward, and fair once each of its runs is done.
+    num_left = sum(end != DONE for _, end in second)
+    if num_left:
+        log.warning("%d of %d runs at the best beta are not done", num_left, len(second))
+    elif second:
+        best["reward"] = read_curves(second)
     best_over_steps = tables.rows_over_steps(best["reward"])
     differences = tables.rows_of_differences(best, beta=beta)
     drawn = {
@@ -90,22 +84,26 @@ def draw(
         "held_out": lambda: (pictures.held_out_figure(over_steps), over_steps),
     }
     for name in study.figures:
+        if name == "best" and not best_over_steps:
+            log.warning("best is not drawn: no beta has all of its seeds done")
+            continue
         figure, rows = drawn[name]()
         pictures.write_picture(figure, folder / f"{name}.png")
         write_text(folder / f"{name}.csv", tables.to_csv(rows))
     write_text(folder / "differences.csv", tables.to_csv(differences))
-    num_prompts = len(best["reward"][0].runs[0].final.reward)
+    num_prompts = len(found[0].runs[0].final.reward)
     table = tables.to_markdown(by_beta, differences, beta=beta, num_prompts=num_prompts)
+    table += f"\n{lost}\n" if (lost := tables.lost(planned)) else ""
     write_text(folder / "table.md", table)
-    for point in (*points, *second):
-        for name in ("model", "best"):
-            model = epath.Path(point.policy.config.output_dir) / name
-            if checksums.is_sealed(model):
-                add_to_card(model, "The study that it is of", table)
+    _add_to_cards([point for point, end in (*first, *second) if end == DONE], table)
 
 
-def _end(curve: Curve, value: Callable[[Policy], np.ndarray]) -> float:
-    return above_baseline(curve, value).mean
+def _add_to_cards(points: Sequence[Point], table: str) -> None:
+    for point in points:
+        for name in ("model", "best", "adapter", "best_adapter"):
+            folder = epath.Path(point.policy.config.output_dir) / name
+            if (folder / CARD_NAME).exists():
+                add_to_card(folder, "The study that it is of", table)
 
 
 if __name__ == "__main__":

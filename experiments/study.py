@@ -4,7 +4,8 @@
 
 A point is an ordinary run folder. What points share is run once, what is done is left alone, and a
 point that fails or diverges is recorded and stops no other; the same command goes on. --list says
-what is left. --shard 0/4 does the first of four parts; in a SLURM array that is the default.
+what is left. --shard 0/4 does the first of four parts; in a SLURM array that is the default. The
+runs at the best β are the work of the part that ends last.
 """
 
 import argparse
@@ -59,13 +60,17 @@ def main(study: StudyConfig, *, shard: str | None = None, only_list: bool = Fals
         runtime.setup(grid.points[0].policy.config.distributed)
         with reuse.shared_by_runs(grid.seeds):
             _run_all(runner, part_of(grid.points, part))
-            _run_all(runner, part_of(second_look(grid, runner), part))
+            # All of it in each part: the one that ends last finds it; claims part it among several.
+            _run_all(runner, second_look(grid, runner))
     best = second_look(grid, runner)
-    points = [*part_of(grid.points, part), *part_of(best, part)]
+    points = [*part_of(grid.points, part), *best]
     if distributed.is_main_process():
         _report(points, runner, only_list=only_list)
         if study.best is not None and not best:
-            log.info("the runs at the best beta of each method follow once all others have ended")
+            log.info(
+                "the runs at the best beta of each method follow once all others have ended, where "
+                "a beta has all of its seeds"
+            )
     return int(any(row.failed for row in count_jobs(points, runner.record)))
 
 

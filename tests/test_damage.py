@@ -25,6 +25,7 @@ from copg_jax.data.reader import GroupReader
 from copg_jax.data.tokenizer import load_tokenizer, tokenizer_hash
 from copg_jax.errors import InputError
 from copg_jax.files import read_json_lines
+from copg_jax.hf.card import CARD_NAME
 from copg_jax.hf.pretrained import open_model
 from copg_jax.train import exports
 from copg_jax.train import run as training
@@ -163,8 +164,8 @@ def test_a_damaged_file_ends_in_the_same_run_or_is_named(place, stage, operation
     kept, folder, outcomes = place.kept(stage), place.folder / stage, Outcomes()
     restore(kept, folder)
     for name in damages(kept, folder, operation):
-        if name.startswith("checkpoints"):
-            continue  # below
+        if name.startswith("checkpoints") or name.endswith(CARD_NAME):
+            continue  # below; a card is for people, and theirs to change
 
         def run(name: str = name) -> bool:
             capsys.readouterr()

@@ -19,6 +19,7 @@ from etils import epath
 from copg_jax import checksums, distributed
 from copg_jax.errors import InputError
 from copg_jax.hf import adapter_config
+from copg_jax.hf.card import CARD_NAME
 from copg_jax.hf.names import HfTensor, assemble, differences, to_hf
 from copg_jax.hf.tensor_files import SafetensorsFolder, write_safetensors
 from copg_jax.hf.weights import RESTORE, check_replaceable, fetch, params_hash, resolve
@@ -35,7 +36,7 @@ TENSORS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # of peft, before the names of the base
 _SCORE = f"{_PREFIX}score.weight"
 _BASE = "base"  # fact of a sealed folder: the hash of the model it was trained on
-_FILES = (adapter_config.NAME, TENSORS_NAME, checksums.NAME)
+_FILES = (adapter_config.NAME, TENSORS_NAME, CARD_NAME, checksums.NAME)
 
 
 @dataclass(frozen=True)
@@ -204,14 +205,16 @@ def save_adapter(
     tensors: Mapping[str, np.ndarray],
     *,
     base_hash: str,
+    card: str,
 ) -> None:
-    """Writes a PEFT folder and, last, its checksums; process 0 does.
+    """Writes a PEFT folder and, last, the checksums of all but its card; process 0 does.
 
     Args:
         folder: target; replaced where it holds such an export and no other file.
         config: from `adapter_config.adapter_config`.
         tensors: from `on_host`.
         base_hash: `params_hash` of the base, which a later run compares.
+        card: text of its README.md.
     """
     folder = epath.Path(folder)
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -225,9 +228,10 @@ def save_adapter(
             with (temporary / TENSORS_NAME).open("wb") as stream:
                 shapes = {name: value.shape for name, value in tensors.items()}
                 write_safetensors(stream, shapes, tensors.__getitem__)
+            (temporary / CARD_NAME).write_bytes(card.encode())
             folder.rmtree(missing_ok=True)
             temporary.rename(folder)
-            checksums.seal(folder, {_BASE: base_hash})
+            checksums.seal(folder, {_BASE: base_hash}, leave_out=CARD_NAME)
 
 
 class Merged:

@@ -1,11 +1,14 @@
-"""The model card of an exported folder: what the model is, and how it was made."""
+"""The model card of an exported folder: what the model is, and how it was made.
+
+A card is for people, who may correct it: no checksum of the folder is over it.
+"""
 
 from collections.abc import Mapping, Sequence
 
 import yaml
 from etils import epath
 
-from copg_jax import checksums
+from copg_jax.files import write_text
 
 CARD_NAME = "README.md"
 
@@ -18,6 +21,7 @@ _HEADS = {
 def model_card(
     head: str,
     *,
+    is_adapter: bool = False,
     base: str | None = None,
     settings: str = "",
     data: Mapping[str, str] | None = None,
@@ -27,13 +31,16 @@ def model_card(
 
     Args:
         head: "lm" or "score".
+        is_adapter: a PEFT folder, in place of a whole model.
         base: the model that it was trained from.
         settings: resolved config of the run, as YAML.
         data: name of a data set → what it was.
         metrics: names and values, as last measured.
     """
-    front: dict[str, object] = {"library_name": "transformers", "tags": ["copg_jax"]}
-    parts = [f"{_HEADS[head]}, exported by copg_jax in float32."]
+    library = "peft" if is_adapter else "transformers"
+    front: dict[str, object] = {"library_name": library, "tags": ["copg_jax"]}
+    what = f"The LoRA adapter of {_HEADS[head][0].lower()}{_HEADS[head][1:]}"
+    parts = [f"{what if is_adapter else _HEADS[head]}, exported by copg_jax in float32."]
     if base is not None:
         front["base_model"] = base
         parts[0] += f" It was trained from `{base}`."
@@ -53,6 +60,6 @@ def add_to_card(folder: epath.PathLike, title: str, text: str) -> None:
     """Puts a section at the end of the card of an exported folder, in place of an earlier one of
     this title.
     """
-    card = (epath.Path(folder) / CARD_NAME).read_bytes().decode()
-    before, _, _ = card.partition(f"\n## {title}\n")
-    checksums.rewrite(folder, CARD_NAME, f"{before.rstrip()}\n\n## {title}\n\n{text.strip()}\n")
+    path = epath.Path(folder) / CARD_NAME
+    before, _, _ = path.read_bytes().decode().partition(f"\n## {title}\n")
+    write_text(path, f"{before.rstrip()}\n\n## {title}\n\n{text.strip()}\n")

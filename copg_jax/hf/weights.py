@@ -180,7 +180,7 @@ def save_pretrained(
     max_shard_bytes: int = 4 << 30,
 ) -> None:
     """Write config.json, safetensors (float32), tokenizer, model card (README.md) and, last, the
-    checksums of these, which mark the folder as complete.
+    checksums of all but the card, which mark the folder as complete.
 
     Every process calls it, to gather each tensor in turn; process 0 writes.
 
@@ -225,7 +225,7 @@ def save_pretrained(
             if distributed.is_main_process():
                 folder.rmtree(missing_ok=True)
                 temporary.rename(folder)
-                checksums.seal(folder)
+                checksums.seal(folder, leave_out=CARD_NAME)
     finally:
         if distributed.is_main_process():
             temporary.rmtree(missing_ok=True)

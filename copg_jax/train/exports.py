@@ -6,6 +6,7 @@ base.
 
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -68,7 +69,7 @@ def export(
     params: Any,
     *,
     base: ModelConfig,
-    card: str,
+    card: Callable[[bool], str],
 ) -> None:
     """Writes `folder`/`name`, and before it the adapter where one was trained.
 
@@ -78,7 +79,7 @@ def export(
         model: what was trained.
         params: what is trained of it.
         base: the model that training began with, by its name.
-        card: README.md of the merged model.
+        card: whether it is of the adapter → text of README.md.
     """
     values = params
     if model.lora is not None:
@@ -87,8 +88,9 @@ def export(
         config = adapter_config(
             rank, alpha, targets, head=model.head, base=base.path, revision=base.revision
         )
-        save_adapter(folder / _ADAPTER[name], config, tensors, base_hash=model.base_hash)
-        log.info("wrote %s", folder / _ADAPTER[name])
+        adapter = folder / _ADAPTER[name]
+        save_adapter(adapter, config, tensors, base_hash=model.base_hash, card=card(True))
+        log.info("wrote %s", adapter)
         values = Merged(model.folder, alpha / rank, tensors)
     save_pretrained(
         folder / name,
@@ -98,6 +100,6 @@ def export(
         tokenizer=model.tokenizer,
         end_ids=model.end_ids,
         source=model.config,
-        card=card,
+        card=card(False),
     )
     log.info("wrote %s", folder / name)

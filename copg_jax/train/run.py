@@ -311,5 +311,5 @@ def _export_all(run: _Run, checkpoints: Checkpoints, last: Any) -> None:
 
 def _export(run: _Run, name: str, params: Any, step: int) -> None:
     datasets = {"train": run.data, "validation": run.held_out}
-    card = run_card(run.config, run.model.head, datasets, step)
+    card = partial(run_card, run.config, run.model.head, datasets, step)
     export(run.folder, name, run.model, params, base=run.config.model, card=card)

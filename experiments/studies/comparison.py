@@ -22,6 +22,8 @@ from copg_jax.errors import InputError
 from copg_jax.files import read_json_lines
 from copg_jax.rewards.protocol import RewardFn, score_texts
 
+AGAIN = "Fix: delete the folder, and the same command of the study or the stage makes it again."
+_FIELDS = {"index", "reward", "logp", "ref_logp", "length", "has_eos"}  # of a generation
 TIE_STDERRS = 2.0
 """Differences of fewer standard errors than this are called ties."""
 
@@ -65,10 +67,15 @@ class Policy:
 def read_policy(folder: epath.Path | Path) -> Policy:
     """Reads the generations.jsonl of an evaluation; samples of one prompt are averaged."""
     path = folder / "generations.jsonl"
+    if not path.exists():
+        raise InputError(f"{path}: wanted the generations of an evaluation, got no file. {AGAIN}")
     by_prompt: dict[int, list[dict[str, Any]]] = {}
-    for _, row in read_json_lines(path):
-        if not isinstance(row, dict):
-            raise InputError(f"{path}: wanted a generation in every line. Fix: evaluate again.")
+    for number, (_, row) in enumerate(read_json_lines(path), start=1):
+        if not isinstance(row, dict) or not row.keys() >= _FIELDS:
+            raise InputError(
+                f"{path}:{number}: wanted a generation with {', '.join(sorted(_FIELDS))}, got "
+                f"{str(row)[:80]}. {AGAIN}"
+            )
         by_prompt.setdefault(row["index"], []).append(row)
     prompts = [by_prompt[index] for index in sorted(by_prompt)]
     return Policy(
@@ -90,6 +97,11 @@ def estimate(values: np.ndarray) -> Estimate:
     if len(known) < 2:
         return Estimate(float(known.mean()) if len(known) else math.nan, math.nan)
     return Estimate(float(known.mean()), float(known.std(ddof=1) / np.sqrt(len(known))))
+
+
+def rank(value: float) -> float:
+    """A number to find the best by: what is not finite is below all others."""
+    return value if math.isfinite(value) else -math.inf
 
 
 def measure(policy: Policy, baseline: Policy, *, beta: float) -> dict[str, Estimate]:
@@ -158,7 +170,8 @@ def best_of_each(
     best: dict[str, Trained] = {}
     for one in trained:
         rival = best.get(one.method)
-        if rival is None or np.nanmean(value(one.policy)) > np.nanmean(value(rival.policy)):
+        mean = lambda trained: rank(estimate(value(trained.policy)).mean)
+        if rival is None or mean(one) > mean(rival):
             best[one.method] = one
     return best
 

@@ -1,6 +1,6 @@
 """The runs that the grid of a study asks for.
 
-1. A grid has an axis for each setting that varies. `expand` gives every combination, a `Values`.
+1. A grid has an axis for each setting that varies, see `axes`; a `Values` is one combination.
 2. `Grid.point` turns one into the `Job`s of its stages. A stage that a setting does not reach is
    the same job at all points and runs once; which settings reach a stage follows from whose
    setting it is, and from the folders that the stage reads.
@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,14 +20,18 @@ from copg_jax.config.schema import EnvironmentText, leaves
 from copg_jax.config.settings import SHARED
 from copg_jax.config.stages import STAGES
 from copg_jax.errors import InputError
+from experiments.studies.axes import (
+    BETA,
+    LOSSES,
+    SEED,
+    Values,
+    argument,
+    expand,
+    named,
+    part,
+    stage_of,
+)
 from experiments.studies.study_config import InputsRun, StudyConfig
-
-Values = dict[str, Any]
-"""One value for each axis of the grid."""
-
-BETA, SEED = "loss.beta", "seed"
-_LOSSES = ("loss.name", "shared.loss")  # axes whose values need no name beside them
-_MOST_POINTS = 10_000
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,9 @@ class Point:
     @property
     def evaluation(self) -> Job:
         """The evaluation of what it trained."""
-        return next(job for job in self.jobs if self.policy.name in job.needs)
+        return next(
+            job for job in self.jobs if job.stage == "evaluate" and self.policy.name in job.needs
+        )
 
     @property
     def baseline(self) -> Job:
@@ -69,47 +74,8 @@ class Point:
         """What else varies than the loss, its β and the seed; runs that differ in it are not
         compared.
         """
-        axes = [axis for axis in self.values if axis not in (BETA, SEED, *_LOSSES)]
-        return "-".join(_part(axis, self.values[axis], "policy") for axis in axes)
-
-
-def expand(grid: Mapping[str, Any]) -> list[Values]:
-    """Every combination of the values of a grid, the last axis moving fastest.
-
-    Raises:
-        InputError: an axis without values, with a value twice, or by a value that no earlier axis
-            has.
-    """
-    found: list[Values] = [{}]
-    for axis, given in grid.items():
-        if isinstance(given, Mapping):
-            found = [{**v, axis: one} for v in found for one in _values(axis, _own(axis, given, v))]
-        else:
-            found = [{**v, axis: one} for v in found for one in _values(axis, given)]
-        if len(found) > _MOST_POINTS:
-            raise InputError(f"grid: wanted at most {_MOST_POINTS} points, got more by {axis}")
-    return found
-
-
-def _own(axis: str, given: Mapping[Any, Any], values: Values) -> Any:
-    """The values of an axis that depend on an earlier one's value."""
-    keys = {str(key): value for key, value in given.items()}
-    hits = [str(value) for value in values.values() if str(value) in keys]
-    if len(hits) != 1:
-        raise InputError(
-            f"grid: {axis}: wanted values for one value of an earlier setting, got some for "
-            f"{', '.join(keys)} where the earlier settings are "
-            f"{', '.join(f'{k}={v}' for k, v in values.items()) or 'none'}"
-        )
-    return keys[hits[0]]
-
-
-def _values(axis: str, given: Any) -> list[Any]:
-    values = given if isinstance(given, list) else [given]
-    texts = [json.dumps(value) for value in values]
-    if not values or len(set(texts)) < len(texts):
-        raise InputError(f"grid: {axis}: wanted different values, got {', '.join(texts) or 'none'}")
-    return values
+        axes = [axis for axis in self.values if axis not in (BETA, SEED, *LOSSES)]
+        return "-".join(part(axis, self.values[axis], "policy") for axis in axes)
 
 
 class Grid:
@@ -119,34 +85,56 @@ class Grid:
         study: the config.
 
     Raises:
-        InputError: a config of a stage that does not load at some point, or two runs of one name.
+        InputError: a config of a stage that does not load at some point, stages that do not read
+            each other as a study needs, two runs of one name, or runs whose axes do not tell them
+            apart.
     """
 
     def __init__(self, study: StudyConfig) -> None:
         self._study = study
-        self._values = expand(study.grid)
-        self._stage_of = {axis: _stage_of(axis) for axis in study.grid}
+        self._axes = named(study.grid)
+        self._values = expand(self._axes)
+        self._varying = [
+            axis for axis in self._axes if len({json.dumps(v[axis]) for v in self._values}) > 1
+        ]
         self._load = functools.cache(self._load_stage)
         self._reach = self._find_reach()
         self.points = [self.point(values) for values in self._values]
+        _require_told_apart(self.points)
         _require_distinct(self.points)
+        self.best_points(self._values[:1])  # what is wrong there is refused before all runs
 
     def best_points(self, chosen: Sequence[Values]) -> list[Point]:
         """The second look at these values, see `BestConfig`; each with all seeds."""
         best = self._study.best
         if best is None:
             return []
+        seeds = best.seeds or sorted({point.policy.config.seed for point in self.points})
         points = []
-        for values in chosen:
-            for seed in best.seeds or self.seeds:
-                own = values | ({SEED: seed} if SEED in self._study.grid else {})
-                points.append(self.point(own, "best", best.settings))
+        for own in ({**values, SEED: seed} for values in chosen for seed in seeds):
+            points.append(self.point(own, "best", best.settings))
+            wanted, got = (
+                _identity(self._config("policy", own)),
+                _identity(points[-1].policy.config),
+            )
+            if got != wanted:
+                raise InputError(
+                    f"best.settings: wanted the loss, β and seed of the run, {wanted}, got "
+                    f"{got}. Fix: best.seeds for other seeds; β and loss are those of the grid."
+                )
         return points
+
+    @property
+    def has_second_look(self) -> bool:
+        """Whether runs at the best β are asked for."""
+        return self._study.best is not None
 
     @property
     def seeds(self) -> tuple[int, ...]:
         """All seeds of the policies."""
-        return tuple(sorted({point.policy.config.seed for point in self.points}))
+        best = self._study.best
+        own = {point.policy.config.seed for point in self.points}
+        return tuple(sorted(own | set(best.seeds if best else ())))
 
     def point(self, values: Values, prefix: str = "", more: Sequence[str] = ()) -> Point:
         """The jobs of one combination.
@@ -157,6 +145,7 @@ class Grid:
             more: further settings of its policy and evaluation.
         """
         configs = {stage: self._config(stage, values, more) for stage in self._study.stages}
+        _require_roles(configs["policy"], configs["evaluate"])
         folders = {
             config.output_dir: self._name(stage, values, prefix)
             for stage, config in configs.items()
@@ -185,25 +174,20 @@ class Grid:
 
     def _baseline(self, job: Job, jobs: Sequence[Job], values: Values, prefix: str) -> Job:
         """The evaluation of π_ref on the same prompts, the same job at many points."""
-        if job.config.reference is None:
-            raise InputError(
-                "evaluate.reference: wanted the model that policies start from, for their KL and "
-                "as the zero of their rewards, got null"
-            )
         above = [one for one in jobs if one.name in job.needs and one.stage != "policy"]
         axes = {axis for one in above for axis in self._reach.get(one.stage, ())}
-        axes |= {axis for axis in self._study.grid if self._stage_of[axis] == "evaluate"}
+        axes |= {axis for axis in self._axes if stage_of(axis) == "evaluate"}
         parts = self._parts("evaluate", values, axes)
         name = "-".join(["evaluate", *([prefix] if prefix else []), "reference", *parts])
         config = dataclasses.replace(
             job.config,
-            model=dataclasses.replace(job.config.model, path=job.config.reference.path),
+            model=job.config.reference,
             output_dir=f"{self._study.output_dir}/{name}",
         )
         return Job(name, "evaluate", config, tuple(one.name for one in above))
 
     def _config(self, stage: str, values: Values, more: Sequence[str] = ()) -> Any:
-        own = [_argument(axis, values[axis]) for axis in values if self._may_reach(axis, stage)]
+        own = [argument(axis, values[axis]) for axis in values if self._may_reach(axis, stage)]
         return self._load(stage, (*own, *(more if stage in ("policy", "evaluate") else ())))
 
     def _load_stage(self, stage: str, arguments: tuple[str, ...]) -> Any:
@@ -211,7 +195,7 @@ class Grid:
         return load_config(STAGES[stage], [*files, *settings, *arguments])
 
     def _may_reach(self, axis: str, stage: str) -> bool:
-        return self._stage_of[axis] in (stage, SHARED)
+        return stage_of(axis) in (stage, SHARED)
 
     def _find_reach(self) -> dict[str, list[str]]:
         """The axes that reach each stage: its own, and those of the stages that it reads."""
@@ -219,16 +203,16 @@ class Grid:
         outputs = {self._config(stage, first).output_dir: stage for stage in stages}
         reach: dict[str, list[str]] = {}
         for stage in stages:
-            own = {axis for axis in self._study.grid if self._changes(axis, stage)}
+            own = {axis for axis in self._axes if self._changes(axis, stage)}
             above = [outputs[old] for old in _read_by(self._config(stage, first), outputs)]
             own |= {axis for other in above for axis in reach.get(other, ())}
-            reach[stage] = [axis for axis in self._study.grid if axis in own]
+            reach[stage] = [axis for axis in self._axes if axis in own]
         return reach
 
     def _changes(self, axis: str, stage: str) -> bool:
         """Whether the values of an axis give a stage different configs."""
-        if self._stage_of[axis] != SHARED:
-            return self._stage_of[axis] == stage
+        if stage_of(axis) != SHARED:
+            return stage_of(axis) == stage
         by_value = {json.dumps(values[axis]): values for values in self._values}
         # Folders aside: what else differs is what the stage computes.
         found = {repr(_moved(self._config(stage, v), {})) for v in by_value.values()}
@@ -237,41 +221,19 @@ class Grid:
     def _name(self, stage: str, values: Values, prefix: str) -> str:
         parts = self._parts(stage, values, self._reach[stage])
         own = [prefix] if prefix and stage in ("policy", "evaluate") else []
+        if own and SEED not in self._varying:  # a second look has seeds of its own
+            parts.append(part(SEED, values[SEED], stage))
         head = [] if stage == "policy" and (parts or own) else [stage]
         return "-".join([*head, *own, *parts])
 
     def _parts(self, stage: str, values: Values, axes: Collection[str]) -> list[str]:
         """What a name says of the settings that vary, e.g. `beta_0.3`."""
-        return [
-            _part(axis, values[axis], stage)
-            for axis in self._study.grid
-            if axis in axes and len({json.dumps(v[axis]) for v in self._values}) > 1
-        ]
+        return [part(axis, values[axis], stage) for axis in self._varying if axis in axes]
 
 
-def _stage_of(axis: str) -> str:
-    """Whose setting it is; SHARED for one that all may read."""
-    top = axis.partition(".")[0]
-    return top if top in STAGES or top == SHARED else "policy"
-
-
-def _argument(axis: str, value: Any) -> str:
-    top = axis.partition(".")[0]
-    name = axis if top in STAGES or top == SHARED else f"policy.{axis}"
-    return f"{name}={_as_text(value)}"
-
-
-def _as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _part(axis: str, value: Any, stage: str) -> str:
-    text = f"{value:g}" if isinstance(value, float) else _as_text(value)
-    text = re.sub(r"[^\w.+-]+", "_", text).strip("_")[:40]
-    if axis in _LOSSES:
-        return text.rpartition(".")[2]
-    named = f"{axis.rpartition('.')[2]}_{text}"
-    return named if _stage_of(axis) in (stage, "policy", SHARED) else f"{_stage_of(axis)}.{named}"
+def _identity(config: Any) -> str:
+    """What tells a run of a study from others of its group."""
+    return f"{config.loss.name}, β={config.loss.beta}, seed={config.seed}"
 
 
 def _read_by(config: Any, folders: Mapping[str, Any]) -> list[str]:
@@ -300,6 +262,55 @@ def _moved(value: Any, folders: Mapping[str, str]) -> Any:
             if value == old or value.startswith(f"{old}/"):
                 return new + value[len(old) :]
     return value
+
+
+def _require_roles(policy: Any, evaluate: Any) -> None:
+    """Raises InputError unless a study can read what it draws from these configs."""
+    if policy.evaluation is None:
+        raise InputError(
+            "policy.evaluation: wanted evaluations by generation, whose rewards a study draws over "
+            "steps, got null"
+        )
+    ends = [f"{policy.output_dir}/{name}" for name in ("model", "adapter")]
+    read = [path.rstrip("/") for path in (evaluate.model.path, evaluate.model.adapter) if path]
+    if not set(ends) & set(read):
+        raise InputError(
+            f"evaluate.model: wanted what the policy ends as, {ends[0]}, or {ends[1]} on its base, "
+            f"got {' with '.join(read)}. A study compares policies after training; best/ is chosen "
+            "by the reward that it would report. Fix: in the study's settings, "
+            r"evaluate.model.path=\${shared.folder}/\${shared.run}/model, or for adapters "
+            r"evaluate.model.adapter=\${shared.folder}/\${shared.run}/adapter."
+        )
+    start, reference = (
+        one and f"path={one.path} revision={one.revision} adapter={one.adapter}"
+        for one in (policy.model, evaluate.reference)
+    )
+    if reference != start:
+        raise InputError(
+            f"evaluate.reference: wanted the model that policies start from, {start}, for their KL "
+            f"and as the zero of their rewards, got {reference or 'null'}"
+        )
+
+
+def _require_told_apart(points: Sequence[Point]) -> None:
+    """Raises InputError where loss, β or seed changes with another setting than its own: what is
+    over β, or over seeds, would be one run a group.
+    """
+    owners = {SEED: (SEED,), BETA: (BETA, *LOSSES), "loss.name": LOSSES}
+    for axis in points[0].values:
+        firsts: dict[str, dict[str, Any]] = {}
+        for point in points:
+            rest = json.dumps({one: v for one, v in point.values.items() if one != axis})
+            config = point.policy.config
+            found = {SEED: config.seed, BETA: config.loss.beta, "loss.name": config.loss.name}
+            first = firsts.setdefault(rest, found)
+            for name, value in found.items():
+                if value != first[name] and axis not in owners[name]:
+                    raise InputError(
+                        f"grid: {axis}: wanted a setting that leaves {name} as it is, got {name} = "
+                        f"{first[name]} and {value} by it. Fix: give the values to {name}, a "
+                        "setting of the grid by itself."
+                    )
 
 
 def _require_distinct(points: Sequence[Point]) -> None:

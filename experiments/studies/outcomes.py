@@ -1,15 +1,15 @@
 """What the runs of a study measured, and the numbers that its figures and tables show.
 
 1. `read_outcome` reads one run: its evaluations on the way, and the last one prompt by prompt.
-2. A `Curve` is one method at one β over its seeds.
+2. A `Curve` is one method at one β over its seeds; only one whose seeds are all done can be best.
 3. `spread` and `paired` give means with two standard errors: over prompts, with the seeds of each
    prompt averaged, and over seeds, with the prompts of each seed averaged.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,8 +19,14 @@ from copg_jax.config.sections import DataConfig
 from copg_jax.data.reader import GroupReader
 from copg_jax.errors import InputError
 from copg_jax.files import read_json_lines
-from experiments.studies.comparison import Policy, read_policy
-from experiments.studies.grid import BETA, SEED, Point, Values
+from copg_jax.pooled import scored_sections
+from experiments.studies.axes import SEED, Values
+from experiments.studies.comparison import AGAIN, Policy, read_policy
+from experiments.studies.grid import Point
+from experiments.studies.runner import DIVERGED, DONE
+
+Ended = tuple[Point, str | None]
+"""A run and how it ended, see `second_look.ended`."""
 
 
 class Evaluation(NamedTuple):
@@ -47,11 +53,6 @@ class Outcome:
     final: Policy
     baseline: Policy  # π_ref on the same prompts
 
-    @property
-    def reward(self) -> float:
-        """Mean reward after training."""
-        return float(np.nanmean(self.final.reward))
-
 
 class Spread(NamedTuple):
     """A mean with its standard errors; NaN where there is one prompt, or one seed."""
@@ -60,6 +61,7 @@ class Spread(NamedTuple):
     over_prompts: float
     over_seeds: float
     num_seeds: int
+    num_prompts: int  # that have a number in all seeds
 
     def __str__(self) -> str:
         seeds = "" if math.isnan(self.over_seeds) else f" ± {self.over_seeds:.3f}"
@@ -72,7 +74,18 @@ class Curve:
 
     method: str
     beta: float
-    runs: tuple[Outcome, ...]  # one a seed
+    runs: tuple[Outcome, ...]  # one a seed that is done
+    ends: tuple[str | None, ...]  # how each seed of the study ended, see `second_look.ended`
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all of its seeds are done: where one diverged, the others are no fair sample."""
+        return bool(self.ends) and all(end == DONE for end in self.ends)
+
+    @property
+    def num_diverged(self) -> int:
+        """Seeds whose training had no finite loss or gradient."""
+        return self.ends.count(DIVERGED)
 
     def over_steps(self, field: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps [n] and a field of `Evaluation` at them, one row a run [runs, n]: the steps that
@@ -88,10 +101,12 @@ def read_outcome(point: Point) -> Outcome:
     """Reads a run that is done.
 
     Raises:
-        InputError: it has no evaluation by generation.
+        InputError: it has no evaluation by generation, or a file of it is gone.
     """
     config = point.policy.config
     path = epath.Path(config.output_dir) / "metrics.jsonl"
+    if not path.exists():
+        raise InputError(f"{path}: wanted the metrics of a run, got no file. {AGAIN}")
     rows = [row for _, row in read_json_lines(path) if isinstance(row, dict)]
     steps = tuple(
         Evaluation(
@@ -129,34 +144,54 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def curves(outcomes: Iterable[Outcome]) -> list[Curve]:
-    """The runs by method and β, β ascending."""
-    found: dict[tuple[str, float], list[Outcome]] = {}
-    for one in outcomes:
-        found.setdefault((one.method, one.beta), []).append(one)
-    ordered = {method: None for method, _ in found}
-    keys = sorted(found, key=lambda key: (list(ordered).index(key[0]), key[1]))
-    return [Curve(*key, tuple(sorted(found[key], key=lambda run: run.seed))) for key in keys]
+def read_curves(ended: Iterable[Ended]) -> list[Curve]:
+    """The curves of one group of runs, each with how it ended; those that are done are read."""
+    ends: dict[tuple[str, float], list[str | None]] = {}
+    outcomes = []
+    for point, end in ended:
+        loss = point.policy.config.loss
+        ends.setdefault((loss.name, loss.beta), []).append(end)
+        outcomes += [read_outcome(point)] if end == DONE else []
+    return curves(outcomes, ends)
 
 
-def best_values(outcomes: Iterable[Outcome]) -> list[Values]:
-    """Of each method, and of all else that varies, the values at the β of the highest mean reward
-    after training, over seeds; without the seed.
+def curves(
+    outcomes: Iterable[Outcome], ends: Mapping[tuple[str, float], Sequence[str | None]]
+) -> list[Curve]:
+    """The runs by method and β, β ascending.
+
+    Args:
+        outcomes: of the runs that are done.
+        ends: method and β → how each seed ended.
     """
-    by_group: dict[str, dict[str, list[Outcome]]] = {}
+    found: dict[tuple[str, float], list[Outcome]] = {key: [] for key in ends}
     for one in outcomes:
-        rest = {axis: value for axis, value in one.values.items() if axis != SEED}
-        group = repr({axis: value for axis, value in rest.items() if axis != BETA})
-        by_group.setdefault(group, {}).setdefault(repr(rest), []).append(one)
-    mean = lambda runs: np.mean([run.reward for run in runs])
-    best = [max(of_group.values(), key=mean)[0] for of_group in by_group.values()]
-    return [{a: value for a, value in one.values.items() if a != SEED} for one in best]
+        found[one.method, one.beta].append(one)
+    ordered = list(dict.fromkeys(method for method, _ in found))
+    keys = sorted(found, key=lambda key: (ordered.index(key[0]), key[1]))
+    by_seed = {key: tuple(sorted(found[key], key=lambda run: run.seed)) for key in keys}
+    return [Curve(*key, by_seed[key], tuple(ends[key])) for key in keys]
 
 
-def best_curves(found: Sequence[Curve], value: Callable[[Curve], float]) -> list[Curve]:
-    """Of each method the curve with the highest value."""
-    methods = dict.fromkeys(curve.method for curve in found)
-    return [max((c for c in found if c.method == method), key=value) for method in methods]
+def best_values(found: Sequence[Curve]) -> list[Values]:
+    """Of each method the values at the β of the highest mean reward after training, over seeds;
+    without the seed.
+    """
+    best = best_curves(found, lambda policy: policy.reward)
+    return [{a: v for a, v in one.runs[0].values.items() if a != SEED} for one in best]
+
+
+def best_curves(found: Sequence[Curve], value: Callable[[Policy], np.ndarray]) -> list[Curve]:
+    """Of each method the curve with the highest mean of `value` (policy → one number a prompt)
+    after training; only one with all its seeds, and with a number.
+    """
+    best: dict[str, tuple[float, Curve]] = {}
+    for curve in found:
+        if curve.is_complete and math.isfinite(mean := above_baseline(curve, value).mean):
+            rival = best.get(curve.method)
+            if rival is None or mean > rival[0]:
+                best[curve.method] = mean, curve
+    return [curve for _, curve in best.values()]
 
 
 def spread(by_seed: Sequence[np.ndarray]) -> Spread:
@@ -168,10 +203,9 @@ def spread(by_seed: Sequence[np.ndarray]) -> Spread:
     values = np.stack([np.asarray(one, float) for one in by_seed])
     values = values[:, np.isfinite(values).all(0)]
     if not values.size:
-        return Spread(math.nan, math.nan, math.nan, len(values))
-    return Spread(
-        float(values.mean()), _stderr(values.mean(0)), _stderr(values.mean(1)), len(values)
-    )
+        return Spread(math.nan, math.nan, math.nan, len(values), 0)
+    over_prompts, over_seeds = _stderr(values.mean(0)), _stderr(values.mean(1))
+    return Spread(float(values.mean()), over_prompts, over_seeds, *values.shape)
 
 
 def _stderr(values: np.ndarray) -> float:
@@ -204,10 +238,11 @@ def paired(first: Curve, second: Curve, value: Callable[[Policy], np.ndarray]) -
 def reward_gap_sd(section: DataConfig) -> float:
     """Standard deviation of ΔR, the difference of the rewards of two completions of one prompt.
 
-    ΔR is as often this as its opposite, so it is √E[ΔR²]; over all pairs of all groups.
+    ΔR is as often this as its opposite, so it is √E[ΔR²]; over all pairs of all groups, of all
+    sources where there are several.
     """
     squares: list[float] = []
-    for group in GroupReader(section):
+    for group in chain.from_iterable(map(GroupReader, scored_sections(section))):
         rewards: list[Any] = (
             []
             if group.rewards is None

@@ -14,8 +14,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from experiments.studies.comparison import rank
 from experiments.studies.regret_figure import COLOURS
-from experiments.studies.tables import Row, label
+from experiments.studies.tables import Row, label, total_stderr
 
 _OTHERS = ("#F0E442", "#000000", "#999999", "#7F3C8D", "#11A579")  # of losses without a colour
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -29,7 +30,7 @@ def curves_figure(rows: Sequence[Row]) -> Figure:
         _draw_betas(axes, [row for row in rows if row["method"] == method], "reward")
         axes.set(title=label(method), xlabel="training step")
         axes.legend(title="β", fontsize=8, title_fontsize=8, loc="upper left")
-    panels[0][0].set_ylabel("reward of generations above step 0")
+    panels[0][0].set_ylabel("reward of generations")
     figure.suptitle(f"held-out prompts, {_seeds(rows)}", fontsize=10)
     return figure
 
@@ -47,9 +48,7 @@ def beta_figure(rows: Sequence[Row]) -> Figure:
     panels[0][0].set(xlabel="β (reward units)", ylabel="final reward above π_ref")
     panels[0][1].set(xlabel="β / s.d. of ΔR")
     panels[0][0].legend()
-    figure.suptitle(
-        f"± the larger standard error, over prompts or over seeds; {_seeds(rows)}", fontsize=10
-    )
+    figure.suptitle(f"± standard error over prompts and seeds; {_seeds(rows)}", fontsize=10)
     return figure
 
 
@@ -67,7 +66,7 @@ def best_figure(rows: Sequence[Row]) -> Figure:
             axes.fill_between(
                 steps, mean - error, mean + error, color=look["color"], alpha=alpha, lw=0
             )
-    axes.set(xlabel="training step", ylabel="reward of generations above step 0")
+    axes.set(xlabel="training step", ylabel="reward of generations")
     axes.legend()
     axes.set_title(
         f"± standard error: pale over prompts, dark over seeds; {_seeds(rows)}", fontsize=9
@@ -85,7 +84,7 @@ def frontier_figure(over_steps: Sequence[Row], by_beta: Sequence[Row], *, beta: 
         for row in own:
             way = [r for r in over_steps if (r["method"], r["beta"]) == (method, row["beta"])]
             left.plot(
-                _root([r["kl"] for r in way]), [r["reward"] for r in way],
+                _root([r["kl"] for r in way]), [r["reward_above_start"] for r in way],
                 color=look["color"], lw=0.8, alpha=0.35,
             )  # fmt: skip
         kl, reward = (np.array([row[key] for row in own]) for key in ("kl", "reward"))
@@ -114,8 +113,8 @@ def frontier_figure(over_steps: Sequence[Row], by_beta: Sequence[Row], *, beta: 
         ylabel=f"J = E[R] − {beta:g}·KL above π_ref",
         title=f"J at one β for all\n{_seeds(by_beta)}",
     )
-    low = max(row["objective"] for row in by_beta)
-    right.set_yscale("symlog", linthresh=max(abs(low), 1e-3))
+    high = max(rank(row["objective"]) for row in by_beta)
+    right.set_yscale("symlog", linthresh=max(abs(high), 1e-3) if math.isfinite(high) else 1.0)
     right.axhline(0, color="#888888", lw=0.8)
     for axes in (left, right):
         axes.title.set_fontsize(9)
@@ -132,14 +131,14 @@ def held_out_figure(rows: Sequence[Row]) -> Figure:
     for column, method in enumerate(methods):
         own = [row for row in rows if row["method"] == method]
         last = {row["beta"]: row["reward"] for row in own}  # the last step of each
-        shown = {min(last), max(last, key=lambda beta: last[beta])}
+        shown = {min(last), max(last, key=lambda beta: rank(last[beta]))}
         chosen = [row for row in own if row["beta"] in shown]
         _draw_betas(panels[0][column], chosen, "reward")
         _draw_betas(panels[1][column], chosen, "held_out_loss")
         panels[0][column].set_title(label(method))
         panels[0][column].legend(title="β", fontsize=8, title_fontsize=8)
         panels[1][column].set_xlabel("training step")
-    panels[0][0].set_ylabel("reward above step 0")
+    panels[0][0].set_ylabel("reward of generations")
     panels[1][0].set_ylabel("held-out loss above step 0")
     figure.suptitle(f"the least β, and the best of those drawn; {_seeds(rows)}", fontsize=10)
     return figure
@@ -190,9 +189,8 @@ def _look(method: str, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _errors(rows: Sequence[Row], name: str) -> list[float]:
-    """The larger of the two standard errors; 0 where neither is known."""
-    pairs = ([row[f"{name}_se_prompts"], row[f"{name}_se_seeds"]] for row in rows)
-    return [max((one for one in pair if not math.isnan(one)), default=0.0) for pair in pairs]
+    """Standard errors over prompts and seeds; 0 where neither is known."""
+    return [float(np.nan_to_num(total_stderr(row, name))) for row in rows]
 
 
 def _seeds(rows: Sequence[Row]) -> str:

@@ -33,6 +33,10 @@ class BestConfig:
     settings: list[str] = option([], "further key=value, of policy and evaluate, for these runs")
     seeds: list[int] = option([], "seeds of these runs; none = those of the grid")
 
+    def __post_init__(self) -> None:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise InputError(f"seeds: wanted different ones, got {self.seeds}: a run once")
+
 
 @dataclass(frozen=True)
 class StudyConfig:

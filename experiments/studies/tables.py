@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.studies.comparison import TIE_STDERRS, Policy
+from experiments.studies.comparison import TIE_STDERRS, Policy, rank
 from experiments.studies.outcomes import Curve, Spread, above_baseline, paired, spread
 from experiments.studies.regret_figure import LABELS
 
@@ -17,14 +17,15 @@ Row = dict[str, Any]
 
 
 def rows_over_steps(curves: Sequence[Curve]) -> list[Row]:
-    """Each curve step by step, means over seeds; rewards and losses above those of step 0.
+    """Each curve step by step, means over seeds: rewards as they are, whose standard error is
+    known, and above those of step 0; losses above those of step 0.
 
     The standard error over prompts is that of one seed: seeds share their prompts.
     """
     rows = []
     for curve in curves:
         steps, reward = curve.over_steps("reward")
-        reward = reward - reward[:, :1]
+        gain = reward - reward[:, :1]
         stderr, kl, loss = (curve.over_steps(name)[1] for name in ("stderr", "kl", "loss"))
         loss = loss - loss[:, :1]
         for i, step in enumerate(steps):
@@ -36,6 +37,7 @@ def rows_over_steps(curves: Sequence[Curve]) -> list[Row]:
                     "reward": float(reward[:, i].mean()),
                     "reward_se_prompts": float(np.sqrt((stderr[:, i] ** 2).mean())),
                     "reward_se_seeds": _stderr(reward[:, i]),
+                    "reward_above_start": float(gain[:, i].mean()),
                     "kl": float(kl[:, i].mean()),
                     "held_out_loss": float(loss[:, i].mean()),
                     "held_out_loss_se_seeds": _stderr(loss[:, i]),
@@ -67,9 +69,13 @@ def rows_by_beta(curves: Sequence[Curve], *, beta: float, sd: float) -> list[Row
         row: Row = {"method": curve.method, "beta": curve.beta, "beta_in_sd": curve.beta / sd}
         for name, value in found.items():
             row |= _columns(name, value)
+        row["prompts_without_reward"] = (
+            len(curve.runs[0].final.reward) - found["reward"].num_prompts
+        )
         row["length"] = float(np.mean([run.final.length.mean() for run in curve.runs]))
         row["eos_rate"] = float(np.mean([run.final.eos_rate.mean() for run in curve.runs]))
-        rows.append(row | {"num_seeds": len(curve.runs)})
+        row |= {"num_seeds": len(curve.runs), "num_planned": len(curve.ends)}
+        rows.append(row | {"num_diverged": curve.num_diverged, "complete": curve.is_complete})
     return rows
 
 
@@ -109,6 +115,7 @@ def rows_of_differences(best: Mapping[str, Sequence[Curve]], *, beta: float) -> 
                     "second_beta": second.beta,
                     **_columns("difference", gap),
                     "num_seeds": gap.num_seeds,
+                    "num_prompts": gap.num_prompts,
                 }
             )
     return rows
@@ -131,45 +138,76 @@ def _cell(value: Any) -> Any:
 def to_markdown(
     by_beta: Sequence[Row], differences: Sequence[Row], *, beta: float, num_prompts: int
 ) -> str:
-    """Where every method and β ends, and paired differences at the best β of each."""
+    """Where every method and β ends, and paired differences at the best β of each.
+
+    Args:
+        by_beta: from `rows_by_beta`.
+        differences: from `rows_of_differences`.
+        beta: of J.
+        num_prompts: of the runs over β.
+    """
     objective = f"J = E[R] − {beta:g}·KL"
     lines = [
         "| method | β | β / s.d. of ΔR | reward above π_ref | KL, nats | "
-        f"{objective} above π_ref | length | EOS |",
-        "|---|---|---|---|---|---|---|---|",
+        f"{objective} above π_ref | length | EOS | seeds | prompts without reward |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    best = {
-        (name, row["method"]): max(
-            (r[name] for r in by_beta if r["method"] == row["method"] and r[name] == r[name]),
-            default=math.nan,
-        )
-        for row in by_beta
-        for name in ("reward", "objective")
-    }
     for row in by_beta:
         reward, objective = (
-            _shown(row, name) + "*" * (row[name] == best[name, row["method"]])
+            _shown(row, name) + "*" * _is_best(row, name, by_beta)
             for name in ("reward", "objective")
         )
         lines.append(
             f"| {label(row['method'])} | {row['beta']:g} | {row['beta_in_sd']:.3g} | {reward} | "
-            f"{_shown(row, 'kl')} | {objective} | {row['length']:.1f} | {row['eos_rate']:.2f} |"
+            f"{_shown(row, 'kl')} | {objective} | {row['length']:.1f} | {row['eos_rate']:.2f} | "
+            f"{_seeds(row)} | {row['prompts_without_reward']} |"
         )
-    lines += ["", "| of | methods at their best β | difference | told apart |", "|---|---|---|---|"]
+    lines += [
+        "",
+        "| of | methods at their best β | difference | prompts | seeds | told apart |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in differences:
         names = (f"{label(row[one])} {row[f'{one}_beta']:g}" for one in ("first", "second"))
         of = "reward" if row["of"] == "reward" else "J"
-        lines.append(f"| {of} | {' − '.join(names)} | {_shown(row, 'difference')} | {_told(row)} |")
-    seeds = max((row["num_seeds"] for row in by_beta), default=0)
+        lines.append(
+            f"| {of} | {' − '.join(names)} | {_shown(row, 'difference')} | {row['num_prompts']} | "
+            f"{row['num_seeds']} | {_told(row)} |"
+        )
     lines += [
         "",
-        f"{num_prompts} prompts, up to {seeds} seeds; ± standard error over prompts, then over "
-        "seeds. Differences are paired: same prompts, same seeds. * the best β of a method, chosen "
-        f"on these same prompts. Less than {TIE_STDERRS:g} standard errors (the larger of the two) "
-        "are a tie.",
+        f"Over β: {num_prompts} prompts; ± standard error over prompts, then over seeds; a prompt "
+        "without a reward in one seed is left out. Differences are paired: same prompts, same "
+        "seeds. * the best β of a method, chosen on these same prompts, of those whose seeds are "
+        f"all done. Less than {TIE_STDERRS:g} standard errors (the root of both, squared and "
+        "added) are a tie.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _is_best(row: Row, name: str, rows: Sequence[Row]) -> bool:
+    """Whether a row's β is the best of its method, as `outcomes.best_curves` chooses."""
+    rivals = [r[name] for r in rows if r["method"] == row["method"] and r["complete"]]
+    return row["complete"] and row[name] == max(map(rank, rivals))
+
+
+def _seeds(row: Row) -> str:
+    """How many seeds a row has, and what became of the others."""
+    if row["complete"]:
+        return str(row["num_seeds"])
+    diverged = f", {row['num_diverged']} diverged" if row["num_diverged"] else ""
+    return f"{row['num_seeds']} of {row['num_planned']}{diverged}"
+
+
+def lost(curves: Sequence[Curve]) -> str:
+    """A sentence about the methods and β of which no seed is done; empty where there are none."""
+    names = [
+        f"{label(one.method)} {one.beta:g} ({one.num_diverged} of {len(one.ends)} diverged)"
+        for one in curves
+        if not one.runs
+    ]
+    return f"No seed is done of {', '.join(names)}." if names else ""
 
 
 def label(method: str) -> str:
@@ -183,8 +221,16 @@ def _shown(row: Row, name: str) -> str:
     return f"{round(row[name], 3) + 0.0:.3f}{errors}"  # no "-0.000"
 
 
+def total_stderr(row: Row, name: str) -> float:
+    """√(s_prompts² + s_seeds²): prompts and seeds are both samples; NaN where neither is known."""
+    known = [e for e in (row[f"{name}_se_prompts"], row[f"{name}_se_seeds"]) if not math.isnan(e)]
+    return math.hypot(*known) if known else math.nan
+
+
 def _told(row: Row) -> str:
-    stderr = np.nanmax([row["difference_se_prompts"], row["difference_se_seeds"], 0.0])
-    if abs(row["difference"]) < TIE_STDERRS * stderr:
+    gap, stderr = abs(row["difference"]), total_stderr(row, "difference")
+    if math.isnan(gap) or math.isnan(stderr):
+        return "not known"
+    if gap < TIE_STDERRS * stderr:
         return "tie"
-    return f"by {abs(row['difference']) / stderr:.1f} standard errors" if stderr else "yes"
+    return f"by {gap / stderr:.1f} standard errors" if stderr else "yes"

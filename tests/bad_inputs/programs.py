@@ -1,5 +1,6 @@
 """Arguments of the programs beside the stages: benchmark, plan, demo, figures, conversion."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,10 @@ from copg_jax.hf import gguf
 from experiments import bandit, plan, quickstart
 from experiments.benchmark import commands
 from experiments.benchmark.workload import write_workload
+from experiments.planning.plan import Plan
 from tests.bad_inputs.ground import Case, Ground, write
 
+FIELDS = [field.name for field in dataclasses.fields(Plan)]
 BELOW_ZERO = {"prompt_ids": [-1], "completion_ids": [[3], [4]], "rewards": [1, 0]}
 
 
@@ -43,6 +46,16 @@ def configured(name: str, main: Callable, cls: type, *arguments: str, word: str)
         return main(load_config(cls, [x.replace("HERE", str(here)) for x in own]))
 
     return Case(name, act, (word,))
+
+
+def planned(name: str, content: bytes, *words: str) -> Case:
+    """A file of plans to print."""
+
+    def act(ground: Ground, here: Path) -> object:
+        write(here / "plans.txt", b" One chip in one step\n" + content)
+        return plan.main(["--table", str(here / "plans.txt")])
+
+    return Case(name, act, ("--table", *words))
 
 
 def converted(name: str, content: bytes | None) -> Case:
@@ -99,6 +112,12 @@ CASES = [
              ("--topology",))
         for topology in ("", "v5e", "gpu:0xh200", "gpu:8xabacus", "cpu:x", "cpu:-8")
     ),
+    planned("a plan cut short", b'{"topology": "v5e:4x4", "mod', "plans.txt:2", "cut short"),
+    planned("a plan of an older version", b'{"topology": "v5e:4x4", "stage": "sft"}\n',
+            "plans.txt:2", "without model"),
+    planned("a plan of another program", b'{"a": 1}\n', "plans.txt:2", "without topology"),
+    planned("a plan of texts", json.dumps(dict.fromkeys(FIELDS, "x")).encode(), "plans.txt:2"),
+    planned("plans of bytes", bytes(range(128, 256)), "plans.txt"),
     converted("a GGUF that is nowhere", None),
     converted("an empty GGUF", b""),
     converted("a GGUF of text", b"a model, honestly\n" * 99),

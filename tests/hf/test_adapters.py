@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from copg_jax.config.sections import LoraConfig, ModelConfig
 from copg_jax.hf import adapters, weights
 from copg_jax.hf.adapter_config import adapter_config
+from copg_jax.hf.card import model_card
 from copg_jax.hf.pretrained import PretrainedModel, open_model
 from copg_jax.models.decoder import Decoder
 from copg_jax.models.forward import make_score
@@ -64,7 +65,8 @@ def written_by_us(folder: Path, kind: str) -> tuple[PretrainedModel, Params, Pat
     targets = model.adapter.targets
     tensors = adapters.on_host(model.arch, RANK, targets, params)
     fields = adapter_config(RANK, ALPHA, targets, head="lm", base=str(base), revision=None)
-    adapters.save_adapter(folder / "ours", fields, tensors, base_hash=model.base_hash)
+    card = model_card("lm", is_adapter=True)
+    adapters.save_adapter(folder / "ours", fields, tensors, base_hash=model.base_hash, card=card)
     return model, params, folder / "ours"
 
 

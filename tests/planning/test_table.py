@@ -46,7 +46,7 @@ def test_every_plan_in_a_file_is_a_row(tmp_path: Path, capsys: pytest.CaptureFix
 def test_a_file_without_plans_is_refused(tmp_path: Path):
     with pytest.raises(InputError, match=r"--table .*missing: wanted a file with plans"):
         script.main(["--table", str(tmp_path / "missing")])
-    (tmp_path / "other").write_text('{"a": 1}\n')
+    (tmp_path / "other").write_text("One chip in one step\n")
     with pytest.raises(InputError, match=r"wanted the JSON lines.*experiments.plan ... >>"):
         script.main(["--table", str(tmp_path / "other")])
     with pytest.raises(InputError, match="--table FILE: wanted nothing beside it"):

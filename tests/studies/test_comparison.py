@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from copg_jax.errors import InputError
 from experiments.studies.comparison import (
     Estimate,
     Policy,
@@ -57,6 +58,21 @@ def test_a_policy_is_read_prompt_by_prompt_whatever_the_order_of_the_lines(tmp_p
     np.testing.assert_array_equal(found.log_ratio, [3.0, 0.0, 0.0])
     np.testing.assert_array_equal(found.length, [7.0, 4.0, 3.0])
     np.testing.assert_array_equal(found.eos_rate, [0.5, 1.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("rows", "text"),
+    [
+        (None, "generations.jsonl: wanted the generations of an evaluation, got no file"),
+        ([generation(0, 1.0), {"index": 1}], "generations.jsonl:2: wanted a generation with"),
+        ([[1]], "generations.jsonl:1: wanted a generation with"),
+    ],
+)
+def test_generations_that_are_gone_or_none_are_named(tmp_path, rows, text):
+    if rows is not None:
+        write_lines(tmp_path / "generations.jsonl", rows)
+    with pytest.raises(InputError, match=text):
+        read_policy(tmp_path)
 
 
 def test_an_estimate_is_the_mean_with_its_standard_error_over_prompts_that_have_a_number():
@@ -119,6 +135,13 @@ def test_each_method_is_taken_at_the_beta_that_is_best_for_what_is_compared():
     assert {name: one.beta for name, one in best.items()} == {"copg": 0.1, "dpo": 0.1}
     best = best_of_each(TRAINED, lambda one: one.regularized(0.3))
     assert {name: one.beta for name, one in best.items()} == {"copg": 1.0, "dpo": 1.0}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_beta_without_rewards_is_not_the_best_wherever_it_stands(order):
+    nothing = Trained("copg", 0.01, [], policy([math.nan] * 3))
+    best = best_of_each([nothing, *TRAINED][::order], lambda one: one.reward)
+    assert best["copg"].beta == 0.1
 
 
 def test_methods_are_compared_by_paired_differences_at_their_best_beta():

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from copg_jax.config.load import load_config
 from copg_jax.errors import InputError
-from experiments.studies.grid import Grid, expand, jobs_of
+from experiments.studies.axes import expand, named
+from experiments.studies.grid import Grid, jobs_of
 from experiments.studies.study_config import BestConfig, StudyConfig
 
 ROOT = Path(__file__).parents[2]
@@ -18,6 +20,28 @@ STUDY = StudyConfig(
     grid={"shared.loss": ["copg", "dpo"], "loss.beta": BETAS, "seed": [0, 7]},
 )
 PLAIN = replace(STUDY, settings=[*STUDY.settings, "shared.loss=copg"])  # of one loss
+LITTLE = StudyConfig(  # of two stages, which load fast
+    output_dir="runs/it",
+    stages=["policy", "evaluate"],
+    settings=[
+        "policy.output_dir=runs/it/copg",
+        "policy.model.path=m",
+        "policy.data.path=d",
+        "policy.evaluation.data.path=p",
+        "evaluate.output_dir=runs/it/e",
+        "evaluate.model.path=runs/it/copg/model",
+        "evaluate.reference.path=m",
+        "evaluate.evaluation.data.path=p",
+    ],
+    grid={"loss.beta": [0.1]},
+)
+ADAPTERS = [
+    "policy.lora.rank=4",
+    "policy.model.adapter=a",
+    "evaluate.reference.adapter=a",
+    "evaluate.model.path=m",
+    "evaluate.model.adapter=runs/it/copg/adapter",
+]
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +131,8 @@ def test_a_setting_of_an_earlier_stage_makes_all_anew_that_reads_it_and_no_more(
 
 def test_the_second_look_has_settings_and_seeds_of_its_own():
     best = BestConfig(settings=["policy.training.eval_every=100"], seeds=[3, 4])
-    found = Grid(replace(STUDY, best=best))
+    few = {"loss.beta": {"copg": [0.1], "dpo": [0.05]}}
+    found = Grid(replace(STUDY, best=best, grid=STUDY.grid | few))
     chosen = [{"shared.loss": "dpo", "loss.beta": 0.05}]
     first, second = found.best_points(chosen)
     assert (first.name, second.name) == ("best-dpo-beta_0.05-seed_3", "best-dpo-beta_0.05-seed_4")
@@ -123,13 +148,96 @@ def test_the_second_look_has_settings_and_seeds_of_its_own():
         ({"stages": ["policy", "sft"]}, "stages: wanted some of sft, .* in this order"),
         ({"stages": ["sft"]}, "stages: wanted policy and evaluate"),
         ({"figures": ["curve"]}, "figures: wanted some of curves,"),
+        ({"best": {"seeds": [1, 2, 1]}}, "seeds: wanted different ones"),
         ({"grid": {}}, "grid: wanted at least one setting"),
         ({"output_dir": ""}, "output_dir must be a path"),
     ],
 )
 def test_a_study_that_cannot_be_run_is_refused_by_its_field(changed, text):
     with pytest.raises(InputError, match=text):
-        replace(STUDY, **changed)
+        replace(STUDY, **{k: BestConfig(**v) if k == "best" else v for k, v in changed.items()})
+
+
+def test_the_baseline_of_adapters_is_pi_ref_and_neither_its_base_nor_the_policy():
+    """The zero of every reward: the base with the adapter that policies start from."""
+    (point,) = Grid(replace(LITTLE, settings=[*LITTLE.settings, *ADAPTERS])).points
+    model = point.baseline.config.model
+    assert model == point.baseline.config.reference
+    assert (model.path, model.adapter) == ("m", "a")
+    assert point.evaluation.config.model.adapter == f"runs/it/{point.name}/adapter"
+
+
+def test_settings_of_policy_with_or_without_its_name_are_the_same_axes():
+    grid = {"policy.loss.beta": [0.1, 0.3], "policy.seed": [0, 1]}
+    points = Grid(replace(LITTLE, grid=grid)).points
+    assert {point.group for point in points} == {""}
+    assert points[0].values == {"loss.beta": 0.1, "seed": 0}
+    assert points[0].name == "beta_0.1-seed_0"
+    with pytest.raises(InputError, match=r"a setting once, got seed and policy\.seed"):
+        named(grid | {"seed": [3]})
+
+
+@pytest.mark.parametrize("axes", [{"loss.beta": [0.1, 0.3]}, {"loss.beta": [0.1], "seed": [0]}])
+def test_the_second_look_has_its_seeds_also_where_the_grid_varies_none(axes):
+    found = Grid(replace(LITTLE, grid=axes, best=BestConfig(seeds=[0, 1, 2])))
+    points = found.best_points([{"loss.beta": 0.1}])
+    assert [point.policy.config.seed for point in points] == [0, 1, 2]
+    names = [point.name for point in points]
+    assert len(set(names)) == 3 and all(name.endswith(f"-seed_{i}") for i, name in enumerate(names))
+    assert len({point.evaluation.name for point in points}) == 3
+    assert found.seeds == (0, 1, 2)  # batches of one shape for all
+
+
+@pytest.mark.parametrize(
+    ("axes", "text"),
+    [
+        ({"shared.beta": [0.1, 0.3]}, r"shared\.beta: .* leaves loss\.beta as it is"),
+        ({"shared.number": [0, 1]}, "leaves seed as it is, got seed = 0 and 1"),
+        ({"loss": [{"name": "copg", "beta": 1.0}, {"name": "ipo", "beta": 1.0}]}, "loss: wanted"),
+    ],
+)
+def test_loss_beta_and_seed_are_changed_by_their_own_settings_alone(axes, text):
+    shared = ["shared={number: 0, beta: 0.2}", "policy.seed=${shared.number}"]
+    shared.append("policy.loss.beta=${shared.beta}")
+    with pytest.raises(InputError, match=text):
+        Grid(replace(LITTLE, settings=[*LITTLE.settings, *shared], grid=axes))
+
+
+@pytest.mark.parametrize("setting", ["policy.seed=5", "policy.loss.beta=9.0"])
+def test_a_second_look_at_another_run_is_refused_before_the_first(setting):
+    with pytest.raises(InputError, match=r"best\.settings: wanted the loss, β and seed"):
+        Grid(replace(LITTLE, best=BestConfig(settings=[setting])))
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (["evaluate.model.path=elsewhere"], "evaluate.model: wanted .*runs/it/copg/model"),
+        (["evaluate.model.path=runs/it/copg/best"], "got runs/it/copg/best.* best/ is chosen by"),
+        ([*ADAPTERS[:-1], "evaluate.model.adapter=runs/it/copg/best_adapter"], "best_adapter"),
+        (["policy.evaluation=null"], "policy.evaluation: wanted evaluations by generation"),
+        (["evaluate.reference=null"], "evaluate.reference: wanted .*got null"),
+        (["evaluate.reference.path=another"], "evaluate.reference: wanted .*path=another"),
+        (["evaluate.reference.adapter=a"], "evaluate.reference: wanted .*adapter=a"),
+    ],
+)
+def test_stages_that_do_not_read_each_other_as_a_study_needs_are_refused(settings, text):
+    with pytest.raises(InputError, match=text):
+        Grid(replace(LITTLE, settings=[*LITTLE.settings, *settings]))
+
+
+@pytest.mark.parametrize("name", ["quickstart", "smollm2", "tldr_llama2_7b"])
+def test_every_study_that_ships_evaluates_what_training_ends_as(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    study = load_config(StudyConfig, [f"configs/studies/{name}.yaml"])
+    grid = {axis: _first(given) for axis, given in study.grid.items()}
+    (point,) = Grid(replace(study, grid=grid)).points
+    assert point.evaluation.config.model.path == f"{point.policy.config.output_dir}/model"
+
+
+def _first(given):
+    """The first value of an axis, also of one whose values depend on another's."""
+    return {k: v[:1] for k, v in given.items()} if isinstance(given, dict) else given[:1]
 
 
 def test_a_setting_that_no_stage_has_is_refused_before_anything_runs():

@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
+from copg_jax.config.policy_data import PolicyDataConfig, SourceSpec
 from copg_jax.config.sections import DataConfig
 from experiments.studies import pictures, tables
 from experiments.studies.comparison import Policy
@@ -22,6 +23,7 @@ from experiments.studies.outcomes import (
     reward_gap_sd,
     spread,
 )
+from experiments.studies.runner import DIVERGED, DONE
 
 NAN = math.nan
 BASE = Policy(np.array([0.0, 1.0, 2.0]), np.zeros(3), np.ones(3), np.ones(3))
@@ -43,7 +45,8 @@ RUNS = [
     run("copg", 1.0, 0, np.array([0.5, 0.5, 0.5]), kl=0.0),
     run("copg", 1.0, 1, np.array([0.5, 0.5, 0.5]), kl=0.0),
 ]
-CURVES = curves(RUNS)
+DONE_ALL = {(run.method, run.beta): [DONE, DONE] for run in RUNS}
+CURVES = curves(RUNS, DONE_ALL)
 COPG, MILD, DPO = CURVES
 
 
@@ -59,7 +62,7 @@ def test_a_spread_has_the_errors_over_prompts_and_over_seeds_by_hand():
     found = spread([np.array([1.0, 2.0, 3.0]), np.array([2.0, 3.0, 7.0])])
     # Prompts: 1.5, 2.5, 5; their mean 3, squares 2.25 + 0.25 + 4 = 6.5, over 2, over 3.
     # Seeds: 2 and 4; squares 1 + 1, over 1, over 2.
-    assert found == pytest.approx((3.0, math.sqrt(6.5 / 2 / 3), 1.0, 2))
+    assert found == pytest.approx((3.0, math.sqrt(6.5 / 2 / 3), 1.0, 2, 3))
 
 
 def test_a_prompt_without_a_number_in_one_seed_is_left_out_and_one_seed_has_no_error():
@@ -72,19 +75,21 @@ def test_a_prompt_without_a_number_in_one_seed_is_left_out_and_one_seed_has_no_e
 def test_differences_are_paired_by_prompt_and_by_seed():
     found = paired(COPG, DPO, lambda policy: policy.reward)
     # Seed 0: 1, 1, 1; seed 1: 1, 2, 6. Prompts 1, 1.5, 3.5: mean 2, squares 1 + 0.25 + 2.25 = 3.5.
-    assert found == pytest.approx((2.0, math.sqrt(3.5 / 2 / 3), 1.0, 2))
+    assert found == pytest.approx((2.0, math.sqrt(3.5 / 2 / 3), 1.0, 2, 3))
     # Wrongly paired seeds would give 0, 1, 2 and 2, 2, 5: other errors.
     assert paired(DPO, COPG, lambda policy: policy.reward).mean == -found.mean
-    other = Curve("ipo", 1.0, (run("ipo", 1.0, 5, np.zeros(3)),))
+    other = Curve("ipo", 1.0, (run("ipo", 1.0, 5, np.zeros(3)),), (DONE,))
     assert math.isnan(paired(COPG, other, lambda policy: policy.reward).mean)  # no common seed
 
 
-def test_rewards_over_steps_are_above_those_of_step_0_of_the_same_seed():
+def test_rewards_over_steps_are_levels_whose_error_is_known_and_also_above_step_0():
+    """The error of a difference from step 0, on the same prompts, is not that of the level."""
     first, last = tables.rows_over_steps([COPG])
-    assert (first["step"], first["reward"]) == (0, 0.0)
-    assert last["reward"] == pytest.approx((1.0 + 3.0) / 2)
-    assert last["reward_se_seeds"] == pytest.approx(1.0)
-    assert last["reward_se_prompts"] == pytest.approx(0.3)
+    assert (first["step"], first["reward"], first["reward_above_start"]) == (0, 1.25, 0.0)
+    assert first["reward_se_prompts"] == last["reward_se_prompts"] == pytest.approx(0.3)
+    assert last["reward"] == pytest.approx((2.0 + 4.5) / 2)
+    assert last["reward_above_start"] == pytest.approx((1.0 + 3.0) / 2)
+    assert last["reward_se_seeds"] == pytest.approx(1.25)
     assert last["kl"] == 10.0 and last["num_seeds"] == 2
     (_, dpo) = tables.rows_over_steps([DPO])
     assert dpo["held_out_loss"] == pytest.approx(1.0)
@@ -92,7 +97,7 @@ def test_rewards_over_steps_are_above_those_of_step_0_of_the_same_seed():
 
 def test_steps_that_not_all_seeds_have_are_left_out():
     longer = run("copg", 0.1, 2, np.ones(3), steps=((0, 0.0), (5, 9.0), (10, 1.0)))
-    rows = tables.rows_over_steps([Curve("copg", 0.1, (RUNS[0], longer))])
+    rows = tables.rows_over_steps([Curve("copg", 0.1, (RUNS[0], longer), (DONE, DONE))])
     assert [row["step"] for row in rows] == [0, 10]
 
 
@@ -105,13 +110,54 @@ def test_the_end_by_beta_is_above_pi_ref_with_j_at_the_common_beta_and_beta_in_u
 
 
 def test_the_best_beta_is_that_of_the_highest_mean_over_seeds():
-    chosen = best_values(RUNS)
+    chosen = best_values(CURVES)
     assert chosen == [
         {"loss.name": "copg", "loss.beta": 0.1},
         {"loss.name": "dpo", "loss.beta": 0.5},
     ]
-    best = best_curves(CURVES, lambda curve: -curve.beta)
-    assert [(curve.method, curve.beta) for curve in best] == [("copg", 0.1), ("dpo", 0.5)]
+    best = best_curves(CURVES, lambda policy: -policy.log_ratio)
+    assert [(curve.method, curve.beta) for curve in best] == [("copg", 1.0), ("dpo", 0.5)]
+
+
+def test_a_beta_that_collapsed_or_lost_a_seed_is_not_the_best():
+    nan = run("copg", 0.01, 0, np.array([NAN, NAN, NAN]))
+    survivor = run("copg", 0.03, 1, np.array([9.0, 9.0, 9.0]))
+    ends = {("copg", 0.01): [DONE], ("copg", 0.03): [DIVERGED, DONE, DIVERGED], **DONE_ALL}
+    ends["ipo", 0.1] = [DIVERGED]
+    found = curves([nan, survivor, *RUNS], ends)
+    assert best_values(found)[0] == {"loss.name": "copg", "loss.beta": 0.1}
+    kept = [curve for curve in found if curve.runs]
+    assert tables.lost(found) == "No seed is done of IPO 0.1 (1 of 1 diverged)."
+    assert tables.lost(kept) == ""
+    rows = tables.rows_by_beta(kept, beta=0.5, sd=0.4)
+    lines = tables.to_markdown(rows, [], beta=0.5, num_prompts=3).splitlines()
+    assert lines[0].endswith("| seeds | prompts without reward |")
+    assert lines[2].startswith("| CoPG | 0.01 |") and lines[2].endswith("| 1 | 3 |")
+    assert lines[3].endswith("| 1 of 3, 2 diverged | 0 |")
+    assert ["*" in line for line in lines[2:7]] == [False, False, True, False, True]
+
+
+def test_a_prompt_without_a_reward_is_counted_where_it_is_left_out():
+    holed = curves([run("copg", 0.1, 0, np.array([1.0, NAN, 3.0]))], {("copg", 0.1): [DONE]})
+    (row,) = tables.rows_by_beta(holed, beta=0.5, sd=0.4)
+    assert (row["reward"], row["prompts_without_reward"]) == (2.0, 1)
+
+
+def test_the_error_that_tells_methods_apart_is_of_prompts_and_seeds_together():
+    row = {"difference": 2.1, "difference_se_prompts": 1.0, "difference_se_seeds": 1.0}
+    assert tables.total_stderr(row, "difference") == pytest.approx(math.sqrt(2))
+    assert tables.total_stderr(row | {"difference_se_seeds": NAN}, "difference") == 1.0
+    none = {"difference_se_prompts": NAN, "difference_se_seeds": NAN}
+    assert math.isnan(tables.total_stderr(none, "difference"))
+    rest = {"of": "reward", "first": "copg", "first_beta": 0.1, "second": "dpo", "second_beta": 0.5}
+    rest |= {"num_seeds": 2, "num_prompts": 3}
+    for own, told in (
+        (row, "tie"),
+        (row | {"difference": 3.0}, "by 2.1"),
+        (row | none, "not known"),
+    ):
+        text = tables.to_markdown([], [rest | own], beta=0.5, num_prompts=3)
+        assert f"| 3 | 2 | {told}" in text
 
 
 def test_the_sd_of_reward_gaps_is_over_all_pairs_of_all_groups(tmp_path):
@@ -124,6 +170,15 @@ def test_the_sd_of_reward_gaps_is_over_all_pairs_of_all_groups(tmp_path):
     assert reward_gap_sd(DataConfig(path=str(path))) == pytest.approx(math.sqrt(17 / 4))
 
 
+def test_the_sd_of_reward_gaps_is_over_all_sources(tmp_path):
+    for name, gap in (("a", 3.0), ("b", 1.0)):
+        rows = f'{{"prompt": "{name}", "completions": ["x", "y"], "rewards": [{gap}, 0.0]}}\n'
+        (tmp_path / f"{name}.jsonl").write_text(rows)
+    sources = [SourceSpec(path=str(tmp_path / name)) for name in ("a.jsonl", "b.jsonl")]
+    section = PolicyDataConfig(path=None, sources=sources)
+    assert reward_gap_sd(section) == pytest.approx(math.sqrt(5.0))
+
+
 def test_csv_and_markdown_hold_the_numbers():
     by_beta = tables.rows_by_beta(CURVES, beta=0.5, sd=0.4)
     best = {name: [COPG, DPO] for name in ("reward", "objective")}
@@ -133,16 +188,15 @@ def test_csv_and_markdown_hold_the_numbers():
     assert float(rows[0]["difference_se_prompts"]) == pytest.approx(math.sqrt(3.5 / 6))
     text = tables.to_markdown(by_beta, gaps, beta=0.5, num_prompts=3)
     assert "| CoPG | 0.1 | 0.25 | 3.000 ± 1.041 ± 1.000* |" in text
-    assert (
-        "| reward | CoPG 0.1 − DPO 0.5 | 2.000 ± 0.764 ± 1.000 | by 2.0 standard errors |" in text
-    )
-    assert "| J | CoPG 0.1 − DPO 0.5 | 1.750 ± 0.764 ± 1.000 | tie |" in text
+    # √(0.764² + 1²) = 1.258: by each error alone the first would be told apart.
+    assert "| reward | CoPG 0.1 − DPO 0.5 | 2.000 ± 0.764 ± 1.000 | 3 | 2 | tie |" in text
+    assert "| J | CoPG 0.1 − DPO 0.5 | 1.750 ± 0.764 ± 1.000 | 3 | 2 | tie |" in text
     assert tables.to_csv([]) == ""
 
 
 @pytest.mark.parametrize("name", ["curves", "beta", "best", "frontier", "held_out"])
 def test_every_picture_draws_its_rows_also_of_one_seed_and_of_a_loss_of_ones_own(tmp_path, name):
-    found = [*CURVES, Curve("my.loss", 0.3, (run("my.loss", 0.3, 0, np.ones(3)),))]
+    found = [*CURVES, Curve("my.loss", 0.3, (run("my.loss", 0.3, 0, np.ones(3)),), (DONE,))]
     over_steps = tables.rows_over_steps(found)
     by_beta = tables.rows_by_beta(found, beta=0.5, sd=0.4)
     figure = {
