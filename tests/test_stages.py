@@ -298,6 +298,8 @@ def test_a_run_of_adapters_leaves_them_alone_and_merged_into_a_base_that_has_not
     assert checksums.check(folder / "adapter", fix="") == {"base": base_hash}
     fields = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert (fields["r"], fields["lora_alpha"]) == (2, 3)
+    card = (folder / "adapter" / "README.md").read_text()
+    assert "library_name: peft" in card and "rank: 2" in card and "| step | 3 |" in card
     moved = set()
     for name, value in base.items():
         a, b = (
