@@ -5,33 +5,24 @@ from collections.abc import Mapping
 from etils import epath
 
 from copg_jax.config.load import to_yaml
-from copg_jax.config.stages import TrainConfig
-from copg_jax.data.dataset import GroupDataset
+from copg_jax.config.stages import RunConfig
 from copg_jax.files import read_json_lines
 from copg_jax.hf.card import model_card
 from copg_jax.tracking import FILE_NAME
 
 
-def run_card(
-    config: TrainConfig, head: str, datasets: Mapping[str, GroupDataset | None], step: int
-) -> str:
+def run_card(config: RunConfig, head: str, data: Mapping[str, str], step: int) -> str:
     """The card of the parameters after a step: settings, data, and what was last measured by then.
 
     Args:
         config: of the run.
         head: "lm" or "score".
-        datasets: name → data that was read; None where there was none.
+        data: name → what was read.
         step: number of updates.
     """
-    sections = {"train": config.data, "validation": config.validation}
-    data = {
-        name: f"`{section.path}`, {len(dataset)} groups, fingerprint {dataset.fingerprint[:12]}"
-        for name, section in sections.items()
-        if section is not None and (dataset := datasets[name]) is not None
-    }
     metrics = [("step", float(step)), *sorted(_last_metrics(config.output_dir, step).items())]
     return model_card(
-        head, base=config.model.path, settings=to_yaml(config), data=data, metrics=metrics
+        head, base=config.model.path, settings=to_yaml(config), data=dict(data), metrics=metrics
     )
 
 
