@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 from etils import epath
 from rich.console import Console
 from rich.table import Table
@@ -28,7 +29,16 @@ from copg_jax.train.online import open_online
 from copg_jax.train.run import Stage, train
 from experiments.train_policy import make_loss, open_own_evaluation
 
-COLUMNS = ("reward", "kl", "objective", "ties", "eos_rate", "length", "staleness")
+COLUMNS = {
+    "reward": "reward",
+    "kl": "KL",
+    "objective": "E[R]−β·KL",
+    "ties": "ties",
+    "eos_rate": "EOS",
+    "length": "length",
+    "staleness": "stale",
+}
+SECONDS = ("sample", "score", "train")
 MOST_ROWS = 20
 
 
@@ -63,18 +73,14 @@ def rounds_table(rows: Sequence[dict[str, Any]]) -> Table:
         rows: lines of metrics.jsonl, one a round.
     """
     table = Table(title="Rounds: samples of the policy that began each", title_justify="left")
-    for name in ("round", *(name.replace("_", " ") for name in COLUMNS), "sample/score/train s"):
+    for name in ("round", *COLUMNS.values(), *(f"{part} s" for part in SECONDS)):
         table.add_column(name, justify="right", no_wrap=True)
-    last = len(rows) - 1
-    for index in sorted({round(i * last / (MOST_ROWS - 1)) for i in range(MOST_ROWS)}):
-        row = rows[index] if rows else {}
-        numbers = (row.get(f"online/{name}") for name in COLUMNS)
-        seconds = (row.get(f"perf/{part}_sec", 0.0) for part in ("sample", "score", "train"))
-        table.add_row(
-            f"{row['online/round']:.0f}",
-            *("" if value is None else f"{value:.3g}" for value in numbers),
-            "/".join(f"{value:.2g}" for value in seconds),
-        )
+    indices = np.unique(np.linspace(0, len(rows) - 1, MOST_ROWS).round().astype(int))
+    for index in indices if rows else ():
+        names = (*(f"online/{name}" for name in COLUMNS), *(f"perf/{part}_sec" for part in SECONDS))
+        numbers = (rows[index].get(name) for name in names)
+        shown = ("" if value is None else f"{value:.3g}" for value in numbers)
+        table.add_row(f"{rows[index]['online/round']:.0f}", *shown)
     return table
 
 

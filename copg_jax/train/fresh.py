@@ -50,8 +50,9 @@ class Drawer(NamedTuple):
     params: Any  # all that the policy computes with
     trained: Any  # what is trained of it
     policy_hash: str
-    reference: Any  # weights of π_ref; None where ln µ of its samples is ln π_ref
+    reference: Any  # weights of π_ref; None where no round will need them
     reference_hash: str
+    is_reference: bool  # ln µ of its samples is ln π_ref
 
 
 class FreshRound(NamedTuple):
@@ -86,7 +87,7 @@ class RoundMaker:
         self._prompts, self._text_format = prompts, prompts.stats["text_format"]
         self._folder = epath.Path(config.output_dir)
         self._order = np.random.default_rng(config.seed).permutation(allowed)
-        self._pause = make_pause(model.mesh)
+        self._pause, self._is_warm = make_pause(model.mesh), False
 
     def prompts_of(self, number: int) -> list[TokenGroup]:
         """The prompts of a round: all in one order, again and again, so that each comes once before
@@ -247,9 +248,11 @@ class RoundMaker:
         is_whole = partial(scoring.is_scored_to_its_end, folder)
         if is_complete(folder, len(samples), config.part_size, is_whole):
             return
-        reference = scoring.sampled_logps
-        if drawer.reference is not None:
-            self._forward.params, reference = drawer.reference, self._forward
+        self._forward.params = drawer.reference
+        reference = scoring.sampled_logps if drawer.is_reference else self._forward
+        if drawer.is_reference and drawer.reference is not None and not self._is_warm:
+            self._forward([samples[0]])  # later rounds compile nothing
+        self._is_warm = True
 
         def paused(rows: Sequence[TokenGroup]) -> list[np.ndarray]:
             self._pause()

@@ -289,14 +289,16 @@ class Reference:
         at = self.reset_before(number) * self._config.steps_per_round
         if at == step > 0:
             self._reset(step, state)
-        is_policy = at == step and self._config.generator is None
-        weights = None if is_policy and self._config.sampling.is_whole_model else self._weights(at)
+        config = self._config
+        is_whole = config.generator is None and config.sampling.is_whole_model
+        never = is_whole and (config.rounds == 1 or config.reference_every == 1)
         return Drawer(
-            joined(self._frozen, state.params),
-            state.params,
-            self._hash(step),
-            weights,
-            self._hash(at),
+            params=joined(self._frozen, state.params),
+            trained=state.params,
+            policy_hash=self._hash(step),
+            reference=None if never else self._weights(at),
+            reference_hash=self._hash(at),
+            is_reference=is_whole and at == step,
         )
 
     def _hash(self, step: int) -> str:
