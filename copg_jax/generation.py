@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from jax import Array
 
-from copg_jax import distributed, sharding
+from copg_jax import distributed, reuse, sharding
 from copg_jax.config.sections import Limits, SamplingConfig
 from copg_jax.data import sampled
 from copg_jax.data.formats.choice import FORMATS, text_format_hash
@@ -201,16 +201,18 @@ def make_completer(
         batch_size: prompts at a time.
         shapes: of batches; None: few, of those that come.
     """
-    sample = make_sampler(
-        model.arch,
-        end_ids=model.end_ids,
-        max_new_tokens=config.max_new_tokens,
-        num_samples=config.num_samples,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        mesh=model.mesh,
-    )
+    arch = replace(model.arch, remat="none")  # nothing is differentiated
+    options = {
+        "end_ids": tuple(model.end_ids),
+        "max_new_tokens": config.max_new_tokens,
+        "num_samples": config.num_samples,
+        "temperature": config.temperature,
+        "top_k": config.top_k,
+        "top_p": config.top_p,
+        "mesh": model.mesh,
+    }
+    key = arch, *options.values()
+    sample = reuse.once("sampler", key, lambda: make_sampler(arch, **options))
     sampler = PromptSampler(
         sample,
         mesh=model.mesh,

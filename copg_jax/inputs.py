@@ -312,6 +312,8 @@ def _open_sampler(model: PretrainedModel, generation: GenerationConfig) -> Sampl
         "max_new_tokens": generation.max_new_tokens,
         "num_samples": generation.num_samples,
         "temperature": generation.sampling_temperature,
+        "top_k": None,
+        "top_p": None,
         "mesh": model.mesh,
     }
     key = arch, *options.values()

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -32,10 +33,9 @@ from experiments.train_policy import make_loss, open_own_evaluation
 COLUMNS = {
     "reward": "reward",
     "kl": "KL",
-    "objective": "E[R]−β·KL",
+    "objective": "J",
     "ties": "ties",
     "eos_rate": "EOS",
-    "length": "length",
     "staleness": "stale",
 }
 SECONDS = ("sample", "score", "train")
@@ -67,12 +67,13 @@ def main(config: OnlineConfig) -> None:
 
 
 def rounds_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """What each round was like; of many, some that are equally far apart.
+    """What each round was like, J = E[R] − β·KL; of many, some that are equally far apart.
 
     Args:
         rows: lines of metrics.jsonl, one a round.
     """
-    table = Table(title="Rounds: samples of the policy that began each", title_justify="left")
+    title = "Samples of the policy that began each round; J = reward − β·KL"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("round", *COLUMNS.values(), *(f"{part} s" for part in SECONDS)):
         table.add_column(name, justify="right", no_wrap=True)
     indices = np.unique(np.linspace(0, len(rows) - 1, MOST_ROWS).round().astype(int))

@@ -17,6 +17,9 @@ class OneShape:
         batch_size: B, rounded up to a multiple of R.
         num_bins: R.
         sizes: P, K and C that fit every group.
+
+    Attributes:
+        shape: of all batches that are as was expected.
     """
 
     def __init__(
@@ -29,7 +32,7 @@ class OneShape:
     ) -> None:
         self._batch_size, self._num_bins = round_up(batch_size, num_bins), num_bins
         self._sizes = sizes
-        self._shape = reduce(Shape.joined, (self._pack(call).shape for call in expected))
+        self.shape = reduce(Shape.joined, (self._pack(call).shape for call in expected))
 
     def _pack(self, num_tokens: np.ndarray) -> PackedBatches:
         packed = pack(
@@ -45,11 +48,11 @@ class OneShape:
             num_tokens: of each group, as (prompt, all completions); [n, 2].
         """
         packed = self._pack(num_tokens)
-        pairs = zip(self._shape.capacity, packed.shape.capacity, strict=True)
+        pairs = zip(self.shape.capacity, packed.shape.capacity, strict=True)
         grown = (
             old if new <= old else round_up(new, round_up(-(-old // 16), 8)) for old, new in pairs
         )
-        return packed._replace(shape=self._shape._replace(capacity=Capacity(*grown)))
+        return packed._replace(shape=self.shape._replace(capacity=Capacity(*grown)))
 
 
 def one_width(shape: Shape) -> Shape:

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from copg_jax import distributed, generation, inputs, scoring, sharding
+from copg_jax import distributed, generation, inputs, reuse, scoring, sharding
 from copg_jax.config.policy_data import GeneratorConfig
 from copg_jax.config.sections import DataConfig
 from copg_jax.config.stages import OnlineConfig
@@ -273,6 +273,7 @@ class RoundMaker:
             ),
             quiet=True,
         )
+        self._forward.params = None  # another reference may take the place of this one
 
     @cached_property
     def _one_shape(self) -> OneShape:
@@ -294,23 +295,27 @@ class RoundMaker:
     @cached_property
     def _completer(self) -> generation.Completer:
         config = self._config
-        model = replace(self._model, arch=replace(self._model.arch, remat="none"))
         batch_size = min(config.batch_size, config.prompts_per_round)
         return generation.make_completer(
-            config.sampling, model, batch_size=batch_size, shapes=self._one_shape
+            config.sampling, self._model, batch_size=batch_size, shapes=self._one_shape
         )
 
     @cached_property
     def _forward(self) -> GroupForward:
-        config, model = self._config, self._model
+        config, model, shape = self._config, self._model, self._one_shape
         arch = replace(model.arch, remat="none")
-        return GroupForward(
-            make_seq_logp(arch, model.partitioner, chunk=config.logits_chunk),
-            None,
-            mesh=model.mesh,
-            batch_size=min(config.batch_size, config.prompts_per_round),
-            name=f"reference {model.folder}",
-            shape=self._one_shape,
+        return reuse.once(
+            "reference of rounds",
+            (model.folder, arch, model.mesh, config.logits_chunk, shape.shape),
+            lambda: GroupForward(
+                make_seq_logp(arch, model.partitioner, chunk=config.logits_chunk),
+                None,
+                mesh=model.mesh,
+                batch_size=shape.shape.batch_size,
+                name=f"reference {model.folder}",
+                shape=shape,
+            ),
+            only_newest=True,
         )
 
 

@@ -286,17 +286,18 @@ class Reference:
 
     def drawer(self, number: int, step: int, state: TrainState) -> Drawer:
         """The policy after `step`, at which the round begins, and its reference."""
-        at = self.reset_before(number) * self._config.steps_per_round
-        if at == step > 0:
-            self._reset(step, state)
         config = self._config
+        at = self.reset_before(number) * config.steps_per_round
         is_whole = config.generator is None and config.sampling.is_whole_model
+        copies = config.reference_every is not None and at == step
         never = is_whole and (config.rounds == 1 or config.reference_every == 1)
+        if at == step > 0 and not never:
+            self._reset(step, state)
         return Drawer(
             params=joined(self._frozen, state.params),
             trained=state.params,
             policy_hash=self._hash(step),
-            reference=None if never else self._weights(at),
+            reference=None if never else self._weights(at, state if copies else None),
             reference_hash=self._hash(at),
             is_reference=is_whole and at == step,
         )
@@ -308,6 +309,7 @@ class Reference:
     def _reset(self, step: int, state: TrainState) -> None:
         """Makes the policy of the moment π_ref."""
         log.info("step %d: the policy becomes π_ref", step)
+        self._held = -1, None  # before there is another
         self._held = step, joined(self._frozen, self._copy(state.params))
         self._pin(step)
         self._checkpoints.save(step, state)
@@ -319,8 +321,13 @@ class Reference:
         every = (self._config.reference_every or 0) * self._config.steps_per_round
         self._checkpoints.pin(at - every, at)
 
-    def _weights(self, at: int) -> Any:
-        """Those of π_ref since step `at`, in the compute dtype."""
+    def _weights(self, at: int, state: TrainState | None) -> Any:
+        """Those of π_ref since step `at`, in the compute dtype.
+
+        Args:
+            at: step.
+            state: of that step, where they shall be copied.
+        """
         if self._held[0] != at:
             if at:
                 run, folder = self._run, self._checkpoints.folder
@@ -328,6 +335,8 @@ class Reference:
                 checksums.check(folder / str(at), fix=fix)
                 params = self._checkpoints.restore_params(at, run.shapes, run.shardings)
                 weights = joined(self._frozen, self._copy(params))
+            elif state is not None:  # another will take its place
+                weights = joined(self._frozen, self._copy(state.params))
             else:
                 weights = self._frozen or self._run.model.load_frozen()
             self._held = at, weights
