@@ -1,7 +1,5 @@
 """Rounds of fresh samples: what they leave, what they train on, and that nothing compiles later."""
 
-import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +18,6 @@ from copg_jax.hf import weights as hf_weights
 from copg_jax.train.checkpoint import Checkpoints
 from copg_jax.train.online import RoundHook
 from experiments.online import rounds_table
-from tests.toys import names_all
 from tests.workplace import Workplace
 
 REWARDS = "rewards=[{function: copg_jax.rewards.length}]"
@@ -178,20 +175,3 @@ def test_a_reset_makes_the_policy_its_reference_and_empties_the_buffer(place):
     # The last round's reference is the policy after two steps, which was saved.
     with Checkpoints(folder / "checkpoints") as checkpoints:
         assert 2 in checkpoints.newest
-
-
-def engine(folder: Path, body: str) -> str:
-    """A generator's section: a program that answers each prompt with two texts of two tokens."""
-    program = folder / "engine.py"
-    program.write_text(
-        "import json, sys, time\n"
-        "model, asked, out = sys.argv[-3:]\n"
-        "rows = [json.loads(line) for line in open(asked)]\n"
-        "for row in rows:\n"
-        "    row['completions'] = ['a b', 'c']\n"
-        "    row['completion_token_ids'] = [[60, 61], [62, 1]]\n"
-        "    row['finish_reason'] = ['length', 'length']\n"
-        f"{body}\n"
-        "open(out, 'w').write(''.join(json.dumps(row) + '\\n' for row in rows))\n"
-    )
-    return f"generator={{command: [python, {program}, '{{seed}}']}}"
