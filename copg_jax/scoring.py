@@ -150,7 +150,8 @@ def is_scored_to_its_end(folder: epath.Path) -> bool:
     if not scored.is_scored(str(folder)):
         return False
     side_car = scored.read_side_car(folder)
-    scored.check_parts(folder, side_car)
+    if side_car.complete:  # else a part may have been written that the side-car does not name yet
+        scored.check_parts(folder, side_car)
     return side_car.complete
 
 

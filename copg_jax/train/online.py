@@ -165,7 +165,6 @@ class RoundHook:
     Attributes:
         newest: what the round has drawn; None before the first.
         since: when its steps began.
-        staleness: updates of the policy between drawing and use of the fresh groups of each step.
     """
 
     newest: FreshRound | None = None
@@ -185,7 +184,7 @@ class RoundHook:
         self._reference = Reference(run, feed.config, checkpoints, frozen, start)
         self._window: list[FreshRound] = []
         self._stream: GroupStream | None = None
-        self._done, self.staleness, self.since = start, [0.0], 0.0
+        self._done, self.since = start, 0.0
         self._remove(lambda number: number * self._config.steps_per_round > start)
 
     def is_due(self, step: int) -> bool:
@@ -200,7 +199,7 @@ class RoundHook:
         self._window = [self._of_window(at, step, state) for at in self._needed(number)]
         self.newest = self._window[-1]
         self._stream = self._mixture.stream(self._window, number)
-        self._done, self.staleness, self.since = step, [], time.perf_counter()
+        self._done, self.since = step, time.perf_counter()
         self._remove_old(number)
 
     def __iter__(self) -> "RoundHook":
@@ -209,11 +208,19 @@ class RoundHook:
     def __next__(self) -> tuple[list[str], GroupBatch]:
         assert self._stream is not None and self.newest is not None
         at = self._done - self.newest.step
-        own = self._mixture.drawn_at(self._window, self._stream.rows(at))
-        if len(own):
-            self.staleness.append(float(np.mean(self._done - own)))
         self._done += 1
         return self._stream.load(at)
+
+    def staleness(self) -> float:
+        """Updates of the policy between the drawing and the use of a fresh group, averaged over the
+        steps of the round; also over those that an earlier process took.
+        """
+        assert self._stream is not None and self.newest is not None
+        found = []
+        for at in range(self._config.steps_per_round):
+            drawn = self._mixture.drawn_at(self._window, self._stream.rows(at))
+            found.append(self.newest.step + at - drawn)
+        return float(np.concatenate(found).mean())
 
     def raise_failure(self) -> None:
         """Nothing goes on in the background."""
@@ -374,7 +381,7 @@ class ReportHook:
         numbers = describe_round(
             newest.groups, config.loss.beta, is_whole=config.sampling.is_whole_model
         )
-        numbers["online/staleness"] = float(np.mean(self._rounds.staleness))
+        numbers["online/staleness"] = self._rounds.staleness()
         numbers |= {f"perf/{name}_sec": value for name, value in seconds.items()}
         self._logger.log(step, {"online/round": newest.number} | numbers)
 
