@@ -27,7 +27,7 @@ from copg_jax.data import sampled
 from copg_jax.data.dataset import GroupDataset
 from copg_jax.data.group_list import GroupList, read_folder
 from copg_jax.data.groups import NUMBERS, TokenGroup
-from copg_jax.engine import call_engine, write_prompts
+from copg_jax.outside import call_engine, write_prompts
 from copg_jax.errors import InputError
 from copg_jax.hf.pretrained import PretrainedModel
 from copg_jax.infer import GroupForward
