@@ -16,9 +16,9 @@ from copg_jax import disk, distributed, generation, run_folder, runtime, shardin
 from copg_jax.config.load import run_main
 from copg_jax.config.stages import MAY_DIFFER, SampleConfig
 from copg_jax.data import sampled
-from copg_jax.outside import write_prompts
 from copg_jax.hf.pretrained import open_model
 from copg_jax.inputs import open_data, prepared_bytes
+from copg_jax.outside import write_prompts
 from copg_jax.part_loop import is_complete
 from copg_jax.sampling import row_keys
 

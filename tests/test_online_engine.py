@@ -1,6 +1,5 @@
 """Rounds whose samples another program draws, and what is said of one that fails."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from etils import epath
 from copg_jax import reuse
 from copg_jax.data.group_list import read_folder
 from copg_jax.hf import weights as hf_weights
+from tests.runs import json_rows
 from tests.test_online import REWARDS
 from tests.toys import names_all
 from tests.workplace import Workplace
@@ -56,7 +56,7 @@ def test_an_engine_draws_from_the_policy_of_each_round_what_is_scored_and_traine
         for group in groups:
             assert group.completion_tokens[0].tolist() == [60, 61] and group.mu_logps is None
             assert group.has_eos is not None and not group.has_eos.any()
-    asked = [json.loads(line) for line in (folder / "00000" / "prompts.jsonl").open()]
+    asked = json_rows(folder / "00000" / "prompts.jsonl")
     assert [row["id"] for row in asked] == [group.id for group in rounds[0]]
     models = sorted(folder.glob("*/written.jsonl*"))
     hashes = [hf_weights.params_hash(model) for model in models]

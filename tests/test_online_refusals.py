@@ -86,9 +86,9 @@ def test_scored_data_has_its_share_of_every_batch(place):
     steps = [row for row in rows if "loss" in row]
     reports = [row for row in rows if "online/round" in row]
     assert [row["step"] for row in steps] == [1, 2]
-    # The comparisons' rewards are those of longer texts.
-    assert all(row["data/reward"] < row["online/reward"] - 3 for row, *_ in zip(steps, reports)
-               if (row := row | reports[0]))  # fmt: skip
+    for step, report in zip(steps, reports, strict=True):
+        # The comparisons' rewards are those of longer texts.
+        assert step["data/reward"] < report["online/reward"] - 3
     assert [row["online/staleness"] for row in reports] == [0, 0]
 
 

@@ -27,12 +27,12 @@ from copg_jax.data import sampled
 from copg_jax.data.dataset import GroupDataset
 from copg_jax.data.group_list import GroupList, read_folder
 from copg_jax.data.groups import NUMBERS, TokenGroup
-from copg_jax.outside import call_engine, write_prompts
 from copg_jax.errors import InputError
 from copg_jax.hf.pretrained import PretrainedModel
 from copg_jax.infer import GroupForward
 from copg_jax.models.forward import make_seq_logp
 from copg_jax.models.one_shape import OneShape
+from copg_jax.outside import call_engine, write_prompts
 from copg_jax.part_loop import is_complete
 from copg_jax.rewards.functions import WeightedRewards
 from copg_jax.runtime import make_pause
@@ -230,7 +230,7 @@ class RoundMaker:
             max_prompt_tokens=longest,
             max_completion_tokens=2**30,
         )
-        dataset = inputs.open_data(section, self._model, self._folder, "completions")
+        dataset = inputs.open_data(section, self._model, self._folder, "completions", changes=True)
         inputs.require_answers(str(asked), section, dataset)
         for group in dataset:
             sizes = list(map(len, group.completion_tokens))
