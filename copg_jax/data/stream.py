@@ -77,6 +77,7 @@ class GroupStream:
         num_hosts: number of hosts that share each batch.
 
     Attributes:
+        dataset: the groups.
         num_steps: steps of the whole run.
 
     Raises:
@@ -105,7 +106,7 @@ class GroupStream:
                 f"in batches of {batch_size} are {self.num_steps} steps. Resume with the data and "
                 "batch size that the checkpoint was trained with."
             )
-        self._dataset = dataset
+        self.dataset = dataset
         self._start_step, self._host, self._num_hosts = start_step, host, num_hosts
         self._order = _order(dataset, seed)
         self._batch = pack(
@@ -135,7 +136,7 @@ class GroupStream:
         """Ids of this host's share of the batch after `step`, and the share."""
         batch = self._batch(step)
         own = np.split(batch.rows, self._num_hosts)[self._host]
-        groups = [self._dataset[int(row)] for row in self._in_order(own)]
+        groups = [self.dataset[int(row)] for row in self._in_order(own)]
         return [group.id for group in groups], batch.collate(groups)
 
 

@@ -112,7 +112,9 @@ class RoundMaker:
         numbers = self._config.sampling
         blank = (np.zeros(numbers.max_new_tokens, np.int32),) * numbers.num_samples
         prompts = self.prompts_of(number)
-        groups = [replace(prompt, completion_tokens=blank) for prompt in prompts]
+        texts = ("",) * numbers.num_samples
+        own = {"completions": texts, "completion_tokens": blank}
+        groups = [replace(prompt, **own) for prompt in prompts]
         return GroupList(groups, "", {})
 
     def folder_of(self, number: int) -> epath.Path:

@@ -59,20 +59,6 @@ class Mixture:
 
         return self._stream([fresh.groups for fresh in window], number, pack)
 
-    def drawn_at(self, window: Sequence[FreshRound], rows: np.ndarray) -> np.ndarray:
-        """The step at which each fresh group of a batch was drawn; int [at most B].
-
-        Args:
-            window: that the stream was made of.
-            rows: of its groups, from `GroupStream.rows`.
-        """
-        steps = np.repeat([one.step for one in window], [len(one.groups) for one in window])
-        if self._answers:
-            groups = self._groups([one.groups for one in window])
-            assert isinstance(groups, JoinedPool)
-            rows = np.concatenate([groups.members(int(row)) for row in rows])
-        return steps[rows[rows < len(steps)]]
-
     def _groups(self, fresh: Sequence[GroupList]) -> Groups:
         """Samples and offline data; joined by prompt where pairs are across origins."""
         offline, section = self._offline, self._config.offline
@@ -145,3 +131,18 @@ class Mixture:
         # Real lengths are dealt in another way.
         room = round_up(tokens, round_up(-(-tokens // 32), 8))
         return reduce(Shape.joined, shapes)._replace(capacity=Capacity(room, own))
+
+
+def drawn_at(window: Sequence[FreshRound], stream: GroupStream, at: int) -> np.ndarray:
+    """The step at which each fresh group of a batch was drawn; int [n].
+
+    Args:
+        window: rounds that the stream was made of.
+        stream: of `Mixture.stream`.
+        at: number of the batch, from 0.
+    """
+    steps = np.repeat([one.step for one in window], [len(one.groups) for one in window])
+    rows, groups = stream.rows(at), stream.dataset
+    if isinstance(groups, JoinedPool):
+        rows = np.concatenate([groups.members(int(row)) for row in rows])
+    return steps[rows[rows < len(steps)]]

@@ -37,7 +37,7 @@ from copg_jax.rewards.functions import WeightedRewards
 from copg_jax.tracking import MetricsLogger
 from copg_jax.train.checkpoint import Checkpoints
 from copg_jax.train.fresh import ROUNDS, Drawer, FreshRound, RoundMaker, hash_of_policy
-from copg_jax.train.mixture import Mixture
+from copg_jax.train.mixture import Mixture, drawn_at
 from copg_jax.train.run import Fed, Run
 from copg_jax.train.state import TrainState, joined
 
@@ -218,7 +218,7 @@ class RoundHook:
         assert self._stream is not None and self.newest is not None
         found = []
         for at in range(self._config.steps_per_round):
-            drawn = self._mixture.drawn_at(self._window, self._stream.rows(at))
+            drawn = drawn_at(self._window, self._stream, at)
             found.append(self.newest.step + at - drawn)
         return float(np.concatenate(found).mean())
 
