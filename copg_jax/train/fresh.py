@@ -5,8 +5,6 @@ A folder of a round has what `experiments.sample` and `experiments.score` write:
 `completions.jsonl` in place of samples.
 """
 
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -344,9 +342,3 @@ def _fitted(group: TokenGroup) -> TokenGroup:
         completion_tokens=tuple(group.completion_tokens[index] for index in kept),
         **{name: None if values is None else values[kept] for name, values in numbers.items()},
     )
-
-
-def hash_of_policy(made_of: Mapping[str, str], seed: int, step: int) -> str:
-    """Name of the policy after some updates of a run: of its inputs, seed and step."""
-    text = json.dumps([dict(made_of), seed, step], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
