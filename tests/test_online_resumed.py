@@ -79,6 +79,14 @@ def place(tmp_path_factory) -> Iterator[Workplace]:
         yield place
 
 
+def files(folder: Path) -> list[str]:
+    """Names and sizes of all files, but for the lock."""
+    found = [path for path in folder.rglob("*") if not path.name.startswith(".lock")]
+    with suppress(OSError):
+        return sorted(f"{path} {path.stat().st_size}" for path in found)
+    return []
+
+
 @pytest.fixture(scope="module")
 def moments(place) -> dict[str, Path]:
     """What was on disk at each moment of a run: what a process leaves that is killed there."""
@@ -86,8 +94,12 @@ def moments(place) -> dict[str, Path]:
 
     def keep(moment: str) -> None:
         copy = place.folder / "moments" / str(len(found))
-        with suppress(shutil.Error):  # of a file that a save in the background has moved
-            shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(".lock*"))
+        # A kill leaves one moment; a copy takes a while, in which a save goes on in the background.
+        before: list[str] | None = None
+        while before != (before := files(folder)) or not copy.exists():
+            shutil.rmtree(copy, ignore_errors=True)
+            with suppress(shutil.Error, OSError):
+                shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(".lock*"))
         found[moment] = copy
 
     with pytest.MonkeyPatch.context() as patch:
