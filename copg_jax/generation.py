@@ -7,8 +7,9 @@
 
 import hashlib
 import json
+import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -17,19 +18,22 @@ import numpy as np
 from etils import epath
 from jax import Array
 
-from copg_jax import distributed, sharding
-from copg_jax.config.sections import SamplingConfig
+from copg_jax import distributed, reuse, sharding
+from copg_jax.config.sections import Limits, SamplingConfig
 from copg_jax.data import sampled
-from copg_jax.data.formats.choice import FORMATS
+from copg_jax.data.formats.choice import FORMATS, text_format_hash
 from copg_jax.data.groups import GroupBatch, TokenGroup
 from copg_jax.data.sources import SAMPLES
 from copg_jax.data.tokenizer import Encoder
 from copg_jax.hf.pretrained import PretrainedModel
 from copg_jax.infer import not_finite, one_late
 from copg_jax.models.layout import ReusedShapes, Shape, pack_by_length
+from copg_jax.models.one_shape import OneShape
 from copg_jax.part_loop import PartFiles, make_parts
-from copg_jax.runtime import Progress
-from copg_jax.sampling import Sampler, Samples, make_sampler, row_keys
+from copg_jax.runtime import Progress, make_pause
+from copg_jax.sampling import Sampler, Samples, make_sampler
+
+log = logging.getLogger(__name__)
 
 
 class Launched(NamedTuple):
@@ -49,8 +53,8 @@ class PromptSampler:
         batch_size: prompts at a time.
         num_samples: K.
         max_new_tokens: C.
-        shapes: where calls differ in their prompts, so that few shapes are compiled; None for the
-            same prompts at every call.
+        shapes: where calls differ in their prompts, so that few shapes are compiled, or one; None
+            for the same prompts at every call.
     """
 
     def __init__(
@@ -61,7 +65,7 @@ class PromptSampler:
         batch_size: int,
         num_samples: int,
         max_new_tokens: int,
-        shapes: ReusedShapes | None = None,
+        shapes: ReusedShapes | OneShape | None = None,
     ) -> None:
         self._sample, self._batch_size, self._shapes = sample, batch_size, shapes
         self.num_samples, self.max_new_tokens = num_samples, max_new_tokens
@@ -79,14 +83,19 @@ class PromptSampler:
             keys: one a prompt, [n]: its samples depend on this alone, whatever its batch.
         """
         lengths = [(len(prompt.prompt_tokens), 0) for prompt in prompts]
-        for packed in pack_by_length(
-            np.array(lengths, int).reshape(-1, 2),
-            batch_size=self._batch_size,
-            num_bins=self._num_bins,
-            sizes=(self.num_samples, self.max_new_tokens),
-        ):
+        num_tokens = np.array(lengths, int).reshape(-1, 2)
+        if isinstance(self._shapes, OneShape):
+            batches = [self._shapes.pack(num_tokens)]
+        else:
+            batches = pack_by_length(
+                num_tokens,
+                batch_size=self._batch_size,
+                num_bins=self._num_bins,
+                sizes=(self.num_samples, self.max_new_tokens),
+            )
+        for packed in batches:
             shape = packed.shape.with_all_completions()  # they may become as long as they can
-            if self._shapes is not None:
+            if isinstance(self._shapes, ReusedShapes):
                 shape = self._shapes.fit_prompts(shape)
             for rows in packed.rows:
                 groups = [None if row < 0 else prompts[row] for row in rows]
@@ -121,6 +130,7 @@ class Completer:
     sampler: PromptSampler
     encoder: Encoder
     name: str  # of the model, for messages
+    pause: Callable[[], None]  # called between two batches, see `runtime.make_pause`
 
     def __call__(
         self, params: Any, prompts: Sequence[TokenGroup], keys: Array, *, origin: int = 0
@@ -147,6 +157,7 @@ class Completer:
                         found[row] = self._group(prompts[row], own, origin)
                         done += 1
                 progress.update(done)
+                self.pause()
         return [group for group in found if group is not None]
 
     def _group(self, prompt: TokenGroup, samples: Samples, origin: int) -> TokenGroup:
@@ -175,33 +186,85 @@ class Completer:
         )
 
 
-def make_completer(config: SamplingConfig, model: PretrainedModel, *, batch_size: int) -> Completer:
+def make_completer(
+    config: SamplingConfig,
+    model: PretrainedModel,
+    *,
+    batch_size: int,
+    shapes: ReusedShapes | OneShape | None = None,
+) -> Completer:
     """The samples of a model, as a config wants them.
 
     Args:
         config: what is drawn.
         model: its architecture and tokenizer.
         batch_size: prompts at a time.
+        shapes: of batches; None: few, of those that come.
     """
-    sample = make_sampler(
-        model.arch,
-        end_ids=model.end_ids,
-        max_new_tokens=config.max_new_tokens,
-        num_samples=config.num_samples,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        mesh=model.mesh,
-    )
+    arch = replace(model.arch, remat="none")  # nothing is differentiated
+    options = {
+        "end_ids": tuple(model.end_ids),
+        "max_new_tokens": config.max_new_tokens,
+        "num_samples": config.num_samples,
+        "temperature": config.temperature,
+        "top_k": config.top_k,
+        "top_p": config.top_p,
+        "mesh": model.mesh,
+    }
+    key = arch, *options.values()
+    sample = reuse.once("sampler", key, lambda: make_sampler(arch, **options))
     sampler = PromptSampler(
         sample,
         mesh=model.mesh,
         batch_size=batch_size,
         num_samples=config.num_samples,
         max_new_tokens=config.max_new_tokens,
-        shapes=ReusedShapes(),
+        shapes=shapes or ReusedShapes(),
     )
-    return Completer(sampler, Encoder(model.tokenizer), f"samples of {model.folder}")
+    name = f"samples of {model.folder}"
+    return Completer(sampler, Encoder(model.tokenizer), name, make_pause(model.mesh))
+
+
+def warn_of_cuts(config: SamplingConfig) -> None:
+    """Says what top-k and top-p do to the theory, where they are set."""
+    if config.top_k or config.top_p:
+        log.warning(
+            "sampling.top_k and top_p cut completions off µ that π_ref can write. Theorem 1 wants "
+            "equal supports: what is never drawn keeps its log-ratio, and CoPG no longer ends at π*"
+        )
+
+
+def describe_samples(
+    config: SamplingConfig,
+    model: PretrainedModel,
+    *,
+    text_format: str,
+    limits: Limits,
+    model_hash: str | None = None,
+    counts: Mapping[str, Any] | None = None,
+) -> sampled.Sampled:
+    """What a folder of samples is made of, before its first part is written.
+
+    Args:
+        config: what is drawn.
+        model: that draws it.
+        text_format: of the prompts.
+        limits: that the prompts were read with.
+        model_hash: of its weights; None: as they are in its folder.
+        counts: of the prompts.
+    """
+    encoder = Encoder(model.tokenizer)
+    return sampled.Sampled(
+        tokenizer_hash=encoder.hash,
+        text_format=text_format,
+        text_format_hash=text_format_hash(text_format, encoder),
+        model_hash=model_hash or model.hash,
+        model_dtype=model.arch.dtype,
+        sampling=asdict(config),
+        limits=limits._asdict(),
+        complete=False,
+        counts=dict(counts or {}),
+    )
 
 
 def sample_dataset(
@@ -211,26 +274,27 @@ def sample_dataset(
     part_size: int,
     completer: Completer,
     params: Any,
-    seed: int,
+    keys: Array,
     origin: int,
     side_car: sampled.Sampled,
+    quiet: bool = False,
 ) -> None:
     """Samples completions of every prompt and writes the folder of samples.
 
     Args:
-        prompts: in their order, which with the seed decides their samples.
+        prompts: in their order.
         folder: where part-*.parquet and sampled.json go.
         part_size: prompts a part.
         completer: draws them.
         params: of the model.
-        seed: of all draws.
+        keys: one a prompt, of all its draws; see `sampling.row_keys`.
         origin: of the completions.
         side_car: what decides them; written as incomplete first and as complete at the end.
+        quiet: nothing on the console.
     """
     of_prompts = [(prompt.id, prompt.prompt_tokens.tolist()) for prompt in prompts]
     decides = json.dumps([asdict(side_car), of_prompts, part_size])
     key = hashlib.sha256(decides.encode()).hexdigest()
-    keys = row_keys(seed, 0, len(prompts))
 
     def make(indices: range) -> tuple[list[TokenGroup], dict[str, float]]:
         begin, own = time.perf_counter(), slice(indices.start, indices.stop)
@@ -249,6 +313,7 @@ def sample_dataset(
             save=lambda side_car: sampled.save_sampled(folder, side_car),
         ),
         side_car=side_car,
+        quiet=quiet,
     )
     with distributed.main_first(folder):
         if distributed.is_main_process():

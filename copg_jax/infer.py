@@ -17,6 +17,7 @@ from copg_jax.data.groups import TokenGroup
 from copg_jax.errors import InputError
 from copg_jax.models.forward import BatchFn
 from copg_jax.models.layout import ReusedShapes, pack_by_length
+from copg_jax.models.one_shape import OneShape
 from copg_jax.runtime import Progress
 
 Item = TypeVar("Item")
@@ -30,10 +31,11 @@ class GroupForward:
     Args:
         function: pure function, e.g. of `forward.make_seq_logp` or `make_score`; jitted here, once
             a shape.
-        params: its parameters, already in their shards.
+        params: its parameters, already in their shards; the attribute may be set to others.
         mesh: the device mesh.
         batch_size: groups per call, rounded up to a multiple of data·fsdp.
         name: the model, for progress and messages, e.g. "reference /models/a".
+        shape: of all batches; None: few shapes, of what comes.
     """
 
     def __init__(
@@ -44,11 +46,12 @@ class GroupForward:
         mesh: jax.sharding.Mesh,
         batch_size: int,
         name: str,
+        shape: OneShape | None = None,
     ) -> None:
-        self._name, self._params = name, params
+        self._name, self.params = name, params
         self._num_bins, self._batch_size = sharding.num_batch_shards(mesh), batch_size
         self._shapes, self._placement = ReusedShapes(), sharding.batch_sharding(mesh)
-        self._is_compiled = False
+        self._one_shape, self._is_compiled = shape, False
         self._function = jax.jit(
             function,
             in_shardings=(None, self._placement),
@@ -91,18 +94,22 @@ class GroupForward:
     def _launched(self, rows: Sequence[TokenGroup]) -> Iterator[tuple[np.ndarray, Array]]:
         """Starts batch after batch; yields the indices of its groups [B] and its values [B, K]."""
         lengths = [(len(row.prompt_tokens), sum(map(len, row.completion_tokens))) for row in rows]
-        batches = pack_by_length(
-            np.array(lengths).reshape(-1, 2),
-            batch_size=self._batch_size,
-            num_bins=self._num_bins,
-        )
+        num_tokens = np.array(lengths).reshape(-1, 2)
+        if self._one_shape is not None:
+            batches = [self._one_shape.pack(num_tokens)]
+        else:
+            batches = pack_by_length(
+                num_tokens, batch_size=self._batch_size, num_bins=self._num_bins
+            )
         total = sum(len(packed.rows) for packed in batches)
         for packed in batches:
             for batch in packed.rows:
                 groups = [None if i < 0 else rows[i] for i in batch]
-                shape = self._shapes.fit(packed.shape, groups, num_batches=total)
+                shape = packed.shape
+                if self._one_shape is None:
+                    shape = self._shapes.fit(shape, groups, num_batches=total)
                 placed = distributed.place_whole(shape.collate(groups), self._placement)
-                yield batch, self._function(self._params, placed)
+                yield batch, self._function(self.params, placed)
 
 
 def not_finite(model: str, value: float, where: str, text: Text) -> InputError:

@@ -51,6 +51,7 @@ def open_data(
     chosen_only: bool = False,
     by_choice: bool = False,
     prompts_only: bool = False,
+    changes: bool = False,
 ) -> GroupDataset:
     """Tokenises a data set into `folder`/tokens (once) and logs what was kept, cut and dropped.
 
@@ -62,6 +63,7 @@ def open_data(
         chosen_only: see `GroupReader`.
         by_choice: see `GroupReader`.
         prompts_only: see `GroupReader`.
+        changes: whether the path will hold other data, so that runs of a process cannot share it.
     """
     path = scratch_folder(folder, jax.process_index()) / "tokens" / f"{name}.arrow"
     rows = GroupReader(
@@ -72,27 +74,26 @@ def open_data(
     encoder = Encoder(model.tokenizer, model.end_ids)
     if jax.process_count() > 1:
         try:
-            key = data_key(rows, encoder, section.limits, vocab_size)
+            of_data = data_key(rows, encoder, section.limits, vocab_size)
         except InputError as error:
-            key = f"{_UNREADABLE}{error}"  # the others wait to hear of this process
-        _require_same(key, section.path)
+            of_data = f"{_UNREADABLE}{error}"  # the others wait to hear of this process
+        _require_same(of_data, section.path)
         # What processes share, one of them makes; where each has its own, nobody waits.
         if not is_remote(folder):
-            turn = distributed.main_first(path, lambda: is_prepared(path, key))
+            turn = distributed.main_first(path, lambda: is_prepared(path, of_data))
     with turn:
         own = repr(section), chosen_only, by_choice, prompts_only
-        dataset = reuse.once(
-            "data",
-            (*own, *encoder.reads_by, vocab_size),
-            lambda: prepare(
-                rows,
-                model.tokenizer,
-                path=path,
-                limits=section.limits,
-                vocab_size=vocab_size,
-                end_ids=model.end_ids,
-            ),
+        make = partial(
+            prepare,
+            rows,
+            model.tokenizer,
+            path=path,
+            limits=section.limits,
+            vocab_size=vocab_size,
+            end_ids=model.end_ids,
         )
+        key = *own, *encoder.reads_by, vocab_size
+        dataset = make() if changes else reuse.once("data", key, make)
     _report(dataset, section, name)
     prompt, _, completion = dataset.shape(multiple=1)
     fix = "lower data.max_prompt_tokens or data.max_completion_tokens"
@@ -312,6 +313,8 @@ def _open_sampler(model: PretrainedModel, generation: GenerationConfig) -> Sampl
         "max_new_tokens": generation.max_new_tokens,
         "num_samples": generation.num_samples,
         "temperature": generation.sampling_temperature,
+        "top_k": None,
+        "top_p": None,
         "mesh": model.mesh,
     }
     key = arch, *options.values()

@@ -60,6 +60,7 @@ def make_parts(
     part_size: int,
     files: PartFiles,
     side_car: Any,
+    quiet: bool = False,
 ) -> Any:
     """Makes the parts that are not there; returns the side-car that names all of them.
 
@@ -72,6 +73,7 @@ def make_parts(
         part_size: groups a part.
         files: finds and writes parts.
         side_car: written first, as it is, and after each part with what is finished.
+        quiet: nothing on the console.
     """
     first_rows, ends = range(0, num_groups, part_size), _ends(num_groups, part_size)
     with distributed.main_first(files.record):
@@ -86,11 +88,13 @@ def make_parts(
         total_steps=num_groups,
         unit="group",
         log_every=1,
+        quiet=quiet,
         resume_step=done or None,
         is_done=set(ends[finished].tolist()).__contains__,
         logged=ends[finished].tolist(),
     ) as logger:
-        log.info("%d groups to do", num_groups - done)
+        if not quiet:
+            log.info("%d groups to do", num_groups - done)
         for part, (first, end) in enumerate(zip(first_rows, ends.tolist(), strict=True)):
             if finished[part]:
                 continue

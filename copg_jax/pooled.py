@@ -4,6 +4,7 @@
 2. `open_pooled` opens them, as a pool where there are several.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import fields
 from glob import glob, has_magic
@@ -16,6 +17,8 @@ from copg_jax.data.dataset import GroupDataset
 from copg_jax.data.pool import JoinedPool, Pool, Source, origins_of
 from copg_jax.data.stream import Groups
 from copg_jax.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 def scored_sections(section: DataConfig) -> list[DataConfig]:
@@ -67,7 +70,11 @@ def open_pooled(
                 f"loss.pairs=cross, got {origins_of(group).tolist()}. Fix: give each of "
                 "data.sources its origin."
             )
-    return JoinedPool(pool)
+    joined = JoinedPool(pool)
+    log.info("%d prompts with completions of several origins are joined", len(joined))
+    if joined.num_left_out:
+        log.warning("%d prompts have completions of one origin only: left out", joined.num_left_out)
+    return joined
 
 
 def _of_source(section: DataConfig, path: str) -> list[DataConfig]:

@@ -43,7 +43,7 @@ RECORDED_PACKAGES = (
 )
 _CONFIG_END = "...\n"  # YAML's end of a document: a config without it was cut short
 _EXPORTS = ("model", "best", "adapter", "best_adapter")
-_FOLDERS = (*_EXPORTS, "checkpoints", "tokens", "tensorboard", "wandb")
+_FOLDERS = (*_EXPORTS, "checkpoints", "rounds", "tokens", "tensorboard", "wandb")
 _FILES = ("config.yaml", "versions.json", "inputs.json", "metrics.jsonl", "scored.json")
 _FILES += ("evaluation.json", "generations.jsonl", "sampled.json", "prompts.jsonl", "tracker.json")
 

@@ -28,11 +28,13 @@ from etils import epath
 
 from copg_jax import distributed
 from copg_jax.config.reward_spec import RewardSpec
+from copg_jax.config.sections import Limits
 from copg_jax.config.stages import ScoreConfig
 from copg_jax.data import sampled, scored
 from copg_jax.data.dataset import GroupDataset
 from copg_jax.data.formats.choice import text_format_hash
 from copg_jax.data.formats.texts import TextGroup
+from copg_jax.data.group_list import GroupList
 from copg_jax.data.groups import TokenGroup, columns_by_completion
 from copg_jax.data.reader import GroupReader
 from copg_jax.data.reward_stats import (
@@ -110,21 +112,31 @@ def open_rewards(config: ScoreConfig, dataset: GroupDataset) -> WeightedRewards:
 
 
 def make_side_car(
-    config: ScoreConfig,
+    limits: Limits,
     reference: PretrainedModel,
     rewards: WeightedRewards,
-    dataset: GroupDataset,
+    dataset: GroupDataset | GroupList,
+    *,
+    reference_hash: str | None = None,
 ) -> scored.SideCar:
-    """What a scored folder is made of, before its first part is written."""
+    """What a scored folder is made of, before its first part is written.
+
+    Args:
+        limits: that the data were read with.
+        reference: π_ref.
+        rewards: total and parts of the reward.
+        dataset: what is scored.
+        reference_hash: of its weights; None: as they are in its folder.
+    """
     encoder, text_format = Encoder(reference.tokenizer), dataset.stats["text_format"]
     return scored.SideCar(
         tokenizer_hash=encoder.hash,
         text_format=text_format,
         text_format_hash=text_format_hash(text_format, encoder),
-        reference_hash=reference.hash,
+        reference_hash=reference_hash or reference.hash,
         reference_dtype=reference.arch.dtype,
         rewards=rewards.provenance,
-        limits=config.data.limits._asdict(),
+        limits=limits._asdict(),
         complete=False,
     )
 
@@ -138,18 +150,20 @@ def is_scored_to_its_end(folder: epath.Path) -> bool:
     if not scored.is_scored(str(folder)):
         return False
     side_car = scored.read_side_car(folder)
-    scored.check_parts(folder, side_car)
+    if side_car.complete:  # else a part may have been written that the side-car does not name yet
+        scored.check_parts(folder, side_car)
     return side_car.complete
 
 
 def score_dataset(
-    dataset: GroupDataset,
+    dataset: GroupDataset | GroupList,
     *,
     folder: epath.Path,
     part_size: int,
     rewards: WeightedRewards,
     reference: Reference,
     side_car: scored.SideCar,
+    quiet: bool = False,
 ) -> None:
     """Scores every group and writes the scored folder.
 
@@ -160,6 +174,7 @@ def score_dataset(
         rewards: total and parts of the reward.
         reference: see `Reference`.
         side_car: what makes the numbers; written as incomplete first and as complete at the end.
+        quiet: nothing on the console.
 
     Raises:
         InputError: a reward function that misbehaves; finished parts stay.
@@ -189,13 +204,16 @@ def score_dataset(
             save=lambda side_car: scored.write_side_car(folder, side_car),
         ),
         side_car=side_car,
+        quiet=quiet,
     )
     with distributed.main_first(folder):
         if distributed.is_main_process():
-            _finish(dataset, folder, side_car)
+            _finish(dataset, folder, side_car, quiet)
 
 
-def _finish(dataset: GroupDataset, folder: epath.Path, side_car: scored.SideCar) -> None:
+def _finish(
+    dataset: GroupDataset | GroupList, folder: epath.Path, side_car: scored.SideCar, quiet: bool
+) -> None:
     """Makes the folder usable: the side-car with the counts of all parts."""
     stored, dropped = read_rewards(folder), scored.count_dropped(folder)
     stats = describe_rewards(stored)
@@ -209,6 +227,8 @@ def _finish(dataset: GroupDataset, folder: epath.Path, side_car: scored.SideCar)
     counts = {"completions scored": total, "without a reward": missing, "rewards": stats}
     counts = dataset.stats | counts | {"rewards missing": dropped}
     scored.write_side_car(folder, replace(side_car, complete=True, counts=counts))
+    if quiet:
+        return
     log.info(
         "%s: %d completions scored, %d of them without a reward (they will be left out)%s\n%s",
         folder,
@@ -219,7 +239,7 @@ def _finish(dataset: GroupDataset, folder: epath.Path, side_car: scored.SideCar)
     )
 
 
-def _per_completion(dataset: GroupDataset) -> set[str]:
+def _per_completion(dataset: GroupDataset | GroupList) -> set[str]:
     """Columns that hold, in every row, a list with one entry for each completion, or null. Those of
     rows whose completions were drawn belong to the prompt, however long they are.
     """

@@ -8,9 +8,7 @@ finished; mesh and batch size may be others. With engine_prompts=true it draws n
 prompts.jsonl for an engine, see experiments/generate_vllm.py.
 """
 
-import json
 import logging
-from dataclasses import asdict
 
 from etils import epath
 
@@ -18,14 +16,12 @@ from copg_jax import disk, distributed, generation, run_folder, runtime, shardin
 from copg_jax.config.load import run_main
 from copg_jax.config.stages import MAY_DIFFER, SampleConfig
 from copg_jax.data import sampled
-from copg_jax.data.dataset import GroupDataset
-from copg_jax.data.formats.choice import text_format_hash
 from copg_jax.data.groups import warn_of_lists
-from copg_jax.data.tokenizer import Encoder
-from copg_jax.files import write_text
-from copg_jax.hf.pretrained import PretrainedModel, open_model
+from copg_jax.hf.pretrained import open_model
 from copg_jax.inputs import open_data, prepared_bytes
+from copg_jax.outside import write_prompts
 from copg_jax.part_loop import is_complete
+from copg_jax.sampling import row_keys
 
 log = logging.getLogger("copg_jax.sample")  # a script's own name is __main__
 
@@ -52,18 +48,18 @@ def _sample(config: SampleConfig) -> None:
     run_folder.check_inputs(folder, hashes)
     if config.engine_prompts:
         run_folder.write_run_header(folder, config, hashes)
-        _write_prompts(folder / "prompts.jsonl", prompts)
+        path = folder / "prompts.jsonl"
+        with distributed.main_first(path):
+            if distributed.is_main_process():
+                write_prompts(path, prompts)
+        log.info("wrote %d prompts to %s", len(prompts), path)
         return
     is_whole = lambda: sampled.is_sampled_to_its_end(folder)
     if is_complete(folder, len(prompts), config.part_size, is_whole):
         return
     num_tokens = len(prompts) * numbers.num_samples * numbers.max_new_tokens
     disk.warn_of_space(folder, prepared_bytes(config.data) + _BYTES_A_TOKEN * num_tokens)
-    if numbers.top_k or numbers.top_p:
-        log.warning(
-            "sampling.top_k and top_p cut completions off µ that π_ref can write. Theorem 1 wants "
-            "equal supports: what is never drawn keeps its log-ratio, and CoPG no longer ends at π*"
-        )
+    generation.warn_of_cuts(numbers)
     run_folder.write_run_header(folder, config, hashes)
     generation.sample_dataset(
         list(prompts),
@@ -71,41 +67,16 @@ def _sample(config: SampleConfig) -> None:
         part_size=config.part_size,
         completer=generation.make_completer(numbers, model, batch_size=config.batch_size),
         params=model.load_frozen(),
-        seed=numbers.seed,
+        keys=row_keys(numbers.seed, 0, len(prompts)),
         origin=config.origin,
-        side_car=_side_car(config, model, prompts),
+        side_car=generation.describe_samples(
+            numbers,
+            model,
+            text_format=prompts.stats["text_format"],
+            limits=config.data.limits,
+            counts=prompts.stats,
+        ),
     )
-
-
-def _side_car(
-    config: SampleConfig, model: PretrainedModel, prompts: GroupDataset
-) -> sampled.Sampled:
-    """What a folder of samples is made of, before its first part is written."""
-    encoder, text_format = Encoder(model.tokenizer), prompts.stats["text_format"]
-    return sampled.Sampled(
-        tokenizer_hash=encoder.hash,
-        text_format=text_format,
-        text_format_hash=text_format_hash(text_format, encoder),
-        model_hash=model.hash,
-        model_dtype=model.arch.dtype,
-        sampling=asdict(config.sampling),
-        limits=config.data.limits._asdict(),
-        complete=False,
-        counts=prompts.stats,
-    )
-
-
-def _write_prompts(path: epath.Path, prompts: GroupDataset) -> None:
-    """Prompts as a model reads them, for an engine."""
-    rows = (
-        {"id": row.id, "prompt": row.prompt, "prompt_token_ids": row.prompt_tokens.tolist()}
-        | row.columns
-        for row in prompts
-    )
-    with distributed.main_first(path):
-        if distributed.is_main_process():
-            write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    log.info("wrote %d prompts to %s", len(prompts), path)
 
 
 if __name__ == "__main__":

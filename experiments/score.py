@@ -65,7 +65,7 @@ def _score(config: ScoreConfig) -> None:
         part_size=config.part_size,
         rewards=rewards,
         reference=reference,
-        side_car=scoring.make_side_car(config, model, rewards, dataset),
+        side_car=scoring.make_side_car(config.data.limits, model, rewards, dataset),
     )
 
 

@@ -12,13 +12,15 @@ best/ (the step of the highest generation reward).
 from collections.abc import Callable
 from functools import partial
 
+from etils import epath
 from jax import Array
 
 from copg_jax import reuse
 from copg_jax.config.load import run_main
 from copg_jax.config.policy_data import PolicyDataConfig
 from copg_jax.config.sections import BY_DIFFERENCES
-from copg_jax.config.stages import PolicyConfig
+from copg_jax.config.stages import OnlineConfig, PolicyConfig, PolicyEvaluationConfig
+from copg_jax.evaluate import GenerationEvaluator
 from copg_jax.hf.pretrained import PretrainedModel
 from copg_jax.inputs import (
     open_evaluation,
@@ -29,16 +31,35 @@ from copg_jax.inputs import (
 from copg_jax.models.forward import make_seq_logp
 from copg_jax.objective import LossFn, find_coefficients, find_objective, make_policy_loss
 from copg_jax.train.run import Stage, train
+from copg_jax.train.stored import open_stored
 
 
-def _make_loss(
+def make_loss(
     model: PretrainedModel, *, objective: Callable[..., Array], chunk: int | None
 ) -> LossFn:
+    """The loss of a policy, with an objective of `objective.find_objective`."""
     return make_policy_loss(make_seq_logp(model.arch, model.partitioner, chunk=chunk), objective)
 
 
 def _paths(data: PolicyDataConfig) -> str:
     return data.path or ", ".join(source.path for source in data.sources)
+
+
+def open_own_evaluation(
+    section: PolicyEvaluationConfig,
+    config: PolicyConfig | OnlineConfig,
+    model: PretrainedModel,
+    folder: epath.Path,
+) -> tuple[GenerationEvaluator, dict[str, str]]:
+    """The evaluation of a policy that began at its reference."""
+    return open_evaluation(
+        section,
+        model,
+        folder,
+        beta=config.loss.beta,
+        reference=model,
+        logits_chunk=config.logits_chunk,
+    )
 
 
 def main(config: PolicyConfig) -> None:
@@ -53,26 +74,20 @@ def main(config: PolicyConfig) -> None:
             make_loss=reuse.once(
                 "loss",
                 (objective, config.logits_chunk),
-                lambda: partial(_make_loss, objective=objective, chunk=config.logits_chunk),
+                lambda: partial(make_loss, objective=objective, chunk=config.logits_chunk),
+            ),
+            open_feed=partial(
+                open_stored,
+                config,
+                check_section=require_scored_folder,
+                check_data=require_same_reference,
+                check_pool=partial(require_differences, _paths(config.data))
+                if learns_from_gaps
+                else None,
+                cross=config.loss.pairs == "cross",
             ),
             coefficients=find_coefficients(config.loss),
-            check_section=require_scored_folder,
-            check_data=require_same_reference,
-            check_pool=partial(require_differences, _paths(config.data))
-            if learns_from_gaps
-            else None,
-            cross=config.loss.pairs == "cross",
-            open_evaluation=evaluation
-            and (
-                lambda model, folder: open_evaluation(
-                    evaluation,
-                    model,
-                    folder,
-                    beta=config.loss.beta,
-                    reference=model,
-                    logits_chunk=config.logits_chunk,
-                )
-            ),
+            open_evaluation=evaluation and partial(open_own_evaluation, evaluation, config),
             best_metric="eval/reward_mean" if evaluation else None,
         ),
     )

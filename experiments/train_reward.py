@@ -7,6 +7,8 @@ Writes metrics.jsonl, checkpoints/ and model/, which `AutoModelForSequenceClassi
 label).
 """
 
+from functools import partial
+
 from copg_jax.config.load import run_main
 from copg_jax.config.sections import DataConfig
 from copg_jax.config.stages import RewardModelConfig
@@ -16,6 +18,7 @@ from copg_jax.inputs import require_differences, require_preferences, require_re
 from copg_jax.models.forward import make_score
 from copg_jax.objective import make_bradley_terry_loss
 from copg_jax.train.run import Stage, train
+from copg_jax.train.stored import open_stored
 
 
 def check_data(section: DataConfig, _model: PretrainedModel, dataset: GroupDataset) -> None:
@@ -33,9 +36,13 @@ def main(config: RewardModelConfig) -> None:
             make_loss=lambda model: make_bradley_terry_loss(
                 make_score(model.arch, model.partitioner)
             ),
-            check_section=require_preferences,
-            check_data=check_data,
-            by_choice=True,
+            open_feed=partial(
+                open_stored,
+                config,
+                check_section=require_preferences,
+                check_data=check_data,
+                by_choice=True,
+            ),
         ),
     )
 

@@ -6,11 +6,14 @@ Writes metrics.jsonl, checkpoints/ and model/, a Hugging Face folder. Of prefere
 chosen completions.
 """
 
+from functools import partial
+
 from copg_jax.config.load import run_main
 from copg_jax.config.stages import SFTConfig
 from copg_jax.models.forward import make_seq_logp
 from copg_jax.objective import make_nll_loss
 from copg_jax.train.run import Stage, train
+from copg_jax.train.stored import open_stored
 
 
 def main(config: SFTConfig) -> None:
@@ -22,7 +25,7 @@ def main(config: SFTConfig) -> None:
             make_loss=lambda model: make_nll_loss(
                 make_seq_logp(model.arch, model.partitioner, chunk=config.logits_chunk)
             ),
-            chosen_only=True,
+            open_feed=partial(open_stored, config, chosen_only=True),
         ),
     )
 

@@ -10,6 +10,13 @@ from tests.runs import assert_same_evaluation, assert_same_scores, assert_same_t
 from tests.toys import LLAMA, RELATIVES
 from tests.workplace import DATA, Workplace
 
+
+def assert_same_rounds(got: Path, wanted: Path) -> None:
+    """Training, and the scored samples of the last round."""
+    assert_same_training(got, wanted)
+    assert_same_scores(*(run / "rounds" / "00001" / "scored" for run in (got, wanted)))
+
+
 FAMILIES = {"llama": LLAMA, **RELATIVES}
 
 STAGES: dict[str, Callable[[Path, Path], None]] = {
@@ -18,6 +25,7 @@ STAGES: dict[str, Callable[[Path, Path], None]] = {
     "sample": assert_same_scores,
     "score": assert_same_scores,
     "policy": assert_same_training,
+    "online": assert_same_rounds,
     "evaluate": assert_same_evaluation,
 }
 
@@ -50,6 +58,16 @@ class Pipeline(Workplace):
                 *DATA,
             ],
             "policy": [model, f"data.path={folder / 'score'}", *training],
+            "online": [
+                model,
+                f"data.path={self.posts}",
+                rewards,
+                "rounds=2",
+                "prompts_per_round=8",
+                "batch_size=8",
+                "sampling.max_new_tokens=6",
+                *(setting for setting in training if "max_steps" not in setting),
+            ],
             "evaluate": [
                 f"model.path={folder / 'policy' / 'model'}",
                 "model.dtype=float32",

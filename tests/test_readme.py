@@ -41,6 +41,7 @@ SCRIPTS = {
     "experiments.sample": STAGES["sample"],
     "experiments.score": STAGES["score"],
     "experiments.train_policy": STAGES["policy"],
+    "experiments.online": STAGES["online"],
     "experiments.evaluate": STAGES["evaluate"],
     "experiments.bandit": BanditConfig,
     "experiments.quickstart": QuickstartConfig,

@@ -65,8 +65,10 @@ def test_every_stage_writes_its_config_and_versions(workplace):
         assert {"jax", "flax", "python", "device_count"} <= versions.keys()
 
 
-# Read elsewhere: by one piece of code for all stages that train, by pools and by workers.
-READ_ELSEWHERE = re.compile(r"lora\..*|data\.sources\[i\]\..*|.*rewards\[i\]\.timeout_sec")
+# Read elsewhere: by one piece of code for all stages that train, by pools, workers and engines.
+READ_ELSEWHERE = re.compile(
+    r"lora\..*|data\.sources\[i\]\..*|.*rewards\[i\]\.timeout_sec|offline\..*|generator\..*"
+)
 
 
 def reads_of(workplace: Workplace, stage: str) -> set[str]:

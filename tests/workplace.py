@@ -14,7 +14,7 @@ from copg_jax.errors import InputError
 from copg_jax.files import read_json_lines
 from copg_jax.hf import weights as hf_weights
 from copg_jax.models.params import Architecture, init_params
-from experiments import evaluate, sample, score, train_policy, train_reward, train_sft
+from experiments import evaluate, online, sample, score, train_policy, train_reward, train_sft
 from experiments.generated import write_generated
 from tests.reads import recorded_reads
 from tests.toys import LLAMA
@@ -25,6 +25,7 @@ MAINS: dict[str, tuple[Any, type]] = {
     "sample": (sample.main, config.SampleConfig),
     "score": (score.main, config.ScoreConfig),
     "policy": (train_policy.main, config.PolicyConfig),
+    "online": (online.main, config.OnlineConfig),
     "evaluate": (evaluate.main, config.EvaluateConfig),
 }
 DATA = ["data.max_rows=24", "data.max_prompt_tokens=192", "data.max_completion_tokens=96"]
@@ -128,6 +129,20 @@ class Workplace:
                 *held_out(0.4, "data", "validation"),  # of those that were scored
                 "optim.learning_rate=1e-2",
                 *TRAINING,
+                *evaluation,
+            ],
+            "online": [
+                f"model.path={sft}",
+                f"data.path={self.posts}",
+                *held_out(0.2, "data"),
+                rewards,
+                "rounds=3",
+                "prompts_per_round=8",
+                "sampling.max_new_tokens=12",
+                "part_size=6",
+                "batch_size=4",
+                "optim.learning_rate=1e-2",
+                *(setting for setting in TRAINING if "max_steps" not in setting),
                 *evaluation,
             ],
             "evaluate": [

@@ -1,4 +1,6 @@
-"""The section of the data of a policy: one scored folder, or several sources with shares."""
+"""The data of a policy: one scored folder, or several sources with shares; or fresh samples, with a
+scored folder beside them and perhaps an engine that draws them.
+"""
 
 from dataclasses import dataclass
 
@@ -56,3 +58,32 @@ class PolicyDataConfig(DataConfig):
                 "sources: wanted shares that sum to 1, one for each source or none at all, got "
                 f"{[source.share for source in self.sources]}"
             )
+
+
+@dataclass(frozen=True)
+class OfflineConfig(DataConfig):
+    """Scored data beside fresh samples: µ2, whose completions have origin 1; samples have 0."""
+
+    path: str = option(help="scored folder, of the same reference")
+    share: float | None = option(
+        None, "of the groups of every batch; null with loss.pairs=cross, where prompts are joined"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "in (0, 1)", lambda share: 0 < share < 1, "share")
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """An engine that draws the samples of each round in place of our sampler."""
+
+    command: list[str] = option(
+        help="what is run, as a list; behind it come the policy's Hugging Face folder, the file of "
+        "prompts and the file to write. {seed} in it is a number of the round"
+    )
+    timeout_sec: float | None = option(None, "longest time of one call; null = any")
+
+    def __post_init__(self) -> None:
+        require(self, "a program and its arguments", lambda command: len(command) > 0, "command")
+        require(self, "> 0", lambda seconds: seconds > 0, "timeout_sec")

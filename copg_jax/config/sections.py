@@ -196,16 +196,14 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
-    """How long to train and what to write on the way; the defaults are the paper's."""
+class StepsConfig:
+    """The optimiser steps and what is written on the way; the defaults are the paper's."""
 
     batch_size: int = option(128, "groups per optimiser step, over all devices")
     num_microbatches: int = option(1, "pieces a batch is processed in (gradient accumulation)")
     remat: str = option(
         "full", "what the backward pass recomputes: none, dots (all but products), mlp or full"
     )
-    num_epochs: int = option(2, "passes over the data")
-    max_steps: int | None = option(None, "stop after this many steps; null = all epochs")
     eval_every: int = option(50, "steps between evaluations; one also runs before the first step")
     save_every: int = option(500, "steps between checkpoints (best and last are always saved)")
     log_every: int = option(10, "steps between console lines (metrics.jsonl has every step)")
@@ -216,9 +214,7 @@ class TrainingConfig:
 
     def __post_init__(self):
         require_size(self, "batch_size", "num_microbatches")
-        require_positive(self, "num_epochs", "max_steps")
         require_positive(self, "eval_every", "save_every", "log_every")
-        require(self, "< 2**63", lambda count: count < 2**63, "num_epochs")
         require_one_of(self, REMATS, "remat")
         require_one_of(self, TRACKERS, "tracker")
         if self.batch_size % self.num_microbatches:
@@ -226,6 +222,19 @@ class TrainingConfig:
                 f"batch_size must be a multiple of num_microbatches, got {self.batch_size} and "
                 f"{self.num_microbatches}"
             )
+
+
+@dataclass(frozen=True)
+class TrainingConfig(StepsConfig):
+    """How long to train on stored data; the defaults are the paper's."""
+
+    num_epochs: int = option(2, "passes over the data")
+    max_steps: int | None = option(None, "stop after this many steps; null = all epochs")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_positive(self, "num_epochs", "max_steps")
+        require(self, "< 2**63", lambda count: count < 2**63, "num_epochs")
 
 
 @dataclass(frozen=True)
@@ -314,3 +323,8 @@ class SamplingConfig:
                 "temperature=0 is greedy decoding, which gives one completion: set num_samples=1, "
                 "and no top_k or top_p; or a temperature above 0"
             )
+
+    @property
+    def is_whole_model(self) -> bool:
+        """Whether µ is the model itself: temperature 1, and nothing cut off."""
+        return self.temperature == 1 and not (self.top_k or self.top_p)

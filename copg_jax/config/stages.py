@@ -5,6 +5,7 @@ say where and how a run executes (`MAY_DIFFER`) may change when it is resumed; a
 another run.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,11 @@ from copg_jax.config.checks import (
     require_size,
 )
 from copg_jax.config.options import option, section
-from copg_jax.config.policy_data import PolicyDataConfig
+from copg_jax.config.policy_data import GeneratorConfig, OfflineConfig, PolicyDataConfig
 from copg_jax.config.reward_spec import RewardSpec
 from copg_jax.config.sections import (
     DISTRIBUTED_MODES,
+    POLICY_LOSSES,
     DataConfig,
     GenerationConfig,
     LoraConfig,
@@ -29,6 +31,7 @@ from copg_jax.config.sections import (
     ModelConfig,
     OptimConfig,
     SamplingConfig,
+    StepsConfig,
     TrainingConfig,
 )
 from copg_jax.errors import InputError
@@ -53,6 +56,8 @@ MAY_DIFFER = (
     "rewards[i].batch_size",
     "evaluation.rewards[i].num_workers",
     "evaluation.rewards[i].batch_size",
+    "keep_rounds",
+    "generator.timeout_sec",
 )
 """Config fields that do not define a run: resuming with another value of them is allowed."""
 
@@ -70,16 +75,15 @@ def _logits_chunk() -> Any:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """What every training stage has."""
+class RunConfig:
+    """What every stage that trains has."""
 
     output_dir: str = option(help="folder of the run: checkpoints, metrics.jsonl, model/")
     model: ModelConfig = section(ModelConfig)
     data: DataConfig = section(DataConfig)
-    validation: DataConfig | None = option(None, "held-out data; null = none")
     lora: LoraConfig | None = option(None, "train adapters alone; null = all weights")
     optim: OptimConfig = section(OptimConfig)
-    training: TrainingConfig = section(TrainingConfig)
+    training: StepsConfig = section(StepsConfig)
     mesh: MeshConfig = section(MeshConfig)
     distributed: str = _distributed()
     seed: int = option(0, "seed of the data order, and of a new score head or adapter")
@@ -95,6 +99,14 @@ class TrainConfig:
                 "lora.rank=N, which trains the adapter further; or model.path=the folder in which "
                 "it is merged."
             )
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """What every stage has that trains on stored data."""
+
+    training: TrainingConfig = section(TrainingConfig)
+    validation: DataConfig | None = option(None, "held-out data; null = none")
 
 
 @dataclass(frozen=True)
@@ -218,6 +230,83 @@ class PolicyConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
+class OnlineConfig(RunConfig):
+    """Rounds of sampling, scoring and training; `model` is the first policy and π_ref, `data` the
+    prompts.
+    """
+
+    rounds: int = option(100, "rounds of sampling, scoring and training")
+    steps_per_round: int = option(1, "optimiser steps of a round; 1 = online, many = offline")
+    prompts_per_round: int = option(128, "prompts that a round draws completions of")
+    sampling: SamplingConfig = section(SamplingConfig)
+    rewards: list[RewardSpec] = option([], "reward functions; the reward is their weighted sum")
+    loss: LossConfig = section(LossConfig)
+    replay_rounds: int = option(
+        1, "train on the samples of so many rounds; 1 = those of the newest alone"
+    )
+    offline: OfflineConfig | None = option(
+        None, "scored data that is trained on beside the samples; null = none"
+    )
+    reference_every: int | None = option(
+        None, "rounds after which the policy of the moment becomes π_ref; null = never"
+    )
+    keep_rounds: int | None = option(
+        None, "delete folders of rounds that neither these newest nor a resumed run need; null = no"
+    )
+    generator: GeneratorConfig | None = option(
+        None, "an engine that draws the samples; null = our sampler"
+    )
+    evaluation: PolicyEvaluationConfig | None = option(
+        None, "generation every training.eval_every steps; null = none"
+    )
+    batch_size: int = option(32, "prompts completed, and groups scored, at a time")
+    part_size: int = option(512, "prompts per Parquet part; an interrupted round resumes at a part")
+    logits_chunk: int | None = _logits_chunk()
+
+    def __post_init__(self):
+        super().__post_init__()
+        counts = ("rounds", "steps_per_round", "prompts_per_round", "replay_rounds")
+        require_positive(self, *counts, "reference_every", "keep_rounds", "part_size")
+        require_positive(self, "logits_chunk")
+        require_size(self, "batch_size")
+        if self.loss.name in POLICY_LOSSES and self.sampling.num_samples < 2:
+            raise InputError(
+                f"sampling.num_samples: wanted 2 or more, as loss.name={self.loss.name} compares "
+                f"the completions of a prompt, got {self.sampling.num_samples}"
+            )
+        self._check_offline()
+        fresh = 1 - ((self.offline and self.offline.share) or 0)
+        if self.prompts_per_round < (least := math.ceil(fresh * self.training.batch_size)):
+            raise InputError(
+                f"prompts_per_round: wanted at least {least}, the fresh groups of a batch of "
+                f"training.batch_size={self.training.batch_size}, got {self.prompts_per_round}"
+            )
+
+    def _check_offline(self) -> None:
+        is_cross, offline = self.loss.pairs == "cross", self.offline
+        if is_cross and offline is None:
+            raise InputError(
+                "loss.pairs=cross: wanted completions of two origins, got fresh samples alone. "
+                "Fix: offline.path=a scored folder of the same prompts; or loss.pairs=all"
+            )
+        if offline is not None and is_cross == (offline.share is not None):
+            raise InputError(
+                f"offline.share: wanted {'none' if is_cross else 'one'} with "
+                f"loss.pairs={self.loss.pairs}, "
+                + (
+                    f"which joins the completions of a prompt, got {offline.share}"
+                    if is_cross
+                    else "which is that of the scored data in every batch, e.g. offline.share=0.5"
+                )
+            )
+        if offline is not None and self.reference_every is not None:
+            raise InputError(
+                "reference_every: wanted none with offline data, whose ln π_ref is that of the "
+                f"first reference, got {self.reference_every}"
+            )
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """Rewards of a model's generations on fixed prompts."""
 
@@ -243,6 +332,7 @@ STAGES: dict[str, type] = {
     "sample": SampleConfig,
     "score": ScoreConfig,
     "policy": PolicyConfig,
+    "online": OnlineConfig,
     "evaluate": EvaluateConfig,
 }
 """The stages of the pipeline by the names that sections of config files have."""

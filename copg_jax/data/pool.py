@@ -10,7 +10,6 @@
 
 import hashlib
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,17 +17,16 @@ from functools import cached_property
 import numpy as np
 
 from copg_jax.data.dataset import GroupDataset
+from copg_jax.data.group_list import GroupList
 from copg_jax.data.groups import NUMBERS, TokenGroup
 from copg_jax.errors import InputError
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Source:
     """Data sets that are one source; `share` of the groups of training, None: all of them."""
 
-    datasets: Sequence[GroupDataset]
+    datasets: Sequence[GroupDataset | GroupList]
     share: float | None = None
     origin: int | None = None  # of its completions; None: as stored
 
@@ -118,6 +116,9 @@ class JoinedPool:
     Args:
         pool: sources without shares.
 
+    Attributes:
+        num_left_out: prompts with completions of one origin.
+
     Raises:
         InputError: no prompt has completions of two origins.
     """
@@ -132,19 +133,20 @@ class JoinedPool:
         self._pool = pool
         self._members = [own for key, own in by_prompt.items() if len(origins[key]) > 1]
         self.fingerprint = f"{pool.fingerprint} joined"
-        left = len(by_prompt) - len(self._members)
-        log.info("%d prompts with completions of several origins are joined", len(self._members))
-        if left:
-            log.warning("%d prompts have completions of one origin only: left out", left)
+        self.num_left_out = len(by_prompt) - len(self._members)
         if not self._members:
             raise InputError(
                 f"loss.pairs=cross: wanted prompts with completions of different origins, got "
-                f"{left} with one each. Fix: data.sources of the same prompts with an origin each, "
-                "or loss.pairs=all."
+                f"{self.num_left_out} with one each. Fix: data.sources of the same prompts with an "
+                "origin each, or loss.pairs=all."
             )
 
     def __len__(self) -> int:
         return len(self._members)
+
+    def members(self, index: int) -> Sequence[int]:
+        """The groups of the pool that are joined in one."""
+        return self._members[index]
 
     def __getitem__(self, index: int) -> TokenGroup:
         first, *others = groups = [self._pool[member] for member in self._members[index]]

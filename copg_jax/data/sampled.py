@@ -80,7 +80,8 @@ def is_sampled_to_its_end(folder: epath.Path) -> bool:
     if not is_sampled(str(folder)):
         return False
     sampled = read_sampled(folder)
-    check_samples(folder, sampled)
+    if sampled.complete:  # else a part may have been written that the side-car does not name yet
+        check_samples(folder, sampled)
     return sampled.complete
 
 

@@ -18,6 +18,7 @@ import grain
 import numpy as np
 
 from copg_jax.data.dataset import GroupDataset
+from copg_jax.data.group_list import GroupList
 from copg_jax.data.groups import GroupBatch, TokenGroup
 from copg_jax.data.pool import JoinedPool, Pool
 from copg_jax.errors import InputError
@@ -39,7 +40,7 @@ class Batch(Protocol):
         ...
 
 
-Groups = GroupDataset | Pool | JoinedPool
+Groups = GroupDataset | GroupList | Pool | JoinedPool
 """What is read by index; its length is that of an epoch."""
 
 Pack = Callable[..., Callable[[int], Batch]]
@@ -76,6 +77,7 @@ class GroupStream:
         num_hosts: number of hosts that share each batch.
 
     Attributes:
+        dataset: the groups.
         num_steps: steps of the whole run.
 
     Raises:
@@ -104,7 +106,7 @@ class GroupStream:
                 f"in batches of {batch_size} are {self.num_steps} steps. Resume with the data and "
                 "batch size that the checkpoint was trained with."
             )
-        self._dataset = dataset
+        self.dataset = dataset
         self._start_step, self._host, self._num_hosts = start_step, host, num_hosts
         self._order = _order(dataset, seed)
         self._batch = pack(
@@ -123,13 +125,18 @@ class GroupStream:
     def __iter__(self) -> Iterator[tuple[list[str], GroupBatch]]:
         # No index of grain's is larger, and no run is longer.
         after = min(self.num_steps, sys.maxsize)
-        steps = grain.MapDataset.range(self._start_step, after).map(self._load)
+        steps = grain.MapDataset.range(self._start_step, after).map(self.load)
         return iter(steps.to_iter_dataset(_READ_OPTIONS))
 
-    def _load(self, step: int) -> tuple[list[str], GroupBatch]:
+    def rows(self, step: int) -> np.ndarray:
+        """Rows of the data set in the whole batch after `step`; int [B]."""
+        return self._in_order(self._batch(step).rows)
+
+    def load(self, step: int) -> tuple[list[str], GroupBatch]:
+        """Ids of this host's share of the batch after `step`, and the share."""
         batch = self._batch(step)
         own = np.split(batch.rows, self._num_hosts)[self._host]
-        groups = [self._dataset[int(row)] for row in self._in_order(own)]
+        groups = [self.dataset[int(row)] for row in self._in_order(own)]
         return [group.id for group in groups], batch.collate(groups)
 
 

@@ -39,14 +39,15 @@ _OF_ORBAX = "_CHECKPOINT_METADATA"  # written again after sealing; nothing here 
 
 @dataclass
 class _LatestAndBest(policies.PreservationPolicy):
-    """Keeps the newest two steps and `best`."""
+    """Keeps the newest two steps, `best` and those that are pinned."""
 
     best: int | None = None
+    pinned: tuple[int, ...] = ()
 
     def should_preserve(
         self, checkpoints: Sequence[Any], *, context: policies.PreservationContext
     ) -> list[bool]:
-        kept = {info.step for info in checkpoints[-2:]} | {self.best}
+        kept = {info.step for info in checkpoints[-2:]} | {self.best, *self.pinned}
         return [info.step in kept for info in checkpoints]
 
 
@@ -150,6 +151,15 @@ class Checkpoints:
             return
         self._saving = step, facts
         self._manager.save(step, args=ocp.args.StandardSave(state._asdict()))
+
+    def pin(self, *steps: int) -> None:
+        """Keeps these steps, and no others that were pinned, when newer ones are saved."""
+        self._kept.pinned = steps
+
+    @property
+    def newest(self) -> list[int]:
+        """The steps that a run can go on from: the newest two, or fewer."""
+        return sorted(self._manager.all_steps())[-2:]
 
     def raise_failure(self) -> None:
         """Raises what a save in the background has failed with; never waits for one."""

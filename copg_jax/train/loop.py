@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from copg_jax import distributed, sharding
-from copg_jax.config.sections import TrainingConfig
+from copg_jax.config.sections import StepsConfig
 from copg_jax.data.groups import GroupBatch
 from copg_jax.errors import InputError
 from copg_jax.runtime import GracefulExit, LeaveRequest
@@ -70,7 +70,7 @@ class EvaluationHook:
 
     def __init__(
         self,
-        config: TrainingConfig,
+        config: StepsConfig,
         num_steps: int,
         evaluate: Evaluate,
         logger: MetricsLogger,
@@ -113,7 +113,7 @@ class CheckpointHook:
 
     def __init__(
         self,
-        config: TrainingConfig,
+        config: StepsConfig,
         num_steps: int,
         checkpoints: Checkpoints,
         logger: MetricsLogger,
@@ -176,7 +176,7 @@ def run(
     mesh: jax.sharding.Mesh,
     metrics: LateMetrics,
     hooks: Sequence[Hook],
-    begin_with_hooks: bool = True,
+    first_hooks: Sequence[Hook] | None = None,
 ) -> TrainState:
     """Takes the steps and returns the final state; an interrupted run tells its hooks to `leave`.
 
@@ -188,14 +188,14 @@ def run(
         mesh: the device mesh.
         metrics: logs the steps.
         hooks: called in their order, after the steps at which any of them is due.
-        begin_with_hooks: also before the first step: not where a resumed run has done it.
+        first_hooks: called before the first step; None = all. A resumed run has done some of them.
 
     Raises:
         NonFiniteLoss: names the step and the examples; the state from before it is saved.
         SystemExit: 143, 129 or 130 after SIGTERM, SIGHUP or Ctrl-C, with the state saved.
     """
     with GracefulExit() as exit_request:
-        first_hooks = hooks if begin_with_hooks else ()
+        first_hooks = hooks if first_hooks is None else first_hooks
         return _take_steps(
             step_fn, state, batches, steps, mesh, metrics, hooks, first_hooks, exit_request
         )

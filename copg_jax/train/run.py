@@ -8,31 +8,19 @@
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import optax
 from etils import epath
 
-from copg_jax import (
-    checksums,
-    disk,
-    flops,
-    inputs,
-    pooled,
-    reuse,
-    run_folder,
-    runtime,
-    sharding,
-)
+from copg_jax import checksums, flops, reuse, run_folder, runtime, sharding
 from copg_jax.config.schema import as_stored
-from copg_jax.config.sections import DataConfig
-from copg_jax.config.stages import MAY_DIFFER, TrainConfig
+from copg_jax.config.stages import MAY_DIFFER, RunConfig
 from copg_jax.data.dataset import GroupDataset
-from copg_jax.data.stream import Groups, num_steps
 from copg_jax.evaluate import GenerationEvaluator, make_loss_evaluator
 from copg_jax.hf.pretrained import PretrainedModel, open_model
 from copg_jax.objective import LossFn
@@ -43,7 +31,6 @@ from copg_jax.train.checkpoint import Checkpoints
 from copg_jax.train.compiled import CompiledStep, as_arguments
 from copg_jax.train.exports import bytes_to_write, export, is_exported
 from copg_jax.train.metrics import LateMetrics
-from copg_jax.train.order import open_stream
 from copg_jax.train.run_card import run_card
 from copg_jax.train.state import (
     TrainState,
@@ -57,51 +44,99 @@ from copg_jax.train.step import make_loss_step, make_train_step
 log = logging.getLogger(__name__)
 
 
+class Feed(Protocol):
+    """What a run trains on: opened and checked."""
+
+    @property
+    def num_steps(self) -> int:
+        """Of the whole run."""
+        ...
+
+    @property
+    def hashes(self) -> Mapping[str, str]:
+        """Of all that is read, by name."""
+        ...
+
+    @property
+    def card(self) -> Mapping[str, str]:
+        """What the model card says of it, by name."""
+        ...
+
+    @property
+    def held_out(self) -> GroupDataset | None:
+        """Whose loss is measured on the way."""
+        ...
+
+    def begin(
+        self,
+        run: "Run",
+        start: int,
+        logger: MetricsLogger,
+        checkpoints: Checkpoints,
+        frozen: Mapping[str, Any] | None,
+    ) -> "Fed":
+        """The batches after step `start`, and what is to be done beside the steps to have them.
+
+        Args:
+            run: the run.
+            start: steps that are done.
+            logger: an entered MetricsLogger.
+            checkpoints: entered Checkpoints.
+            frozen: weights that are not trained; None where all are.
+        """
+        ...
+
+
+class Fed(NamedTuple):
+    """A feed that has begun."""
+
+    batches: loop.Batches
+    reports: Sequence[loop.Hook] = ()  # before a step is evaluated and saved
+    makers: Sequence[loop.Hook] = ()  # after that, and before the first step of a resumed run
+
+
 @dataclass(frozen=True)
 class Stage:
     """What sets one training stage apart from another."""
 
     head: str  # "lm" or "score"
     make_loss: Callable[[PretrainedModel], LossFn]
+    # (model, bytes that a run writes beside its data) → what it trains on. Raises InputError for
+    # data that does not fit the stage.
+    open_feed: Callable[[PretrainedModel, int], Feed]
     coefficients: Mapping[str, float] = field(default_factory=dict)  # numbers of the loss
-    # Raises InputError for data that the stage cannot mean, before the data is read.
-    check_section: Callable[[DataConfig], None] | None = None
-    # (section, model, data set): raises InputError where a data set does not fit the stage.
-    check_data: Callable[[DataConfig, PretrainedModel, GroupDataset], None] | None = None
-    # Raises InputError where all groups of training together do not fit the stage.
-    check_pool: Callable[[Groups], None] | None = None
-    cross: bool = False  # pairs are those of different origins
     # (model, output folder) → the evaluation by generation, and hashes of what it reads.
     open_evaluation: (
         Callable[[PretrainedModel, epath.Path], tuple[GenerationEvaluator, dict[str, str]]] | None
     ) = None
-    chosen_only: bool = False  # of preferences, train on the chosen completion alone
-    by_choice: bool = False  # learn the human choice where a row has one, not its scores
     best_metric: str | None = None  # whose best trained step is exported to best/
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """What a run is made of, once its inputs are checked."""
 
-    config: TrainConfig
+    config: RunConfig
     folder: epath.Path
     mesh: jax.sharding.Mesh
     model: PretrainedModel
-    data: Groups
-    held_out: GroupDataset | None
-    num_steps: int
+    feed: Feed
     optimizer: optax.GradientTransformation
     shapes: TrainState
     shardings: TrainState
 
     @property
+    def num_steps(self) -> int:
+        """Of the whole run."""
+        return self.feed.num_steps
+
+    @property
     def inputs(self) -> dict[str, str]:
-        found = {"model": self.model.hash, "data": self.data.fingerprint}
-        return found | ({"validation": self.held_out.fingerprint} if self.held_out else {})
+        """Hashes of what is read, by name."""
+        return {"model": self.model.hash, **self.feed.hashes}
 
 
-def train(config: TrainConfig, stage: Stage) -> None:
+def train(config: RunConfig, stage: Stage) -> None:
     """Runs one training stage, or what is left of it."""
     runtime.setup(config.distributed)
     require_tracker(config.training.tracker)
@@ -109,7 +144,7 @@ def train(config: TrainConfig, stage: Stage) -> None:
         _run_stage(config, stage)
 
 
-def _run_stage(config: TrainConfig, stage: Stage) -> None:
+def _run_stage(config: RunConfig, stage: Stage) -> None:
     run = _prepare(config, stage)
     generation, hashes = None, {}
     if stage.open_evaluation is not None:
@@ -139,7 +174,7 @@ def _run_stage(config: TrainConfig, stage: Stage) -> None:
 
 
 def _train(
-    run: _Run,
+    run: Run,
     stage: Stage,
     checkpoints: Checkpoints,
     logger: MetricsLogger,
@@ -151,7 +186,8 @@ def _train(
     """
     training, loss_fn = run.config.training, stage.make_loss(run.model)
     frozen = None if run.model.lora is None else run.model.load_frozen()
-    hooks: list[loop.Hook] = []
+    fed = run.feed.begin(run, start, logger, checkpoints, frozen)
+    hooks: list[loop.Hook] = [*fed.reports]
     evaluate, evaluation = _evaluation(run, stage, loss_fn, generation, frozen), None
     if evaluate is not None:
         evaluation = loop.EvaluationHook(
@@ -159,6 +195,9 @@ def _train(
         )
         hooks.append(evaluation)
     hooks.append(loop.CheckpointHook(training, run.num_steps, checkpoints, logger, evaluation))
+    hooks += fed.makers
+    # An evaluation that was due where the run was left is made up for.
+    is_evaluated = start > 0 and checkpoints.is_evaluated(start)
     useful_flops = lambda batch: flops.useful_flops(
         run.model.arch,
         batch.prompt_length,
@@ -169,18 +208,17 @@ def _train(
     return loop.run(
         _step(run, stage, loss_fn, frozen),
         _initial_state(run, checkpoints, start),
-        iter(open_stream(run.data, run.config.training, run.config.seed, run.mesh, start)),
+        fed.batches,
         range(start + 1, run.num_steps + 1),
         mesh=run.mesh,
         metrics=LateMetrics(logger, checkpoints.folder, run.mesh, useful_flops),
         hooks=hooks,
-        # An evaluation that was due where the run was left is made up for.
-        begin_with_hooks=start == 0 or not checkpoints.is_evaluated(start),
+        first_hooks=fed.makers if is_evaluated else hooks,
     ).params
 
 
 def _step(
-    run: _Run, stage: Stage, loss_fn: LossFn, frozen: Mapping[str, Any] | None
+    run: Run, stage: Stage, loss_fn: LossFn, frozen: Mapping[str, Any] | None
 ) -> CompiledStep:
     """The step of a run, with its optimiser, mesh and learning rate."""
     training = run.config.training
@@ -198,7 +236,7 @@ def _step(
     return CompiledStep(step_fn, made_of, stage.coefficients, learning_rate, frozen)
 
 
-def _prepare(config: TrainConfig, stage: Stage) -> _Run:
+def _prepare(config: RunConfig, stage: Stage) -> Run:
     """Opens model and data and checks that they fit the config, the mesh and each other."""
     folder, training = epath.Path(config.output_dir), config.training
     mesh = sharding.make_mesh(config.mesh)
@@ -206,55 +244,25 @@ def _prepare(config: TrainConfig, stage: Stage) -> _Run:
     model = open_model(config.model, mesh, head=stage.head, remat=training.remat, lora=config.lora)
     optimizer = optim.make_optimizer(config.optim)
     shapes = abstract_state(optimizer, model.shapes)
-    if not checksums.is_sealed(folder / "model"):  # else it is complete
-        to_write = bytes_to_write(model, shapes, keeps_best=stage.best_metric is not None)
-        tokens = inputs.prepared_bytes(*pooled.scored_sections(config.data), config.validation)
-        disk.warn_of_space(folder, to_write + tokens)
-    for section in (*pooled.scored_sections(config.data), config.validation):
-        if section is not None and stage.check_section is not None:
-            stage.check_section(section)
-
-    def open_one(section: DataConfig, name: str) -> GroupDataset:
-        dataset = inputs.open_data(
-            section,
-            model,
-            folder,
-            name,
-            chosen_only=stage.chosen_only,
-            by_choice=stage.by_choice,
-        )
-        if stage.check_data is not None:
-            stage.check_data(section, model, dataset)
-        return dataset
-
-    data = pooled.open_pooled(
-        config.data, lambda section, end: open_one(section, f"train{end}"), cross=stage.cross
-    )
-    held_out = None
-    if config.validation is not None:
-        held_out = open_one(config.validation, "validation")
-        inputs.warn_of_overlap(data, held_out)
-    if stage.check_pool is not None:
-        stage.check_pool(data)
-    total = num_steps(len(data), training.batch_size, training.num_epochs)
-    total = total if training.max_steps is None else min(total, training.max_steps)
-    warmup = optim.warmup_steps(config.optim, total)
-    log.info("%d steps; the learning rate rises over the first %d", total, warmup)
-    return _Run(
+    is_complete = checksums.is_sealed(folder / "model")
+    keeps_best = stage.best_metric is not None
+    to_write = 0 if is_complete else bytes_to_write(model, shapes, keeps_best=keeps_best)
+    feed = stage.open_feed(model, to_write)
+    warmup = optim.warmup_steps(config.optim, feed.num_steps)
+    log.info("%d steps; the learning rate rises over the first %d", feed.num_steps, warmup)
+    return Run(
         config=config,
         folder=folder,
         mesh=mesh,
         model=model,
-        data=data,
-        held_out=held_out,
-        num_steps=total,
+        feed=feed,
         optimizer=optimizer,
         shapes=shapes,
         shardings=state_shardings(mesh, optimizer, model.shapes, model.axes),
     )
 
 
-def _initial_state(run: _Run, checkpoints: Checkpoints, start: int) -> TrainState:
+def _initial_state(run: Run, checkpoints: Checkpoints, start: int) -> TrainState:
     """The newest checkpoint, or the model's weights with a fresh optimiser."""
     if start:
         log.info("%s: resuming after step %d of %d", run.folder, start, run.num_steps)
@@ -264,17 +272,17 @@ def _initial_state(run: _Run, checkpoints: Checkpoints, start: int) -> TrainStat
 
 
 def _evaluation(
-    run: _Run,
+    run: Run,
     stage: Stage,
     loss_fn: LossFn,
     generation: GenerationEvaluator | None,
     frozen: Mapping[str, Any] | None,
 ) -> loop.Evaluate | None:
     """Joins the held-out loss and the evaluation by generation; None where there is neither."""
-    if run.held_out is None and generation is None:
+    if run.feed.held_out is None and generation is None:
         return None
     held_out_loss = None
-    if run.held_out is not None:
+    if run.feed.held_out is not None:
         loss_step = reuse.once(
             "held-out step",
             (stage.make_loss, run.model.arch, run.mesh),
@@ -282,7 +290,7 @@ def _evaluation(
         )
         held_out_loss = make_loss_evaluator(
             partial(loss_step, **as_arguments(stage.coefficients)),
-            run.held_out,
+            run.feed.held_out,
             # What fits a training step fits here.
             batch_size=run.config.training.batch_size // run.config.training.num_microbatches,
             mesh=run.mesh,
@@ -298,7 +306,7 @@ def _evaluation(
     return evaluate
 
 
-def _export_all(run: _Run, checkpoints: Checkpoints, last: Any) -> None:
+def _export_all(run: Run, checkpoints: Checkpoints, last: Any) -> None:
     """Writes best/ and then model/, of the `last` parameters; the two are all that is in memory."""
     best = checkpoints.best()
     if best is not None:
@@ -309,7 +317,6 @@ def _export_all(run: _Run, checkpoints: Checkpoints, last: Any) -> None:
     _export(run, "model", last, run.num_steps)
 
 
-def _export(run: _Run, name: str, params: Any, step: int) -> None:
-    datasets = {"train": run.data, "validation": run.held_out}
-    card = partial(run_card, run.config, run.model.head, datasets, step)
+def _export(run: Run, name: str, params: Any, step: int) -> None:
+    card = partial(run_card, run.config, run.model.head, run.feed.card, step)
     export(run.folder, name, run.model, params, base=run.config.model, card=card)

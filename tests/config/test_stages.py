@@ -27,6 +27,7 @@ SCRIPTS: dict[str, type] = {
     "sample": config.SampleConfig,
     "score": config.ScoreConfig,
     "train_policy": config.PolicyConfig,
+    "online": config.OnlineConfig,
     "evaluate": config.EvaluateConfig,
     "quickstart": QuickstartConfig,
     "study": StudyConfig,
@@ -58,7 +59,7 @@ def runs() -> list[tuple[str, str, str | None]]:
         (stage, size, loss)
         for size in SIZES
         for stage in STAGES
-        for loss in (LOSSES if stage in ("policy", "evaluate") else [None])
+        for loss in (LOSSES if stage in ("policy", "online", "evaluate") else [None])
     ]
 
 
@@ -76,7 +77,8 @@ def test_every_yaml_tells_a_command_that_reads_it_and_loads(file: Path):
 
 def test_every_file_is_a_size_a_loss_a_task_a_study_or_a_script_s_own():
     named = {f"sizes/{size}" for size in SIZES} | {f"losses/{loss}" for loss in LOSSES}
-    named |= {f"studies/{study}" for study in STUDIES} | {"tldr", "quickstart", "bandit", "lora"}
+    named |= {f"studies/{study}" for study in STUDIES}
+    named |= {"tldr", "quickstart", "bandit", "lora", "online"}
     names = {file.relative_to(ROOT / "configs").with_suffix("") for file in FILES}
     tasks = {name for name in names if name.parts[0] in ("tasks", "quickstart")} - {
         Path("quickstart")
@@ -113,7 +115,7 @@ def test_with_adapters_each_stage_reads_those_of_the_stage_before_it():
 def test_every_stage_has_a_config_at_every_size_with_every_loss(stage, size, loss):
     loaded = load(stage, size, loss=loss)
     assert loaded.output_dir.startswith(f"runs/{size}/")
-    if stage == "policy":
+    if stage in ("policy", "online"):
         assert loaded.loss.name == loss
     if stage == "evaluate":
         assert loaded.model.path.startswith(f"runs/{size}/{loss}/")

@@ -139,7 +139,7 @@ def test_epochs_after_those_that_were_measured_have_an_order_of_their_own(datase
     stream = GroupStream(dataset, pack_epochs, batch_size=11, num_epochs=10**13, seed=5)
 
     def ids_of(epoch):
-        return [stream._load(step)[0] for step in (2 * epoch, 2 * epoch + 1)]
+        return [stream.load(step)[0] for step in (2 * epoch, 2 * epoch + 1)]
 
     epochs = [0, 1, 63, 64, 65, 128, 10**6, 2**31 + 3, 10**12]
     found = [ids_of(epoch) for epoch in epochs]

@@ -54,6 +54,8 @@ def train(
         ) as logger:
             evaluation = evaluate and loop.EvaluationHook(config, STEPS, evaluate, logger, METRIC)
             saving = loop.CheckpointHook(config, STEPS, checkpoints, logger, evaluation)
+            hooks = [*([evaluation] if evaluation else []), saving, *more_hooks]
+            is_done = start > 0 and checkpoints.is_evaluated(start)
             return loop.run(
                 watch(lambda step, state, batch: toy.step(state, batch)),
                 state,
@@ -61,8 +63,8 @@ def train(
                 range(start + 1, STEPS + 1),
                 mesh=toy.mesh,
                 metrics=LateMetrics(logger, checkpoints.folder, toy.mesh, None),
-                hooks=[*([evaluation] if evaluation else []), saving, *more_hooks],
-                begin_with_hooks=start == 0 or not checkpoints.is_evaluated(start),
+                hooks=hooks,
+                first_hooks=() if is_done else hooks,
             )
 
 

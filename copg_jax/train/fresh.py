@@ -1,0 +1,344 @@
+"""The data of a round: its prompts completed by the policy of the moment, scored, and read back.
+
+A folder of a round has what `experiments.sample` and `experiments.score` write: `samples/` and
+`scored/`, each in resumable parts. Where an engine draws, it has `prompts.jsonl` and
+`completions.jsonl` in place of samples.
+"""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from copg_jax import distributed, generation, inputs, reuse, scoring, sharding
+from copg_jax.config.policy_data import GeneratorConfig
+from copg_jax.config.sections import DataConfig
+from copg_jax.config.stages import OnlineConfig
+from copg_jax.data import sampled
+from copg_jax.data.dataset import GroupDataset
+from copg_jax.data.group_list import GroupList, read_folder
+from copg_jax.data.groups import NUMBERS, TokenGroup
+from copg_jax.errors import InputError
+from copg_jax.hf.pretrained import PretrainedModel
+from copg_jax.infer import GroupForward
+from copg_jax.models.forward import make_seq_logp
+from copg_jax.models.one_shape import OneShape
+from copg_jax.outside import call_engine, write_prompts
+from copg_jax.part_loop import is_complete
+from copg_jax.rewards.functions import WeightedRewards
+from copg_jax.runtime import make_pause
+from copg_jax.sampling import row_keys
+from copg_jax.train.exports import export
+
+log = logging.getLogger(__name__)
+
+ROUNDS = "rounds"  # the folder of all rounds, in that of the run
+
+
+class Drawer(NamedTuple):
+    """A policy that draws, and the reference that its samples are scored with."""
+
+    params: Any  # all that the policy computes with
+    trained: Any  # what is trained of it
+    policy_hash: str
+    reference: Any  # weights of π_ref; None where no round will need them
+    reference_hash: str
+    is_reference: bool  # ln µ of its samples is ln π_ref
+
+
+class FreshRound(NamedTuple):
+    """What a round has drawn."""
+
+    number: int
+    step: int  # updates of the policy that drew it
+    groups: GroupList
+    seconds: Mapping[str, float]  # of its parts
+
+
+class RoundMaker:
+    """Draws and scores the samples of rounds; all of the same shapes.
+
+    Args:
+        config: of the run.
+        model: what is trained.
+        prompts: that rounds draw completions of.
+        allowed: which of them; int [n].
+        rewards: of the completions.
+    """
+
+    def __init__(
+        self,
+        config: OnlineConfig,
+        model: PretrainedModel,
+        prompts: GroupDataset,
+        allowed: np.ndarray,
+        rewards: WeightedRewards,
+    ) -> None:
+        self._config, self._model, self._rewards = config, model, rewards
+        self._prompts, self._text_format = prompts, prompts.stats["text_format"]
+        self._folder = epath.Path(config.output_dir)
+        self._order = np.random.default_rng(config.seed).permutation(allowed)
+        self._pause, self._is_warm = make_pause(model.mesh), False
+
+    def prompts_of(self, number: int) -> list[TokenGroup]:
+        """The prompts of a round: all in one order, again and again, so that each comes once before
+        any comes twice.
+        """
+        count = self._config.prompts_per_round
+        places = np.arange(number * count, (number + 1) * count) % len(self._order)
+        return [self._prompts[int(index)] for index in self._order[places]]
+
+    @property
+    def count(self) -> int:
+        """How many prompts there are."""
+        return len(self._order)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return self._prompts.shape(multiple=1)[0]
+
+    def expected(self, number: int) -> GroupList:
+        """The prompts of a round with completions as long as they can be."""
+        numbers = self._config.sampling
+        blank = (np.zeros(numbers.max_new_tokens, np.int32),) * numbers.num_samples
+        prompts = self.prompts_of(number)
+        texts = ("",) * numbers.num_samples
+        own = {"completions": texts, "completion_tokens": blank}
+        groups = [replace(prompt, **own) for prompt in prompts]
+        return GroupList(groups, "", {})
+
+    def folder_of(self, number: int) -> epath.Path:
+        """The folder of a round."""
+        return self._folder / ROUNDS / f"{number:05d}"
+
+    def read(self, number: int, step: int) -> FreshRound:
+        """A round that was made before.
+
+        Raises:
+            InputError: it is not there as it was.
+        """
+        folder = self.folder_of(number) / "scored"
+        if not scoring.is_scored_to_its_end(folder):
+            raise InputError(
+                f"{folder}: wanted the scored samples of a round that the newest checkpoint has "
+                "seen, and they are not whole. Fix: restore the folder from a copy; or delete "
+                f"{self._folder / 'checkpoints'}, and the same command begins anew."
+            )
+        return FreshRound(number, step, _without_missing(read_folder(folder)), {})
+
+    def make(self, number: int, step: int, drawer: Drawer) -> FreshRound:
+        """Draws and scores what is not there yet of a round.
+
+        Args:
+            number: of the round, from 0.
+            step: updates of the policy.
+            drawer: the policy, and its reference.
+        """
+        begin = time.perf_counter()
+        draw = self._sampled if self._config.generator is None else self._generated
+        samples = draw(number, drawer)
+        middle = time.perf_counter()
+        self._score(number, samples, drawer)
+        seconds = {"sample": middle - begin, "score": time.perf_counter() - middle}
+        return self.read(number, step)._replace(seconds=seconds)
+
+    def _sampled(self, number: int, drawer: Drawer) -> GroupList:
+        """Samples of our sampler."""
+        folder, config = self.folder_of(number) / "samples", self._config
+        prompts = self.prompts_of(number)
+        is_whole = partial(sampled.is_sampled_to_its_end, folder)
+        if not is_complete(folder, len(prompts), config.part_size, is_whole):
+            generation.sample_dataset(
+                prompts,
+                folder=folder,
+                part_size=config.part_size,
+                completer=self._completer,
+                params=drawer.params,
+                keys=row_keys(config.sampling.seed, number, len(prompts)),
+                origin=0,
+                side_car=generation.describe_samples(
+                    config.sampling,
+                    self._model,
+                    text_format=self._text_format,
+                    limits=config.data.limits,
+                    model_hash=drawer.policy_hash,
+                ),
+                quiet=True,
+            )
+        return read_folder(folder)
+
+    def _generated(self, number: int, drawer: Drawer) -> GroupDataset:
+        """Samples of an engine, checked."""
+        generator, folder = self._config.generator, self.folder_of(number)
+        assert generator is not None
+        prompts, whole = self.prompts_of(number), folder / "completions.jsonl"
+        asked, written = folder / "prompts.jsonl", folder / "written.jsonl"
+        if not whole.exists():
+            export(
+                folder,
+                "model",
+                self._model,
+                drawer.trained,
+                base=self._config.model,
+                card=lambda _: f"The policy of round {number}.",
+            )
+            with distributed.main_first(written):
+                if distributed.is_main_process():
+                    write_prompts(asked, prompts)
+                    self._call(generator, number, folder)
+            self._open_written(written, asked, prompts)
+            with distributed.main_first(whole):
+                if distributed.is_main_process():
+                    written.rename(whole)
+                    for name in ("model", "adapter"):
+                        if (folder / name).exists():
+                            (folder / name).rmtree()
+        return self._open_written(whole, asked, prompts)
+
+    def _call(self, generator: GeneratorConfig, number: int, folder: epath.Path) -> None:
+        """Calls the engine, in process 0."""
+        seed = int(
+            np.random.SeedSequence([self._config.sampling.seed, number]).generate_state(1)[0]
+        )
+        (folder / "written.jsonl").unlink(missing_ok=True)
+        call_engine(
+            [item.replace("{seed}", str(seed)) for item in generator.command],
+            [Path(folder / name) for name in ("model", "prompts.jsonl", "written.jsonl")],
+            said=Path(folder / "generator.log"),
+            timeout_sec=generator.timeout_sec,
+            # Of several processes the others wait for its end.
+            pause=self._pause if jax.process_count() == 1 else lambda: None,
+        )
+
+    def _open_written(
+        self, path: epath.Path, asked: epath.Path, prompts: Sequence[TokenGroup]
+    ) -> GroupDataset:
+        """What an engine wrote, of the prompts that it was asked."""
+        numbers = self._config.sampling
+        longest = max(len(prompt.prompt_tokens) for prompt in prompts)
+        section = DataConfig(
+            str(path),
+            format=self._text_format,
+            max_prompt_tokens=longest,
+            max_completion_tokens=2**30,
+        )
+        dataset = inputs.open_data(section, self._model, self._folder, "completions", changes=True)
+        inputs.require_answers(str(asked), section, dataset)
+        for group in dataset:
+            sizes = list(map(len, group.completion_tokens))
+            if len(sizes) != numbers.num_samples or max(sizes) > numbers.max_new_tokens:
+                raise InputError(
+                    f"{group.where}: wanted sampling.num_samples={numbers.num_samples} completions "
+                    f"of at most sampling.max_new_tokens={numbers.max_new_tokens} tokens, got "
+                    f"{len(sizes)} of {sizes}. Fix: give generator.command the same numbers."
+                )
+        return dataset
+
+    def _score(self, number: int, samples: GroupList | GroupDataset, drawer: Drawer) -> None:
+        """Rewards and ln π_ref of samples."""
+        folder, config = self.folder_of(number) / "scored", self._config
+        is_whole = partial(scoring.is_scored_to_its_end, folder)
+        if is_complete(folder, len(samples), config.part_size, is_whole):
+            return
+        self._forward.params = drawer.reference
+        reference = scoring.sampled_logps if drawer.is_reference else self._forward
+        if drawer.is_reference and drawer.reference is not None and not self._is_warm:
+            self._forward([samples[0]])  # later rounds compile nothing
+        self._is_warm = True
+
+        def paused(rows: Sequence[TokenGroup]) -> list[np.ndarray]:
+            self._pause()
+            return reference(rows)
+
+        scoring.score_dataset(
+            samples,
+            folder=folder,
+            part_size=config.part_size,
+            rewards=self._rewards,
+            reference=paused,
+            side_car=scoring.make_side_car(
+                config.data.limits,
+                self._model,
+                self._rewards,
+                samples,
+                reference_hash=drawer.reference_hash,
+            ),
+            quiet=True,
+        )
+        self._forward.params = None  # another reference may take the place of this one
+
+    @cached_property
+    def _one_shape(self) -> OneShape:
+        """Of the batches that are sampled and scored, in all rounds."""
+        config, numbers = self._config, self._config.sampling
+        expected = []
+        for number in range(min(config.rounds, EXPECTED_ROUNDS)):
+            lengths = [len(prompt.prompt_tokens) for prompt in self.prompts_of(number)]
+            own = numbers.num_samples * numbers.max_new_tokens
+            pairs = np.array([(length, own) for length in lengths])
+            expected += np.split(pairs, range(config.part_size, len(pairs), config.part_size))
+        return OneShape(
+            expected,
+            batch_size=min(config.batch_size, config.prompts_per_round),
+            num_bins=sharding.num_batch_shards(self._model.mesh),
+            sizes=(self.longest, numbers.num_samples, numbers.max_new_tokens),
+        )
+
+    @cached_property
+    def _completer(self) -> generation.Completer:
+        config = self._config
+        batch_size = min(config.batch_size, config.prompts_per_round)
+        return generation.make_completer(
+            config.sampling, self._model, batch_size=batch_size, shapes=self._one_shape
+        )
+
+    @cached_property
+    def _forward(self) -> GroupForward:
+        config, model, shape = self._config, self._model, self._one_shape
+        arch = replace(model.arch, remat="none")
+        return reuse.once(
+            "reference of rounds",
+            (model.folder, arch, model.mesh, config.logits_chunk, shape.shape),
+            lambda: GroupForward(
+                make_seq_logp(arch, model.partitioner, chunk=config.logits_chunk),
+                None,
+                mesh=model.mesh,
+                batch_size=shape.shape.batch_size,
+                name=f"reference {model.folder}",
+                shape=shape,
+            ),
+            only_newest=True,
+        )
+
+
+EXPECTED_ROUNDS = 64
+"""Rounds whose prompts decide the shape of all batches."""
+
+
+def _without_missing(groups: GroupList) -> GroupList:
+    """The same groups without completions that have no reward; one without any stays in its place,
+    and teaches nothing.
+    """
+    return GroupList([_fitted(group) for group in groups], groups.fingerprint, groups.stats)
+
+
+def _fitted(group: TokenGroup) -> TokenGroup:
+    assert group.rewards is not None
+    kept = np.flatnonzero(~np.isnan(group.rewards))
+    if len(kept) == len(group.rewards):
+        return group
+    numbers = {name: getattr(group, name) for name in NUMBERS}
+    return replace(
+        group,
+        completions=tuple(group.completions[index] for index in kept),
+        completion_tokens=tuple(group.completion_tokens[index] for index in kept),
+        **{name: None if values is None else values[kept] for name, values in numbers.items()},
+    )

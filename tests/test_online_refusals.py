@@ -1,0 +1,103 @@
+"""What rounds cannot be made of, said before any of them."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from copg_jax import reuse
+from tests.runs import json_rows
+from tests.test_online import REWARDS, arguments
+from tests.toys import names_all
+from tests.workplace import Workplace
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Iterator[Workplace]:
+    """A base model, and comparisons of other prompts and of the same that it has scored."""
+    place = Workplace(tmp_path_factory.mktemp("offline"))
+    base = f"reference.path={place.folder / 'base'}"
+    whole = ["data.part=all", "data.holdout_fraction=0", "data.max_rows=null", REWARDS]
+    with reuse.shared_by_runs():
+        place.run("sample", f"model.path={place.folder / 'base'}")
+        for name in ("sample", "comparisons"):
+            data = place.comparisons if name == "comparisons" else place.folder / name
+            own = [f"data.path={data}", f"output_dir={place.folder / ('scored_' + name)}"]
+            place.run("score", base, *own, *whole)
+        yield place
+
+
+def offline(place: Workplace, name: str, share: float | None) -> list[str]:
+    """Settings of scored data beside the samples."""
+    shares = [] if share is None else [f"offline.share={share}"]
+    own = [f"offline.path={place.folder / name}", "offline.max_completion_tokens=96"]
+    return [*own, "offline.max_prompt_tokens=192", *shares]
+
+
+REFUSED = {
+    "one completion": (["sampling.num_samples=1"], ["sampling.num_samples", "2 or more"]),
+    "more prompts than there are": (["prompts_per_round=25"], ["at most the 24 different", "25"]),
+    "fewer prompts than a batch": (["prompts_per_round=7"], ["prompts_per_round", "at least 8"]),
+    "no replay": (["replay_rounds=0"], ["replay_rounds must be >= 1"]),
+    "one origin": (["loss.pairs=cross"], ["completions of two origins", "offline.path"]),
+    "no rewards": (["rewards=[]"], ["rewards", "got none"]),
+    "own rewards": (["rewards=[{function: copg_jax.rewards.given}]"], ["brings along"]),
+    "no scores": (["offline.path=DATA/sft.jsonl", "offline.share=0.5"], ["experiments.score"]),
+    "no share": (["offline.path=SCORED"], ["offline.share", "wanted one"]),
+    "a share across": (
+        ["offline.path=SCORED", "offline.share=0.5", "loss.pairs=cross"],
+        ["offline.share", "wanted none", "pairs=cross"],
+    ),
+    "a reset beside": (
+        ["offline.path=SCORED", "offline.share=0.5", "reference_every=1"],
+        ["reference_every", "first reference"],
+    ),
+    "another dtype": (
+        ["offline.path=SCORED", "offline.share=0.5", "model.dtype=bfloat16"],
+        ["reference_dtype", "has bfloat16"],
+    ),
+    "too long": (["sampling.max_new_tokens=4000"], ["max_position_embeddings", "4000"]),
+    "an empty command": (["generator.command=[]"], ["command must be a program"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_no_round_can_be_made_of_is_refused_before_one_begins(place, case):
+    settings, words = REFUSED[case]
+    named = {"DATA": place.folder / "data", "SCORED": place.folder / "scored_comparisons"}
+    for name, path in named.items():
+        settings = [setting.replace(name, str(path)) for setting in settings]
+    names_all(place.refusal("online", *arguments(place, "refused", *settings)), words)
+    assert not (place.folder / "refused" / "rounds").exists()
+
+
+def test_scored_data_of_another_reference_is_refused(place, tmp_path):
+    other = tmp_path / "other"
+    place.run("sft", f"model.path={place.folder / 'base'}", "validation=null",
+              "training.max_steps=1", f"output_dir={other}")  # fmt: skip
+    own = [f"model.path={other / 'model'}", *offline(place, "scored_comparisons", 0.5)]
+    text = place.refusal("online", *arguments(place, "refused", *own))
+    names_all(text, ["scored_comparisons", "reference_hash"])
+
+
+def test_scored_data_has_its_share_of_every_batch(place):
+    own = [*offline(place, "scored_comparisons", 0.75), "prompts_per_round=4", "rounds=2"]
+    place.run("online", *arguments(place, "mixed", *own))
+    rows = json_rows(place.folder / "mixed" / "metrics.jsonl")
+    steps = [row for row in rows if "loss" in row]
+    reports = [row for row in rows if "online/round" in row]
+    assert [row["step"] for row in steps] == [1, 2]
+    for step, report in zip(steps, reports, strict=True):
+        # The comparisons' rewards are those of longer texts.
+        assert step["data/reward"] < report["online/reward"] - 3
+    assert [row["online/staleness"] for row in reports] == [0, 0]
+
+
+def test_pairs_across_origins_are_those_of_a_sample_and_an_offline_completion(place):
+    """Of prompts that both have: those that were sampled before."""
+    own = [*offline(place, "scored_sample", None), "loss.pairs=cross", "rounds=2"]
+    place.run("online", *arguments(place, "across", *own, "data.max_rows=null"))
+    reports = [row for row in json_rows(place.folder / "across" / "metrics.jsonl")
+               if "online/round" in row]  # fmt: skip
+    assert [row["online/staleness"] for row in reports] == [0, 0]
+    text = place.refusal("online", *arguments(place, "few", *own, "prompts_per_round=25"))
+    names_all(text, ["prompts_per_round", "24 different", "that offline.path answers", "25"])
