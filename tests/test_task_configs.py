@@ -11,6 +11,7 @@ from copg_jax.config.load import load_config
 from copg_jax.config.sections import DataConfig
 from copg_jax.config.stages import (
     EvaluateConfig,
+    OnlineConfig,
     PolicyConfig,
     RewardModelConfig,
     SampleConfig,
@@ -45,7 +46,7 @@ SPLITS = ("train", "validation", "test")
 
 def config_of(task: str, cls: type) -> Any:
     names = ["tldr", "sizes/llama2_7b", f"tasks/{task}"]
-    names += ["losses/copg"] * (cls in (PolicyConfig, EvaluateConfig))
+    names += ["losses/copg"] * (cls in (PolicyConfig, OnlineConfig, EvaluateConfig))
     return load_config(cls, [str(ROOT / "configs" / f"{name}.yaml") for name in names])
 
 
@@ -78,7 +79,7 @@ def test_sft_learns_the_answer_of_the_row(task):
         assert (list(answer) if isinstance(answer, tuple | list) else answer) == wanted
 
 
-@pytest.mark.parametrize("cls", [PolicyConfig, EvaluateConfig, SampleConfig])
+@pytest.mark.parametrize("cls", [PolicyConfig, EvaluateConfig, OnlineConfig, SampleConfig])
 def test_prompts_come_with_what_the_reward_needs(task, cls):
     name, folder = task
     config = config_of(name, cls)
@@ -88,6 +89,11 @@ def test_prompts_come_with_what_the_reward_needs(task, cls):
         # Rows of the test split: GSM8K 1,319, MBPP 500, UltraFeedback 1,000.
         most = {"gsm8k": 1319, "mbpp": 500, "ultrafeedback": 1000}[name]
         assert config.evaluation.generation.num_prompts <= most
+    if cls is OnlineConfig:
+        (group,) = read(config.data, folder, prompts_only=True)
+        assert name == "ultrafeedback" or config.data.columns == {
+            "prompt": section.columns["prompt"]
+        }
     (group,) = read(section, folder, prompts_only=True)  # as `sample` and evaluations do
     for spec in [] if name == "ultrafeedback" else config_of(name, ScoreConfig).rewards:
         assert spec.arguments["column"] in group.columns

@@ -91,21 +91,21 @@ def test_every_file_is_a_size_a_loss_a_task_a_study_or_a_script_s_own():
 
 def test_with_adapters_each_stage_reads_those_of_the_stage_before_it():
     more, sft = "configs/lora.yaml", "runs/smollm2_lora/sft/adapter"
+    with_loss = ("policy", "online", "evaluate")
     lora = {
-        stage: load(
-            stage, "smollm2", more, loss="copg" if stage in ("policy", "evaluate") else None
-        )
-        for stage in ("sft", "reward", "score", "policy", "evaluate")
+        stage: load(stage, "smollm2", more, loss="copg" if stage in with_loss else None)
+        for stage in ("sft", "reward", "score", *with_loss)
     }
     base = lora["sft"].model.path
-    for stage in ("sft", "reward", "policy"):
+    for stage in ("sft", "reward", "policy", "online"):
         assert lora[stage].lora.rank == 16 and lora[stage].model.path == base
     assert lora["sft"].model.adapter is None
     starts = [lora["reward"].model, lora["score"].reference, lora["policy"].model]
+    starts += [lora["online"].model]
     for model in (*starts, lora["evaluate"].reference):
         assert (model.path, model.adapter) == (base, sft)
     assert lora["evaluate"].model.adapter == f"{lora['policy'].output_dir}/best_adapter"
-    for stage in ("policy", "evaluate"):
+    for stage in with_loss:
         (spec,) = lora[stage].evaluation.rewards
         assert spec.arguments["path"] == base
         assert spec.arguments["adapter"] == f"{lora['reward'].output_dir}/adapter"
