@@ -301,6 +301,8 @@ DEFINES = {
     *(f"evaluation.generation.{name}" for name in ("num_prompts", "num_samples", "seed")),
     *(f"evaluation.generation.{name}" for name in ("max_new_tokens", "sampling_temperature")),
     "evaluation.generation.missing_eos_reward",
+    *("rounds", "steps_per_round", "prompts_per_round", "replay_rounds", "reference_every"),
+    *("offline", "generator", "generator.command"),
 }
 """Fields and sections that decide the numbers of a run."""
 SECTIONS = (
@@ -311,6 +313,7 @@ SECTIONS = (
     "lora",
     "sampling",
     "loss",
+    "offline",
     "evaluation.data",
     "evaluation.rewards",
 )

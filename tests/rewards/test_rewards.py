@@ -177,9 +177,7 @@ def test_the_reward_model_uses_all_devices_where_their_number_does_not_divide_it
     six = jax.devices()[:6]
     monkeypatch.setattr(jax, "devices", lambda: six)
     model = RewardModel(str(folder))
-    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(model._forward._params)} == {
-        6
-    }
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(model._forward.params)} == {6}
     np.testing.assert_allclose(model(PROMPTS, TEXTS), together, atol=1e-5)
 
 
