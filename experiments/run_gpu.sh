@@ -29,7 +29,7 @@ export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/copg_
 die() { printf 'error: %s\n' "$*" >&2 && exit 2; }
 [[ ${1:-} == experiments.* ]] || die "wanted experiments.NAME and its arguments, got '$*'"
 command=(python -m "$@")
-if [[ ${SLURM_JOB_ID:-} && $1 =~ \.(train_.*|sample|score|evaluate)$ ]]; then
+if [[ ${SLURM_JOB_ID:-} && $1 =~ \.(train_.*|sample|score|online|evaluate)$ ]]; then
   command+=(distributed=on)
   if [[ ${SLURM_STEP_NUM_TASKS:-1} == 1 ]]; then # in the batch script or salloc, not yet under srun
     gpus=${SLURM_GPUS_ON_NODE:-0} cpus=${SLURM_CPUS_ON_NODE:-0}

@@ -81,8 +81,8 @@ def place(tmp_path_factory) -> Iterator[Workplace]:
 
 def files(folder: Path) -> list[str]:
     """Names and sizes of all files, but for the lock."""
-    found = [path for path in folder.rglob("*") if not path.name.startswith(".lock")]
-    with suppress(OSError):
+    with suppress(OSError):  # a save ends meanwhile
+        found = [path for path in folder.rglob("*") if not path.name.startswith(".lock")]
         return sorted(f"{path} {path.stat().st_size}" for path in found)
     return []
 

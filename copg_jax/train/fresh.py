@@ -92,8 +92,8 @@ class RoundMaker:
         any comes twice.
         """
         count = self._config.prompts_per_round
-        places = np.arange(number * count, (number + 1) * count) % len(self._order)
-        return [self._prompts[int(index)] for index in self._order[places]]
+        turns = np.arange(number * count, (number + 1) * count) % len(self._order)
+        return [self._prompts[int(index)] for index in self._order[turns]]
 
     @property
     def count(self) -> int:

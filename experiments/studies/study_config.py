@@ -46,7 +46,8 @@ class StudyConfig:
     configs: list[str] = option([], "YAML files of the stages, from left to right")
     settings: list[str] = option([], "key=value of all runs, as on the command line of a stage")
     stages: list[str] = option(
-        [stage for stage in STAGES if stage != "sample"], "stages to run, in their order"
+        [stage for stage in STAGES if stage not in ("sample", "online")],
+        "stages to run, in their order",
     )
     inputs: InputsConfig | None = option(None, "what is made before the stages; null = nothing")
     grid: dict[str, Any] = option(
