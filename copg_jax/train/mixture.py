@@ -129,8 +129,8 @@ class Mixture:
             self._stream(window, number, pack_and_note)
         tokens, own = reduce(Shape.joined, shapes).capacity
         # Real lengths are dealt in another way.
-        room = round_up(tokens, round_up(-(-tokens // 32), 8))
-        return reduce(Shape.joined, shapes)._replace(capacity=Capacity(room, own))
+        of_prompts = round_up(tokens, round_up(-(-tokens // 32), 8))
+        return reduce(Shape.joined, shapes)._replace(capacity=Capacity(of_prompts, own))
 
 
 def drawn_at(window: Sequence[FreshRound], stream: GroupStream, at: int) -> np.ndarray:

@@ -14,7 +14,8 @@ from experiments.quickstart import QuickstartConfig
 
 CONFIGS: dict[str, type] = STAGES | {"quickstart": QuickstartConfig, "bandit": BanditConfig}
 NEEDED = ["output_dir=a", "model.path=m", "data.path=d", "evaluation.data.path=d"]
-NEEDED += ["reference.path=m", "validation.path=d", "offline.path=d", "generator.command=[c]"]
+NEEDED += ["reference.path=m", "validation.path=d", "offline.path=d", "offline.share=0.5"]
+NEEDED += ["generator.command=[c]"]
 # What a field of a reward needs beside it.
 BESIDE = {"buffer_tokens": {"max_tokens": 9}, "penalty": {"max_tokens": 9}}
 # Once each, though most sections are those of several stages.
