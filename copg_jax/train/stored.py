@@ -49,7 +49,7 @@ class StoredFeed:
             "validation": (config.validation, self.held_out),
         }
         return {
-            name: f"{_sources_text(section)}, {len(groups)} groups, fingerprint {groups.fingerprint[:12]}"
+            name: f"{_paths(section)}, {len(groups)} groups, fingerprint {groups.fingerprint[:12]}"
             for name, (section, groups) in read.items()
             if section is not None and groups is not None
         }
@@ -68,7 +68,7 @@ class StoredFeed:
         return Fed(iter(open_stream(self.groups, config.training, config.seed, run.mesh, start)))
 
 
-def _sources_text(section: DataConfig) -> str:
+def _paths(section: DataConfig) -> str:
     """Where data is: its path, or those of its sources with their shares."""
     if not isinstance(section, PolicyDataConfig) or not section.sources:
         return f"`{section.path}`"
