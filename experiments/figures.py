@@ -3,13 +3,15 @@
     python -m experiments.figures configs/studies/quickstart.yaml
 
 Writes into figures/ of the study: curves (the paper's figures 2-4), beta (5), best (6), frontier
-and held_out (ours), each as .png and .csv; differences.csv and table.md with paired differences.
+and held_out (ours), each as .png and .csv, and named where there are several rewards;
+differences.csv and table.md with paired differences; where another setting varies, groups.png,
+groups.csv and groups.md of all its values.
 The table also goes into the model cards of the policies. Runs that are not done are left out, and
 their number is said.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from etils import epath
 
@@ -20,7 +22,8 @@ from copg_jax.files import write_text
 from copg_jax.hf.card import CARD_NAME, add_to_card
 from experiments.studies import pictures, tables
 from experiments.studies.grid import Grid, Point
-from experiments.studies.outcomes import Ended, best_curves, read_curves, reward_gap_sd
+from experiments.studies.groups import groups_figure, rows_by_group, to_markdown
+from experiments.studies.outcomes import Curve, Ended, best_curves, read_curves, reward_gap_sd
 from experiments.studies.runner import DONE, Runner
 from experiments.studies.second_look import ended, second_look
 from experiments.studies.study_config import StudyConfig
@@ -42,18 +45,21 @@ def main(study: StudyConfig) -> None:
         log.warning("%d of %d runs are not done: left out", len(first) - len(done), len(first))
     if not done:
         raise InputError(f"{study.output_dir}: wanted runs of the study that are done, got none")
+    figures, groups = epath.Path(study.output_dir) / "figures", {}
     for group in dict.fromkeys(point.group for point in done):
         own, looked = ([pair for pair in x if pair[0].group == group] for x in (first, second))
-        folder = epath.Path(study.output_dir) / "figures" / group
+        folder = figures / group
         folder.mkdir(parents=True, exist_ok=True)
-        draw(study, own, looked, folder)
+        groups[group] = draw(study, own, looked, folder)
         log.info("wrote %s", folder)
+    if len(groups) > 1:
+        _draw_groups(groups, figures, beta=done[0].evaluation.config.beta)
 
 
 def draw(
     study: StudyConfig, first: Sequence[Ended], second: Sequence[Ended], folder: epath.Path
-) -> None:
-    """Draws one group of runs.
+) -> list[Curve]:
+    """Draws one group of runs; returns its curves.
 
     Args:
         study: says what to draw.
@@ -66,7 +72,7 @@ def draw(
     point = first[0][0]
     beta = point.evaluation.config.beta
     over_steps = tables.rows_over_steps(found)
-    by_beta = tables.rows_by_beta(found, beta=beta, sd=reward_gap_sd(point.policy.config.data))
+    by_beta = tables.rows_by_beta(found, beta=beta, sd=reward_gap_sd(point.policy.config))
     best = {name: best_curves(found, value) for name, value in tables.measures(beta).items()}
     # The second look is at the β that are best in reward, and fair once each of its runs is done.
     num_left = sum(end != DONE for _, end in second)
@@ -82,8 +88,11 @@ def draw(
         "best": lambda: (pictures.best_figure(best_over_steps), best_over_steps),
         "frontier": lambda: (pictures.frontier_figure(over_steps, by_beta, beta=beta), by_beta),
         "held_out": lambda: (pictures.held_out_figure(over_steps), over_steps),
+        "named": lambda: (pictures.named_figure(over_steps), over_steps),
     }
     for name in study.figures:
+        if name == "named" and not tables.names_of(found[0]):
+            continue  # one reward, whose pictures are the others
         if name == "best" and not best_over_steps:
             log.warning("best is not drawn: no beta has all of its seeds done")
             continue
@@ -96,6 +105,16 @@ def draw(
     table += f"\n{lost}\n" if (lost := tables.lost(planned)) else ""
     write_text(folder / "table.md", table)
     _add_to_cards([point for point, end in (*first, *second) if end == DONE], table)
+    return found
+
+
+def _draw_groups(groups: Mapping[str, Sequence[Curve]], folder: epath.Path, *, beta: float) -> None:
+    """Draws all groups beside each other."""
+    rows = rows_by_group(groups, beta=beta)
+    pictures.write_picture(groups_figure(rows, beta=beta), folder / "groups.png")
+    write_text(folder / "groups.csv", tables.to_csv(rows))
+    write_text(folder / "groups.md", to_markdown(rows, beta=beta))
+    log.info("wrote %s", folder / "groups.md")
 
 
 def _add_to_cards(points: Sequence[Point], table: str) -> None:

@@ -23,7 +23,7 @@ from copg_jax import distributed, reuse, runtime
 from copg_jax.config.load import run_main
 from copg_jax.dotted import find
 from copg_jax.errors import InputError
-from experiments import evaluate, score, train_policy, train_reward, train_sft
+from experiments import evaluate, online, sample, score, train_policy, train_reward, train_sft
 from experiments.studies.grid import Grid, Point, jobs_of
 from experiments.studies.progress import count_jobs, estimate_left, progress_table
 from experiments.studies.runner import DIVERGED, FAILED, Runner
@@ -36,7 +36,9 @@ T = TypeVar("T")
 MAINS = {
     "sft": train_sft.main,
     "reward": train_reward.main,
+    "sample": sample.main,
     "score": score.main,
+    "online": online.main,
     "policy": train_policy.main,
     "evaluate": evaluate.main,
 }

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,6 +72,10 @@ class RoundMaker:
         prompts: that rounds draw completions of.
         allowed: which of them; int [n].
         rewards: of the completions.
+
+    Attributes:
+        seeds: whose prompts decide the shapes; in a study those of all runs, so that they share a
+            compilation.
     """
 
     def __init__(
@@ -84,32 +89,38 @@ class RoundMaker:
         self._config, self._model, self._rewards = config, model, rewards
         self._prompts, self._text_format = prompts, prompts.stats["text_format"]
         self._folder = epath.Path(config.output_dir)
-        self._order = np.random.default_rng(config.seed).permutation(allowed)
+        self.seeds = tuple(sorted({config.seed, *reuse.seeds_of_runs()}))
+        self._orders = {s: np.random.default_rng(s).permutation(allowed) for s in self.seeds}
         self._pause, self._is_warm = make_pause(model.mesh), False
 
-    def prompts_of(self, number: int) -> list[TokenGroup]:
+    def prompts_of(self, number: int, seed: int | None = None) -> list[TokenGroup]:
         """The prompts of a round: all in one order, again and again, so that each comes once before
         any comes twice.
+
+        Args:
+            number: of the round, from 0.
+            seed: one of `seeds`; None for that of the run.
         """
+        order = self._orders[self._config.seed if seed is None else seed]
         count = self._config.prompts_per_round
-        turns = np.arange(number * count, (number + 1) * count) % len(self._order)
-        return [self._prompts[int(index)] for index in self._order[turns]]
+        turns = np.arange(number * count, (number + 1) * count) % len(order)
+        return [self._prompts[int(index)] for index in order[turns]]
 
     @property
     def count(self) -> int:
         """How many prompts there are."""
-        return len(self._order)
+        return len(self._orders[self._config.seed])
 
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt."""
         return self._prompts.shape(multiple=1)[0]
 
-    def expected(self, number: int) -> GroupList:
-        """The prompts of a round with completions as long as they can be."""
+    def expected(self, number: int, seed: int) -> GroupList:
+        """The prompts of a round with completions as long as they can be; see `prompts_of`."""
         numbers = self._config.sampling
         blank = (np.zeros(numbers.max_new_tokens, np.int32),) * numbers.num_samples
-        prompts = self.prompts_of(number)
+        prompts = self.prompts_of(number, seed)
         texts = ("",) * numbers.num_samples
         own = {"completions": texts, "completion_tokens": blank}
         groups = [replace(prompt, **own) for prompt in prompts]
@@ -280,8 +291,9 @@ class RoundMaker:
         """Of the batches that are sampled and scored, in all rounds."""
         config, numbers = self._config, self._config.sampling
         expected = []
-        for number in range(min(config.rounds, EXPECTED_ROUNDS)):
-            lengths = [len(prompt.prompt_tokens) for prompt in self.prompts_of(number)]
+        numbered = product(range(min(config.rounds, EXPECTED_ROUNDS)), self.seeds)
+        for number, seed in numbered:
+            lengths = [len(prompt.prompt_tokens) for prompt in self.prompts_of(number, seed)]
             own = numbers.num_samples * numbers.max_new_tokens
             pairs = np.array([(length, own) for length in lengths])
             expected += np.split(pairs, range(config.part_size, len(pairs), config.part_size))

@@ -57,7 +57,8 @@ class Mixture:
             del sizes
             return pack_epochs(num_tokens, sizes=self._sizes, at_least=self._shape, **options)
 
-        return self._stream([fresh.groups for fresh in window], number, pack)
+        groups = [fresh.groups for fresh in window]
+        return self._stream(groups, number, self._config.seed, pack)
 
     def _groups(self, fresh: Sequence[GroupList]) -> Groups:
         """Samples and offline data; joined by prompt where pairs are across origins."""
@@ -72,7 +73,7 @@ class Mixture:
         answers = GroupList(own, offline.fingerprint, {})
         return JoinedPool(Pool([Source(fresh), Source([answers], origin=1)]))
 
-    def _stream(self, fresh: Sequence[GroupList], number: int, pack: Any) -> GroupStream:
+    def _stream(self, fresh: Sequence[GroupList], number: int, seed: int, pack: Any) -> GroupStream:
         training, groups = self._config.training, self._groups(fresh)
         host, num_hosts = sharding.batch_share(self._mesh)
         steps = self._config.steps_per_round * training.batch_size
@@ -81,7 +82,7 @@ class Mixture:
             pack,
             batch_size=training.batch_size,
             num_epochs=math.ceil(steps / len(groups)),
-            seed=int(np.random.SeedSequence([self._config.seed, number]).generate_state(1)[0]),
+            seed=int(np.random.SeedSequence([seed, number]).generate_state(1)[0]),
             num_bins=sharding.num_batch_shards(self._mesh) * training.num_microbatches,
             host=host,
             num_hosts=num_hosts,
@@ -123,10 +124,12 @@ class Mixture:
             shapes.append(one_width(batch_at(0).shape))
             return batch_at
 
-        window: list[GroupList] = []
-        for number in range(min(self._config.rounds, EXPECTED_ROUNDS)):
-            window = [*window, self._maker.expected(number)][-self._config.replay_rounds :]
-            self._stream(window, number, pack_and_note)
+        for seed in self._maker.seeds:
+            window: list[GroupList] = []
+            for number in range(min(self._config.rounds, EXPECTED_ROUNDS)):
+                expected = self._maker.expected(number, seed)
+                window = [*window, expected][-self._config.replay_rounds :]
+                self._stream(window, number, seed, pack_and_note)
         tokens, own = reduce(Shape.joined, shapes).capacity
         # Real lengths are dealt in another way.
         of_prompts = round_up(tokens, round_up(-(-tokens // 32), 8))

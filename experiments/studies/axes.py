@@ -1,7 +1,8 @@
 """The axes of a grid: settings that vary, with their values.
 
-A setting of no stage is one of policy; `named` gives each its short name, so that β and the seed
-have one name each. `expand` gives every combination of values, a `Values`.
+A setting of no stage is one of the trainer, the stage that makes a policy; `named` gives each its
+short name, so that β and the seed have one name each. `expand` gives every combination of values, a
+`Values`.
 """
 
 import json
@@ -21,18 +22,18 @@ LOSSES = ("loss.name", "shared.loss")  # axes whose values need no name beside t
 _MOST_POINTS = 10_000
 
 
-def named(grid: Mapping[str, Any]) -> dict[str, Any]:
-    """The axes by their names: those of policy without its own.
+def named(grid: Mapping[str, Any], trainer: str) -> dict[str, Any]:
+    """The axes by their names: those of the trainer without its own.
 
     Raises:
         InputError: one setting twice.
     """
     found: dict[str, Any] = {}
     for axis, given in grid.items():
-        name = axis.removeprefix("policy.")
+        name = axis.removeprefix(f"{trainer}.")
         if name in found:
             raise InputError(
-                f"grid: wanted a setting once, got {name} and policy.{name}: one thing"
+                f"grid: wanted a setting once, got {name} and {trainer}.{name}: one thing"
             )
         found[name] = given
     return found
@@ -77,15 +78,16 @@ def _values(axis: str, given: Any) -> list[Any]:
     return values
 
 
-def stage_of(axis: str) -> str:
+def stage_of(axis: str, trainer: str) -> str:
     """Whose setting it is; SHARED for one that all may read."""
     top = axis.partition(".")[0]
-    return top if top in STAGES or top == SHARED else "policy"
+    return top if top in STAGES or top == SHARED else trainer
 
 
-def argument(axis: str, value: Any) -> str:
+def argument(axis: str, value: Any, trainer: str) -> str:
+    """The setting as an argument of a command."""
     top = axis.partition(".")[0]
-    name = axis if top in STAGES or top == SHARED else f"policy.{axis}"
+    name = axis if top in STAGES or top == SHARED else f"{trainer}.{axis}"
     return f"{name}={_as_text(value)}"
 
 
@@ -93,10 +95,12 @@ def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def part(axis: str, value: Any, stage: str) -> str:
+def part(axis: str, value: Any, stage: str, trainer: str) -> str:
+    """What the name of a run of a stage says of a setting, e.g. `beta_0.3`."""
     text = f"{value:g}" if isinstance(value, float) else _as_text(value)
     text = re.sub(r"[^\w.+-]+", "_", text).strip("_")[:40]
     if axis in LOSSES:
         return text.rpartition(".")[2]
+    own = stage_of(axis, trainer)
     named = f"{axis.rpartition('.')[2]}_{text}"
-    return named if stage_of(axis) in (stage, "policy", SHARED) else f"{stage_of(axis)}.{named}"
+    return named if own in (stage, trainer, SHARED) else f"{own}.{named}"

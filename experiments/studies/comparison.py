@@ -8,8 +8,8 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,12 +52,14 @@ class Policy:
         log_ratio: ln π − ln π_ref of what the policy wrote, nats; its mean estimates the KL.
         length: tokens.
         eos_rate: share of completions that ended.
+        named: name → that reward alone; empty where there is one reward only.
     """
 
     reward: np.ndarray
     log_ratio: np.ndarray
     length: np.ndarray
     eos_rate: np.ndarray
+    named: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def regularized(self, beta: float) -> np.ndarray:
         """R − β (ln π − ln π_ref), [N], whose mean is the objective E[R] − β·KL."""
@@ -78,11 +80,16 @@ def read_policy(folder: epath.Path | Path) -> Policy:
             )
         by_prompt.setdefault(row["index"], []).append(row)
     prompts = [by_prompt[index] for index in sorted(by_prompt)]
+    names = list(prompts[0][0].get("rewards", {})) if prompts else []
     return Policy(
         reward=np.array([_mean(row["reward"] for row in rows) for rows in prompts]),
         log_ratio=np.array([_mean(r["logp"] - r["ref_logp"] for r in rows) for rows in prompts]),
         length=np.array([_mean(row["length"] for row in rows) for rows in prompts]),
         eos_rate=np.array([_mean(row["has_eos"] for row in rows) for rows in prompts]),
+        named={
+            name: np.array([_mean(row["rewards"][name] for row in rows) for rows in prompts])
+            for name in (names if len(names) > 1 else ())
+        },
     )
 
 

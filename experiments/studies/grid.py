@@ -31,7 +31,7 @@ from experiments.studies.axes import (
     part,
     stage_of,
 )
-from experiments.studies.study_config import InputsRun, StudyConfig
+from experiments.studies.study_config import TRAINERS, InputsRun, StudyConfig
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Point:
     @property
     def policy(self) -> Job:
         """Its training."""
-        return next(job for job in self.jobs if job.stage == "policy")
+        return next(job for job in self.jobs if job.stage in TRAINERS)
 
     @property
     def evaluation(self) -> Job:
@@ -75,7 +75,8 @@ class Point:
         compared.
         """
         axes = [axis for axis in self.values if axis not in (BETA, SEED, *LOSSES)]
-        return "-".join(part(axis, self.values[axis], "policy") for axis in axes)
+        stage = self.policy.stage
+        return "-".join(part(axis, self.values[axis], stage, stage) for axis in axes)
 
 
 class Grid:
@@ -92,7 +93,8 @@ class Grid:
 
     def __init__(self, study: StudyConfig) -> None:
         self._study = study
-        self._axes = named(study.grid)
+        self._trainer = study.trainer
+        self._axes = named(study.grid, self._trainer)
         self._values = expand(self._axes)
         self._varying = [
             axis for axis in self._axes if len({json.dumps(v[axis]) for v in self._values}) > 1
@@ -114,7 +116,7 @@ class Grid:
         for own in ({**values, SEED: seed} for values in chosen for seed in seeds):
             points.append(self.point(own, "best", best.settings))
             wanted, got = (
-                _identity(self._config("policy", own)),
+                _identity(self._config(self._trainer, own)),
                 _identity(points[-1].policy.config),
             )
             if got != wanted:
@@ -145,7 +147,7 @@ class Grid:
             more: further settings of its policy and evaluation.
         """
         configs = {stage: self._config(stage, values, more) for stage in self._study.stages}
-        _require_roles(configs["policy"], configs["evaluate"])
+        _require_roles(self._trainer, configs[self._trainer], configs["evaluate"])
         folders = {
             config.output_dir: self._name(stage, values, prefix)
             for stage, config in configs.items()
@@ -163,7 +165,7 @@ class Grid:
             jobs.append(job)
             if stage == "evaluate":
                 jobs.insert(-2, self._baseline(job, jobs, values, prefix))
-        return Point(self._name("policy", values, prefix), values, tuple(jobs))
+        return Point(self._name(self._trainer, values, prefix), values, tuple(jobs))
 
     def _inputs(self) -> list[Job]:
         inputs = self._study.inputs
@@ -174,9 +176,9 @@ class Grid:
 
     def _baseline(self, job: Job, jobs: Sequence[Job], values: Values, prefix: str) -> Job:
         """The evaluation of π_ref on the same prompts, the same job at many points."""
-        above = [one for one in jobs if one.name in job.needs and one.stage != "policy"]
+        above = [one for one in jobs if one.name in job.needs and one.stage != self._trainer]
         axes = {axis for one in above for axis in self._reach.get(one.stage, ())}
-        axes |= {axis for axis in self._axes if stage_of(axis) == "evaluate"}
+        axes |= {axis for axis in self._axes if self._stage_of(axis) == "evaluate"}
         parts = self._parts("evaluate", values, axes)
         name = "-".join(["evaluate", *([prefix] if prefix else []), "reference", *parts])
         config = dataclasses.replace(
@@ -187,15 +189,20 @@ class Grid:
         return Job(name, "evaluate", config, tuple(one.name for one in above))
 
     def _config(self, stage: str, values: Values, more: Sequence[str] = ()) -> Any:
-        own = [argument(axis, values[axis]) for axis in values if self._may_reach(axis, stage)]
-        return self._load(stage, (*own, *(more if stage in ("policy", "evaluate") else ())))
+        reaching = [axis for axis in values if self._stage_of(axis) in (stage, SHARED)]
+        own = [argument(axis, values[axis], self._trainer) for axis in reaching]
+        return self._load(stage, (*own, *(more if self._is_own(stage) else ())))
 
     def _load_stage(self, stage: str, arguments: tuple[str, ...]) -> Any:
         files, settings = self._study.configs, self._study.settings
         return load_config(STAGES[stage], [*files, *settings, *arguments])
 
-    def _may_reach(self, axis: str, stage: str) -> bool:
-        return stage_of(axis) in (stage, SHARED)
+    def _stage_of(self, axis: str) -> str:
+        return stage_of(axis, self._trainer)
+
+    def _is_own(self, stage: str) -> bool:
+        """Whether a second look has a run of its own of it."""
+        return stage in (self._trainer, "evaluate")
 
     def _find_reach(self) -> dict[str, list[str]]:
         """The axes that reach each stage: its own, and those of the stages that it reads."""
@@ -211,8 +218,8 @@ class Grid:
 
     def _changes(self, axis: str, stage: str) -> bool:
         """Whether the values of an axis give a stage different configs."""
-        if stage_of(axis) != SHARED:
-            return stage_of(axis) == stage
+        if self._stage_of(axis) != SHARED:
+            return self._stage_of(axis) == stage
         by_value = {json.dumps(values[axis]): values for values in self._values}
         # Folders aside: what else differs is what the stage computes.
         found = {repr(_moved(self._config(stage, v), {})) for v in by_value.values()}
@@ -220,15 +227,16 @@ class Grid:
 
     def _name(self, stage: str, values: Values, prefix: str) -> str:
         parts = self._parts(stage, values, self._reach[stage])
-        own = [prefix] if prefix and stage in ("policy", "evaluate") else []
+        own = [prefix] if prefix and self._is_own(stage) else []
         if own and SEED not in self._varying:  # a second look has seeds of its own
-            parts.append(part(SEED, values[SEED], stage))
-        head = [] if stage == "policy" and (parts or own) else [stage]
+            parts.append(part(SEED, values[SEED], stage, self._trainer))
+        head = [] if stage == self._trainer and (parts or own) else [stage]
         return "-".join([*head, *own, *parts])
 
     def _parts(self, stage: str, values: Values, axes: Collection[str]) -> list[str]:
         """What a name says of the settings that vary, e.g. `beta_0.3`."""
-        return [part(axis, values[axis], stage) for axis in self._varying if axis in axes]
+        found = [axis for axis in self._varying if axis in axes]
+        return [part(axis, values[axis], stage, self._trainer) for axis in found]
 
 
 def _identity(config: Any) -> str:
@@ -264,22 +272,22 @@ def _moved(value: Any, folders: Mapping[str, str]) -> Any:
     return value
 
 
-def _require_roles(policy: Any, evaluate: Any) -> None:
+def _require_roles(trainer: str, policy: Any, evaluate: Any) -> None:
     """Raises InputError unless a study can read what it draws from these configs."""
     if policy.evaluation is None:
         raise InputError(
-            "policy.evaluation: wanted evaluations by generation, whose rewards a study draws over "
-            "steps, got null"
+            f"{trainer}.evaluation: wanted evaluations by generation, whose rewards a study draws "
+            "over steps, got null"
         )
     ends = [f"{policy.output_dir}/{name}" for name in ("model", "adapter")]
     read = [path.rstrip("/") for path in (evaluate.model.path, evaluate.model.adapter) if path]
     if not set(ends) & set(read):
+        run = r"\${shared.folder}/" + "online_" * (trainer == "online") + r"\${shared.run}"
         raise InputError(
             f"evaluate.model: wanted what the policy ends as, {ends[0]}, or {ends[1]} on its base, "
             f"got {' with '.join(read)}. A study compares policies after training; best/ is chosen "
             "by the reward that it would report. Fix: in the study's settings, "
-            r"evaluate.model.path=\${shared.folder}/\${shared.run}/model, or for adapters "
-            r"evaluate.model.adapter=\${shared.folder}/\${shared.run}/adapter."
+            f"evaluate.model.path={run}/model, for adapters evaluate.model.adapter={run}/adapter."
         )
     start, reference = (
         one and f"path={one.path} revision={one.revision} adapter={one.adapter}"

@@ -10,21 +10,25 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
 from copg_jax.config.sections import DataConfig
+from copg_jax.config.stages import OnlineConfig, PolicyConfig
 from copg_jax.data.reader import GroupReader
 from copg_jax.errors import InputError
 from copg_jax.files import read_json_lines
 from copg_jax.pooled import scored_sections
+from copg_jax.train.fresh import ROUNDS
 from experiments.studies.axes import SEED, Values
 from experiments.studies.comparison import AGAIN, Policy, read_policy
 from experiments.studies.grid import Point
 from experiments.studies.runner import DIVERGED, DONE
 
+NAMED = "eval/reward/"
 Ended = tuple[Point, str | None]
 """A run and how it ended, see `second_look.ended`."""
 
@@ -37,6 +41,9 @@ class Evaluation(NamedTuple):
     stderr: float  # of that mean, over prompts
     kl: float  # to π_ref, nats
     loss: float  # held-out; NaN without held-out data
+    named: Mapping[str, float] = MappingProxyType(
+        {}
+    )  # name → that reward's mean; as `Policy.named`
 
 
 @dataclass(frozen=True)
@@ -87,11 +94,11 @@ class Curve:
         """Seeds whose training had no finite loss or gradient."""
         return self.ends.count(DIVERGED)
 
-    def over_steps(self, field: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps [n] and a field of `Evaluation` at them, one row a run [runs, n]: the steps that
-        all runs have.
+    def over_steps(self, value: Callable[[Evaluation], float]) -> tuple[np.ndarray, np.ndarray]:
+        """Steps [n] and a number of the evaluations at them, one row a run [runs, n]: the steps
+        that all runs have.
         """
-        tables = [{one.step: getattr(one, field) for one in run.steps} for run in self.runs]
+        tables = [{one.step: value(one) for one in run.steps} for run in self.runs]
         steps = sorted(set.intersection(*map(set, tables)))
         values = [[table[step] for step in steps] for table in tables]
         return np.array(steps), np.array(values, float)
@@ -115,6 +122,7 @@ def read_outcome(point: Point) -> Outcome:
             _number(row.get("eval/reward_stderr")),
             _number(row.get("eval/kl")),
             _number(row.get("eval/loss")),
+            _named(row),
         )
         for row in rows
         if row.get("eval/reward_mean") is not None
@@ -138,6 +146,11 @@ def read_outcome(point: Point) -> Outcome:
         final=final,
         baseline=baseline,
     )
+
+
+def _named(row: Mapping[str, Any]) -> Mapping[str, float]:
+    found = {name: _number(row[name]) for name in row if name.startswith(NAMED)}
+    return {name.removeprefix(NAMED): value for name, value in found.items() if len(found) > 1}
 
 
 def _number(value: float | None) -> float:
@@ -235,12 +248,19 @@ def paired(first: Curve, second: Curve, value: Callable[[Policy], np.ndarray]) -
     return spread(gaps or [np.array([])])
 
 
-def reward_gap_sd(section: DataConfig) -> float:
-    """Standard deviation of ΔR, the difference of the rewards of two completions of one prompt.
+def reward_gap_sd(config: PolicyConfig | OnlineConfig) -> float:
+    """Standard deviation of ΔR, the difference of the rewards of two completions of one prompt, in
+    what a policy was trained on; online in the first round, and NaN where its folder is gone.
 
     ΔR is as often this as its opposite, so it is √E[ΔR²]; over all pairs of all groups, of all
     sources where there are several.
     """
+    section: DataConfig = config.data
+    if isinstance(config, OnlineConfig):
+        first = epath.Path(config.output_dir) / ROUNDS / "00000" / "scored"
+        if not first.exists():
+            return math.nan
+        section = DataConfig(path=str(first))
     squares: list[float] = []
     for group in chain.from_iterable(map(GroupReader, scored_sections(section))):
         rewards: list[Any] = (

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from experiments.studies.comparison import rank
 from experiments.studies.regret_figure import COLOURS
-from experiments.studies.tables import Row, label, total_stderr
+from experiments.studies.tables import NAMED, Row, label, total_stderr
 
 _OTHERS = ("#F0E442", "#000000", "#999999", "#7F3C8D", "#11A579")  # of losses without a colour
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -144,6 +144,37 @@ def held_out_figure(rows: Sequence[Row]) -> Figure:
     return figure
 
 
+def named_figure(rows: Sequence[Row]) -> Figure:
+    """Each reward against KL along training, a curve a β: is what was trained on still what was
+    meant? (ours) The first row is the sum that is trained on.
+    """
+    methods, named = _methods(rows), _over_start(rows)
+    shown = ["reward_above_start", *named]
+    figure, panels = _panels(len(shown), len(methods), sharex="col", sharey="row")
+    for line, name in zip(panels, shown, strict=True):
+        for axes, method in zip(line, methods, strict=True):
+            own = [row for row in rows if row["method"] == method]
+            betas = sorted({row["beta"] for row in own})
+            for beta, colour in zip(betas, _shades(betas), strict=True):
+                way = [row for row in own if row["beta"] == beta]
+                x, y = _root([row["kl"] for row in way]), [row[name] for row in way]
+                axes.plot(x, y, color=colour, marker="o", ms=3, lw=1.2, label=f"{beta:g}")
+            axes.axhline(0, color="#888888", lw=0.8)
+        what = "reward" if name == shown[0] else name.removeprefix(NAMED).partition("_above")[0]
+        line[0].set_ylabel(f"{what} above step 0")
+    for axes, method in zip(panels[0], methods, strict=True):
+        axes.set_title(label(method))
+        axes.legend(title="β", fontsize=8, title_fontsize=8)
+    for axes in panels[-1]:
+        axes.set_xlabel("√KL to π_ref (√nats)")
+    figure.suptitle(f"held-out prompts, {_seeds(rows)}", fontsize=10)
+    return figure
+
+
+def _over_start(rows: Sequence[Row]) -> list[str]:
+    return [name for name in rows[0] if name.startswith(NAMED)]
+
+
 def write_picture(figure: Figure, path: Any) -> None:
     """Writes a PNG and forgets the picture."""
     with path.open("wb") as stream:
@@ -165,8 +196,7 @@ def _panels(rows: int, columns: int, **shared: Any) -> tuple[Figure, Any]:
 def _draw_betas(axes: Any, rows: Sequence[Row], name: str) -> None:
     """One curve a β, dark for small ones, with its standard error over seeds (or else prompts)."""
     betas = sorted({row["beta"] for row in rows})
-    colours = plt.get_cmap("viridis")(np.linspace(0, 0.88, max(len(betas), 2)))
-    for beta, colour, marker in zip(betas, colours, _MARKERS * len(betas), strict=False):
+    for beta, colour, marker in zip(betas, _shades(betas), _MARKERS * len(betas), strict=False):
         own = [row for row in rows if row["beta"] == beta]
         steps, mean = (np.array([row[key] for row in own]) for key in ("step", name))
         axes.plot(steps, mean, color=colour, marker=marker, ms=3.5, lw=1.4, label=f"{beta:g}")
@@ -174,6 +204,11 @@ def _draw_betas(axes: Any, rows: Sequence[Row], name: str) -> None:
         if np.isnan(error).all() and name == "reward":
             error = np.array([row["reward_se_prompts"] for row in own])
         axes.fill_between(steps, mean - error, mean + error, color=colour, alpha=0.15, lw=0)
+
+
+def _shades(betas: Sequence[float]) -> Any:
+    """Colours of β, dark for small ones."""
+    return plt.get_cmap("viridis")(np.linspace(0, 0.88, max(len(betas), 2)))[: len(betas)]
 
 
 def _methods(rows: Sequence[Row]) -> list[str]:

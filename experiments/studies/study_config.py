@@ -8,7 +8,9 @@ from copg_jax.config.options import option
 from copg_jax.config.stages import STAGES
 from copg_jax.errors import InputError
 
-FIGURES = ("curves", "beta", "best", "frontier", "held_out")
+TRAINERS = ("policy", "online")
+"""The stages that make a policy, of which a study has one."""
+FIGURES = ("curves", "beta", "best", "frontier", "held_out", "named")
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class InputsRun(InputsConfig):
 class BestConfig:
     """A second look at the best β of each method (paper: Fig. 6)."""
 
-    settings: list[str] = option([], "further key=value, of policy and evaluate, for these runs")
+    settings: list[str] = option([], "further key=value, of training and evaluate, for these runs")
     seeds: list[int] = option([], "seeds of these runs; none = those of the grid")
 
     def __post_init__(self) -> None:
@@ -53,7 +55,7 @@ class StudyConfig:
     grid: dict[str, Any] = option(
         {},
         "setting -> its values, or value of an earlier setting -> values there; a setting of no "
-        "stage is one of policy",
+        "stage is one of policy, or of online where that is the stage that trains",
     )
     best: BestConfig | None = option(None, "runs at the best beta of each method; null = none")
     figures: list[str] = option(list(FIGURES), f"what to draw: {', '.join(FIGURES)}")
@@ -68,9 +70,16 @@ class StudyConfig:
                     f"{name}: wanted some of {', '.join(known)}, each once"
                     f"{' and in this order' * (name == 'stages')}, got {', '.join(found)}"
                 )
-        if not {"policy", "evaluate"} <= set(self.stages):
+        trainers = [stage for stage in TRAINERS if stage in self.stages]
+        if len(trainers) != 1 or "evaluate" not in self.stages:
             raise InputError(
-                f"stages: wanted policy and evaluate among them, got {', '.join(self.stages)}"
+                f"stages: wanted evaluate and one of {' and '.join(TRAINERS)} among them, got "
+                f"{', '.join(self.stages)}"
             )
         if not self.grid:
             raise InputError("grid: wanted at least one setting with its values, got none")
+
+    @property
+    def trainer(self) -> str:
+        """The stage that makes a policy."""
+        return next(stage for stage in TRAINERS if stage in self.stages)

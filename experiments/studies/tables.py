@@ -5,15 +5,24 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
 from experiments.studies.comparison import TIE_STDERRS, Policy, rank
-from experiments.studies.outcomes import Curve, Spread, above_baseline, paired, spread
+from experiments.studies.outcomes import (
+    Curve,
+    Evaluation,
+    Spread,
+    above_baseline,
+    paired,
+    spread,
+)
 from experiments.studies.regret_figure import LABELS
 
 Row = dict[str, Any]
+NAMED = "reward/"  # begins the columns of a reward by its name
 
 
 def rows_over_steps(curves: Sequence[Curve]) -> list[Row]:
@@ -24,10 +33,11 @@ def rows_over_steps(curves: Sequence[Curve]) -> list[Row]:
     """
     rows = []
     for curve in curves:
-        steps, reward = curve.over_steps("reward")
+        steps, reward = curve.over_steps(attrgetter("reward"))
         gain = reward - reward[:, :1]
-        stderr, kl, loss = (curve.over_steps(name)[1] for name in ("stderr", "kl", "loss"))
+        stderr, kl, loss = (curve.over_steps(attrgetter(x))[1] for x in ("stderr", "kl", "loss"))
         loss = loss - loss[:, :1]
+        named = {name: curve.over_steps(_reward_of(name))[1] for name in names_of(curve)}
         for i, step in enumerate(steps):
             rows.append(
                 {
@@ -42,9 +52,26 @@ def rows_over_steps(curves: Sequence[Curve]) -> list[Row]:
                     "held_out_loss": float(loss[:, i].mean()),
                     "held_out_loss_se_seeds": _stderr(loss[:, i]),
                     "num_seeds": len(curve.runs),
+                    **{
+                        f"{NAMED}{name}_above_start": float((own[:, i] - own[:, 0]).mean())
+                        for name, own in named.items()
+                    },
                 }
             )
     return rows
+
+
+def names_of(curve: Curve) -> list[str]:
+    """The rewards that were measured beside their sum, `Policy.named`."""
+    return list(curve.runs[0].final.named)
+
+
+def _named(name: str) -> Callable[[Policy], np.ndarray]:
+    return lambda policy: policy.named[name]
+
+
+def _reward_of(name: str) -> Callable[[Evaluation], float]:
+    return lambda evaluation: evaluation.named.get(name, math.nan)
 
 
 def _stderr(values: np.ndarray) -> float:
@@ -67,6 +94,8 @@ def rows_by_beta(curves: Sequence[Curve], *, beta: float, sd: float) -> list[Row
             "objective": above_baseline(curve, lambda policy: policy.regularized(beta)),
         }
         row: Row = {"method": curve.method, "beta": curve.beta, "beta_in_sd": curve.beta / sd}
+        for name in names_of(curve):
+            found[f"{NAMED}{name}"] = above_baseline(curve, _named(name))
         for name, value in found.items():
             row |= _columns(name, value)
         row["prompts_without_reward"] = (
@@ -147,21 +176,21 @@ def to_markdown(
         num_prompts: of the runs over β.
     """
     objective = f"J = E[R] − {beta:g}·KL"
-    lines = [
-        "| method | β | β / s.d. of ΔR | reward above π_ref | KL, nats | "
-        f"{objective} above π_ref | length | EOS | seeds | prompts without reward |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    named = named_columns(by_beta)
+    heads = ["method", "β", "β / s.d. of ΔR", "reward above π_ref"]
+    heads += [f"{name.removeprefix(NAMED)} alone" for name in named]
+    heads += ["KL, nats", f"{objective} above π_ref", "length", "EOS", "seeds"]
+    lines = [line([*heads, "prompts without reward"]), "|" + "---|" * (len(heads) + 1)]
     for row in by_beta:
         reward, objective = (
-            _shown(row, name) + "*" * _is_best(row, name, by_beta)
+            shown(row, name) + "*" * _is_best(row, name, by_beta)
             for name in ("reward", "objective")
         )
-        lines.append(
-            f"| {label(row['method'])} | {row['beta']:g} | {row['beta_in_sd']:.3g} | {reward} | "
-            f"{_shown(row, 'kl')} | {objective} | {row['length']:.1f} | {row['eos_rate']:.2f} | "
-            f"{_seeds(row)} | {row['prompts_without_reward']} |"
-        )
+        in_sd = "" if math.isnan(row["beta_in_sd"]) else f"{row['beta_in_sd']:.3g}"
+        cells = [label(row["method"]), f"{row['beta']:g}", in_sd, reward]
+        cells += [shown(row, name) for name in named]
+        cells += [shown(row, "kl"), objective, f"{row['length']:.1f}", f"{row['eos_rate']:.2f}"]
+        lines.append(line([*cells, seeds(row), str(row["prompts_without_reward"])]))
     lines += [
         "",
         "| of | methods at their best β | difference | prompts | seeds | told apart |",
@@ -171,7 +200,7 @@ def to_markdown(
         names = (f"{label(row[one])} {row[f'{one}_beta']:g}" for one in ("first", "second"))
         of = "reward" if row["of"] == "reward" else "J"
         lines.append(
-            f"| {of} | {' − '.join(names)} | {_shown(row, 'difference')} | {row['num_prompts']} | "
+            f"| {of} | {' − '.join(names)} | {shown(row, 'difference')} | {row['num_prompts']} | "
             f"{row['num_seeds']} | {_told(row)} |"
         )
     lines += [
@@ -186,13 +215,24 @@ def to_markdown(
     return "\n".join(lines)
 
 
+def named_columns(rows: Sequence[Row]) -> list[str]:
+    """The columns of rewards by their names."""
+    found = dict.fromkeys(name for row in rows for name in row if name.startswith(NAMED))
+    return [name for name in found if not name.endswith(("_se_prompts", "_se_seeds"))]
+
+
+def line(cells: Sequence[str]) -> str:
+    """A line of a table in Markdown."""
+    return f"| {' | '.join(cells)} |"
+
+
 def _is_best(row: Row, name: str, rows: Sequence[Row]) -> bool:
     """Whether a row's β is the best of its method, as `outcomes.best_curves` chooses."""
     rivals = [r[name] for r in rows if r["method"] == row["method"] and r["complete"]]
     return row["complete"] and row[name] == max(map(rank, rivals))
 
 
-def _seeds(row: Row) -> str:
+def seeds(row: Row) -> str:
     """How many seeds a row has, and what became of the others."""
     if row["complete"]:
         return str(row["num_seeds"])
@@ -215,7 +255,10 @@ def label(method: str) -> str:
     return LABELS.get(method, method)
 
 
-def _shown(row: Row, name: str) -> str:
+def shown(row: Row, name: str) -> str:
+    """A mean with its standard errors, over prompts and then over seeds; nothing for NaN."""
+    if math.isnan(row.get(name, math.nan)):
+        return ""
     parts = [row[f"{name}_se_prompts"], row[f"{name}_se_seeds"]]
     errors = "".join(f" ± {part:.3f}" for part in parts if not math.isnan(part))
     return f"{round(row[name], 3) + 0.0:.3f}{errors}"  # no "-0.000"

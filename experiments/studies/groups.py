@@ -1,0 +1,123 @@
+"""Groups of runs beside each other: what a setting does, at the same method and β.
+
+1. `rows_by_group`: where each curve of each group ends, and how far from its like in the first
+   group, prompt by prompt and seed by seed.
+2. `to_markdown` and `groups_figure` show them.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.studies import tables
+from experiments.studies.comparison import Policy
+from experiments.studies.outcomes import Curve, paired
+from experiments.studies.tables import Row, label, shown, total_stderr
+
+_PANELS = ("reward", "kl", "objective")
+
+
+def rows_by_group(groups: Mapping[str, Sequence[Curve]], *, beta: float) -> list[Row]:
+    """A row for each curve of each group.
+
+    Args:
+        groups: name → its curves that have runs.
+        beta: of J = E[R] − β·KL, the same for all.
+
+    Returns:
+        The rows of `tables.rows_by_beta` with `group`, and with `reward_change` and
+        `objective_change`: paired differences from the curve of the same method and β in the first
+        group. NaN where that has none, or π_ref has other rewards there.
+    """
+    first = {(curve.method, curve.beta): curve for curve in next(iter(groups.values()))}
+    rows = []
+    for name, curves in groups.items():
+        ends = tables.rows_by_beta(curves, beta=beta, sd=math.nan)
+        for curve, row in zip(curves, ends, strict=True):
+            row.pop("beta_in_sd")
+            like = first.get((curve.method, curve.beta))
+            is_fair = like is not None and like is not curve and _same_zero(curve, like)
+            for of, value in tables.measures(beta).items():
+                row |= _change(of, curve, like if is_fair else None, value)
+            rows.append({"group": name, **row})
+    return rows
+
+
+def _same_zero(one: Curve, other: Curve) -> bool:
+    zeros = (curve.runs[0].baseline.reward for curve in (one, other))
+    return np.array_equal(*zeros, equal_nan=True)
+
+
+def _change(
+    of: str, curve: Curve, like: Curve | None, value: Callable[[Policy], np.ndarray]
+) -> Row:
+    name = f"{of}_change"
+    if like is None:
+        return {name: math.nan, f"{name}_se_prompts": math.nan, f"{name}_se_seeds": math.nan}
+    gap = paired(curve, like, value)
+    return {
+        name: gap.mean,
+        f"{name}_se_prompts": gap.over_prompts,
+        f"{name}_se_seeds": gap.over_seeds,
+    }
+
+
+def to_markdown(rows: Sequence[Row], *, beta: float) -> str:
+    """The rows as a table for people."""
+    named = tables.named_columns(rows)
+    changes = [f"{name}_change" for name in ("reward", "objective")]
+    heads = ["group", "method", "β", "reward above π_ref"]
+    heads += [f"{name.removeprefix(tables.NAMED)} alone" for name in named]
+    heads += ["KL, nats", f"J = E[R] − {beta:g}·KL above π_ref", "length", "EOS", "seeds"]
+    heads += ["reward: change", "J: change"]
+    lines = [tables.line(heads), "|" + "---|" * len(heads)]
+    for row in rows:
+        cells = [row["group"], label(row["method"]), f"{row['beta']:g}", shown(row, "reward")]
+        cells += [shown(row, name) for name in (*named, "kl", "objective")]
+        cells += [f"{row['length']:.1f}", f"{row['eos_rate']:.2f}", tables.seeds(row)]
+        lines.append(tables.line(cells + [shown(row, name) for name in changes]))
+    lines += [
+        "",
+        f"± standard error over prompts, then over seeds. Changes are from {rows[0]['group']} at "
+        "the same method and β, paired by prompt and seed; none where π_ref has other rewards "
+        "there.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def groups_figure(rows: Sequence[Row], *, beta: float) -> Figure:
+    """Reward, KL and J of every group at its end, a colour a method and β."""
+    names = list(dict.fromkeys(row["group"] for row in rows))
+    kinds = list(dict.fromkeys((row["method"], row["beta"]) for row in rows))
+    colours = plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(kinds)))
+    figure, panels = plt.subplots(
+        1, 3, figsize=(13, 1.6 + 0.42 * len(names)), layout="constrained", sharey=True
+    )
+    for axes, name in zip(panels, _PANELS, strict=True):
+        for i, (kind, colour) in enumerate(zip(kinds, colours, strict=True)):
+            own = [row for row in rows if (row["method"], row["beta"]) == kind]
+            shift = 0.6 * ((i + 0.5) / len(kinds) - 0.5)
+            axes.errorbar(
+                [row[name] for row in own],
+                [names.index(row["group"]) + shift for row in own],
+                xerr=[float(np.nan_to_num(total_stderr(row, name))) for row in own],
+                fmt="o", ms=4, capsize=2, color=colour, label=f"{label(kind[0])} {kind[1]:g}",
+            )  # fmt: skip
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].invert_yaxis()
+    panels[0].set_xlabel("reward above π_ref")
+    panels[1].set(xlabel="KL to π_ref, nats", xscale="symlog")
+    panels[2].set_xlabel(f"J = E[R] − {beta:g}·KL above π_ref")
+    low = min(row["objective"] for row in rows)
+    high = max(row["objective"] for row in rows)
+    if low < -4 * abs(high):  # a collapse would hide all others
+        panels[2].set_xscale("symlog", linthresh=max(abs(high), 1e-3))
+    panels[2].legend(title="method, β", fontsize=8, title_fontsize=8, loc="center left",
+                     bbox_to_anchor=(1.02, 0.5))  # fmt: skip
+    return figure
