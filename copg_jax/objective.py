@@ -212,6 +212,14 @@ def find_objective(config: LossConfig) -> Callable[..., Array]:
     return objective
 
 
-def find_coefficients(config: LossConfig) -> dict[str, float]:
-    """The numbers of the loss, which are arguments of the compiled step: β and `loss.arguments`."""
-    return {"beta": config.beta, **config.arguments}
+def find_coefficients(config: LossConfig, done: float = 1.0) -> dict[str, float]:
+    """The numbers of the loss, which are arguments of the compiled step: β and `loss.arguments`.
+
+    Args:
+        config: of the loss.
+        done: share of the steps; where there is a first β, β = first^(1 − done) · last^done.
+    """
+    first, beta = config.first_beta, config.beta
+    if first is not None and done < 1.0:
+        beta = first ** (1.0 - done) * beta**done
+    return {"beta": beta, **config.arguments}

@@ -55,7 +55,7 @@ def main(config: OnlineConfig) -> None:
                 lambda: partial(make_loss, objective=objective, chunk=config.logits_chunk),
             ),
             open_feed=partial(open_online, config),
-            coefficients=find_coefficients(config.loss),
+            coefficients=partial(find_coefficients, config.loss),
             open_evaluation=evaluation and partial(open_own_evaluation, evaluation, config),
             best_metric="eval/reward_mean" if evaluation else None,
         ),

@@ -86,7 +86,7 @@ def main(config: PolicyConfig) -> None:
                 else None,
                 cross=config.loss.pairs == "cross",
             ),
-            coefficients=find_coefficients(config.loss),
+            coefficients=partial(find_coefficients, config.loss),
             open_evaluation=evaluation and partial(open_own_evaluation, evaluation, config),
             best_metric="eval/reward_mean" if evaluation else None,
         ),

@@ -205,6 +205,14 @@ def test_a_dotted_path_is_the_function_behind_it_and_its_numbers_are_those_of_th
     assert find_coefficients(config) == {"beta": 0.25, **arguments}
 
 
+def test_a_first_beta_goes_to_the_last_by_equal_factors():
+    config = LossConfig("copg", beta=0.01, first_beta=1.0)
+    found = [find_coefficients(config, done)["beta"] for done in (0.0, 0.25, 0.5, 1.0)]
+    assert found == pytest.approx([1.0, 10**-0.5, 0.1, 0.01], rel=1e-12)
+    plain = LossConfig("copg", beta=0.3)
+    assert {find_coefficients(plain, done / 7)["beta"] for done in range(8)} == {0.3}
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "parts"),
     [

@@ -20,11 +20,13 @@ from experiments.studies.comparison import Policy, Trained
 
 ONES = np.ones(4)
 UNEVEN = np.array([0.4, 0.6, 0.4, 0.6])
-SFT = Policy(np.array([0.0, 1.0, 2.0, 3.0]), 0 * ONES, 16 * ONES, ONES)
+SFT = Policy(np.array([0.0, 1.0, 2.0, 3.0]), 0 * ONES, 16 * ONES, ONES, 0 * ONES)
 TRAINED = [
-    Trained("copg", 0.3, [], Policy(SFT.reward + 0.5, 1.25 * ONES, 15 * ONES, 0.5 * ONES)),
-    Trained("copg", 3.0, [], Policy(SFT.reward + 0.125, 0 * ONES, 16 * ONES, ONES)),
-    Trained("dpo", 0.5, [], Policy(SFT.reward + UNEVEN, 2 * ONES, 14 * ONES, ONES)),
+    Trained(
+        "copg", 0.3, [], Policy(SFT.reward + 0.5, 1.25 * ONES, 15 * ONES, 0.5 * ONES, 0 * ONES)
+    ),
+    Trained("copg", 3.0, [], Policy(SFT.reward + 0.125, 0 * ONES, 16 * ONES, ONES, 0 * ONES)),
+    Trained("dpo", 0.5, [], Policy(SFT.reward + UNEVEN, 2 * ONES, 14 * ONES, ONES, 0 * ONES)),
 ]
 
 

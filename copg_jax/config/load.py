@@ -40,6 +40,7 @@ _MOST_READS = 1000
 _ENVIRONMENT = "${oc.env:"
 _UNESCAPED = re.compile(r"(?<!\\)" + re.escape(_ENVIRONMENT))
 _VARIABLE = re.compile(re.escape(_ENVIRONMENT) + r"(\w+)")
+_SHARED_READ = re.compile(r"\$\{(" + SHARED + r"\.[\w.\[\]]*)")  # as far as it is plain
 _INTERPOLATION = re.compile(r"\$\{([\w.\[\]]+)\}")  # an innermost one, of a name
 
 
@@ -66,11 +67,7 @@ def load_config(
     print_only = "--print-config" in arguments
     arguments = [argument for argument in arguments if argument != "--print-config"]
 
-    settings = Settings(cls, STAGES)
-    while arguments and _is_file(arguments[0]):
-        settings.add_file(Path(arguments.pop(0)))
-    for argument in arguments:
-        settings.add_argument(argument)
+    settings = _read_settings(cls, arguments)
     settings.check()
     raw, resolved = _merge(cls, settings)
     config = _build(cls, resolved, "", settings.where)
@@ -78,6 +75,42 @@ def load_config(
         print(_with_sources(to_yaml(config), raw, settings.where), end="")
         sys.exit(0)
     return config
+
+
+def _read_settings(cls: type, arguments: list[str]) -> Settings:
+    settings = Settings(cls, STAGES)
+    while arguments and _is_file(arguments[0]):
+        settings.add_file(Path(arguments.pop(0)))
+    for argument in arguments:
+        settings.add_argument(argument)
+    return settings
+
+
+def shared_reads(cls: type, argv: Sequence[str]) -> set[str]:
+    """Names of `shared` that the fields of a config may read, also through each other, as far as
+    they are known before they are resolved: of ${shared.beta.${shared.loss}} they are shared.beta.
+    and shared.loss.
+
+    Args:
+      cls: as for `load_config`.
+      argv: as for `load_config`.
+    """
+    settings = _read_settings(cls, list(argv))
+    written: dict[str, Any] = {}
+    for layer in settings.shared:
+        written |= dict(leaves({SHARED: layer}))
+    texts = [text for layer in settings.layers for _, text in leaves(layer)]
+    found: set[str] = set()
+    while texts:
+        new = {name for text in texts for name in _SHARED_READ.findall(str(text))} - found
+        found |= new
+        texts = [t for name, t in written.items() if any(is_related(name, one) for one in new)]
+    return found
+
+
+def is_related(name: str, read: str) -> bool:
+    """Whether reading one name may read the other: it is the same, above or below."""
+    return name.startswith(read) or read.startswith(name)
 
 
 def _is_file(argument: str) -> bool:

@@ -245,6 +245,9 @@ class LossConfig:
         "copg", f"one of {', '.join(POLICY_LOSSES)}, or the dotted path of a function of yours"
     )
     beta: float = option(0.06, "KL coefficient (Fig. 6: copg 0.06, dpo 0.1, ipo 0.01)")
+    first_beta: float | None = option(
+        None, "beta of the first step, from which it goes to beta by equal factors; null = beta"
+    )
     pairs: str = option(
         "all",
         "all pairs of a group, or cross: those of completions of different origins (Eq. 6 with "
@@ -263,14 +266,16 @@ class LossConfig:
                 f"beta must be > 0, got {self.beta}: it weighs the KL to the reference, without "
                 "which offline learning has no optimum"
             )
+        require(self, "> 0", lambda beta: beta > 0, "first_beta")
         require_one_of(self, ("all", "cross"), "pairs")
         if self.pairs == "cross" and self.name != "copg":
             raise InputError(
                 f"pairs=cross is for name=copg, got name={self.name!r}: set pairs=all. (A loss of "
                 "yours that has a parameter `origin` is given the origins, whatever pairs is.)"
             )
-        if "beta" in self.arguments:
-            raise InputError("arguments: beta is a field of its own, loss.beta")
+        if taken := {"beta", "first_beta"} & set(self.arguments):
+            name = min(taken)
+            raise InputError(f"arguments: {name} is a field of its own, loss.{name}")
 
 
 @dataclass(frozen=True)

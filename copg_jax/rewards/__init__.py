@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from copg_jax.rewards.answers import exact_match, math_answer, regex
+    from copg_jax.rewards.ensemble import RewardEnsemble
     from copg_jax.rewards.model import RewardModel
     from copg_jax.rewards.nli import entailment
     from copg_jax.rewards.programs import unit_tests
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Missing",
+    "RewardEnsemble",
     "RewardModel",
     "entailment",
     "exact_match",
@@ -26,6 +28,7 @@ __all__ = [
 
 _HOMES = {
     "Missing": "protocol",
+    "RewardEnsemble": "ensemble",
     "RewardModel": "model",
     "entailment": "nli",
     "exact_match": "answers",

@@ -24,7 +24,7 @@ class CompiledStep:
         step_fn: from `step.make_train_step`.
         made_of: what it was made of; runs of one process for which this is equal, as well as the
             shapes, share a compilation.
-        coefficients: numbers of the loss.
+        coefficients: (steps taken) → numbers of the loss in the next one.
         learning_rate: (steps taken) → that of the next one.
         frozen: parameters that are not trained, if there are any.
     """
@@ -33,16 +33,17 @@ class CompiledStep:
         self,
         step_fn: Any,
         made_of: Hashable,
-        coefficients: Mapping[str, float],
+        coefficients: Callable[[int], Mapping[str, float]],
         learning_rate: Callable[[int], float],
         frozen: Mapping[str, Any] | None = None,
     ) -> None:
-        self._step_fn, self._made_of, self._learning_rate = step_fn, made_of, learning_rate
-        self._arguments = {**as_arguments(coefficients), "frozen": frozen}
+        self._step_fn, self._made_of, self._frozen = step_fn, made_of, frozen
+        self._coefficients, self._learning_rate = coefficients, learning_rate
         self._compiled: dict[Any, Any] = {}  # by layout
 
     def __call__(self, step: int, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
-        arguments = self._arguments | {"learning_rate": np.float32(self._learning_rate(step - 1))}
+        numbers = {**self._coefficients(step - 1), "learning_rate": self._learning_rate(step - 1)}
+        arguments = {**as_arguments(numbers), "frozen": self._frozen}
         layout = _shapes(batch.layout)
         if layout not in self._compiled:
             key = self._made_of, _shapes((state, batch, arguments))

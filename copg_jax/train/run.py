@@ -9,7 +9,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -104,7 +104,8 @@ class Stage:
     # (model, bytes that a run writes beside its data) → what it trains on. Raises InputError for
     # data that does not fit the stage.
     open_feed: Callable[[PretrainedModel, int], Feed]
-    coefficients: Mapping[str, float] = field(default_factory=dict)  # numbers of the loss
+    # Share of the steps that are done → numbers of the loss; those of 1 are of its evaluations.
+    coefficients: Callable[[float], Mapping[str, float]] = lambda done: {}
     # (model, output folder) → the evaluation by generation, and hashes of what it reads.
     open_evaluation: (
         Callable[[PretrainedModel, epath.Path], tuple[GenerationEvaluator, dict[str, str]]] | None
@@ -233,7 +234,9 @@ def _step(
     alike = replace(run.config.optim, learning_rate=1.0, warmup_fraction=0.0, decay="constant")
     made_of = stage.make_loss, run.model.arch, run.mesh, training.num_microbatches, alike
     learning_rate = partial(optim.learning_rate, run.config.optim, run.num_steps)
-    return CompiledStep(step_fn, made_of, stage.coefficients, learning_rate, frozen)
+    last = max(run.num_steps - 1, 1)
+    coefficients = lambda taken: stage.coefficients(taken / last)
+    return CompiledStep(step_fn, made_of, coefficients, learning_rate, frozen)
 
 
 def _prepare(config: RunConfig, stage: Stage) -> Run:
@@ -289,7 +292,7 @@ def _evaluation(
             lambda: make_loss_step(loss_fn, mesh=run.mesh),
         )
         held_out_loss = make_loss_evaluator(
-            partial(loss_step, **as_arguments(stage.coefficients)),
+            partial(loss_step, **as_arguments(stage.coefficients(1.0))),
             run.feed.held_out,
             # What fits a training step fits here.
             batch_size=run.config.training.batch_size // run.config.training.num_microbatches,

@@ -16,14 +16,22 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from copg_jax.data.formats.texts import TextGroup
+from copg_jax.data.formats.texts import TextGroup, content
 from copg_jax.data.groups import TokenGroup
 from copg_jax.errors import InputError
 from copg_jax.files import read_json_lines
 from copg_jax.rewards.protocol import RewardFn, score_texts
 
 AGAIN = "Fix: delete the folder, and the same command of the study or the stage makes it again."
-_FIELDS = {"index", "reward", "logp", "ref_logp", "length", "has_eos"}  # of a generation
+_FIELDS = {
+    "index",
+    "completion",
+    "reward",
+    "logp",
+    "ref_logp",
+    "length",
+    "has_eos",
+}  # of a generation
 TIE_STDERRS = 2.0
 """Differences of fewer standard errors than this are called ties."""
 
@@ -52,6 +60,7 @@ class Policy:
         log_ratio: ln π − ln π_ref of what the policy wrote, nats; its mean estimates the KL.
         length: tokens.
         eos_rate: share of completions that ended.
+        repetition: share of the three-word sequences of a text that it has had before.
         named: name → that reward alone; empty where there is one reward only.
     """
 
@@ -59,6 +68,7 @@ class Policy:
     log_ratio: np.ndarray
     length: np.ndarray
     eos_rate: np.ndarray
+    repetition: np.ndarray
     named: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def regularized(self, beta: float) -> np.ndarray:
@@ -86,6 +96,7 @@ def read_policy(folder: epath.Path | Path) -> Policy:
         log_ratio=np.array([_mean(r["logp"] - r["ref_logp"] for r in rows) for rows in prompts]),
         length=np.array([_mean(row["length"] for row in rows) for rows in prompts]),
         eos_rate=np.array([_mean(row["has_eos"] for row in rows) for rows in prompts]),
+        repetition=np.array([_mean(map(_repetition, rows)) for rows in prompts]),
         named={
             name: np.array([_mean(row["rewards"][name] for row in rows) for rows in prompts])
             for name in (names if len(names) > 1 else ())
@@ -96,6 +107,12 @@ def read_policy(folder: epath.Path | Path) -> Policy:
 def _mean(values: Any) -> float:
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else math.nan
+
+
+def _repetition(row: Mapping[str, Any]) -> float:
+    words = content(row["completion"]).split()
+    threes = [*zip(words, words[1:], words[2:], strict=False)]
+    return 1.0 - len(set(threes)) / len(threes) if threes else 0.0
 
 
 def estimate(values: np.ndarray) -> Estimate:

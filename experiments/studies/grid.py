@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from copg_jax.config.load import load_config
+from copg_jax.config.load import is_related, load_config, shared_reads
 from copg_jax.config.schema import EnvironmentText, leaves
 from copg_jax.config.settings import SHARED
 from copg_jax.config.stages import STAGES
@@ -100,6 +100,8 @@ class Grid:
             axis for axis in self._axes if len({json.dumps(v[axis]) for v in self._values}) > 1
         ]
         self._load = functools.cache(self._load_stage)
+        given = [*study.configs, *study.settings]
+        self._reads = {stage: shared_reads(STAGES[stage], given) for stage in study.stages}
         self._reach = self._find_reach()
         self.points = [self.point(values) for values in self._values]
         _require_told_apart(self.points)
@@ -189,7 +191,7 @@ class Grid:
         return Job(name, "evaluate", config, tuple(one.name for one in above))
 
     def _config(self, stage: str, values: Values, more: Sequence[str] = ()) -> Any:
-        reaching = [axis for axis in values if self._stage_of(axis) in (stage, SHARED)]
+        reaching = [axis for axis in values if self._may_reach(axis, stage)]
         own = [argument(axis, values[axis], self._trainer) for axis in reaching]
         return self._load(stage, (*own, *(more if self._is_own(stage) else ())))
 
@@ -199,6 +201,14 @@ class Grid:
 
     def _stage_of(self, axis: str) -> str:
         return stage_of(axis, self._trainer)
+
+    def _may_reach(self, axis: str, stage: str) -> bool:
+        """Whether it can change anything there: a grid has many points, and few need a config of
+        their own.
+        """
+        if self._stage_of(axis) == SHARED:
+            return any(is_related(axis, read) for read in self._reads[stage])
+        return self._stage_of(axis) == stage
 
     def _is_own(self, stage: str) -> bool:
         """Whether a second look has a run of its own of it."""
@@ -218,7 +228,7 @@ class Grid:
 
     def _changes(self, axis: str, stage: str) -> bool:
         """Whether the values of an axis give a stage different configs."""
-        if self._stage_of(axis) != SHARED:
+        if self._stage_of(axis) != SHARED or not self._may_reach(axis, stage):
             return self._stage_of(axis) == stage
         by_value = {json.dumps(values[axis]): values for values in self._values}
         # Folders aside: what else differs is what the stage computes.

@@ -71,13 +71,21 @@ def to_markdown(rows: Sequence[Row], *, beta: float) -> str:
     changes = [f"{name}_change" for name in ("reward", "objective")]
     heads = ["group", "method", "β", "reward above π_ref"]
     heads += [f"{name.removeprefix(tables.NAMED)} alone" for name in named]
-    heads += ["KL, nats", f"J = E[R] − {beta:g}·KL above π_ref", "length", "EOS", "seeds"]
+    heads += [
+        "KL, nats",
+        f"J = E[R] − {beta:g}·KL above π_ref",
+        "length",
+        "EOS",
+        "repeats",
+        "seeds",
+    ]
     heads += ["reward: change", "J: change"]
     lines = [tables.line(heads), "|" + "---|" * len(heads)]
     for row in rows:
         cells = [row["group"], label(row["method"]), f"{row['beta']:g}", shown(row, "reward")]
         cells += [shown(row, name) for name in (*named, "kl", "objective")]
-        cells += [f"{row['length']:.1f}", f"{row['eos_rate']:.2f}", tables.seeds(row)]
+        cells += [f"{row['length']:.1f}", f"{row['eos_rate']:.2f}", f"{row['repetition']:.2f}"]
+        cells += [tables.seeds(row)]
         lines.append(tables.line(cells + [shown(row, name) for name in changes]))
     lines += [
         "",

@@ -103,6 +103,7 @@ def rows_by_beta(curves: Sequence[Curve], *, beta: float, sd: float) -> list[Row
         )
         row["length"] = float(np.mean([run.final.length.mean() for run in curve.runs]))
         row["eos_rate"] = float(np.mean([run.final.eos_rate.mean() for run in curve.runs]))
+        row["repetition"] = float(np.mean([run.final.repetition.mean() for run in curve.runs]))
         row |= {"num_seeds": len(curve.runs), "num_planned": len(curve.ends)}
         rows.append(row | {"num_diverged": curve.num_diverged, "complete": curve.is_complete})
     return rows
@@ -179,7 +180,7 @@ def to_markdown(
     named = named_columns(by_beta)
     heads = ["method", "β", "β / s.d. of ΔR", "reward above π_ref"]
     heads += [f"{name.removeprefix(NAMED)} alone" for name in named]
-    heads += ["KL, nats", f"{objective} above π_ref", "length", "EOS", "seeds"]
+    heads += ["KL, nats", f"{objective} above π_ref", "length", "EOS", "repeats", "seeds"]
     lines = [line([*heads, "prompts without reward"]), "|" + "---|" * (len(heads) + 1)]
     for row in by_beta:
         reward, objective = (
@@ -190,6 +191,7 @@ def to_markdown(
         cells = [label(row["method"]), f"{row['beta']:g}", in_sd, reward]
         cells += [shown(row, name) for name in named]
         cells += [shown(row, "kl"), objective, f"{row['length']:.1f}", f"{row['eos_rate']:.2f}"]
+        cells += [f"{row['repetition']:.2f}"]
         lines.append(line([*cells, seeds(row), str(row["prompts_without_reward"])]))
     lines += [
         "",

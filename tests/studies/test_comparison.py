@@ -24,7 +24,7 @@ def policy(reward, log_ratio=0.0) -> Policy:
     """A policy with these rewards, one a prompt, whose completions have 4 tokens and end."""
     reward = np.asarray(reward, float)
     ones = np.ones_like(reward)
-    return Policy(reward, log_ratio * ones, 4 * ones, ones)
+    return Policy(reward, log_ratio * ones, 4 * ones, ones, 0 * ones)
 
 
 def write_lines(path, rows):
@@ -58,6 +58,26 @@ def test_a_policy_is_read_prompt_by_prompt_whatever_the_order_of_the_lines(tmp_p
     np.testing.assert_array_equal(found.log_ratio, [3.0, 0.0, 0.0])
     np.testing.assert_array_equal(found.length, [7.0, 4.0, 3.0])
     np.testing.assert_array_equal(found.eos_rate, [0.5, 1.0, 1.0])
+    assert found.named == {}
+
+
+def test_of_several_rewards_each_is_read_by_its_name(tmp_path):
+    pairs = [(1.0, 5.0), (3.0, None)]
+    rows = [{**generation(0, 1.0), "rewards": {"judge": a, "gold": b}} for a, b in pairs]
+    write_lines(tmp_path / "generations.jsonl", rows)
+    found = read_policy(tmp_path)
+    assert {name: own.tolist() for name, own in found.named.items()} == {
+        "judge": [2.0],
+        "gold": [5.0],
+    }
+
+
+def test_repetition_is_the_share_of_three_words_that_came_before(tmp_path):
+    texts = ["a b c d e", "a b c a b c", "so so so so so", "two words"]
+    rows = [{**generation(i, 1.0), "completion": text} for i, text in enumerate(texts)]
+    write_lines(tmp_path / "generations.jsonl", rows)
+    # abc bca cab abc: one of four again; sososo thrice: two of three.
+    np.testing.assert_allclose(read_policy(tmp_path).repetition, [0, 0.25, 2 / 3, 0])
 
 
 @pytest.mark.parametrize(
@@ -99,8 +119,8 @@ def test_a_constant_added_to_all_rewards_changes_nothing():
 
 
 def test_the_objective_is_that_of_each_prompt_above_the_baseline_s():
-    one = Policy(np.array([1.0, 3.0]), np.array([2.0, 4.0]), np.ones(2), np.ones(2))
-    base = Policy(np.array([0.0, 1.0]), np.array([0.0, 2.0]), np.ones(2), np.ones(2))
+    one = Policy(np.array([1.0, 3.0]), np.array([2.0, 4.0]), np.ones(2), np.ones(2), np.zeros(2))
+    base = Policy(np.array([0.0, 1.0]), np.array([0.0, 2.0]), np.ones(2), np.ones(2), np.zeros(2))
     found = measure(one, base, beta=0.5)
     assert found["kl"] == pytest.approx((3.0, 1.0))
     # (1 - 1) - 0 = 0 and (3 - 2) - (1 - 1) = 1

@@ -129,6 +129,35 @@ def test_a_setting_of_an_earlier_stage_makes_all_anew_that_reads_it_and_no_more(
     assert point.group == "reward.max_rows_90"
 
 
+def test_a_study_may_train_online_and_its_short_names_are_then_those_of_online():
+    study = replace(
+        PLAIN,
+        stages=["sft", "reward", "online", "evaluate"],
+        settings=[
+            *PLAIN.settings,
+            "evaluate.model.path=${shared.folder}/online_${shared.run}/model",
+        ],
+        grid={"steps_per_round": [1, 10], "online.seed": [0, 1]},
+    )
+    found = Grid(study)
+    assert [point.name for point in found.points] == [
+        f"steps_per_round_{n}-seed_{s}" for n in (1, 10) for s in (0, 1)
+    ]
+    last = found.points[-1]
+    assert (last.policy.stage, last.policy.config.steps_per_round) == ("online", 10)
+    assert last.evaluation.config.model.path == f"runs/it/{last.name}/model"
+    assert last.group == "steps_per_round_10" and found.seeds == (0, 1)
+    assert {job.stage for job in jobs_of(found.points)} == set(study.stages)
+    with pytest.raises(InputError, match=r"online_\$\{shared.run\}/model, for"):
+        Grid(replace(study, settings=PLAIN.settings))
+
+
+@pytest.mark.parametrize("stages", [["evaluate"], ["policy", "online", "evaluate"], ["online"]])
+def test_a_study_has_one_stage_that_trains_and_an_evaluation(stages):
+    with pytest.raises(InputError, match="wanted evaluate and one of policy and online"):
+        replace(LITTLE, stages=stages)
+
+
 def test_the_second_look_has_settings_and_seeds_of_its_own():
     best = BestConfig(settings=["policy.training.eval_every=100"], seeds=[3, 4])
     few = {"loss.beta": {"copg": [0.1], "dpo": [0.05]}}
@@ -146,7 +175,7 @@ def test_the_second_look_has_settings_and_seeds_of_its_own():
     ("changed", "text"),
     [
         ({"stages": ["policy", "sft"]}, "stages: wanted some of sft, .* in this order"),
-        ({"stages": ["sft"]}, "stages: wanted policy and evaluate"),
+        ({"stages": ["sft"]}, "stages: wanted evaluate and one of policy and online"),
         ({"figures": ["curve"]}, "figures: wanted some of curves,"),
         ({"best": {"seeds": [1, 2, 1]}}, "seeds: wanted different ones"),
         ({"grid": {}}, "grid: wanted at least one setting"),

@@ -7,13 +7,19 @@ import pytest
 from experiments.studies.comparison import Point, Policy, Trained
 from experiments.studies.quickstart_figure import COLOURS, reward_and_frontier, save
 
-SFT = Policy(np.array([1.0, 3.0]), np.zeros(2), np.ones(2), np.ones(2))
+SFT = Policy(np.array([1.0, 3.0]), np.zeros(2), np.ones(2), np.ones(2), np.zeros(2))
 
 
 def trained(method, beta, kl, gain) -> Trained:
     """A run with evaluations at steps 0, 10 and 20 that ends at this KL and gain over SFT."""
     points = [Point(0, 0.0, 0.0, 64), Point(10, kl / 2, gain / 3, 64), Point(20, kl, gain, 64)]
-    end = Policy(SFT.reward + gain + np.array([0.1, -0.1]), kl * np.ones(2), np.ones(2), np.ones(2))
+    end = Policy(
+        SFT.reward + gain + np.array([0.1, -0.1]),
+        kl * np.ones(2),
+        np.ones(2),
+        np.ones(2),
+        np.zeros(2),
+    )
     return Trained(method, beta, points, end)
 
 

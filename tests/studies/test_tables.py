@@ -3,6 +3,9 @@
 import csv
 import io
 import math
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -24,14 +27,15 @@ from experiments.studies.outcomes import (
     spread,
 )
 from experiments.studies.runner import DIVERGED, DONE
+from experiments.studies.study_config import FIGURES
 
 NAN = math.nan
-BASE = Policy(np.array([0.0, 1.0, 2.0]), np.zeros(3), np.ones(3), np.ones(3))
+BASE = Policy(np.array([0.0, 1.0, 2.0]), np.zeros(3), np.ones(3), np.ones(3), np.zeros(3))
 
 
 def run(method, beta, seed, gains, kl=1.0, steps=((0, 1.0), (10, 2.0)), loss=0.0) -> Outcome:
     """A run that ends at these rewards above π_ref on three prompts."""
-    final = Policy(BASE.reward + gains, kl * np.ones(3), 2 * np.ones(3), np.ones(3))
+    final = Policy(BASE.reward + gains, kl * np.ones(3), 2 * np.ones(3), np.ones(3), np.zeros(3))
     way = tuple(Evaluation(at, r, 0.3, kl * at, 5.0 + loss * at) for at, r in steps)
     values = {"loss.name": method, "loss.beta": beta, "seed": seed}
     return Outcome(f"{method}{beta}{seed}", "", values, method, beta, seed, way, final, BASE)
@@ -131,7 +135,7 @@ def test_a_beta_that_collapsed_or_lost_a_seed_is_not_the_best():
     assert tables.lost(kept) == ""
     rows = tables.rows_by_beta(kept, beta=0.5, sd=0.4)
     lines = tables.to_markdown(rows, [], beta=0.5, num_prompts=3).splitlines()
-    assert lines[0].endswith("| seeds | prompts without reward |")
+    assert lines[0].endswith("| repeats | seeds | prompts without reward |")
     assert lines[2].startswith("| CoPG | 0.01 |") and lines[2].endswith("| 1 | 3 |")
     assert lines[3].endswith("| 1 of 3, 2 diverged | 0 |")
     assert ["*" in line for line in lines[2:7]] == [False, False, True, False, True]
@@ -167,7 +171,8 @@ def test_the_sd_of_reward_gaps_is_over_all_pairs_of_all_groups(tmp_path):
         '{"prompt": "b", "completions": ["x", "y", "z"], "rewards": [1.0, 1.0, 3.0]}\n'
     )
     # Gaps 3; 0, 2, 2.
-    assert reward_gap_sd(DataConfig(path=str(path))) == pytest.approx(math.sqrt(17 / 4))
+    config = SimpleNamespace(data=DataConfig(path=str(path)))
+    assert reward_gap_sd(cast(Any, config)) == pytest.approx(math.sqrt(17 / 4))
 
 
 def test_the_sd_of_reward_gaps_is_over_all_sources(tmp_path):
@@ -176,7 +181,29 @@ def test_the_sd_of_reward_gaps_is_over_all_sources(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text(rows)
     sources = [SourceSpec(path=str(tmp_path / name)) for name in ("a.jsonl", "b.jsonl")]
     section = PolicyDataConfig(path=None, sources=sources)
-    assert reward_gap_sd(section) == pytest.approx(math.sqrt(5.0))
+    assert reward_gap_sd(cast(Any, SimpleNamespace(data=section))) == pytest.approx(math.sqrt(5.0))
+
+
+def with_gold(curve: Curve) -> Curve:
+    """The same curve with a second reward that is minus the first."""
+    runs = []
+    for one in curve.runs:
+        own = [replace(p, named={"judge": p.reward, "gold": -p.reward}) for p in (one.final, BASE)]
+        way = tuple(s._replace(named={"judge": s.reward, "gold": -s.reward}) for s in one.steps)
+        runs.append(replace(one, final=own[0], baseline=own[1], steps=way))
+    return replace(curve, runs=tuple(runs))
+
+
+def test_of_several_rewards_each_has_its_columns_along_training_and_at_the_end():
+    gold = with_gold(COPG)
+    _, last = tables.rows_over_steps([gold])
+    assert last["reward/gold_above_start"] == -last["reward_above_start"] != 0
+    (row,) = tables.rows_by_beta([gold], beta=0.5, sd=0.4)
+    assert row["reward/gold"] == pytest.approx(-3.0) == -row["reward/judge"]
+    text = tables.to_markdown([row], [], beta=0.5, num_prompts=3)
+    assert "| judge alone | gold alone | KL" in text and "| -3.000 ± 1.041 ± 1.000 | 1.000" in text
+    (plain,) = tables.rows_by_beta([COPG], beta=0.5, sd=0.4)
+    assert tables.named_columns([plain]) == []
 
 
 def test_csv_and_markdown_hold_the_numbers():
@@ -194,9 +221,10 @@ def test_csv_and_markdown_hold_the_numbers():
     assert tables.to_csv([]) == ""
 
 
-@pytest.mark.parametrize("name", ["curves", "beta", "best", "frontier", "held_out"])
+@pytest.mark.parametrize("name", [*FIGURES])
 def test_every_picture_draws_its_rows_also_of_one_seed_and_of_a_loss_of_ones_own(tmp_path, name):
-    found = [*CURVES, Curve("my.loss", 0.3, (run("my.loss", 0.3, 0, np.ones(3)),), (DONE,))]
+    mine = Curve("my.loss", 0.3, (run("my.loss", 0.3, 0, np.ones(3)),), (DONE,))
+    found = [with_gold(curve) for curve in (*CURVES, mine)]
     over_steps = tables.rows_over_steps(found)
     by_beta = tables.rows_by_beta(found, beta=0.5, sd=0.4)
     figure = {
@@ -205,13 +233,15 @@ def test_every_picture_draws_its_rows_also_of_one_seed_and_of_a_loss_of_ones_own
         "best": lambda: pictures.best_figure(over_steps),
         "frontier": lambda: pictures.frontier_figure(over_steps, by_beta, beta=0.5),
         "held_out": lambda: pictures.held_out_figure(over_steps),
+        "named": lambda: pictures.named_figure(over_steps),
     }[name]()
     texts = [text.get_text() for axes in figure.axes for text in axes.findobj(plt.Text)]
     assert any("CoPG" in text for text in texts) and any("my.loss" in text for text in texts)
     values = [y for axes in figure.axes for line in axes.lines for y in np.ravel(line.get_ydata())]
-    rewards = over_steps if name in ("curves", "best", "held_out") else by_beta
+    rewards = over_steps if name in ("curves", "best", "held_out", "named") else by_beta
+    column = "reward/gold_above_start" if name == "named" else "reward"
     for row in rewards[:2]:
-        assert any(value == pytest.approx(row["reward"]) for value in values)
+        assert any(value == pytest.approx(row[column]) for value in values)
     pictures.write_picture(figure, tmp_path / "it.png")
     assert (tmp_path / "it.png").read_bytes().startswith(b"\x89PNG")
     assert plt.get_fignums() == []

@@ -40,7 +40,7 @@ def step(toy) -> CompiledStep:
         model=SimpleNamespace(arch=None),
         config=SimpleNamespace(optim=OPTIM, training=TrainingConfig()),
     )
-    stage = SimpleNamespace(make_loss=None, coefficients={"scale": 3.0})
+    stage = SimpleNamespace(make_loss=None, coefficients=lambda done: {"scale": 3.0 + done})
     return run._step(cast(Any, of_run), cast(Any, stage), scaled_loss, None)
 
 
@@ -50,7 +50,8 @@ def test_each_step_has_the_learning_rate_of_its_number_and_the_numbers_of_the_lo
         before = leaves(state.params)[0]
         state, metrics = step(number, state, batch)
         assert metrics["optim/learning_rate"] == np.float32(learning_rate(OPTIM, STEPS, number - 1))
-        wanted = 3.0 * 2 * before.mean() ** 2  # two completions a group, rewards of 0
+        scale = 3.0 + (number - 1) / (STEPS - 1)
+        wanted = scale * 2 * before.mean() ** 2  # two completions a group, rewards of 0
         np.testing.assert_allclose(metrics["per_group"], np.full(8, wanted), rtol=1e-5)
 
 

@@ -1,0 +1,55 @@
+"""Groups of runs beside each other: paired changes at the same method and β."""
+
+import math
+from dataclasses import replace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from experiments.studies.groups import groups_figure, rows_by_group, to_markdown
+from experiments.studies.outcomes import Curve
+from tests.studies.test_tables import BASE, COPG, DPO, MILD
+
+
+def shifted(curve: Curve, gain: np.ndarray) -> Curve:
+    """The same curve with other rewards of its last step."""
+    final = [replace(one.final, reward=one.final.reward + gain) for one in curve.runs]
+    runs = tuple(replace(r, final=f) for r, f in zip(curve.runs, final, strict=True))
+    return replace(curve, runs=runs)
+
+
+def test_a_change_is_paired_with_the_first_group_at_the_same_method_and_beta():
+    gain = np.array([0.0, 0.5, 1.0])
+    rows = rows_by_group({"a": [COPG, MILD], "b": [shifted(COPG, gain), DPO]}, beta=0.5)
+    assert [(row["group"], row["method"], row["beta"]) for row in rows] == [
+        ("a", "copg", 0.1),
+        ("a", "copg", 1.0),
+        ("b", "copg", 0.1),
+        ("b", "dpo", 0.5),
+    ]
+    changes = [row["reward_change"] for row in rows]
+    assert changes[2] == pytest.approx(0.5) == rows[2]["objective_change"]
+    # The seeds changed alike, prompt by prompt: 0, 0.5, 1.
+    assert rows[2]["reward_change_se_prompts"] == pytest.approx(0.5 / math.sqrt(3))
+    assert rows[2]["reward_change_se_seeds"] == pytest.approx(0.0)
+    assert all(map(math.isnan, [changes[0], changes[1], changes[3]]))
+
+
+def test_rewards_of_another_zero_are_not_subtracted():
+    other = replace(BASE, reward=BASE.reward + 1)
+    runs = tuple(replace(one, baseline=other) for one in COPG.runs)
+    rows = rows_by_group({"a": [COPG], "b": [replace(COPG, runs=runs)]}, beta=0.5)
+    assert math.isnan(rows[1]["reward_change"])
+
+
+def test_the_table_and_the_picture_hold_the_numbers():
+    rows = rows_by_group({"a": [COPG], "b": [shifted(COPG, np.full(3, 0.25))]}, beta=0.5)
+    lines = to_markdown(rows, beta=0.5).splitlines()
+    assert lines[2].startswith("| a | CoPG | 0.1 | 3.000 ±") and lines[2].endswith("| 2 |  |  |")
+    assert lines[3].endswith("| 0.250 ± 0.000 ± 0.000 | 0.250 ± 0.000 ± 0.000 |")
+    figure = groups_figure(rows, beta=0.5)
+    xs = [x for axes in figure.axes for line in axes.lines for x in np.ravel(line.get_xdata())]
+    for name in ("reward", "kl", "objective"):
+        assert any(x == pytest.approx(rows[1][name]) for x in xs)
+    plt.close(figure)
