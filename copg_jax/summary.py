@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
@@ -59,6 +60,9 @@ def summarize(generations: Sequence[Generation], *, beta: float) -> dict[str, fl
     with its standard error, `eval/reward_stderr` and `eval/reward_stderr/NAME`, over the samples
     that have it; `eval/dropped_rewards` and `eval/dropped_rewards/NAME` count the others.
 
+    With several samples a prompt and a reference, `eval/residual` is E[(ΔR − βΔ)²] / E[ΔR²] over
+    pairs of samples of one prompt, Δ being the gap of ln π − ln π_ref: 1 at π_ref, 0 at π*.
+
     Args:
         generations: from `GenerationEvaluator.batches`.
         beta: the paper's β.
@@ -86,7 +90,24 @@ def summarize(generations: Sequence[Generation], *, beta: float) -> dict[str, fl
         "eval/num_prompts": float(len({g.id for g in generations})),
         "eval/dropped_rewards": dropped,
         **named,
+        **_residual(generations, beta),
     }
+
+
+def _residual(generations: Sequence[Generation], beta: float) -> dict[str, float]:
+    by_prompt: dict[int, list[Generation]] = {}
+    for g in generations:
+        by_prompt.setdefault(g.index, []).append(g)
+    pairs = [pair for own in by_prompt.values() for pair in combinations(own, 2)]
+    reward, ratio = (
+        np.array([value(a) - value(b) for a, b in pairs])
+        for value in (lambda g: g.reward, lambda g: g.logp - g.ref_logp)
+    )
+    known = np.isfinite(reward) & np.isfinite(ratio)
+    squares = np.square(reward[known]).sum()
+    if not squares:
+        return {}
+    return {"eval/residual": float(np.square(reward - beta * ratio)[known].sum() / squares)}
 
 
 def _mean_over_prompts(

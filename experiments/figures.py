@@ -3,14 +3,15 @@
     python -m experiments.figures configs/studies/quickstart.yaml
 
 Writes into figures/ of the study: curves (the paper's figures 2-4), beta (5), best (6), frontier
-and held_out (ours), each as .png and .csv, and named where there are several rewards;
-differences.csv and table.md with paired differences; where another setting varies, groups.png,
-groups.csv and groups.md of all its values.
+and held_out (ours), each as .png and .csv, named where there are several rewards, and residual
+where evaluations have two samples a prompt; differences.csv and table.md with paired differences;
+where another setting varies, groups.png, groups.csv and groups.md of all its values.
 The table also goes into the model cards of the policies. Runs that are not done are left out, and
 their number is said.
 """
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 
 from etils import epath
@@ -71,8 +72,9 @@ def draw(
     found = [curve for curve in planned if curve.runs]
     point = first[0][0]
     beta = point.evaluation.config.beta
-    over_steps = tables.rows_over_steps(found)
-    by_beta = tables.rows_by_beta(found, beta=beta, sd=reward_gap_sd(point.policy.config))
+    sd = reward_gap_sd(point.policy.config)
+    over_steps = tables.rows_over_steps(found, sd=sd)
+    by_beta = tables.rows_by_beta(found, beta=beta, sd=sd)
     best = {name: best_curves(found, value) for name, value in tables.measures(beta).items()}
     # The second look is at the β that are best in reward, and fair once each of its runs is done.
     num_left = sum(end != DONE for _, end in second)
@@ -80,7 +82,7 @@ def draw(
         log.warning("%d of %d runs at the best beta are not done", num_left, len(second))
     elif second:
         best["reward"] = read_curves(second)
-    best_over_steps = tables.rows_over_steps(best["reward"])
+    best_over_steps = tables.rows_over_steps(best["reward"], sd=sd)
     differences = tables.rows_of_differences(best, beta=beta)
     drawn = {
         "curves": lambda: (pictures.curves_figure(over_steps), over_steps),
@@ -89,10 +91,16 @@ def draw(
         "frontier": lambda: (pictures.frontier_figure(over_steps, by_beta, beta=beta), by_beta),
         "held_out": lambda: (pictures.held_out_figure(over_steps), over_steps),
         "named": lambda: (pictures.named_figure(over_steps), over_steps),
+        "residual": lambda: (pictures.residual_figure(over_steps), over_steps),
     }
+    # One reward has its pictures in the others; a residual wants CoPG, and two samples a prompt.
+    empty = {"named": not tables.names_of(found[0])}
+    empty["residual"] = all(
+        row["method"] != "copg" or math.isnan(row["residual_samples"]) for row in over_steps
+    )
     for name in study.figures:
-        if name == "named" and not tables.names_of(found[0]):
-            continue  # one reward, whose pictures are the others
+        if empty.get(name, False):
+            continue
         if name == "best" and not best_over_steps:
             log.warning("best is not drawn: no beta has all of its seeds done")
             continue

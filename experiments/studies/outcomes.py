@@ -41,9 +41,8 @@ class Evaluation(NamedTuple):
     stderr: float  # of that mean, over prompts
     kl: float  # to π_ref, nats
     loss: float  # held-out; NaN without held-out data
-    named: Mapping[str, float] = MappingProxyType(
-        {}
-    )  # name → that reward's mean; as `Policy.named`
+    named: Mapping[str, float] = MappingProxyType({})  # name → that reward's mean
+    residual: float = math.nan  # of pairs of its own samples; NaN where a prompt has one
 
 
 @dataclass(frozen=True)
@@ -123,6 +122,7 @@ def read_outcome(point: Point) -> Outcome:
             _number(row.get("eval/kl")),
             _number(row.get("eval/loss")),
             _named(row),
+            _number(row.get("eval/residual")),
         )
         for row in rows
         if row.get("eval/reward_mean") is not None

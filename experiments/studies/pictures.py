@@ -171,6 +171,27 @@ def named_figure(rows: Sequence[Row]) -> Figure:
     return figure
 
 
+def residual_figure(rows: Sequence[Row]) -> Figure:
+    """How far CoPG is from π* in ΔR = βΔ, over steps: on held-out pairs, and on its own samples
+    (ours). Where the first falls and the second rises, the policy leaves the data.
+    """
+    names = {"residual_held_out": "held-out pairs", "residual_samples": "its own samples"}
+    figure, panels = _panels(1, 2, sharey=True)
+    own = [row for row in rows if row["method"] == "copg"]
+    betas = sorted({row["beta"] for row in own})
+    for axes, (name, title) in zip(panels[0], names.items(), strict=True):
+        for beta, colour in zip(betas, _shades(betas), strict=True):
+            way = [row for row in own if row["beta"] == beta]
+            axes.plot([row["step"] for row in way], [row[name] for row in way],
+                      color=colour, marker="o", ms=3, lw=1.2, label=f"{beta:g}")  # fmt: skip
+        axes.set(title=title, xlabel="training step", yscale="log")
+        axes.axhline(1, color="#888888", lw=0.8)
+    panels[0][0].set_ylabel("E[(ΔR − βΔ)²] / E[ΔR²]")
+    panels[0][0].legend(title="CoPG, β", fontsize=8, title_fontsize=8)
+    figure.suptitle(f"1 at π_ref, 0 at π*; {_seeds(rows)}", fontsize=10)
+    return figure
+
+
 def _over_start(rows: Sequence[Row]) -> list[str]:
     return [name for name in rows[0] if name.startswith(NAMED)]
 

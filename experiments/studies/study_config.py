@@ -10,7 +10,7 @@ from copg_jax.errors import InputError
 
 TRAINERS = ("policy", "online")
 """The stages that make a policy, of which a study has one."""
-FIGURES = ("curves", "beta", "best", "frontier", "held_out", "named")
+FIGURES = ("curves", "beta", "best", "frontier", "held_out", "named", "residual")
 
 
 @dataclass(frozen=True)

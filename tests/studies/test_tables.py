@@ -88,20 +88,20 @@ def test_differences_are_paired_by_prompt_and_by_seed():
 
 def test_rewards_over_steps_are_levels_whose_error_is_known_and_also_above_step_0():
     """The error of a difference from step 0, on the same prompts, is not that of the level."""
-    first, last = tables.rows_over_steps([COPG])
+    first, last = tables.rows_over_steps([COPG], sd=0.4)
     assert (first["step"], first["reward"], first["reward_above_start"]) == (0, 1.25, 0.0)
     assert first["reward_se_prompts"] == last["reward_se_prompts"] == pytest.approx(0.3)
     assert last["reward"] == pytest.approx((2.0 + 4.5) / 2)
     assert last["reward_above_start"] == pytest.approx((1.0 + 3.0) / 2)
     assert last["reward_se_seeds"] == pytest.approx(1.25)
     assert last["kl"] == 10.0 and last["num_seeds"] == 2
-    (_, dpo) = tables.rows_over_steps([DPO])
+    (_, dpo) = tables.rows_over_steps([DPO], sd=0.4)
     assert dpo["held_out_loss"] == pytest.approx(1.0)
 
 
 def test_steps_that_not_all_seeds_have_are_left_out():
     longer = run("copg", 0.1, 2, np.ones(3), steps=((0, 0.0), (5, 9.0), (10, 1.0)))
-    rows = tables.rows_over_steps([Curve("copg", 0.1, (RUNS[0], longer), (DONE, DONE))])
+    rows = tables.rows_over_steps([Curve("copg", 0.1, (RUNS[0], longer), (DONE, DONE))], sd=0.4)
     assert [row["step"] for row in rows] == [0, 10]
 
 
@@ -196,7 +196,7 @@ def with_gold(curve: Curve) -> Curve:
 
 def test_of_several_rewards_each_has_its_columns_along_training_and_at_the_end():
     gold = with_gold(COPG)
-    _, last = tables.rows_over_steps([gold])
+    _, last = tables.rows_over_steps([gold], sd=0.4)
     assert last["reward/gold_above_start"] == -last["reward_above_start"] != 0
     (row,) = tables.rows_by_beta([gold], beta=0.5, sd=0.4)
     assert row["reward/gold"] == pytest.approx(-3.0) == -row["reward/judge"]
@@ -225,7 +225,7 @@ def test_csv_and_markdown_hold_the_numbers():
 def test_every_picture_draws_its_rows_also_of_one_seed_and_of_a_loss_of_ones_own(tmp_path, name):
     mine = Curve("my.loss", 0.3, (run("my.loss", 0.3, 0, np.ones(3)),), (DONE,))
     found = [with_gold(curve) for curve in (*CURVES, mine)]
-    over_steps = tables.rows_over_steps(found)
+    over_steps = tables.rows_over_steps(found, sd=0.4)
     by_beta = tables.rows_by_beta(found, beta=0.5, sd=0.4)
     figure = {
         "curves": lambda: pictures.curves_figure(over_steps),
