@@ -7,6 +7,7 @@
 3. Build the dataclasses from the inside out; a range error from `__post_init__` gets its path.
 """
 
+import copy
 import os
 import re
 import signal
@@ -67,18 +68,17 @@ def load_config(
     print_only = "--print-config" in arguments
     arguments = [argument for argument in arguments if argument != "--print-config"]
 
-    settings = _read_settings(cls, arguments)
-    settings.check()
-    raw, resolved = _merge(cls, settings)
-    config = _build(cls, resolved, "", settings.where)
+    settings = read_settings(cls, arguments)
+    config, raw = _load(settings)
     if print_only:
         print(_with_sources(to_yaml(config), raw, settings.where), end="")
         sys.exit(0)
     return config
 
 
-def _read_settings(cls: type, arguments: list[str]) -> Settings:
-    settings = Settings(cls, STAGES)
+def read_settings(cls: type, argv: Sequence[str]) -> Settings:
+    """What the arguments of `load_config` set, which `load_with` makes configs of."""
+    settings, arguments = Settings(cls, STAGES), list(argv)
     while arguments and _is_file(arguments[0]):
         settings.add_file(Path(arguments.pop(0)))
     for argument in arguments:
@@ -86,16 +86,26 @@ def _read_settings(cls: type, arguments: list[str]) -> Settings:
     return settings
 
 
-def shared_reads(cls: type, argv: Sequence[str]) -> set[str]:
+def load_with(settings: Settings, arguments: Sequence[str]) -> Any:
+    """The config of settings with further `key=value`; the settings stay as they are."""
+    own = copy.deepcopy(settings)
+    for argument in arguments:
+        own.add_argument(argument)
+    return _load(own)[0]
+
+
+def _load(settings: Settings) -> tuple[Any, dict[str, Any]]:
+    """The config, and the values of its fields and of `shared` as they are written."""
+    settings.check()
+    raw, resolved = _merge(settings.cls, settings)
+    return _build(settings.cls, resolved, "", settings.where), raw
+
+
+def shared_reads(settings: Settings) -> set[str]:
     """Names of `shared` that the fields of a config may read, also through each other, as far as
     they are known before they are resolved: of ${shared.beta.${shared.loss}} they are shared.beta.
     and shared.loss.
-
-    Args:
-      cls: as for `load_config`.
-      argv: as for `load_config`.
     """
-    settings = _read_settings(cls, list(argv))
     written: dict[str, Any] = {}
     for layer in settings.shared:
         written |= dict(leaves({SHARED: layer}))
@@ -130,8 +140,10 @@ def _merge(cls: type, settings: Settings) -> tuple[dict[str, Any], dict[str, Any
         texts = _with_texts(raw, "", settings.texts)
         for variable in _VARIABLE.findall(str(texts)):
             hide(variable)
-        resolved = as_written(cls, _resolve(raw), _resolve(texts))
-        named = _resolve(map_leaves(_escape, texts))
+        plain = _resolve(texts)
+        resolved = as_written(cls, _resolve(raw), plain)
+        reads_environment = _ENVIRONMENT in str(texts)
+        named = _resolve(map_leaves(_escape, texts)) if reads_environment else plain
         shown = _with_names(resolved, named)
         if problems := list(find_problems(cls, shown, settings.where, root=cls)):
             raise InputError("\n".join(problems))

@@ -116,6 +116,7 @@ def _section_problems(
         )
 
 
+@functools.cache
 def field_types(cls: type) -> dict[str, Any]:
     """Type of each field, annotations resolved."""
     hints = typing.get_type_hints(cls)
@@ -183,7 +184,7 @@ def _hints_below(hint: Any, value: Mapping[Any, Any]) -> dict[Any, Any]:
     """Type of each value of a section or dictionary; that of a path is PathLike."""
     item = (typing.get_args(hint) or [Any])[-1]
     hints = field_types(hint) if dataclasses.is_dataclass(hint) else {}  # pyright: ignore
-    hints |= dict.fromkeys(PATHS, os.PathLike)
+    hints = hints | dict.fromkeys(PATHS, os.PathLike)
     return {key: hints.get(key, item) for key in value}
 
 
@@ -224,11 +225,12 @@ def _fault(hint: Any, value: Any) -> str | None:
         items = value.values() if isinstance(value, dict) else value
         faults = [_fault(typing.get_args(hint)[-1], item) for item in items]
         return next((fault for fault in faults if fault is not None), None)
-    try:
-        plain = str(value) if isinstance(value, str) else value
-        value = OmegaConf.merge(_schema_of(hint), {"value": plain}).value
-    except (OmegaConfBaseException, OverflowError):
-        return ""
+    if type(value) is not hint:
+        try:
+            plain = str(value) if isinstance(value, str) else value
+            value = OmegaConf.merge(_schema_of(hint), {"value": plain}).value
+        except (OmegaConfBaseException, OverflowError):
+            return ""
     is_number = hint is not float or value == 0 or FLOAT32_MIN <= abs(value) <= FLOAT32_MAX
     return None if is_number else " that is finite and not rounded to 0 in float32"
 

@@ -68,6 +68,7 @@ class Settings:
     """Layers of plain values for one config dataclass; interpolations are unresolved.
 
     Attributes:
+      cls: The config dataclass.
       layers: Fields to merge, the last one wins.
       shared: Values below `shared` to merge, the last one wins.
       where: Dotted name to the place that set it last.
@@ -81,7 +82,7 @@ class Settings:
         self.where: dict[str, str] = {}
         self.texts: dict[str, str] = {}
         self.problems: list[str] = []
-        self._cls = cls
+        self.cls = cls
         self._stages = stages
         self._reads: set[str] = set()
 
@@ -123,7 +124,7 @@ class Settings:
         """Node of an argument; what is not quoted and set for a text is one, whatever YAML says."""
         top, _, below = name.partition(".")
         stages = self._stages_of(top)
-        cls, field = (stages[0], below) if stages else (self._cls, name)
+        cls, field = (stages[0], below) if stages else (self.cls, name)
         types = {info.name: info.type for info in iter_fields(cls)}
         plain = yaml.ScalarNode(f"{_TAG}str", text)
         is_text = types.get(field) in ("str", "str | null")
@@ -172,17 +173,17 @@ class Settings:
     ) -> None:
         """Adds a section that holds for some stages; it is checked for all of them."""
         where = {key.name: key.place for key in keys} | {"": place}
-        if self._cls in stages:
+        if self.cls in stages:
             self._add_fields(value, keys)
         for cls in stages:
-            if cls is not self._cls:
+            if cls is not self.cls:
                 found = find_problems(cls, value, where, root=cls)
                 self.problems += [text for text in found if text not in self.problems]
 
     def _add_fields(self, values: dict[Any, Any], keys: list[_Key]) -> None:
         self.layers.append(values)
         self._place(keys)
-        self.problems += find_problems(self._cls, values, self.where, root=self._cls)
+        self.problems += find_problems(self.cls, values, self.where, root=self.cls)
 
     def _place(self, keys: list[_Key]) -> None:
         for key in keys:
@@ -203,7 +204,7 @@ class Settings:
 
     def _suggestion(self, name: str) -> str | None:
         """Did-you-mean of a name that resembles a stage or `shared` more than a field."""
-        fields, others = list(field_types(self._cls)), [*self._stages, SHARED]
+        fields, others = list(field_types(self.cls)), [*self._stages, SHARED]
         if name in fields:
             return None
         wrong = [part for part in map(str.strip, name.split(",")) if part not in self._stages]

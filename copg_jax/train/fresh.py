@@ -116,6 +116,11 @@ class RoundMaker:
         """Tokens of the longest prompt."""
         return self._prompts.shape(multiple=1)[0]
 
+    @property
+    def expected_rounds(self) -> range:
+        """The first rounds, whose prompts decide the shapes."""
+        return range(min(self._config.rounds, -(-EXPECTED_ROUNDS // len(self.seeds))))
+
     def expected(self, number: int, seed: int) -> GroupList:
         """The prompts of a round with completions as long as they can be; see `prompts_of`."""
         numbers = self._config.sampling
@@ -291,7 +296,7 @@ class RoundMaker:
         """Of the batches that are sampled and scored, in all rounds."""
         config, numbers = self._config, self._config.sampling
         expected = []
-        numbered = product(range(min(config.rounds, EXPECTED_ROUNDS)), self.seeds)
+        numbered = product(self.expected_rounds, self.seeds)
         for number, seed in numbered:
             lengths = [len(prompt.prompt_tokens) for prompt in self.prompts_of(number, seed)]
             own = numbers.num_samples * numbers.max_new_tokens
@@ -332,7 +337,7 @@ class RoundMaker:
 
 
 EXPECTED_ROUNDS = 64
-"""Rounds whose prompts decide the shape of all batches."""
+"""Rounds whose prompts decide the shape of all batches, of all seeds together."""
 
 
 def _without_missing(groups: GroupList) -> GroupList:

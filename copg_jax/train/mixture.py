@@ -20,7 +20,7 @@ from copg_jax.data.pool import JoinedPool, Pool, Source
 from copg_jax.data.stream import Batch, Groups, GroupStream
 from copg_jax.models.layout import Capacity, Shape, pack_epochs, round_up
 from copg_jax.models.one_shape import one_width
-from copg_jax.train.fresh import EXPECTED_ROUNDS, FreshRound, RoundMaker
+from copg_jax.train.fresh import FreshRound, RoundMaker
 
 
 class Mixture:
@@ -126,7 +126,7 @@ class Mixture:
 
         for seed in self._maker.seeds:
             window: list[GroupList] = []
-            for number in range(min(self._config.rounds, EXPECTED_ROUNDS)):
+            for number in self._maker.expected_rounds:
                 expected = self._maker.expected(number, seed)
                 window = [*window, expected][-self._config.replay_rounds :]
                 self._stream(window, number, seed, pack_and_note)

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from copg_jax.config.load import is_related, load_config, shared_reads
+from copg_jax.config.load import is_related, load_with, read_settings, shared_reads
 from copg_jax.config.schema import EnvironmentText, leaves
 from copg_jax.config.settings import SHARED
 from copg_jax.config.stages import STAGES
@@ -101,7 +101,8 @@ class Grid:
         ]
         self._load = functools.cache(self._load_stage)
         given = [*study.configs, *study.settings]
-        self._reads = {stage: shared_reads(STAGES[stage], given) for stage in study.stages}
+        self._settings = {stage: read_settings(STAGES[stage], given) for stage in study.stages}
+        self._reads = {stage: shared_reads(own) for stage, own in self._settings.items()}
         self._reach = self._find_reach()
         self.points = [self.point(values) for values in self._values]
         _require_told_apart(self.points)
@@ -196,8 +197,7 @@ class Grid:
         return self._load(stage, (*own, *(more if self._is_own(stage) else ())))
 
     def _load_stage(self, stage: str, arguments: tuple[str, ...]) -> Any:
-        files, settings = self._study.configs, self._study.settings
-        return load_config(STAGES[stage], [*files, *settings, *arguments])
+        return load_with(self._settings[stage], arguments)
 
     def _stage_of(self, axis: str) -> str:
         return stage_of(axis, self._trainer)
