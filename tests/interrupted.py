@@ -109,7 +109,7 @@ def results(folder: Path) -> dict[str, bytes]:
     for path in [folder / "metrics.jsonl", *folder.glob("rounds/**/metrics.jsonl")]:
         rows = [
             {name: value for name, value in row.items() if name != "time" and name[:5] != "perf/"}
-            for row in json_rows(path)
+            for row in sorted(json_rows(path), key=lambda row: row["step"])  # remade parts are last
         ]
         found[path] = json.dumps(rows).encode()
     return {str(path.relative_to(folder)): raw for path, raw in found.items()}

@@ -26,7 +26,8 @@ from copg_jax.data import sampled
 from copg_jax.data.dataset import GroupDataset
 from copg_jax.data.group_list import GroupList, read_folder
 from copg_jax.data.groups import NUMBERS, TokenGroup
-from copg_jax.errors import InputError
+from copg_jax.data.sources import SIDE_CAR
+from copg_jax.errors import Damaged, InputError
 from copg_jax.hf.pretrained import PretrainedModel
 from copg_jax.infer import GroupForward
 from copg_jax.models.forward import make_seq_logp
@@ -134,15 +135,16 @@ class RoundMaker:
         """A round that was made before.
 
         Raises:
-            InputError: it is not there as it was.
+            Damaged: it is not there as it was.
         """
         folder = self.folder_of(number) / "scored"
-        if not scoring.is_scored_to_its_end(folder):
-            raise InputError(
-                f"{folder}: wanted the scored samples of a round that the newest checkpoint has "
-                "seen, and they are not whole. Fix: restore the folder from a copy; or delete "
-                f"{self._folder / 'checkpoints'}, and the same command begins anew."
-            )
+        fix = (
+            "The newest checkpoint has seen this round, whose policy is no more. Fix: restore "
+            f"{folder} from a copy; or delete {self._folder / 'checkpoints'}, and the same command "
+            "begins anew."
+        )
+        if not scoring.is_scored_to_its_end(folder, fix=fix):
+            raise Damaged(f"{folder / SIDE_CAR}: missing, or not of all samples. {fix}")
         return FreshRound(number, step, _without_missing(read_folder(folder)), {})
 
     def make(self, number: int, step: int, drawer: Drawer) -> FreshRound:
