@@ -1,5 +1,6 @@
 """Adapters that train on rounds of their own samples."""
 
+from safetensors.numpy import load_file
 
 from copg_jax import reuse
 from tests.interrupted import compilations_by_round, differing_bits, kept_moments
