@@ -141,7 +141,7 @@ def compilations_by_round() -> Iterator[Counter[int]]:
         newest[0] = step
         begin(self, step, state)
 
-    def count(event: str, seconds: float, **_: Any) -> None:
+    def count(event: str, duration_secs: float, **_: Any) -> None:
         counts[newest[0]] += event == "/jax/core/compile/backend_compile_duration"
 
     jax.monitoring.register_event_duration_secs_listener(count)

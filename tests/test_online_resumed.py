@@ -11,6 +11,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 from copg_jax import reuse
 from copg_jax.files import GrowingFile
@@ -154,7 +155,10 @@ def test_a_damaged_round_that_no_step_needs_does_no_harm(place, moments, capsys)
     assert moments
     folder = left(place, "damaged", "judged a part 5")
     assert (folder / "checkpoints" / "4").is_dir()
-    gone, again = "rounds/00000/scored/part-00000.parquet", "rounds/00002/samples/part-00000.parquet"
+    gone, again = (
+        "rounds/00000/scored/part-00000.parquet",
+        "rounds/00002/samples/part-00000.parquet",
+    )
     change(folder / gone)
     change(folder / again)
     capsys.readouterr()
@@ -185,7 +189,7 @@ def write_nowhere(file: GrowingFile, lines: str) -> None:
     assert file._file is not None
     if file._file.name != "/dev/full":
         file._file.close()
-        file._file = open("/dev/full", "a")  # closed with the log
+        file._file = epath.Path("/dev/full").open("a")  # closed with the log
     file._file.write(lines)
     file._file.flush()
 

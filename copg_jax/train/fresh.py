@@ -137,12 +137,9 @@ class RoundMaker:
         Raises:
             Damaged: it is not there as it was.
         """
-        folder = self.folder_of(number) / "scored"
-        fix = (
-            "The newest checkpoint has seen this round, whose policy is no more. Fix: restore "
-            f"{folder} from a copy; or delete {self._folder / 'checkpoints'}, and the same command "
-            "begins anew."
-        )
+        folder, checkpoints = self.folder_of(number) / "scored", self._folder / "checkpoints"
+        fix = "The newest checkpoint has seen this round, whose policy is no more. Fix: restore "
+        fix += f"{folder} from a copy; or delete {checkpoints}, and the same command begins anew."
         if not scoring.is_scored_to_its_end(folder, fix=fix):
             raise Damaged(f"{folder / SIDE_CAR}: missing, or not of all samples. {fix}")
         return FreshRound(number, step, _without_missing(read_folder(folder)), {})
