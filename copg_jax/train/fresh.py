@@ -119,13 +119,10 @@ class RoundMaker:
 
     def expected(self, number: int, seed: int) -> GroupList:
         """The prompts of a round with completions as long as they can be; see `prompts_of`."""
-        numbers = self._config.sampling
+        numbers, prompts = self._config.sampling, self.prompts_of(number, seed)
         blank = (np.zeros(numbers.max_new_tokens, np.int32),) * numbers.num_samples
-        prompts = self.prompts_of(number, seed)
-        texts = ("",) * numbers.num_samples
-        own = {"completions": texts, "completion_tokens": blank}
-        groups = [replace(prompt, **own) for prompt in prompts]
-        return GroupList(groups, "", {})
+        own = {"completions": ("",) * numbers.num_samples, "completion_tokens": blank}
+        return GroupList([replace(prompt, **own) for prompt in prompts], "", {})
 
     def folder_of(self, number: int) -> epath.Path:
         """The folder of a round."""
@@ -215,9 +212,8 @@ class RoundMaker:
 
     def _call(self, generator: GeneratorConfig, number: int, folder: epath.Path) -> None:
         """Calls the engine, in process 0."""
-        seed = int(
-            np.random.SeedSequence([self._config.sampling.seed, number]).generate_state(1)[0]
-        )
+        numbers = np.random.SeedSequence([self._config.sampling.seed, number])
+        seed = numbers.generate_state(1)[0]
         (folder / "written.jsonl").unlink(missing_ok=True)
         call_engine(
             [item.replace("{seed}", str(seed)) for item in generator.command],
@@ -290,8 +286,7 @@ class RoundMaker:
         """Of the batches that are sampled and scored, in all rounds."""
         config, numbers = self._config, self._config.sampling
         expected = []
-        numbered = product(range(min(config.rounds, EXPECTED_ROUNDS)), self.seeds)
-        for number, seed in numbered:
+        for number, seed in product(range(min(config.rounds, EXPECTED_ROUNDS)), self.seeds):
             lengths = [len(prompt.prompt_tokens) for prompt in self.prompts_of(number, seed)]
             own = numbers.num_samples * numbers.max_new_tokens
             pairs = np.array([(length, own) for length in lengths])
