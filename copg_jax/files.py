@@ -171,11 +171,15 @@ class GrowingFile:
 
     def sync(self) -> None:
         """Sees to it that what was written outlives this process."""
-        if self._file is None:
+        if self._file is not None:
+            self._file.flush()  # what a full disk has refused before
+        else:
             self._path.write_text("".join(self._lines))
 
     def close(self) -> None:
         """Ends writing."""
-        self.sync()
-        if self._file is not None:
-            self._file.close()
+        try:
+            self.sync()
+        finally:
+            if self._file is not None:
+                self._file.close()

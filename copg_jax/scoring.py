@@ -141,17 +141,21 @@ def make_side_car(
     )
 
 
-def is_scored_to_its_end(folder: epath.Path) -> bool:
+def is_scored_to_its_end(folder: epath.Path, *, fix: str = "") -> bool:
     """Whether a folder is complete, and its parts are as they were written.
+
+    Args:
+        folder: the scored folder.
+        fix: the way out of damage; without one, the command that wrote it.
 
     Raises:
         InputError: a part that is not of it, that is damaged, or that cannot be read.
     """
     if not scored.is_scored(str(folder)):
         return False
-    side_car = scored.read_side_car(folder)
+    side_car = scored.read_side_car(folder, fix=fix)
     if side_car.complete:  # else a part may have been written that the side-car does not name yet
-        scored.check_parts(folder, side_car)
+        scored.check_parts(folder, side_car, fix=fix)
     return side_car.complete
 
 

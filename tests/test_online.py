@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -16,8 +15,8 @@ from copg_jax.data import sampled, scored
 from copg_jax.data.group_list import read_folder
 from copg_jax.hf import weights as hf_weights
 from copg_jax.train.checkpoint import Checkpoints
-from copg_jax.train.online import RoundHook
 from experiments.online import rounds_table
+from tests.interrupted import compilations_by_round
 from tests.workplace import Workplace
 
 REWARDS = "rewards=[{function: copg_jax.rewards.length}]"
@@ -47,23 +46,9 @@ def run(place: Workplace, name: str, *more: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def compiled(place) -> Counter[int]:
-    """Compilations by round, of the first run in this process."""
-    counts: Counter[int] = Counter()
-    newest = [-1]
-    begin = RoundHook.__call__
-
-    def noted(self: RoundHook, step: int, state: Any) -> None:
-        newest[0] = step
-        begin(self, step, state)
-
-    def count(event: str, seconds: float, **_: Any) -> None:
-        counts[newest[0]] += event == "/jax/core/compile/backend_compile_duration"
-
-    jax.monitoring.register_event_duration_secs_listener(count)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RoundHook, "__call__", noted)
+    """Compilations by round."""
+    with compilations_by_round() as counts:
         run(place, "plain", "training.log_every=1")
-    jax.monitoring.clear_event_listeners()
     return counts
 
 
@@ -80,7 +65,7 @@ def scored_of(folder: Path, number: int) -> epath.Path:
 
 
 def test_nothing_is_compiled_after_the_first_round(compiled):
-    assert compiled[0] > 3
+    assert compiled[0] >= 3  # the sampler, π_ref and the step
     assert {at: compiled[at] for at in range(1, ROUNDS)} == dict.fromkeys(range(1, ROUNDS), 0)
 
 

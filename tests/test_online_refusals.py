@@ -2,9 +2,15 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
+from etils import epath
 
 from copg_jax import reuse
+from copg_jax.data.group_list import read_folder
+from copg_jax.data.groups import GroupBatch
+from copg_jax.train.online import RoundHook
+from tests.interrupted import compilations_by_round
 from tests.runs import json_rows
 from tests.test_online import REWARDS, arguments
 from tests.toys import names_all
@@ -79,17 +85,38 @@ def test_scored_data_of_another_reference_is_refused(place, tmp_path):
     names_all(text, ["scored_comparisons", "reference_hash"])
 
 
-def test_scored_data_has_its_share_of_every_batch(place):
-    own = [*offline(place, "scored_comparisons", 0.75), "prompts_per_round=4", "rounds=2"]
-    place.run("online", *arguments(place, "mixed", *own))
+@pytest.fixture
+def batches(monkeypatch) -> list[tuple[list[str], GroupBatch]]:
+    """The batches of a run that follows, each with the ids of its groups."""
+    found: list[tuple[list[str], GroupBatch]] = []
+    fetch = RoundHook.__next__
+    monkeypatch.setattr(RoundHook, "__next__", lambda self: found.append(fetch(self)) or found[-1])
+    return found
+
+
+def test_scored_data_has_its_share_of_every_batch_beside_the_rounds_of_the_window(place, batches):
+    """Two steps a round, on its samples and those of the round before; none is compiled later."""
+    own = [*offline(place, "scored_comparisons", 0.75), "prompts_per_round=4", "rounds=4"]
+    own += ["replay_rounds=2", "steps_per_round=2"]
+    with compilations_by_round() as compiled:
+        place.run("online", *arguments(place, "mixed", *own))
+    assert compiled[0] >= 2 and compiled[2] == compiled[4] == compiled[6] == 0
+    rounds = place.folder / "mixed" / "rounds"
+    drawn = {  # by the prompt, which no other round has: the step at which it was drawn
+        group.id: 2 * number
+        for number in range(4)
+        for group in read_folder(epath.Path(rounds / f"{number:05d}" / "scored"))
+    }
+    staleness = []
+    for step, (ids, batch) in enumerate(batches):
+        fresh = [name for name, own in zip(ids, batch.origin[:, 0], strict=True) if own == 0]
+        assert len(ids) == 8 and len(fresh) == 2
+        staleness.append([step - drawn[name] for name in fresh])
+        assert set(staleness[-1]) <= {step % 2, *({step % 2 + 2} if step > 1 else ())}
+    assert any(age > 1 for ages in staleness for age in ages)
     rows = json_rows(place.folder / "mixed" / "metrics.jsonl")
-    steps = [row for row in rows if "loss" in row]
-    reports = [row for row in rows if "online/round" in row]
-    assert [row["step"] for row in steps] == [1, 2]
-    for step, report in zip(steps, reports, strict=True):
-        # The comparisons' rewards are those of longer texts.
-        assert step["data/reward"] < report["online/reward"] - 3
-    assert [row["online/staleness"] for row in reports] == [0, 0]
+    wanted = [np.mean(staleness[at : at + 2]) for at in range(0, 8, 2)]
+    assert [row["online/staleness"] for row in rows if "online/round" in row] == wanted
 
 
 def test_pairs_across_origins_are_those_of_a_sample_and_an_offline_completion(place):

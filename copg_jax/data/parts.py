@@ -87,16 +87,15 @@ def find_whole(folder: epath.Path, named: Mapping[str, str], key: str) -> dict[s
         return whole | {path.name: file_sum(path) for path in others if _is_whole(path, key)}
 
 
-def check_named(folder: epath.Path, named: Mapping[str, str], record: str, command: str) -> None:
+def check_named(folder: epath.Path, named: Mapping[str, str], record: str, *, fix: str) -> None:
     """Raises InputError unless the parts are those that a record names, as they were written.
 
     Args:
         folder: where the parts are.
         named: the parts and their checksums.
         record: name of the file that names them.
-        command: that wrote them, for the way out.
+        fix: the way out of one that is damaged, for the error.
     """
-    fix = f"Fix: run the same {command} command again, which does this part alone anew."
     for name, wanted in named.items():
         check_file(folder / name, wanted, fix=fix)
     for path in sorted(folder.glob("part-*.parquet")):

@@ -114,7 +114,8 @@ def check_samples(folder: epath.Path, sampled: Sampled) -> None:
     """Raises InputError unless the parts are those that the side-car names, as they were
     written.
     """
-    parts.check_named(folder, sampled.parts, SAMPLES, "sample")
+    fix = "Fix: run the same sample command again, which does this part alone anew."
+    parts.check_named(folder, sampled.parts, SAMPLES, fix=fix)
 
 
 def verify_sampled(folder: epath.Path, *, tokenizer_hash: str, text_format_hash: str) -> None:

@@ -88,14 +88,16 @@ def whole_parts(folder: epath.Path, key: str) -> dict[str, str]:
     return parts.find_whole(folder, named, key)
 
 
-def check_parts(folder: epath.PathLike, side_car: SideCar) -> None:
+def check_parts(folder: epath.PathLike, side_car: SideCar, *, fix: str = "") -> None:
     """Raises InputError unless the parts are those that the side-car names, as they were written.
 
     Args:
         folder: the scored folder.
         side_car: from `verify`.
+        fix: the way out; without one, the command that wrote them.
     """
-    parts.check_named(epath.Path(folder), side_car.parts, SIDE_CAR, "score")
+    fix = fix or "Fix: run the same score command again, which does this part alone anew."
+    parts.check_named(epath.Path(folder), side_car.parts, SIDE_CAR, fix=fix)
 
 
 def count_dropped(folder: epath.Path) -> dict[str, int]:
@@ -121,14 +123,18 @@ def write_side_car(folder: epath.Path, side_car: SideCar) -> None:
     write_record(folder / SIDE_CAR, asdict(side_car) | {"parts": named})
 
 
-def read_side_car(folder: epath.Path) -> SideCar:
+def read_side_car(folder: epath.Path, *, fix: str = "") -> SideCar:
     """Reads the side-car of a scored folder.
+
+    Args:
+        folder: the scored folder.
+        fix: the way out of one that is damaged; without one, the command that wrote it.
 
     Raises:
         InputError: none there, damaged, or not one of this format.
     """
     path = folder / SIDE_CAR
-    fix = (
+    fix = fix or (
         "Wanted a folder that the score stage wrote. Fix: correct the path; or, where this file is "
         "damaged, delete it and run the same score command again."
     )

@@ -26,7 +26,8 @@ from copg_jax.data import sampled
 from copg_jax.data.dataset import GroupDataset
 from copg_jax.data.group_list import GroupList, read_folder
 from copg_jax.data.groups import NUMBERS, TokenGroup
-from copg_jax.errors import InputError
+from copg_jax.data.sources import SIDE_CAR
+from copg_jax.errors import Damaged, InputError
 from copg_jax.hf.pretrained import PretrainedModel
 from copg_jax.infer import GroupForward
 from copg_jax.models.forward import make_seq_logp
@@ -123,13 +124,10 @@ class RoundMaker:
 
     def expected(self, number: int, seed: int) -> GroupList:
         """The prompts of a round with completions as long as they can be; see `prompts_of`."""
-        numbers = self._config.sampling
+        numbers, prompts = self._config.sampling, self.prompts_of(number, seed)
         blank = (np.zeros(numbers.max_new_tokens, np.int32),) * numbers.num_samples
-        prompts = self.prompts_of(number, seed)
-        texts = ("",) * numbers.num_samples
-        own = {"completions": texts, "completion_tokens": blank}
-        groups = [replace(prompt, **own) for prompt in prompts]
-        return GroupList(groups, "", {})
+        own = {"completions": ("",) * numbers.num_samples, "completion_tokens": blank}
+        return GroupList([replace(prompt, **own) for prompt in prompts], "", {})
 
     def folder_of(self, number: int) -> epath.Path:
         """The folder of a round."""
@@ -139,15 +137,13 @@ class RoundMaker:
         """A round that was made before.
 
         Raises:
-            InputError: it is not there as it was.
+            Damaged: it is not there as it was.
         """
-        folder = self.folder_of(number) / "scored"
-        if not scoring.is_scored_to_its_end(folder):
-            raise InputError(
-                f"{folder}: wanted the scored samples of a round that the newest checkpoint has "
-                "seen, and they are not whole. Fix: restore the folder from a copy; or delete "
-                f"{self._folder / 'checkpoints'}, and the same command begins anew."
-            )
+        folder, checkpoints = self.folder_of(number) / "scored", self._folder / "checkpoints"
+        fix = "The newest checkpoint has seen this round, whose policy is no more. Fix: restore "
+        fix += f"{folder} from a copy; or delete {checkpoints}, and the same command begins anew."
+        if not scoring.is_scored_to_its_end(folder, fix=fix):
+            raise Damaged(f"{folder / SIDE_CAR}: missing, or not of all samples. {fix}")
         return FreshRound(number, step, _without_missing(read_folder(folder)), {})
 
     def make(self, number: int, step: int, drawer: Drawer) -> FreshRound:
@@ -221,9 +217,8 @@ class RoundMaker:
 
     def _call(self, generator: GeneratorConfig, number: int, folder: epath.Path) -> None:
         """Calls the engine, in process 0."""
-        seed = int(
-            np.random.SeedSequence([self._config.sampling.seed, number]).generate_state(1)[0]
-        )
+        numbers = np.random.SeedSequence([self._config.sampling.seed, number])
+        seed = numbers.generate_state(1)[0]
         (folder / "written.jsonl").unlink(missing_ok=True)
         call_engine(
             [item.replace("{seed}", str(seed)) for item in generator.command],
@@ -296,8 +291,7 @@ class RoundMaker:
         """Of the batches that are sampled and scored, in all rounds."""
         config, numbers = self._config, self._config.sampling
         expected = []
-        numbered = product(self.expected_rounds, self.seeds)
-        for number, seed in numbered:
+        for number, seed in product(self.expected_rounds, self.seeds):
             lengths = [len(prompt.prompt_tokens) for prompt in self.prompts_of(number, seed)]
             own = numbers.num_samples * numbers.max_new_tokens
             pairs = np.array([(length, own) for length in lengths])

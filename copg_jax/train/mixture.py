@@ -53,12 +53,23 @@ class Mixture:
             number: of the round.
         """
 
-        def pack(num_tokens: Any, *, sizes: Any, **options: Any) -> Callable[[int], Batch]:
-            del sizes
-            return pack_epochs(num_tokens, sizes=self._sizes, at_least=self._shape, **options)
+        def pack(num_tokens: Any, **options: Any) -> Callable[[int], Batch]:
+            return pack_epochs(num_tokens, at_least=self._shape, **self._dealt(options))
 
         groups = [fresh.groups for fresh in window]
         return self._stream(groups, number, self._config.seed, pack)
+
+    def _dealt(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Of `pack_epochs`: with the sizes of all rounds. With a share each batch is dealt alone,
+        and those of the round are all that is looked at: an epoch, which ends when all offline
+        data was seen, may be much longer, and its batches have the share on average only.
+        """
+        config = self._config
+        own: dict[str, Any] = {"sizes": self._sizes}
+        if config.offline is not None and config.offline.share is not None:
+            own["epoch_size"] = config.training.batch_size
+            own["num_fitted"] = config.steps_per_round
+        return {**options, **own}
 
     def _groups(self, fresh: Sequence[GroupList]) -> Groups:
         """Samples and offline data; joined by prompt where pairs are across origins."""
@@ -118,9 +129,8 @@ class Mixture:
         """Fits the batches of the first rounds, with completions as long as they can be."""
         shapes: list[Shape] = []
 
-        def pack_and_note(num_tokens: Any, *, sizes: Any, **options: Any) -> Callable[[int], Batch]:
-            del sizes
-            batch_at = pack_epochs(num_tokens, sizes=self._sizes, **options)
+        def pack_and_note(num_tokens: Any, **options: Any) -> Callable[[int], Batch]:
+            batch_at = pack_epochs(num_tokens, **self._dealt(options))
             shapes.append(one_width(batch_at(0).shape))
             return batch_at
 
