@@ -1,4 +1,4 @@
-"""GGUF files of Llamas, written as llama.cpp's converter writes them; and one that a package has."""
+"""GGUF files of Llamas, written as by llama.cpp; and one that a package has."""
 
 import importlib.util
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ def smollm2_file() -> Path:
 
 
 def write_file(
-    writer: gguf.GGUFWriter, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]
+    writer: gguf.GGUFWriter, tensors: Mapping[str, Any], config: Mapping[str, Any]
 ) -> None:
     """Adds Hugging Face tensors under llama.cpp's names, q and k rows permuted, and writes all."""
     heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
