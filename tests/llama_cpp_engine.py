@@ -41,6 +41,9 @@ def start(path: Path) -> Any:
     """The server of a file, at an address of this machine."""
     params = xllamacpp.CommonParams()
     params.model.path, params.n_parallel, params.n_ctx = str(path), _SLOTS, _SLOTS * _PLACES
+    # Attention in float32, as the weights are, and not in float16: then its probabilities are ours.
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     for processors in (params.cpuparams, params.cpuparams_batch):
         processors.n_threads = 1  # which wait for each other by spinning, and tests are not alone
     return xllamacpp.Server(params)

@@ -76,8 +76,8 @@ def assert_read_as_written(scored: Path, written: Path) -> None:
     for row, wanted in zip(rows, json_rows(written), strict=True):
         assert row["completion_token_ids"] == wanted["completion_token_ids"]
         assert row["has_eos"] == [reason == "stop" for reason in wanted["finish_reason"]]
-        # The engine keeps keys and values in float16.
-        np.testing.assert_allclose(row["ref_logp"], wanted["logp"], rtol=1e-3)
+        # The engine's sums are off by 1e-4 a token; with attention in float16, by ten times that.
+        np.testing.assert_allclose(row["ref_logp"], wanted["logp"], atol=5e-3)
 
 
 def test_score_reads_what_the_engine_wrote(folder):
