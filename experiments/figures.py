@@ -72,9 +72,8 @@ def draw(
     found = [curve for curve in planned if curve.runs]
     point = first[0][0]
     beta = point.evaluation.config.beta
-    sd = reward_gap_sd(point.policy.config)
-    over_steps = tables.rows_over_steps(found, sd=sd)
-    by_beta = tables.rows_by_beta(found, beta=beta, sd=sd)
+    over_steps = tables.rows_over_steps(found)
+    by_beta = tables.rows_by_beta(found, beta=beta, sd=reward_gap_sd(point.policy.config))
     best = {name: best_curves(found, value) for name, value in tables.measures(beta).items()}
     # The second look is at the β that are best in reward, and fair once each of its runs is done.
     num_left = sum(end != DONE for _, end in second)
@@ -82,7 +81,7 @@ def draw(
         log.warning("%d of %d runs at the best beta are not done", num_left, len(second))
     elif second:
         best["reward"] = read_curves(second)
-    best_over_steps = tables.rows_over_steps(best["reward"], sd=sd)
+    best_over_steps = tables.rows_over_steps(best["reward"])
     differences = tables.rows_of_differences(best, beta=beta)
     drawn = {
         "curves": lambda: (pictures.curves_figure(over_steps), over_steps),

@@ -42,7 +42,9 @@ class Evaluation(NamedTuple):
     kl: float  # to π_ref, nats
     loss: float  # held-out; NaN without held-out data
     named: Mapping[str, float] = MappingProxyType({})  # name → that reward's mean
-    residual: float = math.nan  # of pairs of its own samples; NaN where a prompt has one
+    # E[(ΔR − βΔ)²] / E[ΔR²] over pairs: 1 at π_ref, 0 at π*. NaN without such pairs.
+    residual_samples: float = math.nan  # of its own samples
+    residual_held_out: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ def read_outcome(point: Point) -> Outcome:
             _number(row.get("eval/loss")),
             _named(row),
             _number(row.get("eval/residual")),
+            1 - _number(row.get("eval/copg/reward_r2")),
         )
         for row in rows
         if row.get("eval/reward_mean") is not None

@@ -22,30 +22,22 @@ from experiments.studies.outcomes import (
 from experiments.studies.regret_figure import LABELS
 
 Row = dict[str, Any]
+RESIDUALS = ("residual_held_out", "residual_samples")  # fields of an evaluation
 NAMED = "reward/"  # begins the columns of a reward by its name
 
 
-def rows_over_steps(curves: Sequence[Curve], *, sd: float) -> list[Row]:
+def rows_over_steps(curves: Sequence[Curve]) -> list[Row]:
     """Each curve step by step, means over seeds: rewards as they are, whose standard error is
     known, and above those of step 0; losses above those of step 0.
 
     The standard error over prompts is that of one seed: seeds share their prompts.
-
-    `residual_samples` is E[(ΔR − βΔ)²] / E[ΔR²] over pairs of the policy's own samples, and
-    `residual_held_out` over held-out pairs, of CoPG, whose loss is −ΔR·Δ + (β/2)Δ²: 1 at π_ref, 0
-    at π*.
-
-    Args:
-        curves: methods and β.
-        sd: standard deviation of ΔR, reward units.
     """
     rows = []
     for curve in curves:
         steps, reward = curve.over_steps(attrgetter("reward"))
         gain = reward - reward[:, :1]
         stderr, kl, loss = (curve.over_steps(attrgetter(x))[1] for x in ("stderr", "kl", "loss"))
-        residual = curve.over_steps(attrgetter("residual"))[1]
-        on_pairs = 1 + 2 * curve.beta * loss.mean(0) / sd**2 if curve.method == "copg" else None
+        residuals = {name: curve.over_steps(attrgetter(name))[1] for name in RESIDUALS}
         loss = loss - loss[:, :1]
         named = {name: curve.over_steps(_reward_of(name))[1] for name in names_of(curve)}
         for i, step in enumerate(steps):
@@ -61,8 +53,7 @@ def rows_over_steps(curves: Sequence[Curve], *, sd: float) -> list[Row]:
                     "kl": float(kl[:, i].mean()),
                     "held_out_loss": float(loss[:, i].mean()),
                     "held_out_loss_se_seeds": _stderr(loss[:, i]),
-                    "residual_samples": float(residual[:, i].mean()),
-                    "residual_held_out": math.nan if on_pairs is None else float(on_pairs[i]),
+                    **{name: float(own[:, i].mean()) for name, own in residuals.items()},
                     "num_seeds": len(curve.runs),
                     **{
                         f"{NAMED}{name}_above_start": float((own[:, i] - own[:, 0]).mean())

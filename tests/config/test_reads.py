@@ -5,8 +5,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from copg_jax.config.load import config_differences, load_config, to_yaml
+from copg_jax.config.load import (
+    config_differences,
+    is_related,
+    load_config,
+    load_with,
+    read_settings,
+    shared_reads,
+    to_yaml,
+)
 from copg_jax.config.options import option, section
+from copg_jax.config.stages import PolicyConfig, SFTConfig
 from tests.reads import dead_fields, recorded_reads
 
 
@@ -100,3 +109,35 @@ def test_a_copy_of_a_section_reads_none_of_its_fields():
 def test_classes_are_left_as_they_were():
     dead_after(lambda config: config.path)
     assert all("__getattribute__" not in vars(cls) for cls in (Config, Data, Reward))
+
+
+READS = """
+shared: {a: 1.0, b: "${shared.a}", which: x, table: {x: "${shared.c}", y: 2}, c: 3, unread: 4}
+policy:
+  loss: {beta: "${shared.b}"}
+  seed: ${shared.table.${shared.which}}
+"""
+
+
+def test_names_of_shared_that_a_stage_may_read_are_found_also_through_each_other(tmp_path):
+    (tmp_path / "it.yaml").write_text(READS)
+    settings = read_settings(PolicyConfig, [str(tmp_path / "it.yaml")])
+    found = shared_reads(settings)
+    assert found == {"shared.a", "shared.b", "shared.table.", "shared.which", "shared.c"}
+    assert not any(is_related("shared.unread", read) for read in found)
+    assert any(is_related("shared.table.y", read) for read in found)
+    assert shared_reads(read_settings(SFTConfig, [str(tmp_path / "it.yaml")])) == set()
+
+
+def test_settings_make_many_configs_and_stay_as_they_are(tmp_path):
+    text = READS.replace(", unread: 4", "")
+    text += "  output_dir: o\n  model: {path: m}\n  data: {path: d}\n"
+    (tmp_path / "it.yaml").write_text(text)
+    settings = read_settings(PolicyConfig, [str(tmp_path / "it.yaml")])
+    for value in ("0.5", "0.25"):
+        found = load_with(settings, [f"shared.a={value}", "seed=7"])
+        assert found == load_config(
+            PolicyConfig, [str(tmp_path / "it.yaml"), f"shared.a={value}", "seed=7"]
+        )
+        assert (found.loss.beta, found.seed) == (float(value), 7)
+    assert (load_with(settings, []).loss.beta, load_with(settings, []).seed) == (1.0, 3)

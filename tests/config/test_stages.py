@@ -37,7 +37,18 @@ SCRIPTS: dict[str, type] = {
 SIZES = ("llama2_7b", "smollm2", "quickstart")
 LOSSES = ("copg", "dpo", "ipo")
 PUBLIC_TASKS = {"gsm8k", "mbpp", "ultrafeedback"}
-STUDIES = ("quickstart", "smollm2", "tldr_llama2_7b")
+STUDIES = (
+    "quickstart",
+    "smollm2",
+    "tldr_llama2_7b",
+    "arithmetic",
+    "fresh",
+    "fresh_arithmetic",
+    "reward_models",
+    "low_beta",
+    "conflict",
+)
+ARMS = ("fresh", "gold", "judges", "low_beta", "conflict")
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
@@ -77,7 +88,7 @@ def test_every_yaml_tells_a_command_that_reads_it_and_loads(file: Path):
 
 def test_every_file_is_a_size_a_loss_a_task_a_study_or_a_script_s_own():
     named = {f"sizes/{size}" for size in SIZES} | {f"losses/{loss}" for loss in LOSSES}
-    named |= {f"studies/{study}" for study in STUDIES}
+    named |= {f"studies/{study}" for study in STUDIES} | {f"studies/arms/{arm}" for arm in ARMS}
     named |= {"tldr", "quickstart", "bandit", "lora", "online"}
     names = {file.relative_to(ROOT / "configs").with_suffix("") for file in FILES}
     tasks = {name for name in names if name.parts[0] in ("tasks", "quickstart")} - {

@@ -36,7 +36,8 @@ BASE = Policy(np.array([0.0, 1.0, 2.0]), np.zeros(3), np.ones(3), np.ones(3), np
 def run(method, beta, seed, gains, kl=1.0, steps=((0, 1.0), (10, 2.0)), loss=0.0) -> Outcome:
     """A run that ends at these rewards above π_ref on three prompts."""
     final = Policy(BASE.reward + gains, kl * np.ones(3), 2 * np.ones(3), np.ones(3), np.zeros(3))
-    way = tuple(Evaluation(at, r, 0.3, kl * at, 5.0 + loss * at) for at, r in steps)
+    residuals = {"residual_samples": 1.5, "residual_held_out": 0.5}
+    way = tuple(Evaluation(at, r, 0.3, kl * at, 5.0 + loss * at, **residuals) for at, r in steps)
     values = {"loss.name": method, "loss.beta": beta, "seed": seed}
     return Outcome(f"{method}{beta}{seed}", "", values, method, beta, seed, way, final, BASE)
 
@@ -88,20 +89,20 @@ def test_differences_are_paired_by_prompt_and_by_seed():
 
 def test_rewards_over_steps_are_levels_whose_error_is_known_and_also_above_step_0():
     """The error of a difference from step 0, on the same prompts, is not that of the level."""
-    first, last = tables.rows_over_steps([COPG], sd=0.4)
+    first, last = tables.rows_over_steps([COPG])
     assert (first["step"], first["reward"], first["reward_above_start"]) == (0, 1.25, 0.0)
     assert first["reward_se_prompts"] == last["reward_se_prompts"] == pytest.approx(0.3)
     assert last["reward"] == pytest.approx((2.0 + 4.5) / 2)
     assert last["reward_above_start"] == pytest.approx((1.0 + 3.0) / 2)
     assert last["reward_se_seeds"] == pytest.approx(1.25)
     assert last["kl"] == 10.0 and last["num_seeds"] == 2
-    (_, dpo) = tables.rows_over_steps([DPO], sd=0.4)
+    (_, dpo) = tables.rows_over_steps([DPO])
     assert dpo["held_out_loss"] == pytest.approx(1.0)
 
 
 def test_steps_that_not_all_seeds_have_are_left_out():
     longer = run("copg", 0.1, 2, np.ones(3), steps=((0, 0.0), (5, 9.0), (10, 1.0)))
-    rows = tables.rows_over_steps([Curve("copg", 0.1, (RUNS[0], longer), (DONE, DONE))], sd=0.4)
+    rows = tables.rows_over_steps([Curve("copg", 0.1, (RUNS[0], longer), (DONE, DONE))])
     assert [row["step"] for row in rows] == [0, 10]
 
 
@@ -196,7 +197,7 @@ def with_gold(curve: Curve) -> Curve:
 
 def test_of_several_rewards_each_has_its_columns_along_training_and_at_the_end():
     gold = with_gold(COPG)
-    _, last = tables.rows_over_steps([gold], sd=0.4)
+    _, last = tables.rows_over_steps([gold])
     assert last["reward/gold_above_start"] == -last["reward_above_start"] != 0
     (row,) = tables.rows_by_beta([gold], beta=0.5, sd=0.4)
     assert row["reward/gold"] == pytest.approx(-3.0) == -row["reward/judge"]
@@ -225,7 +226,7 @@ def test_csv_and_markdown_hold_the_numbers():
 def test_every_picture_draws_its_rows_also_of_one_seed_and_of_a_loss_of_ones_own(tmp_path, name):
     mine = Curve("my.loss", 0.3, (run("my.loss", 0.3, 0, np.ones(3)),), (DONE,))
     found = [with_gold(curve) for curve in (*CURVES, mine)]
-    over_steps = tables.rows_over_steps(found, sd=0.4)
+    over_steps = tables.rows_over_steps(found)
     by_beta = tables.rows_by_beta(found, beta=0.5, sd=0.4)
     figure = {
         "curves": lambda: pictures.curves_figure(over_steps),
@@ -234,12 +235,15 @@ def test_every_picture_draws_its_rows_also_of_one_seed_and_of_a_loss_of_ones_own
         "frontier": lambda: pictures.frontier_figure(over_steps, by_beta, beta=0.5),
         "held_out": lambda: pictures.held_out_figure(over_steps),
         "named": lambda: pictures.named_figure(over_steps),
+        "residual": lambda: pictures.residual_figure(over_steps),
     }[name]()
     texts = [text.get_text() for axes in figure.axes for text in axes.findobj(plt.Text)]
-    assert any("CoPG" in text for text in texts) and any("my.loss" in text for text in texts)
+    assert any("CoPG" in text for text in texts)
+    assert any("my.loss" in text for text in texts) == (name != "residual")
     values = [y for axes in figure.axes for line in axes.lines for y in np.ravel(line.get_ydata())]
-    rewards = over_steps if name in ("curves", "best", "held_out", "named") else by_beta
-    column = "reward/gold_above_start" if name == "named" else "reward"
+    rewards = over_steps if name in ("curves", "best", "held_out", "named", "residual") else by_beta
+    columns = {"named": "reward/gold_above_start", "residual": "residual_samples"}
+    column = columns.get(name, "reward")
     for row in rewards[:2]:
         assert any(value == pytest.approx(row[column]) for value in values)
     pictures.write_picture(figure, tmp_path / "it.png")
