@@ -146,10 +146,12 @@ def held_out_figure(rows: Sequence[Row]) -> Figure:
 
 def named_figure(rows: Sequence[Row]) -> Figure:
     """Each reward against KL along training, a curve a β: is what was trained on still what was
-    meant? (ours) The first row is the sum that is trained on.
+    meant? (ours) The first row is the sum that is trained on, where it is none of them.
     """
-    methods, named = _methods(rows), _over_start(rows)
-    shown = ["reward_above_start", *named]
+    methods, named = _methods(rows), [name for name in rows[0] if name.startswith(NAMED)]
+    total = [row["reward_above_start"] for row in rows]
+    is_one = any(np.allclose([row[name] for row in rows], total) for name in named)
+    shown = named if is_one else ["reward_above_start", *named]
     figure, panels = _panels(len(shown), len(methods), sharex="col", sharey="row")
     for line, name in zip(panels, shown, strict=True):
         for axes, method in zip(line, methods, strict=True):
@@ -160,7 +162,7 @@ def named_figure(rows: Sequence[Row]) -> Figure:
                 x, y = _root([row["kl"] for row in way]), [row[name] for row in way]
                 axes.plot(x, y, color=colour, marker="o", ms=3, lw=1.2, label=f"{beta:g}")
             axes.axhline(0, color="#888888", lw=0.8)
-        what = "reward" if name == shown[0] else name.removeprefix(NAMED).partition("_above")[0]
+        what = name.removeprefix(NAMED).removesuffix("_above_start")
         line[0].set_ylabel(f"{what} above step 0")
     for axes, method in zip(panels[0], methods, strict=True):
         axes.set_title(label(method))
@@ -190,10 +192,6 @@ def residual_figure(rows: Sequence[Row]) -> Figure:
     panels[0][0].legend(title="CoPG, β", fontsize=8, title_fontsize=8)
     figure.suptitle(f"1 at π_ref, 0 at π*; {_seeds(rows)}", fontsize=10)
     return figure
-
-
-def _over_start(rows: Sequence[Row]) -> list[str]:
-    return [name for name in rows[0] if name.startswith(NAMED)]
 
 
 def write_picture(figure: Figure, path: Any) -> None:
