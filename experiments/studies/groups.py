@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from experiments.studies import tables
 from experiments.studies.comparison import Policy
 from experiments.studies.outcomes import Curve, paired
+from experiments.studies.pictures import power_of_ten_above
 from experiments.studies.tables import Row, label, shown, total_stderr
 
 _PANELS = ("reward", "kl", "objective")
@@ -125,7 +126,7 @@ def groups_figure(rows: Sequence[Row], *, beta: float) -> Figure:
     low = min(row["objective"] for row in rows)
     high = max(row["objective"] for row in rows)
     if low < -4 * abs(high):  # a collapse would hide all others
-        panels[2].set_xscale("symlog", linthresh=max(abs(high), 1e-3))
+        panels[2].set_xscale("symlog", linthresh=power_of_ten_above(high))
     panels[2].legend(title="method, β", fontsize=8, title_fontsize=8, loc="center left",
                      bbox_to_anchor=(1.02, 0.5))  # fmt: skip
     return figure

@@ -29,7 +29,7 @@ def curves_figure(rows: Sequence[Row]) -> Figure:
     for axes, method in zip(panels[0], methods, strict=True):
         _draw_betas(axes, [row for row in rows if row["method"] == method], "reward")
         axes.set(title=label(method), xlabel="training step")
-        axes.legend(title="β", fontsize=8, title_fontsize=8, loc="upper left")
+        axes.legend(title="β", fontsize=8, title_fontsize=8, loc="lower left")
     panels[0][0].set_ylabel("reward of generations")
     figure.suptitle(f"held-out prompts, {_seeds(rows)}", fontsize=10)
     return figure
@@ -78,7 +78,7 @@ def frontier_figure(over_steps: Sequence[Row], by_beta: Sequence[Row], *, beta: 
     """Reward against KL over β and steps, and J at one β for all over the β of training (ours)."""
     figure, panels = _panels(1, 2)
     left, right = panels[0]
-    for method in _methods(by_beta):
+    for i, method in enumerate(_methods(by_beta)):
         look = _look(method, by_beta)
         own = [row for row in by_beta if row["method"] == method]
         for row in own:
@@ -94,7 +94,7 @@ def frontier_figure(over_steps: Sequence[Row], by_beta: Sequence[Row], *, beta: 
         for row in (own[0], own[-1]):
             left.annotate(
                 f"{row['beta']:g}", (_root([row["kl"]])[0], row["reward"]), fontsize=8,
-                color=look["color"], xytext=(5, 4), textcoords="offset points",
+                color=look["color"], xytext=(5, 4 - 9 * i), textcoords="offset points",
             )  # fmt: skip
         right.errorbar(
             [row["beta_in_sd"] for row in own], [row["objective"] for row in own],
@@ -114,7 +114,7 @@ def frontier_figure(over_steps: Sequence[Row], by_beta: Sequence[Row], *, beta: 
         title=f"J at one β for all\n{_seeds(by_beta)}",
     )
     high = max(rank(row["objective"]) for row in by_beta)
-    right.set_yscale("symlog", linthresh=max(abs(high), 1e-3) if math.isfinite(high) else 1.0)
+    right.set_yscale("symlog", linthresh=power_of_ten_above(high))
     right.axhline(0, color="#888888", lw=0.8)
     for axes in (left, right):
         axes.title.set_fontsize(9)
@@ -258,12 +258,22 @@ def _root(kl: Sequence[float] | np.ndarray) -> np.ndarray:
     return np.sign(kl) * np.sqrt(np.abs(kl))
 
 
+def power_of_ten_above(value: float) -> float:
+    """The least power of ten that is not below |value|; 1 for what is not finite, or 0."""
+    is_known = math.isfinite(value) and value != 0
+    return 10.0 ** max(math.ceil(math.log10(abs(value))), -3) if is_known else 1.0
+
+
 def _draw_levels(axes: Any, beta: float) -> None:
     """Lines of equal reward − β·KL, over axes in √KL whose limits stay as they are."""
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     root = np.linspace(max(left, 0.0), right, 60)
     for level in np.linspace(low - beta * right**2, high, 16):
         axes.plot(root, level + beta * root**2, color="#bbbbbb", lw=0.6, ls="--", zorder=0)
-    ticks = [tick for tick in (0, 0.1, 0.5, 1, 2, 4, 8, 16, 32, 64, 128) if tick <= right**2]
+    known = [tick for tick in (0, 0.1, 0.5, 1, 2, 4, 8, 16, 32, 64, 128) if tick <= right**2]
+    ticks = known[:1]
+    for tick in known[1:]:  # those that have room
+        if np.sqrt(tick) - np.sqrt(ticks[-1]) > 0.06 * (right - left):
+            ticks.append(tick)
     axes.set_xticks(np.sqrt(ticks), [f"{tick:g}" for tick in ticks])
     axes.set(xlim=(left, right), ylim=(low, high))
