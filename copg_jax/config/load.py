@@ -7,7 +7,6 @@
 3. Build the dataclasses from the inside out; a range error from `__post_init__` gets its path.
 """
 
-import copy
 import os
 import re
 import signal
@@ -41,7 +40,6 @@ _MOST_READS = 1000
 _ENVIRONMENT = "${oc.env:"
 _UNESCAPED = re.compile(r"(?<!\\)" + re.escape(_ENVIRONMENT))
 _VARIABLE = re.compile(re.escape(_ENVIRONMENT) + r"(\w+)")
-_SHARED_READ = re.compile(r"\$\{(" + SHARED + r"\.[\w.\[\]]*)")  # as far as it is plain
 _INTERPOLATION = re.compile(r"\$\{([\w.\[\]]+)\}")  # an innermost one, of a name
 
 
@@ -69,7 +67,7 @@ def load_config(
     arguments = [argument for argument in arguments if argument != "--print-config"]
 
     settings = read_settings(cls, arguments)
-    config, raw = _load(settings)
+    config, raw = load_settings(settings)
     if print_only:
         print(_with_sources(to_yaml(config), raw, settings.where), end="")
         sys.exit(0)
@@ -77,7 +75,7 @@ def load_config(
 
 
 def read_settings(cls: type, argv: Sequence[str]) -> Settings:
-    """What the arguments of `load_config` set, which `load_with` makes configs of."""
+    """What the arguments of `load_config` set."""
     settings, arguments = Settings(cls, STAGES), list(argv)
     while arguments and _is_file(arguments[0]):
         settings.add_file(Path(arguments.pop(0)))
@@ -86,41 +84,11 @@ def read_settings(cls: type, argv: Sequence[str]) -> Settings:
     return settings
 
 
-def load_with(settings: Settings, arguments: Sequence[str]) -> Any:
-    """The config of settings with further `key=value`; the settings stay as they are."""
-    own = copy.deepcopy(settings)
-    for argument in arguments:
-        own.add_argument(argument)
-    return _load(own)[0]
-
-
-def _load(settings: Settings) -> tuple[Any, dict[str, Any]]:
+def load_settings(settings: Settings) -> tuple[Any, dict[str, Any]]:
     """The config, and the values of its fields and of `shared` as they are written."""
     settings.check()
     raw, resolved = _merge(settings.cls, settings)
     return _build(settings.cls, resolved, "", settings.where), raw
-
-
-def shared_reads(settings: Settings) -> set[str]:
-    """Names of `shared` that the fields of a config may read, also through each other, as far as
-    they are known before they are resolved: of ${shared.beta.${shared.loss}} they are shared.beta.
-    and shared.loss.
-    """
-    written: dict[str, Any] = {}
-    for layer in settings.shared:
-        written |= dict(leaves({SHARED: layer}))
-    texts = [text for layer in settings.layers for _, text in leaves(layer)]
-    found: set[str] = set()
-    while texts:
-        new = {name for text in texts for name in _SHARED_READ.findall(str(text))} - found
-        found |= new
-        texts = [t for name, t in written.items() if any(is_related(name, one) for one in new)]
-    return found
-
-
-def is_related(name: str, read: str) -> bool:
-    """Whether reading one name may read the other: it is the same, above or below."""
-    return name.startswith(read) or read.startswith(name)
 
 
 def _is_file(argument: str) -> bool:

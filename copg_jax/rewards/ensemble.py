@@ -1,5 +1,6 @@
 """Several reward models as one reward, which is low where they disagree."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ class RewardEnsemble:
             raise InputError(f"penalty: wanted a number >= 0, got {penalty!r:.80}")
         if zeros is not None and len(zeros) != len(paths):
             raise InputError(f"zeros: wanted one for each of {len(paths)} paths, got {len(zeros)}")
-        self._models = [RewardModel(path, **options) for path in paths]
+        self._models = [RewardModel(os.path.expanduser(path), **options) for path in paths]
         self._penalty = penalty
         self._zeros = np.zeros(len(paths)) if zeros is None else np.asarray(zeros, float)
         # What they compute with: the numbers are among the arguments of the config.

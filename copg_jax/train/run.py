@@ -234,8 +234,8 @@ def _step(
     alike = replace(run.config.optim, learning_rate=1.0, warmup_fraction=0.0, decay="constant")
     made_of = stage.make_loss, run.model.arch, run.mesh, training.num_microbatches, alike
     learning_rate = partial(optim.learning_rate, run.config.optim, run.num_steps)
-    last = max(run.num_steps - 1, 1)
-    coefficients = lambda taken: stage.coefficients(taken / last)
+    last = run.num_steps - 1
+    coefficients = lambda taken: stage.coefficients(taken / last if last else 1.0)
     return CompiledStep(step_fn, made_of, coefficients, learning_rate, frozen)
 
 

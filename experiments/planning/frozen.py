@@ -1,6 +1,7 @@
 """Weights that a stage only reads: the base of adapters, and the models of an evaluation."""
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -50,6 +51,9 @@ def _reward_bytes(
     spec: RewardSpec, config: PolicyConfig | EvaluateConfig, model: PretrainedModel
 ) -> float:
     """A reward model, of which an adapter on the policy's base holds the adapter alone."""
+    if spec.function.endswith(".RewardEnsemble"):
+        of_one = replace(spec, function="copg_jax.rewards.RewardModel")
+        return len(spec.arguments.get("paths", ())) * _reward_bytes(of_one, config, model)
     if not spec.function.endswith(".RewardModel"):
         return 0.0
     arguments, mesh = spec.arguments, model.mesh

@@ -23,6 +23,7 @@ from copg_jax.files import read_json_lines
 from copg_jax.rewards.protocol import RewardFn, score_texts
 
 AGAIN = "Fix: delete the folder, and the same command of the study or the stage makes it again."
+# Of a generation.
 _FIELDS = {
     "index",
     "completion",
@@ -31,7 +32,7 @@ _FIELDS = {
     "ref_logp",
     "length",
     "has_eos",
-}  # of a generation
+}
 TIE_STDERRS = 2.0
 """Differences of fewer standard errors than this are called ties."""
 

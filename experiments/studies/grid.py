@@ -15,10 +15,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from copg_jax.config.load import is_related, load_with, read_settings, shared_reads
+from copg_jax.config.load import read_settings
 from copg_jax.config.schema import EnvironmentText, leaves
 from copg_jax.config.settings import SHARED
 from copg_jax.config.stages import STAGES
+from copg_jax.config.variants import is_related, load_with, shared_reads
 from copg_jax.errors import InputError
 from experiments.studies.axes import (
     BETA,
@@ -31,6 +32,7 @@ from experiments.studies.axes import (
     part,
     stage_of,
 )
+from experiments.studies.roles import require_roles
 from experiments.studies.study_config import TRAINERS, InputsRun, StudyConfig
 
 
@@ -102,7 +104,9 @@ class Grid:
         self._load = functools.cache(self._load_stage)
         given = [*study.configs, *study.settings]
         self._settings = {stage: read_settings(STAGES[stage], given) for stage in study.stages}
-        self._reads = {stage: shared_reads(own) for stage, own in self._settings.items()}
+        more = [*self._axes.values(), study.best and study.best.settings]
+        self._reads = {stage: shared_reads(own, more) for stage, own in self._settings.items()}
+        self._require_read()
         self._reach = self._find_reach()
         self.points = [self.point(values) for values in self._values]
         _require_told_apart(self.points)
@@ -150,7 +154,7 @@ class Grid:
             more: further settings of its policy and evaluation.
         """
         configs = {stage: self._config(stage, values, more) for stage in self._study.stages}
-        _require_roles(self._trainer, configs[self._trainer], configs["evaluate"])
+        require_roles(self._trainer, configs[self._trainer], configs["evaluate"])
         folders = {
             config.output_dir: self._name(stage, values, prefix)
             for stage, config in configs.items()
@@ -198,6 +202,16 @@ class Grid:
 
     def _load_stage(self, stage: str, arguments: tuple[str, ...]) -> Any:
         return load_with(self._settings[stage], arguments)
+
+    def _require_read(self) -> None:
+        """Raises InputError for an axis that no stage can read: its runs would be one run."""
+        for axis in self._axes:
+            if not any(self._may_reach(axis, stage) for stage in self._study.stages):
+                raise InputError(
+                    f"grid: {axis}: wanted a setting of a stage of this study, or one of shared "
+                    f"that a field reads as ${{{axis}}}, got one that nothing reads. Fix: correct "
+                    "the name, or add the file of configs that reads it."
+                )
 
     def _stage_of(self, axis: str) -> str:
         return stage_of(axis, self._trainer)
@@ -280,34 +294,6 @@ def _moved(value: Any, folders: Mapping[str, str]) -> Any:
             if value == old or value.startswith(f"{old}/"):
                 return new + value[len(old) :]
     return value
-
-
-def _require_roles(trainer: str, policy: Any, evaluate: Any) -> None:
-    """Raises InputError unless a study can read what it draws from these configs."""
-    if policy.evaluation is None:
-        raise InputError(
-            f"{trainer}.evaluation: wanted evaluations by generation, whose rewards a study draws "
-            "over steps, got null"
-        )
-    ends = [f"{policy.output_dir}/{name}" for name in ("model", "adapter")]
-    read = [path.rstrip("/") for path in (evaluate.model.path, evaluate.model.adapter) if path]
-    if not set(ends) & set(read):
-        run = r"\${shared.folder}/" + "online_" * (trainer == "online") + r"\${shared.run}"
-        raise InputError(
-            f"evaluate.model: wanted what the policy ends as, {ends[0]}, or {ends[1]} on its base, "
-            f"got {' with '.join(read)}. A study compares policies after training; best/ is chosen "
-            "by the reward that it would report. Fix: in the study's settings, "
-            f"evaluate.model.path={run}/model, for adapters evaluate.model.adapter={run}/adapter."
-        )
-    start, reference = (
-        one and f"path={one.path} revision={one.revision} adapter={one.adapter}"
-        for one in (policy.model, evaluate.reference)
-    )
-    if reference != start:
-        raise InputError(
-            f"evaluate.reference: wanted the model that policies start from, {start}, for their KL "
-            f"and as the zero of their rewards, got {reference or 'null'}"
-        )
 
 
 def _require_told_apart(points: Sequence[Point]) -> None:

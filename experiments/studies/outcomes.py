@@ -28,7 +28,7 @@ from experiments.studies.comparison import AGAIN, Policy, read_policy
 from experiments.studies.grid import Point
 from experiments.studies.runner import DIVERGED, DONE
 
-NAMED = "eval/reward/"
+_OWN = "eval/reward/"  # begins the metric of a reward by its name
 Ended = tuple[Point, str | None]
 """A run and how it ended, see `second_look.ended`."""
 
@@ -42,9 +42,9 @@ class Evaluation(NamedTuple):
     kl: float  # to π_ref, nats
     loss: float  # held-out; NaN without held-out data
     named: Mapping[str, float] = MappingProxyType({})  # name → that reward's mean
-    # E[(ΔR − βΔ)²] / E[ΔR²] over pairs: 1 at π_ref, 0 at π*. NaN without such pairs.
-    residual_samples: float = math.nan  # of its own samples
-    residual_held_out: float = math.nan
+    # E[(ΔR − βΔ)²] / E[ΔR²]: 1 at π_ref, 0 at π*. NaN without such pairs.
+    residual_samples: float = math.nan  # of all pairs of its own samples of a prompt
+    residual_held_out: float = math.nan  # of the best and the worst completion of a prompt
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,8 @@ def read_outcome(point: Point) -> Outcome:
 
 
 def _named(row: Mapping[str, Any]) -> Mapping[str, float]:
-    found = {name: _number(row[name]) for name in row if name.startswith(NAMED)}
-    return {name.removeprefix(NAMED): value for name, value in found.items() if len(found) > 1}
+    found = {name: _number(row[name]) for name in row if name.startswith(_OWN)}
+    return {name.removeprefix(_OWN): value for name, value in found.items() if len(found) > 1}
 
 
 def _number(value: float | None) -> float:
@@ -220,11 +220,12 @@ def spread(by_seed: Sequence[np.ndarray]) -> Spread:
     values = values[:, np.isfinite(values).all(0)]
     if not values.size:
         return Spread(math.nan, math.nan, math.nan, len(values), 0)
-    over_prompts, over_seeds = _stderr(values.mean(0)), _stderr(values.mean(1))
+    over_prompts, over_seeds = stderr_of(values.mean(0)), stderr_of(values.mean(1))
     return Spread(float(values.mean()), over_prompts, over_seeds, *values.shape)
 
 
-def _stderr(values: np.ndarray) -> float:
+def stderr_of(values: np.ndarray) -> float:
+    """Standard error of the mean of [n]; NaN of one value."""
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 

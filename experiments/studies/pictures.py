@@ -37,8 +37,9 @@ def curves_figure(rows: Sequence[Row]) -> Figure:
 
 def beta_figure(rows: Sequence[Row]) -> Figure:
     """Reward after training as a function of β, and of β in units of the s.d. of ΔR (Fig. 5)."""
-    figure, panels = _panels(1, 2, sharey=True)
-    for axes, name in zip(panels[0], ("beta", "beta_in_sd"), strict=True):
+    names = ["beta", *(["beta_in_sd"] if _in_sd(rows) else [])]
+    figure, panels = _panels(1, len(names), sharey=True)
+    for axes, name in zip(panels[0], names, strict=True):
         for method in _methods(rows):
             own = [row for row in rows if row["method"] == method]
             x, y = ([row[key] for row in own] for key in (name, "reward"))
@@ -46,7 +47,7 @@ def beta_figure(rows: Sequence[Row]) -> Figure:
             axes.errorbar(x, y, yerr=_errors(own, "reward"), capsize=3, label=label(method), **look)
         axes.set_xscale("log")
     panels[0][0].set(xlabel="β (reward units)", ylabel="final reward above π_ref")
-    panels[0][1].set(xlabel="β / s.d. of ΔR")
+    panels[0][-1].set(xlabel="β / s.d. of ΔR" if _in_sd(rows) else "β (reward units)")
     panels[0][0].legend()
     figure.suptitle(f"± standard error over prompts and seeds; {_seeds(rows)}", fontsize=10)
     return figure
@@ -78,6 +79,7 @@ def frontier_figure(over_steps: Sequence[Row], by_beta: Sequence[Row], *, beta: 
     """Reward against KL over β and steps, and J at one β for all over the β of training (ours)."""
     figure, panels = _panels(1, 2)
     left, right = panels[0]
+    x = "beta_in_sd" if _in_sd(by_beta) else "beta"
     for i, method in enumerate(_methods(by_beta)):
         look = _look(method, by_beta)
         own = [row for row in by_beta if row["method"] == method]
@@ -97,7 +99,7 @@ def frontier_figure(over_steps: Sequence[Row], by_beta: Sequence[Row], *, beta: 
                 color=look["color"], xytext=(5, 4 - 9 * i), textcoords="offset points",
             )  # fmt: skip
         right.errorbar(
-            [row["beta_in_sd"] for row in own], [row["objective"] for row in own],
+            [row[x] for row in own], [row["objective"] for row in own],
             yerr=_errors(own, "objective"), capsize=3, label=label(method), **look,
         )  # fmt: skip
     _draw_levels(left, beta)
@@ -109,7 +111,7 @@ def frontier_figure(over_steps: Sequence[Row], by_beta: Sequence[Row], *, beta: 
     )
     right.set(
         xscale="log",
-        xlabel="β of training / s.d. of ΔR",
+        xlabel="β of training" + " / s.d. of ΔR" * _in_sd(by_beta),
         ylabel=f"J = E[R] − {beta:g}·KL above π_ref",
         title=f"J at one β for all\n{_seeds(by_beta)}",
     )
@@ -177,7 +179,10 @@ def residual_figure(rows: Sequence[Row]) -> Figure:
     """How far CoPG is from π* in ΔR = βΔ, over steps: on held-out pairs, and on its own samples
     (ours). Where the first falls and the second rises, the policy leaves the data.
     """
-    names = {"residual_held_out": "held-out pairs", "residual_samples": "its own samples"}
+    names = {
+        "residual_held_out": "held-out pairs (best and worst of a prompt)",
+        "residual_samples": "its own samples",
+    }
     figure, panels = _panels(1, 2, sharey=True)
     own = [row for row in rows if row["method"] == "copg"]
     betas = sorted({row["beta"] for row in own})
@@ -223,6 +228,11 @@ def _draw_betas(axes: Any, rows: Sequence[Row], name: str) -> None:
         if np.isnan(error).all() and name == "reward":
             error = np.array([row["reward_se_prompts"] for row in own])
         axes.fill_between(steps, mean - error, mean + error, color=colour, alpha=0.15, lw=0)
+
+
+def _in_sd(rows: Sequence[Row]) -> bool:
+    """Whether the s.d. of ΔR is known, in units of which β compares."""
+    return not any(math.isnan(row["beta_in_sd"]) for row in rows)
 
 
 def _shades(betas: Sequence[float]) -> Any:

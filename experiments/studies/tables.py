@@ -18,6 +18,7 @@ from experiments.studies.outcomes import (
     above_baseline,
     paired,
     spread,
+    stderr_of,
 )
 from experiments.studies.regret_figure import LABELS
 
@@ -48,11 +49,11 @@ def rows_over_steps(curves: Sequence[Curve]) -> list[Row]:
                     "step": int(step),
                     "reward": float(reward[:, i].mean()),
                     "reward_se_prompts": float(np.sqrt((stderr[:, i] ** 2).mean())),
-                    "reward_se_seeds": _stderr(reward[:, i]),
+                    "reward_se_seeds": stderr_of(reward[:, i]),
                     "reward_above_start": float(gain[:, i].mean()),
                     "kl": float(kl[:, i].mean()),
                     "held_out_loss": float(loss[:, i].mean()),
-                    "held_out_loss_se_seeds": _stderr(loss[:, i]),
+                    "held_out_loss_se_seeds": stderr_of(loss[:, i]),
                     **{name: float(own[:, i].mean()) for name, own in residuals.items()},
                     "num_seeds": len(curve.runs),
                     **{
@@ -75,10 +76,6 @@ def _named(name: str) -> Callable[[Policy], np.ndarray]:
 
 def _reward_of(name: str) -> Callable[[Evaluation], float]:
     return lambda evaluation: evaluation.named.get(name, math.nan)
-
-
-def _stderr(values: np.ndarray) -> float:
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
 def rows_by_beta(curves: Sequence[Curve], *, beta: float, sd: float) -> list[Row]:
@@ -155,10 +152,11 @@ def rows_of_differences(best: Mapping[str, Sequence[Curve]], *, beta: float) -> 
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """Rows with one header, as CSV; numbers with all their digits, nothing for NaN."""
+    """Rows with one header, as CSV; numbers with all their digits, nothing for NaN or no value."""
     stream = io.StringIO()
     if rows:
-        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        writer = csv.DictWriter(stream, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
     return stream.getvalue()

@@ -5,17 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from copg_jax.config.load import (
-    config_differences,
-    is_related,
-    load_config,
-    load_with,
-    read_settings,
-    shared_reads,
-    to_yaml,
-)
+from copg_jax.config.load import config_differences, load_config, read_settings, to_yaml
 from copg_jax.config.options import option, section
 from copg_jax.config.stages import PolicyConfig, SFTConfig
+from copg_jax.config.variants import is_related, load_with, shared_reads
 from tests.reads import dead_fields, recorded_reads
 
 
@@ -126,7 +119,9 @@ def test_names_of_shared_that_a_stage_may_read_are_found_also_through_each_other
     assert found == {"shared.a", "shared.b", "shared.table.", "shared.which", "shared.c"}
     assert not any(is_related("shared.unread", read) for read in found)
     assert any(is_related("shared.table.y", read) for read in found)
-    assert shared_reads(read_settings(SFTConfig, [str(tmp_path / "it.yaml")])) == set()
+    sft = read_settings(SFTConfig, [str(tmp_path / "it.yaml")])
+    assert shared_reads(sft) == set()
+    assert shared_reads(sft, [["${shared.unread}", 1]]) == {"shared.unread"}
 
 
 def test_settings_make_many_configs_and_stay_as_they_are(tmp_path):

@@ -158,6 +158,14 @@ def test_a_study_has_one_stage_that_trains_and_an_evaluation(stages):
         replace(LITTLE, stages=stages)
 
 
+def test_an_axis_that_nothing_reads_is_refused_and_one_that_an_axis_reads_is_not():
+    with pytest.raises(InputError, match=r"grid: shared.arn: .* got one that nothing reads"):
+        Grid(replace(PLAIN, grid={"shared.arn": ["a", "b"]}))
+    read = {"shared.path": ["a", "b"], "evaluate.evaluation.data.path": [r"${shared.path}.jsonl"]}
+    found = Grid(replace(LITTLE, grid=read)).points
+    assert [p.evaluation.config.evaluation.data.path for p in found] == ["a.jsonl", "b.jsonl"]
+
+
 def test_the_second_look_has_settings_and_seeds_of_its_own():
     best = BestConfig(settings=["policy.training.eval_every=100"], seeds=[3, 4])
     few = {"loss.beta": {"copg": [0.1], "dpo": [0.05]}}

@@ -7,9 +7,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
+from experiments.studies import tables
 from experiments.studies.groups import groups_figure, rows_by_group, to_markdown
 from experiments.studies.outcomes import Curve
-from tests.studies.test_tables import BASE, COPG, DPO, MILD
+from tests.studies.test_tables import BASE, COPG, DPO, MILD, with_gold
 
 
 def shifted(curve: Curve, gain: np.ndarray) -> Curve:
@@ -41,6 +42,15 @@ def test_rewards_of_another_zero_are_not_subtracted():
     runs = tuple(replace(one, baseline=other) for one in COPG.runs)
     rows = rows_by_group({"a": [COPG], "b": [replace(COPG, runs=runs)]}, beta=0.5)
     assert math.isnan(rows[1]["reward_change"])
+
+
+def test_groups_of_other_rewards_share_one_table():
+    rows = rows_by_group({"a": [COPG], "b": [with_gold(COPG)]}, beta=0.5)
+    header, first, second = tables.to_csv(rows).splitlines()
+    assert "reward/gold" in header.split(",")
+    at = header.split(",").index("reward/gold")
+    assert first.split(",")[at] == "" and float(second.split(",")[at]) == pytest.approx(-3.0)
+    assert "| gold alone |" in to_markdown(rows, beta=0.5)
 
 
 def test_the_table_and_the_picture_hold_the_numbers():
