@@ -104,8 +104,9 @@ class Grid:
         self._load = functools.cache(self._load_stage)
         given = [*study.configs, *study.settings]
         self._settings = {stage: read_settings(STAGES[stage], given) for stage in study.stages}
-        more = [*self._axes.values(), study.best and study.best.settings]
-        self._reads = {stage: shared_reads(own, more) for stage, own in self._settings.items()}
+        self._reads = {
+            stage: shared_reads(own, self._may_set(stage)) for stage, own in self._settings.items()
+        }
         self._require_read()
         self._reach = self._find_reach()
         self.points = [self.point(values) for values in self._values]
@@ -202,6 +203,12 @@ class Grid:
 
     def _load_stage(self, stage: str, arguments: tuple[str, ...]) -> Any:
         return load_with(self._settings[stage], arguments)
+
+    def _may_set(self, stage: str) -> list[Any]:
+        """What the grid, and the second look, may set in a stage beside the study's settings."""
+        axes = [v for axis, v in self._axes.items() if self._stage_of(axis) in (stage, SHARED)]
+        best = self._study.best
+        return axes + [text for text in (best.settings if best else ()) if text.startswith(stage)]
 
     def _require_read(self) -> None:
         """Raises InputError for an axis that no stage can read: its runs would be one run."""

@@ -1,5 +1,6 @@
 """The grid of a study: every combination once, readable names, and shared work shared."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -148,7 +149,7 @@ def test_a_study_may_train_online_and_its_short_names_are_then_those_of_online()
     assert last.evaluation.config.model.path == f"runs/it/{last.name}/model"
     assert last.group == "steps_per_round_10" and found.seeds == (0, 1)
     assert {job.stage for job in jobs_of(found.points)} == set(study.stages)
-    with pytest.raises(InputError, match=r"online_\$\{shared.run\}/model, for"):
+    with pytest.raises(InputError, match=re.escape(r"online_\${shared.run}/model, for")):
         Grid(replace(study, settings=PLAIN.settings))
 
 
@@ -211,7 +212,7 @@ def test_settings_of_policy_with_or_without_its_name_are_the_same_axes():
     assert points[0].values == {"loss.beta": 0.1, "seed": 0}
     assert points[0].name == "beta_0.1-seed_0"
     with pytest.raises(InputError, match=r"a setting once, got seed and policy\.seed"):
-        named(grid | {"seed": [3]})
+        named(grid | {"seed": [3]}, "policy")
 
 
 @pytest.mark.parametrize("axes", [{"loss.beta": [0.1, 0.3]}, {"loss.beta": [0.1], "seed": [0]}])
