@@ -186,7 +186,7 @@ class Grid:
         """The evaluation of π_ref on the same prompts, the same job at many points."""
         above = [one for one in jobs if one.name in job.needs and one.stage != self._trainer]
         axes = {axis for one in above for axis in self._reach.get(one.stage, ())}
-        axes |= {axis for axis in self._axes if self._stage_of(axis) == "evaluate"}
+        axes |= {axis for axis in self._axes if self._changes(axis, "evaluate")}
         parts = self._parts("evaluate", values, axes)
         name = "-".join(["evaluate", *([prefix] if prefix else []), "reference", *parts])
         config = dataclasses.replace(
