@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,14 +186,11 @@ class Grid:
         """The evaluation of π_ref on the same prompts, the same job at many points."""
         above = [one for one in jobs if one.name in job.needs and one.stage != self._trainer]
         axes = {axis for one in above for axis in self._reach.get(one.stage, ())}
-        axes |= {axis for axis in self._axes if self._changes(axis, "evaluate")}
+        axes |= {axis for axis in self._axes if self._changes(axis, "evaluate", _of_reference)}
         parts = self._parts("evaluate", values, axes)
         name = "-".join(["evaluate", *([prefix] if prefix else []), "reference", *parts])
-        config = dataclasses.replace(
-            job.config,
-            model=job.config.reference,
-            output_dir=f"{self._study.output_dir}/{name}",
-        )
+        folder = f"{self._study.output_dir}/{name}"
+        config = dataclasses.replace(_of_reference(job.config), output_dir=folder)
         return Job(name, "evaluate", config, tuple(one.name for one in above))
 
     def _config(self, stage: str, values: Values, more: Sequence[str] = ()) -> Any:
@@ -247,13 +244,14 @@ class Grid:
             reach[stage] = [axis for axis in self._axes if axis in own]
         return reach
 
-    def _changes(self, axis: str, stage: str) -> bool:
-        """Whether the values of an axis give a stage different configs."""
+    def _changes(
+        self, axis: str, stage: str, view: Callable[[Any], Any] = lambda config: config
+    ) -> bool:
+        """Whether the values of an axis give a stage different configs, looked at by `view`."""
         if self._stage_of(axis) != SHARED or not self._may_reach(axis, stage):
             return self._stage_of(axis) == stage
         by_value = {json.dumps(values[axis]): values for values in self._values}
-        # Folders aside: what else differs is what the stage computes.
-        found = {repr(_moved(self._config(stage, v), {})) for v in by_value.values()}
+        found = {repr(view(self._config(stage, v))) for v in by_value.values()}
         return len(found) > 1
 
     def _name(self, stage: str, values: Values, prefix: str) -> str:
@@ -268,6 +266,11 @@ class Grid:
         """What a name says of the settings that vary, e.g. `beta_0.3`."""
         found = [axis for axis in self._varying if axis in axes]
         return [part(axis, values[axis], stage, self._trainer) for axis in found]
+
+
+def _of_reference(config: Any) -> Any:
+    """An evaluation as one of its π_ref, folder aside."""
+    return dataclasses.replace(config, model=config.reference, output_dir="reference")
 
 
 def _identity(config: Any) -> str:
