@@ -41,6 +41,7 @@ from copg_jax.models.params import Architecture, init_params
 from copg_jax.rewards.functions import load_reward
 from experiments import evaluate, score, train_policy, train_reward, train_sft
 from experiments.generated import TASKS, write_generated
+from experiments.generated.labels import write_turned
 from experiments.studies.comparison import (
     TIE_STDERRS,
     Policy,
@@ -200,8 +201,11 @@ def make_inputs(
     vocab_size: int = 700,
     hidden_size: int = 128,
     num_layers: int = 3,
+    turned: Sequence[int] = (),
 ) -> None:
-    """Writes data, tokenizer and an untrained model, once; see `QuickstartConfig`."""
+    """Writes data, tokenizer and an untrained model, once; see `QuickstartConfig`. Of `turned` the
+    comparisons also with so many per cent of their labels turned round.
+    """
     if (folder / "base" / "config.json").exists():
         return
     write_generated(
@@ -212,6 +216,7 @@ def make_inputs(
         seed=seed,
         vocab_size=vocab_size,
     )
+    write_turned(folder / "data", turned)
     tokenizer = load_tokenizer(folder / "data" / "tokenizer")
     model = Architecture(
         vocab_size=len(tokenizer),

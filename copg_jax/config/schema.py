@@ -183,8 +183,8 @@ def environment_hashes(config: Any) -> dict[str, str]:
 def _hints_below(hint: Any, value: Mapping[Any, Any]) -> dict[Any, Any]:
     """Type of each value of a section or dictionary; that of a path is PathLike."""
     item = (typing.get_args(hint) or [Any])[-1]
-    hints = field_types(hint) if dataclasses.is_dataclass(hint) else {}  # pyright: ignore
-    hints = hints | dict.fromkeys(PATHS, os.PathLike)
+    hints = {**field_types(hint)} if dataclasses.is_dataclass(hint) else {}  # pyright: ignore
+    hints |= dict.fromkeys(PATHS, os.PathLike)
     return {key: hints.get(key, item) for key in value}
 
 
@@ -231,7 +231,7 @@ def _fault(hint: Any, value: Any) -> str | None:
             value = OmegaConf.merge(_schema_of(hint), {"value": plain}).value
         except (OmegaConfBaseException, OverflowError):
             return ""
-    is_number = hint is not float or value == 0 or FLOAT32_MIN <= abs(value) <= FLOAT32_MAX
+    is_number = hint is not float or value == 0 or FLOAT32_MIN <= abs(float(value)) <= FLOAT32_MAX
     return None if is_number else " that is finite and not rounded to 0 in float32"
 
 

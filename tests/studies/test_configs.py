@@ -7,8 +7,9 @@ import yaml
 
 from copg_jax.config.load import load_config
 from copg_jax.config.schema import leaves
+from experiments.generated.labels import shift_of_prompt
+from experiments.quickstart import make_inputs
 from experiments.studies.grid import Grid
-from experiments.studies.labels import make_inputs, shift_of_prompt
 from experiments.studies.study_config import StudyConfig
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +41,7 @@ def test_every_study_is_a_grid_whose_arms_are_in_their_table(path, monkeypatch):
 
 def test_labels_are_turned_round_for_the_share_that_was_asked(tmp_path):
     sizes = {"num_examples": 40, "num_comparisons": 400, "hidden_size": 16, "num_layers": 2}
-    make_inputs(tmp_path, noise=[0, 25], **sizes)
+    make_inputs(tmp_path, turned=[0, 25], **sizes)
     lines = {
         name: (tmp_path / "data" / f"comparisons{name}.jsonl").read_text().splitlines()
         for name in ("", "_0", "_25")
