@@ -1,13 +1,13 @@
 """What makes reward models of the generated posts wrong in a known way."""
 
-import json
 import random
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from copg_jax.files import write_text
+from copg_jax.files import read_json_lines
+from experiments.generated.writing import write_lines
 
 
 def write_turned(folder: Path, percents: Iterable[int]) -> None:
@@ -17,14 +17,12 @@ def write_turned(folder: Path, percents: Iterable[int]) -> None:
         folder: of comparisons.jsonl.
         percents: of the labels, [0, 100] each.
     """
-    lines = (folder / "comparisons.jsonl").read_text().splitlines()
     for percent in percents:
         rng = random.Random(f"labels {percent}")
-        rows = [json.loads(line) for line in lines]
+        rows = [r for line, r in read_json_lines(folder / "comparisons.jsonl") if line]
         for row in rows:
             row["choice"] ^= rng.random() < percent / 100
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_text(folder / f"comparisons_{percent}.jsonl", text)
+        write_lines(folder / f"comparisons_{percent}.jsonl", rows)
 
 
 def shift_of_prompt(

@@ -46,7 +46,7 @@ def error_of(cls: type, *argv: str) -> str:
     start = time.monotonic()
     with pytest.raises(InputError) as caught:
         load_config(cls, argv)
-    assert time.monotonic() - start < 5  # not for ever; a second on an idle machine
+    assert time.monotonic() - start < 60  # not for ever; a second on an idle machine
     return str(caught.value)
 
 

@@ -37,7 +37,7 @@ def evaluate(config) -> None:
     """Writes generations of a policy, or of π_ref."""
     end = Path(config.model.path) / "end.json"
     reward, log_ratio = json.loads(end.read_text()) if end.exists() else (0.0, 0.0)
-    rest = {"logp": log_ratio, "ref_logp": 0.0, "length": 3, "has_eos": True}
+    rest = {"logp": log_ratio, "ref_logp": 0.0, "length": 3, "has_eos": True, "completion": "a"}
     lines = [
         {"index": i, "reward": reward + 0.1 * i, **rest}
         for i in range(config.evaluation.generation.num_prompts)
