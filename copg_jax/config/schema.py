@@ -116,7 +116,6 @@ def _section_problems(
         )
 
 
-@functools.cache
 def field_types(cls: type) -> dict[str, Any]:
     """Type of each field, annotations resolved."""
     hints = typing.get_type_hints(cls)
