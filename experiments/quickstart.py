@@ -41,7 +41,7 @@ from copg_jax.models.params import Architecture, init_params
 from copg_jax.rewards.functions import load_reward
 from experiments import evaluate, score, train_policy, train_reward, train_sft
 from experiments.generated import TASKS, write_generated
-from experiments.generated.labels import write_turned
+from experiments.generated.labels import write_parts, write_turned
 from experiments.studies.comparison import (
     TIE_STDERRS,
     Policy,
@@ -202,9 +202,10 @@ def make_inputs(
     hidden_size: int = 128,
     num_layers: int = 3,
     turned: Sequence[int] = (),
+    parts: int = 0,
 ) -> None:
-    """Writes data, tokenizer and an untrained model, once; see `QuickstartConfig`. Of `turned` the
-    comparisons also with so many per cent of their labels turned round.
+    """Writes data, tokenizer and an untrained model, once; see `QuickstartConfig`. The comparisons
+    also with per cents of their labels turned round (`turned`), and parted (`parts`).
     """
     if (folder / "base" / "config.json").exists():
         return
@@ -217,6 +218,7 @@ def make_inputs(
         vocab_size=vocab_size,
     )
     write_turned(folder / "data", turned)
+    write_parts(folder / "data", parts)
     tokenizer = load_tokenizer(folder / "data" / "tokenizer")
     model = Architecture(
         vocab_size=len(tokenizer),

@@ -25,6 +25,20 @@ def write_turned(folder: Path, percents: Iterable[int]) -> None:
         write_lines(folder / f"comparisons_{percent}.jsonl", rows)
 
 
+def write_parts(folder: Path, count: int) -> None:
+    """Parts the comparisons of a folder, one after the other: comparisons_part_1.jsonl, ...
+
+    Args:
+        folder: of comparisons.jsonl.
+        count: of parts; rows that are over, fewer than it, are in none.
+    """
+    rows = [row for line, row in read_json_lines(folder / "comparisons.jsonl") if line]
+    size = len(rows) // max(count, 1)
+    for part in range(count):
+        path = folder / f"comparisons_part_{part + 1}.jsonl"
+        write_lines(path, rows[part * size : (part + 1) * size])
+
+
 def shift_of_prompt(
     prompts: Sequence[str], completions: Sequence[str], **columns: Any
 ) -> list[float]:

@@ -47,8 +47,9 @@ STUDIES = (
     "reward_models",
     "low_beta",
     "conflict",
+    "ensemble",
 )
-ARMS = ("fresh", "gold", "judges", "low_beta", "conflict")
+ARMS = ("fresh", "gold", "judges", "low_beta", "conflict", "ensemble")
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 
 

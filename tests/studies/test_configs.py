@@ -51,6 +51,17 @@ def test_labels_are_turned_round_for_the_share_that_was_asked(tmp_path):
     assert 70 < turned < 130  # of 400; s.d. 8.7
 
 
+def test_parts_of_the_comparisons_are_all_of_them_once(tmp_path):
+    sizes = {"num_examples": 40, "num_comparisons": 10, "hidden_size": 16, "num_layers": 2}
+    make_inputs(tmp_path, parts=3, **sizes)
+    whole = (tmp_path / "data" / "comparisons.jsonl").read_text().splitlines()
+    parts = [
+        (tmp_path / "data" / f"comparisons_part_{part}.jsonl").read_text().splitlines()
+        for part in (1, 2, 3)
+    ]
+    assert parts == [whole[:3], whole[3:6], whole[6:9]]  # one row is over
+
+
 def test_the_shift_is_of_the_prompt_alone():
     a, b, c = shift_of_prompt(["x", "x", "y"], ["1", "2", "1"])
     assert a == b != c and -3 <= min(a, c) <= max(a, c) < 3
