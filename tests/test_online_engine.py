@@ -58,7 +58,7 @@ def test_an_engine_draws_from_the_policy_of_each_round_what_is_scored_and_traine
             assert group.has_eos is not None and not group.has_eos.any()
     asked = json_rows(folder / "00000" / "prompts.jsonl")
     assert [row["id"] for row in asked] == [group.id for group in rounds[0]]
-    models = sorted(folder.glob("*/written.jsonl*"))
+    models = sorted(folder.glob("*/completions.jsonl?*"))
     hashes = [hf_weights.params_hash(model) for model in models]
     assert hashes[0] == hf_weights.params_hash(place.folder / "base") != hashes[1]
     assert not (folder / "00000" / "model").exists()
@@ -69,7 +69,10 @@ def test_an_engine_draws_from_the_policy_of_each_round_what_is_scored_and_traine
 FAULTS = {
     "fails": ("print('no memory'); sys.exit(3)", ["status 3", "no memory", "read 8 prompts"]),
     "hangs": ("time.sleep(60)", ["not done after generator.timeout_sec=1", "read 8 prompts"]),
-    "writes nothing": ("sys.exit(0)", ["wanted it to write", "written.jsonl", "read 8 prompts"]),
+    "writes nothing": (
+        "sys.exit(0)",
+        ["wanted it to write", "completions.jsonl", "read 8 prompts"],
+    ),
     "leaves a prompt out": ("rows = rows[1:]", ["wanted the 8 prompts", "1 are missing"]),
     "answers a prompt twice": ("rows += rows[:1]", ["each prompt of an engine's file once"]),
     "gives no tokens": (

@@ -11,33 +11,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from etils import epath
 
-from copg_jax import distributed, generation, inputs, reuse, scoring, sharding
-from copg_jax.config.policy_data import GeneratorConfig
-from copg_jax.config.sections import DataConfig
+from copg_jax import generation, reuse, scoring, sharding
 from copg_jax.config.stages import OnlineConfig
 from copg_jax.data import sampled
 from copg_jax.data.dataset import GroupDataset
 from copg_jax.data.group_list import GroupList, read_folder
 from copg_jax.data.groups import NUMBERS, TokenGroup
 from copg_jax.data.sources import SIDE_CAR
-from copg_jax.errors import Damaged, InputError
+from copg_jax.errors import Damaged
 from copg_jax.hf.pretrained import PretrainedModel
 from copg_jax.infer import GroupForward
 from copg_jax.models.forward import make_seq_logp
 from copg_jax.models.one_shape import OneShape
-from copg_jax.outside import call_engine, write_prompts
 from copg_jax.part_loop import is_complete
 from copg_jax.rewards.functions import WeightedRewards
 from copg_jax.runtime import make_pause
 from copg_jax.sampling import row_keys
-from copg_jax.train.exports import export
+from copg_jax.train.engine import draw_with_engine
 
 log = logging.getLogger(__name__)
 
@@ -188,70 +183,17 @@ class RoundMaker:
         return read_folder(folder)
 
     def _generated(self, number: int, drawer: Drawer) -> GroupDataset:
-        """Samples of an engine, checked."""
-        generator, folder = self._config.generator, self.folder_of(number)
-        assert generator is not None
-        prompts, whole = self.prompts_of(number), folder / "completions.jsonl"
-        asked, written = folder / "prompts.jsonl", folder / "written.jsonl"
-        if not whole.exists():
-            export(
-                folder,
-                "model",
-                self._model,
-                drawer.trained,
-                base=self._config.model,
-                card=lambda _: f"The policy of round {number}.",
-            )
-            with distributed.main_first(written):
-                if distributed.is_main_process():
-                    write_prompts(asked, prompts)
-                    self._call(generator, number, folder)
-            self._open_written(written, asked, prompts)
-            with distributed.main_first(whole):
-                if distributed.is_main_process():
-                    written.rename(whole)
-                    for name in ("model", "adapter"):
-                        if (folder / name).exists():
-                            (folder / name).rmtree()
-        return self._open_written(whole, asked, prompts)
-
-    def _call(self, generator: GeneratorConfig, number: int, folder: epath.Path) -> None:
-        """Calls the engine, in process 0."""
-        numbers = np.random.SeedSequence([self._config.sampling.seed, number])
-        seed = numbers.generate_state(1)[0]
-        (folder / "written.jsonl").unlink(missing_ok=True)
-        call_engine(
-            [item.replace("{seed}", str(seed)) for item in generator.command],
-            [Path(folder / name) for name in ("model", "prompts.jsonl", "written.jsonl")],
-            said=Path(folder / "generator.log"),
-            timeout_sec=generator.timeout_sec,
-            # Of several processes the others wait for its end.
-            pause=self._pause if jax.process_count() == 1 else lambda: None,
+        """Samples of an engine."""
+        return draw_with_engine(
+            self.folder_of(number),
+            self.prompts_of(number),
+            number=number,
+            trained=drawer.trained,
+            model=self._model,
+            config=self._config,
+            text_format=self._text_format,
+            pause=self._pause,
         )
-
-    def _open_written(
-        self, path: epath.Path, asked: epath.Path, prompts: Sequence[TokenGroup]
-    ) -> GroupDataset:
-        """What an engine wrote, of the prompts that it was asked."""
-        numbers = self._config.sampling
-        longest = max(len(prompt.prompt_tokens) for prompt in prompts)
-        section = DataConfig(
-            str(path),
-            format=self._text_format,
-            max_prompt_tokens=longest,
-            max_completion_tokens=2**30,
-        )
-        dataset = inputs.open_data(section, self._model, self._folder, "completions", changes=True)
-        inputs.require_answers(str(asked), section, dataset)
-        for group in dataset:
-            sizes = list(map(len, group.completion_tokens))
-            if len(sizes) != numbers.num_samples or max(sizes) > numbers.max_new_tokens:
-                raise InputError(
-                    f"{group.where}: wanted sampling.num_samples={numbers.num_samples} completions "
-                    f"of at most sampling.max_new_tokens={numbers.max_new_tokens} tokens, got "
-                    f"{len(sizes)} of {sizes}. Fix: give generator.command the same numbers."
-                )
-        return dataset
 
     def _score(self, number: int, samples: GroupList | GroupDataset, drawer: Drawer) -> None:
         """Rewards and ln π_ref of samples."""
