@@ -186,6 +186,30 @@ class Completer:
         )
 
 
+def open_sampler(
+    model: PretrainedModel,
+    *,
+    max_new_tokens: int,
+    num_samples: int,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Sampler:
+    """The sampler of a model; see `make_sampler`. In a study runs share it."""
+    arch = replace(model.arch, remat="none")  # nothing is differentiated
+    options = {
+        "end_ids": tuple(model.end_ids),
+        "max_new_tokens": max_new_tokens,
+        "num_samples": num_samples,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "mesh": model.mesh,
+    }
+    key = arch, *options.values()
+    return reuse.once("sampler", key, lambda: make_sampler(arch, **options))
+
+
 def make_completer(
     config: SamplingConfig,
     model: PretrainedModel,
@@ -201,18 +225,14 @@ def make_completer(
         batch_size: prompts at a time.
         shapes: of batches; None: few, of those that come.
     """
-    arch = replace(model.arch, remat="none")  # nothing is differentiated
-    options = {
-        "end_ids": tuple(model.end_ids),
-        "max_new_tokens": config.max_new_tokens,
-        "num_samples": config.num_samples,
-        "temperature": config.temperature,
-        "top_k": config.top_k,
-        "top_p": config.top_p,
-        "mesh": model.mesh,
-    }
-    key = arch, *options.values()
-    sample = reuse.once("sampler", key, lambda: make_sampler(arch, **options))
+    sample = open_sampler(
+        model,
+        max_new_tokens=config.max_new_tokens,
+        num_samples=config.num_samples,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+    )
     sampler = PromptSampler(
         sample,
         mesh=model.mesh,

@@ -17,7 +17,7 @@ from etils import epath
 
 from copg_jax import distributed, reuse
 from copg_jax.config.load import config_differences
-from copg_jax.config.sections import DataConfig, GenerationConfig
+from copg_jax.config.sections import DataConfig
 from copg_jax.config.stages import PolicyEvaluationConfig
 from copg_jax.data import sampled, scored
 from copg_jax.data.dataset import GroupDataset, data_key, format_stats, is_prepared, prepare
@@ -31,10 +31,10 @@ from copg_jax.data.tokenizer import Encoder, tokenizer_hash
 from copg_jax.errors import InputError
 from copg_jax.evaluate import GenerationEvaluator, Generator
 from copg_jax.files import is_remote, scratch_folder
+from copg_jax.generation import open_sampler
 from copg_jax.hf.pretrained import PretrainedModel
 from copg_jax.models.forward import make_token_logp
 from copg_jax.rewards.functions import WeightedRewards
-from copg_jax.sampling import Sampler, make_sampler
 from copg_jax.sharding import batch_sharding, replicated
 
 log = logging.getLogger(__name__)
@@ -201,7 +201,7 @@ def require_differences(where: str, dataset: Groups) -> None:
             return
     raise InputError(
         f"{where}: wanted groups with different rewards, got {len(dataset)} in each of which "
-        " all completions are equally good: there is nothing to learn. Fix: other "
+        "all completions are equally good: there is nothing to learn. Fix: other "
         "data, or score with another reward function."
     )
 
@@ -306,21 +306,6 @@ def _load_token_logp(
     return reuse.once("reference", key, make, only_newest=True)
 
 
-def _open_sampler(model: PretrainedModel, generation: GenerationConfig) -> Sampler:
-    arch = replace(model.arch, remat="none")  # nothing is differentiated
-    options = {
-        "end_ids": tuple(model.end_ids),
-        "max_new_tokens": generation.max_new_tokens,
-        "num_samples": generation.num_samples,
-        "temperature": generation.sampling_temperature,
-        "top_k": None,
-        "top_p": None,
-        "mesh": model.mesh,
-    }
-    key = arch, *options.values()
-    return reuse.once("sampler", key, lambda: make_sampler(arch, **options))
-
-
 def open_evaluation(
     section: PolicyEvaluationConfig,
     model: PretrainedModel,
@@ -369,7 +354,12 @@ def open_evaluation(
     if reference is not None:
         hashes["reference"] = reference.hash
         ref_token_logp = _load_token_logp(reference, model.mesh, logits_chunk)
-    sampler = _open_sampler(model, generation)
+    sampler = open_sampler(
+        model,
+        max_new_tokens=generation.max_new_tokens,
+        num_samples=generation.num_samples,
+        temperature=generation.sampling_temperature,
+    )
     tokens = model.tokenizer.convert_ids_to_tokens(model.end_ids)
     log.info("generations end in one of: %s", ", ".join(map(repr, tokens)))
     text_of = Encoder(model.tokenizer).completion_text

@@ -183,13 +183,17 @@ def fit_group(group: TokenGroup, limits: Limits, counts: Counter[str]) -> TokenG
     kept = np.flatnonzero(is_kept)
     if len(kept) < min(2, count):
         return TOO_FEW
+    return replace(keep(group, kept), kept=None if is_kept.all() else is_kept)
+
+
+def keep(group: TokenGroup, indices: np.ndarray) -> TokenGroup:
+    """The same group with some of its completions, and with what belongs to each."""
     numbers = {name: getattr(group, name) for name in NUMBERS}
     return replace(
         group,
-        completions=tuple(group.completions[index] for index in kept),
-        completion_tokens=tuple(group.completion_tokens[index] for index in kept),
-        kept=None if is_kept.all() else is_kept,
-        **{name: None if values is None else values[kept] for name, values in numbers.items()},
+        completions=tuple(group.completions[index] for index in indices),
+        completion_tokens=tuple(group.completion_tokens[index] for index in indices),
+        **{name: None if values is None else values[indices] for name, values in numbers.items()},
     )
 
 

@@ -21,7 +21,7 @@ from copg_jax.config.stages import OnlineConfig
 from copg_jax.data import sampled
 from copg_jax.data.dataset import GroupDataset
 from copg_jax.data.group_list import GroupList, read_folder
-from copg_jax.data.groups import NUMBERS, TokenGroup
+from copg_jax.data.groups import TokenGroup, keep
 from copg_jax.data.sources import SIDE_CAR
 from copg_jax.errors import Damaged
 from copg_jax.hf.pretrained import PretrainedModel
@@ -280,18 +280,9 @@ def _without_missing(groups: GroupList) -> GroupList:
     """The same groups without completions that have no reward; one without any stays in its place,
     and teaches nothing.
     """
-    return GroupList([_fitted(group) for group in groups], groups.fingerprint, groups.stats)
-
-
-def _fitted(group: TokenGroup) -> TokenGroup:
-    assert group.rewards is not None
-    kept = np.flatnonzero(~np.isnan(group.rewards))
-    if len(kept) == len(group.rewards):
-        return group
-    numbers = {name: getattr(group, name) for name in NUMBERS}
-    return replace(
-        group,
-        completions=tuple(group.completions[index] for index in kept),
-        completion_tokens=tuple(group.completion_tokens[index] for index in kept),
-        **{name: None if values is None else values[kept] for name, values in numbers.items()},
-    )
+    judged = []
+    for group in groups:
+        assert group.rewards is not None
+        is_judged = ~np.isnan(group.rewards)
+        judged.append(group if is_judged.all() else keep(group, np.flatnonzero(is_judged)))
+    return GroupList(judged, groups.fingerprint, groups.stats)
