@@ -5,7 +5,8 @@
 Writes into figures/ of the study: curves (the paper's figures 2-4), beta (5), best (6), frontier
 and held_out (ours), each as .png and .csv, named where there are several rewards, and residual
 where evaluations have two samples a prompt; differences.csv and table.md with paired differences;
-where another setting varies, groups.png, groups.csv and groups.md of all its values.
+equal_kl.csv and equal_kl.md, what all runs had given by the time that they had the same KL; where
+another setting varies, groups.png, groups.csv and groups.md of all its values, and paths.png.
 The table also goes into the model cards of the policies. Runs that are not done are left out, and
 their number is said.
 """
@@ -21,9 +22,9 @@ from copg_jax.config.load import run_main
 from copg_jax.errors import InputError
 from copg_jax.files import write_text
 from copg_jax.hf.card import CARD_NAME, add_to_card
-from experiments.studies import pictures, tables
+from experiments.studies import equal_kl, pictures, tables
 from experiments.studies.grid import Grid, Point
-from experiments.studies.groups import groups_figure, rows_by_group, to_markdown
+from experiments.studies.groups import front_figure, groups_figure, rows_by_group, to_markdown
 from experiments.studies.outcomes import Curve, Ended, best_curves, read_curves, reward_gap_sd
 from experiments.studies.runner import DONE, Runner
 from experiments.studies.second_look import ended, second_look
@@ -53,6 +54,9 @@ def main(study: StudyConfig) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         groups[group] = draw(study, own, looked, folder)
         log.info("wrote %s", folder)
+    at_kl = equal_kl.rows_at_kl(groups)
+    write_text(figures / "equal_kl.csv", tables.to_csv(at_kl))
+    write_text(figures / "equal_kl.md", equal_kl.to_markdown(at_kl))
     if len(groups) > 1:
         _draw_groups(groups, figures, beta=done[0].evaluation.config.beta)
 
@@ -121,6 +125,10 @@ def _draw_groups(groups: Mapping[str, Sequence[Curve]], folder: epath.Path, *, b
     pictures.write_picture(groups_figure(rows, beta=beta), folder / "groups.png")
     write_text(folder / "groups.csv", tables.to_csv(rows))
     write_text(folder / "groups.md", to_markdown(rows, beta=beta))
+    pictures.write_picture(equal_kl.paths_figure(groups), folder / "paths.png")
+    _, *others = equal_kl.measures(groups)
+    if len(others) > 1:
+        pictures.write_picture(front_figure(rows, *others[:2]), folder / "front.png")
     log.info("wrote %s", folder / "groups.md")
 
 

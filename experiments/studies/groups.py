@@ -2,7 +2,7 @@
 
 1. `rows_by_group`: where each curve of each group ends, and how far from its like in the first
    group, prompt by prompt and seed by seed.
-2. `to_markdown` and `groups_figure` show them.
+2. `to_markdown` and `groups_figure` show them, and `front_figure` two rewards of each.
 """
 
 import math
@@ -129,4 +129,41 @@ def groups_figure(rows: Sequence[Row], *, beta: float) -> Figure:
         panels[2].set_xscale("symlog", linthresh=power_of_ten_above(high))
     panels[2].legend(title="method, β", fontsize=8, title_fontsize=8, loc="center left",
                      bbox_to_anchor=(1.02, 0.5))  # fmt: skip
+    return figure
+
+
+def front_figure(rows: Sequence[Row], first: str, second: str) -> Figure:
+    """Where each group ends in two rewards that were measured by name: what more of one costs of
+    the other.
+
+    Args:
+        rows: from `rows_by_group`.
+        first: name of a reward, to the right.
+        second: name of another, upwards.
+    """
+    figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
+    kinds = list(dict.fromkeys((row["method"], row["beta"]) for row in rows))
+    for kind in kinds:
+        own = [row for row in rows if (row["method"], row["beta"]) == kind]
+        x, y = (f"{tables.NAMED}{name}" for name in (first, second))
+        known = [row for row in own if not math.isnan(row.get(x, math.nan) + row.get(y, math.nan))]
+        xs, ys = ([row[name] for row in known] for name in (x, y))
+        errors = [
+            [float(np.nan_to_num(total_stderr(row, name))) for row in known] for name in (x, y)
+        ]
+        axes.errorbar(
+            xs, ys, xerr=errors[0], yerr=errors[1], fmt="o", ms=4, capsize=2,
+            label=f"{label(kind[0])}, β = {kind[1]:g}",
+        )  # fmt: skip
+        for row, at in zip(known, zip(xs, ys, strict=True), strict=True):
+            axes.annotate(
+                row["group"].removeprefix("arm_"), at, fontsize=8, xytext=(5, 5),
+                textcoords="offset points",
+            )  # fmt: skip
+    axes.axhline(0, color="#888888", lw=0.8)
+    axes.axvline(0, color="#888888", lw=0.8)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set(xlabel=f"{first} above π_ref", ylabel=f"{second} above π_ref")
+    axes.legend(fontsize=8)
     return figure

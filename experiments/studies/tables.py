@@ -40,7 +40,7 @@ def rows_over_steps(curves: Sequence[Curve]) -> list[Row]:
         stderr, kl, loss = (curve.over_steps(attrgetter(x))[1] for x in ("stderr", "kl", "loss"))
         residuals = {name: curve.over_steps(attrgetter(name))[1] for name in RESIDUALS}
         loss = loss - loss[:, :1]
-        named = {name: curve.over_steps(_reward_of(name))[1] for name in names_of(curve)}
+        named = {name: curve.over_steps(reward_of(name))[1] for name in names_of(curve)}
         for i, step in enumerate(steps):
             rows.append(
                 {
@@ -74,7 +74,7 @@ def _named(name: str) -> Callable[[Policy], np.ndarray]:
     return lambda policy: policy.named[name]
 
 
-def _reward_of(name: str) -> Callable[[Evaluation], float]:
+def reward_of(name: str) -> Callable[[Evaluation], float]:
     return lambda evaluation: evaluation.named.get(name, math.nan)
 
 

@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from experiments.studies import tables
-from experiments.studies.groups import groups_figure, rows_by_group, to_markdown
+from experiments.studies.groups import (
+    front_figure,
+    groups_figure,
+    rows_by_group,
+    to_markdown,
+)
 from experiments.studies.outcomes import Curve
 from tests.studies.test_tables import BASE, COPG, DPO, MILD, with_gold
 
@@ -62,4 +67,13 @@ def test_the_table_and_the_picture_hold_the_numbers():
     xs = [x for axes in figure.axes for line in axes.lines for x in np.ravel(line.get_xdata())]
     for name in ("reward", "kl", "objective"):
         assert any(x == pytest.approx(rows[1][name]) for x in xs)
+    plt.close(figure)
+
+
+def test_a_front_has_a_point_a_group_where_it_ends_in_both_rewards():
+    rows = rows_by_group({"arm_a": [with_gold(COPG)], "arm_b": [COPG]}, beta=0.5)
+    figure = front_figure(rows, "judge", "gold")
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.texts] == ["a"]  # b has no such rewards
+    assert axes.texts[0].xy == (pytest.approx(3.0), pytest.approx(-3.0))
     plt.close(figure)
