@@ -48,6 +48,7 @@ STUDIES = (
     "low_beta",
     "conflict",
     "ensemble",
+    "graded",
 )
 ARMS = ("fresh", "gold", "judges", "low_beta", "conflict", "ensemble")
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
