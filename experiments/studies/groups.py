@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from experiments.studies import tables
 from experiments.studies.comparison import Policy
 from experiments.studies.outcomes import Curve, paired
-from experiments.studies.pictures import power_of_ten_above
+from experiments.studies.pictures import linear_above_collapse
 from experiments.studies.tables import Row, label, shown, total_stderr
 
 _PANELS = ("reward", "kl", "objective")
@@ -123,10 +123,8 @@ def groups_figure(rows: Sequence[Row], *, beta: float) -> Figure:
     panels[0].set_xlabel("reward above π_ref")
     panels[1].set(xlabel="KL to π_ref, nats", xscale="symlog")
     panels[2].set_xlabel(f"J = E[R] − {beta:g}·KL above π_ref")
-    low = min(row["objective"] for row in rows)
-    high = max(row["objective"] for row in rows)
-    if low < -4 * abs(high):  # a collapse would hide all others
-        panels[2].set_xscale("symlog", linthresh=power_of_ten_above(high))
+    if linear := linear_above_collapse([row["objective"] for row in rows]):
+        panels[2].set_xscale("symlog", linthresh=linear)
     panels[2].legend(title="method, β", fontsize=8, title_fontsize=8, loc="center left",
                      bbox_to_anchor=(1.02, 0.5))  # fmt: skip
     return figure

@@ -29,7 +29,7 @@ def curves_figure(rows: Sequence[Row]) -> Figure:
     for axes, method in zip(panels[0], methods, strict=True):
         _draw_betas(axes, [row for row in rows if row["method"] == method], "reward")
         axes.set(title=label(method), xlabel="training step")
-        axes.legend(title="β", fontsize=8, title_fontsize=8, loc="lower left")
+        axes.legend(title="β", fontsize=8, title_fontsize=8)
     panels[0][0].set_ylabel("reward of generations")
     figure.suptitle(f"held-out prompts, {_seeds(rows)}", fontsize=10)
     return figure
@@ -106,8 +106,8 @@ def frontier_figure(over_steps: Sequence[Row], by_beta: Sequence[Row], *, beta: 
     left.set(
         xlabel="KL to π_ref (nats, on a square-root scale)",
         ylabel="reward above π_ref",
-        title=f"markers: after training, by β (its ends are named); lines: on the way;\n"
-        f"dashed: equal J = E[R] − {beta:g}·KL",
+        title="markers: after training, by β (its ends are named);\n"
+        f"lines: on the way; dashed: equal J = E[R] − {beta:g}·KL",
     )
     right.set(
         xscale="log",
@@ -115,8 +115,8 @@ def frontier_figure(over_steps: Sequence[Row], by_beta: Sequence[Row], *, beta: 
         ylabel=f"J = E[R] − {beta:g}·KL above π_ref",
         title=f"J at one β for all\n{_seeds(by_beta)}",
     )
-    high = max(rank(row["objective"]) for row in by_beta)
-    right.set_yscale("symlog", linthresh=power_of_ten_above(high))
+    if linear := linear_above_collapse([row["objective"] for row in by_beta]):
+        right.set_yscale("symlog", linthresh=linear)
     right.axhline(0, color="#888888", lw=0.8)
     for axes in (left, right):
         axes.title.set_fontsize(9)
@@ -268,7 +268,15 @@ def _root(kl: Sequence[float] | np.ndarray) -> np.ndarray:
     return np.sign(kl) * np.sqrt(np.abs(kl))
 
 
-def power_of_ten_above(value: float) -> float:
+def linear_above_collapse(values: Sequence[float]) -> float | None:
+    """Up to where an axis is linear whose least value would hide all others; None where an axis
+    may be linear throughout.
+    """
+    high, low = max(map(rank, values)), min(v for v in (*values, 0.0) if math.isfinite(v))
+    return _power_of_ten_above(high) if low < -4 * abs(high) else None
+
+
+def _power_of_ten_above(value: float) -> float:
     """The least power of ten that is not below |value|; 1 for what is not finite, or 0."""
     is_known = math.isfinite(value) and value != 0
     return 10.0 ** max(math.ceil(math.log10(abs(value))), -3) if is_known else 1.0
