@@ -119,9 +119,10 @@ def groups_figure(rows: Sequence[Row], *, beta: float) -> Figure:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(names)), names)
-    panels[0].invert_yaxis()
+    panels[0].set_ylim(len(names) - 0.5, -0.5)
     panels[0].set_xlabel("reward above π_ref")
     panels[1].set(xlabel="KL to π_ref, nats", xscale="symlog")
+    panels[1].set_xlim(left=min(0.0, *(row["kl"] for row in rows)) - 0.1)  # none is far below 0
     panels[2].set_xlabel(f"J = E[R] − {beta:g}·KL above π_ref")
     if linear := linear_above_collapse([row["objective"] for row in rows]):
         panels[2].set_xscale("symlog", linthresh=linear)
