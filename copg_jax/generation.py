@@ -82,7 +82,9 @@ class PromptSampler:
             prompts: their completions do not matter.
             keys: one a prompt, [n]: its samples depend on this alone, whatever its batch.
         """
-        lengths = [(len(prompt.prompt_tokens), 0) for prompt in prompts]
+        # They may become as long as they can, and a shape of all calls is to have room for it.
+        own = self.num_samples * self.max_new_tokens
+        lengths = [(len(prompt.prompt_tokens), own) for prompt in prompts]
         num_tokens = np.array(lengths, int).reshape(-1, 2)
         if isinstance(self._shapes, OneShape):
             batches = [self._shapes.pack(num_tokens)]
@@ -94,7 +96,7 @@ class PromptSampler:
                 sizes=(self.num_samples, self.max_new_tokens),
             )
         for packed in batches:
-            shape = packed.shape.with_all_completions()  # they may become as long as they can
+            shape = packed.shape.with_all_completions()
             if isinstance(self._shapes, ReusedShapes):
                 shape = self._shapes.fit_prompts(shape)
             for rows in packed.rows:

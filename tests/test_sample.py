@@ -15,12 +15,14 @@ from copg_jax import gradients, losses, scoring, sharding
 from copg_jax.config.sections import DataConfig, MeshConfig, ModelConfig
 from copg_jax.data import sampled
 from copg_jax.data.dataset import GroupDataset, prepare
-from copg_jax.data.groups import collate
+from copg_jax.data.groups import TokenGroup, collate
 from copg_jax.data.reader import GroupReader
 from copg_jax.data.tokenizer import Encoder, load_tokenizer
+from copg_jax.generation import PromptSampler
 from copg_jax.hf.pretrained import PretrainedModel, open_model
 from copg_jax.infer import GroupForward
 from copg_jax.models.forward import make_seq_logp
+from copg_jax.models.one_shape import OneShape
 from copg_jax.objective import make_policy_loss
 from tests.runs import json_rows
 from tests.toys import names_all
@@ -272,3 +274,23 @@ def test_a_truncated_support_is_warned_of(place, tmp_path, setting, capfd):
     side_car = sampled.read_sampled(epath.Path(tmp_path / "out"))
     assert not side_car.is_whole_model and side_car.complete
     assert len(rows_of(tmp_path / "out")) == 3
+
+
+def test_prompts_longer_in_all_than_was_expected_get_more_room():
+    expected = np.array([(6, 8), (6, 8)])  # prompts, and two completions of four tokens
+    shapes = OneShape([expected], batch_size=2, num_bins=1, sizes=(16, 2, 4))
+    seen = []
+    sampler = PromptSampler(
+        lambda params, tokens, length, layout, keys: seen.append((length, layout)),
+        mesh=sharding.make_mesh(MeshConfig(), jax.devices()[:1]),
+        batch_size=2,
+        num_samples=2,
+        max_new_tokens=4,
+        shapes=shapes,
+    )
+    for length in (6, 9):
+        prompts = [TokenGroup("a", "a:1", "a", np.ones(length, np.int32), (), ())] * 2
+        assert len(list(sampler.launched(None, prompts, jax.random.split(jax.random.key(0))))) == 1
+    assert [own.tolist() for own, _ in seen] == [[6, 6], [9, 9]]
+    rooms = [layout.token_slots.shape[1] for _, layout in seen]
+    assert rooms == [16, 24]  # by whole sixteenths of the capacity, so that few are compiled
