@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from etils import epath
 
-from copg_jax import reuse
+from copg_jax import reuse, scoring
 from copg_jax.data.group_list import read_folder
 from copg_jax.hf import weights as hf_weights
 from tests.runs import json_rows
@@ -58,7 +58,7 @@ def test_an_engine_draws_from_the_policy_of_each_round_what_is_scored_and_traine
             assert group.has_eos is not None and not group.has_eos.any()
     asked = json_rows(folder / "00000" / "prompts.jsonl")
     assert [row["id"] for row in asked] == [group.id for group in rounds[0]]
-    models = sorted(folder.glob("*/completions.jsonl?*"))
+    models = sorted(folder.glob("*/written.jsonl*"))
     hashes = [hf_weights.params_hash(model) for model in models]
     assert hashes[0] == hf_weights.params_hash(place.folder / "base") != hashes[1]
     assert not (folder / "00000" / "model").exists()
@@ -71,7 +71,7 @@ FAULTS = {
     "hangs": ("time.sleep(60)", ["not done after generator.timeout_sec=1", "read 8 prompts"]),
     "writes nothing": (
         "sys.exit(0)",
-        ["wanted it to write", "completions.jsonl", "read 8 prompts"],
+        ["wanted it to write", "written.jsonl", "read 8 prompts"],
     ),
     "leaves a prompt out": ("rows = rows[1:]", ["wanted the 8 prompts", "1 are missing"]),
     "answers a prompt twice": ("rows += rows[:1]", ["each prompt of an engine's file once"]),
@@ -107,3 +107,41 @@ def test_an_engine_that_is_refused_says_why_and_is_called_again(place, fault):
 def test_a_program_that_is_not_there_is_refused(place):
     own = arguments(place, "absent", "", "generator.command=[/no/such/program]")
     names_all(place.refusal("online", *own), ["generator.command", "/no/such/program", "started"])
+
+
+def stopped_while_scoring(
+    place: Workplace, name: str, monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
+    """Arguments of a run of one round that has ended after its engine, before any score."""
+    count = "open(__file__ + '.calls', 'a').write('x')"
+    own = arguments(place, name, count, "rounds=1")
+
+    def full(*given, **named):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(scoring, "score_dataset", full)
+        place.refusal("online", *own)
+    return own
+
+
+def calls(place: Workplace, name: str) -> int:
+    """How often the engine of a run was called."""
+    return len((place.folder / f"{name}.py.calls").read_text())
+
+
+def test_samples_that_were_read_are_not_drawn_again(place, monkeypatch):
+    own = stopped_while_scoring(place, "scoring", monkeypatch)
+    before = (place.folder / "scoring" / "rounds" / "00000" / "completions.jsonl").read_text()
+    place.run("online", *own)
+    after = (place.folder / "scoring" / "rounds" / "00000" / "completions.jsonl").read_text()
+    assert calls(place, "scoring") == 1 and after == before
+
+
+def test_a_policy_that_is_left_says_that_its_samples_were_never_read(place, monkeypatch):
+    own = stopped_while_scoring(place, "left", monkeypatch)
+    folder = place.folder / "left" / "rounds" / "00000"
+    (folder / "model").mkdir()  # as if it had been killed between the engine and the check
+    (folder / "completions.jsonl").write_text("not what was asked")
+    place.run("online", *own)
+    assert calls(place, "left") == 2 and not (folder / "model").exists()

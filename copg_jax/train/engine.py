@@ -1,7 +1,8 @@
 """The samples of a round from a program of its own, such as an inference engine.
 
-Beside the folder of the policy it gets `prompts.jsonl`, and writes `completions.jsonl`. The policy
-is removed once that is read and right: while it is there, the program is called again.
+Beside the folder of the policy it gets `prompts.jsonl`, and writes `written.jsonl`, which becomes
+`completions.jsonl` once the program has ended well. The policy is removed once that is read and
+right: while it is there, the program is called again.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,7 +43,7 @@ def draw_with_engine(
         prompts: that it is asked.
         number: of the round.
         trained: the weights that are trained.
-        model: what they belong to.
+        model: whose architecture, tokenizer and mesh those are.
         config: of the run, with a generator.
         text_format: of the prompts.
         pause: called while it runs; may raise, which ends it.
@@ -51,9 +52,12 @@ def draw_with_engine(
         InputError: it fails, takes too long, or its file is not what was asked for.
     """
     assert config.generator is not None
-    asked, written = folder / "prompts.jsonl", folder / "completions.jsonl"
+    asked, completions = folder / "prompts.jsonl", folder / "completions.jsonl"
     policies = [folder / name for name in ("model", "adapter")]
-    if not written.exists() or any(policy.exists() for policy in policies):
+    is_drawn = completions.exists() and not any(policy.exists() for policy in policies)
+    if not distributed.from_main(is_drawn):
+        if distributed.is_main_process():
+            completions.unlink(missing_ok=True)  # first, so that what is refused is never taken
         export(
             folder,
             "model",
@@ -62,12 +66,13 @@ def draw_with_engine(
             base=config.model,
             card=lambda _: f"The policy of round {number}.",
         )
-        with distributed.main_first(written):
+        with distributed.main_first(completions):
             if distributed.is_main_process():
                 write_prompts(asked, prompts)
                 _call(config.generator, config.sampling.seed, number, folder, pause)
-    dataset = _open(written, asked, prompts, model, config, text_format)
-    with distributed.main_first(written):
+                (folder / "written.jsonl").rename(completions)
+    dataset = _open(completions, asked, prompts, model, config, text_format)
+    with distributed.main_first(completions):
         if distributed.is_main_process():
             for policy in policies:
                 if policy.exists():
@@ -84,10 +89,10 @@ def _call(
 ) -> None:
     """Calls the engine, in process 0."""
     own = np.random.SeedSequence([seed, number]).generate_state(1)[0]
-    (folder / "completions.jsonl").unlink(missing_ok=True)
+    (folder / "written.jsonl").unlink(missing_ok=True)
     call_engine(
         [item.replace("{seed}", str(own)) for item in generator.command],
-        [Path(folder / name) for name in ("model", "prompts.jsonl", "completions.jsonl")],
+        [Path(folder / name) for name in ("model", "prompts.jsonl", "written.jsonl")],
         said=Path(folder / "generator.log"),
         timeout_sec=generator.timeout_sec,
         # Of several processes the others wait for its end.
