@@ -197,7 +197,7 @@ def open_sampler(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> Sampler:
-    """The sampler of a model; see `make_sampler`. In a study runs share it."""
+    """The sampler of a model, see `make_sampler` for the options; runs of one study share it."""
     arch = replace(model.arch, remat="none")  # nothing is differentiated
     options = {
         "end_ids": tuple(model.end_ids),

@@ -125,10 +125,16 @@ def _draw_groups(groups: Mapping[str, Sequence[Curve]], folder: epath.Path, *, b
     pictures.write_picture(groups_figure(rows, beta=beta), folder / "groups.png")
     write_text(folder / "groups.csv", tables.to_csv(rows))
     write_text(folder / "groups.md", to_markdown(rows, beta=beta))
+    ways = [
+        {"group": group} | row
+        for group, curves in groups.items()
+        for row in tables.rows_over_steps(curves)
+    ]
     pictures.write_picture(equal_kl.paths_figure(groups), folder / "paths.png")
-    _, *others = equal_kl.measures(groups)
-    if len(others) > 1:
-        pictures.write_picture(front_figure(rows, *others[:2]), folder / "front.png")
+    write_text(folder / "paths.csv", tables.to_csv(ways))
+    named = [name for name in equal_kl.measures(groups) if name != "reward"]
+    if len(named) > 1:
+        pictures.write_picture(front_figure(rows, *named[:2]), folder / "front.png")
     log.info("wrote %s", folder / "groups.md")
 
 

@@ -207,18 +207,22 @@ def make_inputs(
     """Writes data, tokenizer and an untrained model, once; see `QuickstartConfig`. The comparisons
     also with per cents of their labels turned round (`turned`), and parted (`parts`).
     """
-    if (folder / "base" / "config.json").exists():
-        return
-    write_generated(
-        folder / "data",
-        task=task,
-        num_examples=num_examples,
-        num_comparisons=num_comparisons,
-        seed=seed,
-        vocab_size=vocab_size,
-    )
+    if not (folder / "base" / "config.json").exists():
+        write_generated(
+            folder / "data",
+            task=task,
+            num_examples=num_examples,
+            num_comparisons=num_comparisons,
+            seed=seed,
+            vocab_size=vocab_size,
+        )
+        write_base(folder, seed=seed, hidden_size=hidden_size, num_layers=num_layers)
     write_turned(folder / "data", turned)
     write_parts(folder / "data", parts)
+
+
+def write_base(folder: Path, *, seed: int, hidden_size: int, num_layers: int) -> None:
+    """Writes an untrained Llama for the tokenizer of data/ to base/."""
     tokenizer = load_tokenizer(folder / "data" / "tokenizer")
     model = Architecture(
         vocab_size=len(tokenizer),

@@ -15,55 +15,72 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.studies import tables
-from experiments.studies.outcomes import Curve, Evaluation, stderr_of
+from experiments.studies.outcomes import Curve, Evaluation, Outcome, stderr_of
+from experiments.studies.pictures import root
 from experiments.studies.tables import Row, label
 
 LEVELS = (0.3, 1.0, 3.0, 10.0)
 """Nats; those that no run reaches are left out."""
 BEST = "best step"
+_WIDEST = 4  # an evaluation that is further than so many times a KL says nothing about it
 Measure = Callable[[Evaluation], float]
 Groups = Mapping[str, Sequence[Curve]]
 
 
 def measures(groups: Groups) -> dict[str, Measure]:
-    """What is read off: the reward that was trained on, and by their names those that it is none
-    of.
+    """What may be compared: the evaluated reward, and those by name that differ from it, each if
+    its zero, π_ref's on the same prompts, is the same in all groups.
     """
-    found: dict[str, Measure] = {"reward": attrgetter("reward")}
-    ways = [run.steps for curves in groups.values() for curve in curves for run in curve.runs]
-    for name in dict.fromkeys(name for way in ways for one in way for name in one.named):
+    runs = [run for curves in groups.values() for curve in curves for run in curve.runs]
+    found: dict[str, Measure] = {}
+    if _is_same([run.baseline.reward for run in runs]):
+        found["reward"] = attrgetter("reward")
+    for name in dict.fromkeys(name for run in runs for name in run.baseline.named):
         own = tables.reward_of(name)
-        pairs = [(own(one), one.reward) for way in ways for one in way if name in one.named]
-        if not np.allclose(*zip(*pairs, strict=True)):
+        zeros = [run.baseline.named.get(name, np.array([math.nan])) for run in runs]
+        ways = [(own(one), one.reward) for run in runs for one in run.steps]
+        if _is_same(zeros) and not ("reward" in found and np.allclose(*zip(*ways, strict=True))):
             found[name] = own
     return found
+
+
+def _is_same(zeros: Sequence[np.ndarray]) -> bool:
+    return all(np.array_equal(zero, zeros[0], equal_nan=True) for zero in zeros)
 
 
 def rows_at_kl(groups: Groups) -> list[Row]:
     """A row for each measure, curve and KL, of rewards above those of step 0.
 
     Returns:
-        Rows with the measure, group, method, β, `at` (nats, or `BEST`), the mean over the seeds
-        that got there, its standard error over seeds, the mean `step` and `kl`, and how many of
-        all seeds got there.
+        Rows with the measure (`of`), group, method, β, `at` (nats, or `BEST`), the mean over the
+        seeds that got there, its standard error over seeds, the mean `step` and `kl`, how many of
+        all seeds got there, and `reward_se_prompts`, the error of one evaluation over its prompts.
     """
     rows = []
     for measure, value in measures(groups).items():
         for group, curves in groups.items():
             for curve in curves:
                 head = {"of": measure, "group": group, "method": curve.method, "beta": curve.beta}
+                ways = [run.steps for run in curve.runs]
+                errors = {
+                    "reward_se_prompts": _error(curve.runs) if measure == "reward" else math.nan
+                }
                 rows.append(
-                    head | {"at": BEST} | _averaged([_best(r.steps, value) for r in curve.runs])
+                    head | {"at": BEST} | _averaged([_best(w, value) for w in ways]) | errors
                 )
                 for level in LEVELS:
-                    found = [_crossing(run.steps, value, level) for run in curve.runs]
-                    rows.append(head | {"at": level} | _averaged(found))
+                    found = [_crossing(way, value, level) for way in ways]
+                    rows.append(head | {"at": level} | _averaged(found) | errors)
     reached = {row["at"] for row in rows if row["num_reached"]}
     return [row for row in rows if row["at"] in reached]
 
 
+def _error(runs: Sequence[Outcome]) -> float:
+    return float(np.sqrt(np.mean([one.stderr**2 for run in runs for one in run.steps])))
+
+
 def _best(way: Sequence[Evaluation], value: Measure) -> tuple[float, float, float]:
-    """Reward above step 0, step and KL at the step of the highest reward that was trained on."""
+    """Reward above step 0, step and KL at the step of the highest evaluated reward."""
     best = max(way, key=lambda one: one.reward)
     return value(best) - value(way[0]), best.step, best.kl
 
@@ -71,12 +88,17 @@ def _best(way: Sequence[Evaluation], value: Measure) -> tuple[float, float, floa
 def _crossing(
     way: Sequence[Evaluation], value: Measure, level: float
 ) -> tuple[float, float, float] | None:
-    """The same where a run first has this KL, on a line between its evaluations."""
+    """The same where a run first has this KL, on a line in √KL between its evaluations; None where
+    it never has, or jumps over it.
+    """
     for before, after in pairwise(way):
         if before.kl < level <= after.kl:
-            part = (level - before.kl) / (after.kl - before.kl)
+            low, at, high = root([before.kl, level, after.kl])
+            part = (at - low) / (high - low)
             reward = (1 - part) * value(before) + part * value(after)
-            return reward - value(way[0]), (1 - part) * before.step + part * after.step, level
+            step = (1 - part) * before.step + part * after.step
+            is_near = after.kl <= _WIDEST * level
+            return (reward - value(way[0]), step, level) if is_near else None
     return None
 
 
@@ -96,6 +118,8 @@ def _averaged(found: Sequence[tuple[float, float, float] | None]) -> Row:
 
 def to_markdown(rows: Sequence[Row]) -> str:
     """The rows as one table a measure."""
+    errors = [e for row in rows if not math.isnan(e := row["reward_se_prompts"])]
+    error = max(errors, default=None)
     levels = [at for at in dict.fromkeys(row["at"] for row in rows) if at != BEST]
     lines = []
     for measure in dict.fromkeys(row["of"] for row in rows):
@@ -111,9 +135,11 @@ def to_markdown(rows: Sequence[Row]) -> str:
         lines.append("")
     lines += [
         "Rewards above those of step 0, on the prompts of evaluations on the way; ± standard error "
-        "over seeds. Read off where each run first has this KL; (n/m): of m seeds n got there. The "
-        "best step of a run is that of the highest reward that it was trained on, chosen on these "
-        "prompts, so that it is a little too high.",
+        "over seeds alone, which share these prompts"
+        + (f" (one evaluation has {error:.3f} over prompts)." if error else ".")
+        + " Read off where each run first has this KL, on a line in √KL; (n/m): of m seeds n have "
+        "evaluations near it, which are no fair sample of all. The best step of a run is that of "
+        "its highest evaluated reward, chosen on these prompts, so that it is too high.",
         "",
     ]
     return "\n".join(lines)
@@ -142,7 +168,7 @@ def paths_figure(groups: Groups) -> Figure:
     colours = dict(zip(groups, shades, strict=True))
     size = (2.2 + 3.6 * len(kinds), 0.8 + 3.2 * len(names))
     figure, panels = plt.subplots(
-        len(names), len(kinds), figsize=size, layout="constrained", squeeze=False, sharey="row"
+        len(names), len(kinds), figsize=size, layout="constrained", squeeze=False
     )
     drawn = {}
     for line, (measure, value) in zip(panels, names.items(), strict=True):
@@ -150,7 +176,7 @@ def paths_figure(groups: Groups) -> Figure:
             for group, curves in groups.items():
                 for curve in (c for c in curves if (c.method, c.beta) == (method, beta)):
                     kl, reward = (curve.over_steps(one)[1] for one in (attrgetter("kl"), value))
-                    x = np.sqrt(np.maximum(kl.mean(0), 0))
+                    x = root(kl.mean(0))
                     y = (reward - reward[:, :1]).mean(0)
                     (drawn[group],) = axes.plot(x, y, color=colours[group], lw=1.3)
                     axes.plot(x[-1:], y[-1:], "o", ms=4, color=colours[group])

@@ -15,9 +15,10 @@ from matplotlib.figure import Figure
 from experiments.studies import tables
 from experiments.studies.comparison import Policy
 from experiments.studies.outcomes import Curve, paired
-from experiments.studies.pictures import linear_above_collapse
-from experiments.studies.tables import Row, label, shown, total_stderr
+from experiments.studies.pictures import errors, linear_above_collapse
+from experiments.studies.tables import Row, label, shown
 
+CHANGE = "change/"  # begins the columns of paired differences
 _PANELS = ("reward", "kl", "objective")
 
 
@@ -29,9 +30,9 @@ def rows_by_group(groups: Mapping[str, Sequence[Curve]], *, beta: float) -> list
         beta: of J = E[R] − β·KL, the same for all.
 
     Returns:
-        The rows of `tables.rows_by_beta` with `group`, and with `reward_change` and
-        `objective_change`: paired differences from the curve of the same method and β in the first
-        group. NaN where that has none, or π_ref has other rewards there.
+        The rows of `tables.rows_by_beta` with `group`, and for reward, J and each reward by name
+        with `change/...`: the paired difference from the curve of the same method and β in the
+        first group. NaN where that has none, or π_ref has other rewards there.
     """
     first = {(curve.method, curve.beta): curve for curve in next(iter(groups.values()))}
     rows = []
@@ -40,23 +41,28 @@ def rows_by_group(groups: Mapping[str, Sequence[Curve]], *, beta: float) -> list
         for curve, row in zip(curves, ends, strict=True):
             row.pop("beta_in_sd")
             like = first.get((curve.method, curve.beta))
-            is_fair = like is not None and like is not curve and _same_zero(curve, like)
             for of, value in tables.measures(beta).items():
-                row |= _change(of, curve, like if is_fair else None, value)
+                row |= _change(of, curve, like, value, zero=lambda policy: policy.reward)
+            for of in tables.names_of(curve):
+                own = tables.named(of)
+                row |= _change(f"{tables.NAMED}{of}", curve, like, own, zero=own)
             rows.append({"group": name, **row})
     return rows
 
 
-def _same_zero(one: Curve, other: Curve) -> bool:
-    zeros = (curve.runs[0].baseline.reward for curve in (one, other))
-    return np.array_equal(*zeros, equal_nan=True)
-
-
 def _change(
-    of: str, curve: Curve, like: Curve | None, value: Callable[[Policy], np.ndarray]
+    of: str,
+    curve: Curve,
+    like: Curve | None,
+    value: Callable[[Policy], np.ndarray],
+    *,
+    zero: Callable[[Policy], np.ndarray],
 ) -> Row:
-    name = f"{of}_change"
-    if like is None:
+    """How far a curve ends from its like; NaN where that is itself or none, or where π_ref has
+    another `zero`.
+    """
+    name = f"{CHANGE}{of}"
+    if like is None or like is curve or not _is_same_zero(curve, like, zero):
         return {name: math.nan, f"{name}_se_prompts": math.nan, f"{name}_se_seeds": math.nan}
     gap = paired(curve, like, value)
     return {
@@ -66,12 +72,17 @@ def _change(
     }
 
 
+def _is_same_zero(one: Curve, other: Curve, zero: Callable[[Policy], np.ndarray]) -> bool:
+    zeros = (zero(curve.runs[0].baseline) for curve in (one, other))
+    return np.array_equal(*zeros, equal_nan=True)
+
+
 def to_markdown(rows: Sequence[Row], *, beta: float) -> str:
     """The rows as a table for people."""
     named = tables.named_columns(rows)
-    changes = [f"{name}_change" for name in ("reward", "objective")]
+    changes = [f"{CHANGE}{name}" for name in ("reward", *named, "objective")]
     heads = ["group", "method", "β", "reward above π_ref"]
-    heads += [f"{name.removeprefix(tables.NAMED)} alone" for name in named]
+    heads += [f"{_bare(name)} alone" for name in named]
     heads += [
         "KL, nats",
         f"J = E[R] − {beta:g}·KL above π_ref",
@@ -80,7 +91,7 @@ def to_markdown(rows: Sequence[Row], *, beta: float) -> str:
         "repeats",
         "seeds",
     ]
-    heads += ["reward: change", "J: change"]
+    heads += [f"{name}: change" for name in ("reward", *map(_bare, named), "J")]
     lines = [tables.line(heads), "|" + "---|" * len(heads)]
     for row in rows:
         cells = [row["group"], label(row["method"]), f"{row['beta']:g}", shown(row, "reward")]
@@ -98,6 +109,10 @@ def to_markdown(rows: Sequence[Row], *, beta: float) -> str:
     return "\n".join(lines)
 
 
+def _bare(name: str) -> str:
+    return name.removeprefix(tables.NAMED)
+
+
 def groups_figure(rows: Sequence[Row], *, beta: float) -> Figure:
     """Reward, KL and J of every group at its end, a colour a method and β."""
     names = list(dict.fromkeys(row["group"] for row in rows))
@@ -113,7 +128,7 @@ def groups_figure(rows: Sequence[Row], *, beta: float) -> Figure:
             axes.errorbar(
                 [row[name] for row in own],
                 [names.index(row["group"]) + shift for row in own],
-                xerr=[float(np.nan_to_num(total_stderr(row, name))) for row in own],
+                xerr=errors(own, name),
                 fmt="o", ms=4, capsize=2, color=colour, label=f"{label(kind[0])} {kind[1]:g}",
             )  # fmt: skip
         axes.grid(alpha=0.25)
@@ -147,11 +162,8 @@ def front_figure(rows: Sequence[Row], first: str, second: str) -> Figure:
         x, y = (f"{tables.NAMED}{name}" for name in (first, second))
         known = [row for row in own if not math.isnan(row.get(x, math.nan) + row.get(y, math.nan))]
         xs, ys = ([row[name] for row in known] for name in (x, y))
-        errors = [
-            [float(np.nan_to_num(total_stderr(row, name))) for row in known] for name in (x, y)
-        ]
         axes.errorbar(
-            xs, ys, xerr=errors[0], yerr=errors[1], fmt="o", ms=4, capsize=2,
+            xs, ys, xerr=errors(known, x), yerr=errors(known, y), fmt="o", ms=4, capsize=2,
             label=f"{label(kind[0])}, β = {kind[1]:g}",
         )  # fmt: skip
         for row, at in zip(known, zip(xs, ys, strict=True), strict=True):

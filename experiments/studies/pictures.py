@@ -44,7 +44,7 @@ def beta_figure(rows: Sequence[Row]) -> Figure:
             own = [row for row in rows if row["method"] == method]
             x, y = ([row[key] for row in own] for key in (name, "reward"))
             look = _look(method, rows)
-            axes.errorbar(x, y, yerr=_errors(own, "reward"), capsize=3, label=label(method), **look)
+            axes.errorbar(x, y, yerr=errors(own, "reward"), capsize=3, label=label(method), **look)
         axes.set_xscale("log")
     panels[0][0].set(xlabel="β (reward units)", ylabel="final reward above π_ref")
     panels[0][-1].set(xlabel="β / s.d. of ΔR" if _in_sd(rows) else "β (reward units)")
@@ -86,21 +86,21 @@ def frontier_figure(over_steps: Sequence[Row], by_beta: Sequence[Row], *, beta: 
         for row in own:
             way = [r for r in over_steps if (r["method"], r["beta"]) == (method, row["beta"])]
             left.plot(
-                _root([r["kl"] for r in way]), [r["reward_above_start"] for r in way],
+                root([r["kl"] for r in way]), [r["reward_above_start"] for r in way],
                 color=look["color"], lw=0.8, alpha=0.35,
             )  # fmt: skip
         kl, reward = (np.array([row[key] for row in own]) for key in ("kl", "reward"))
         left.errorbar(
-            _root(kl), reward, yerr=_errors(own, "reward"), capsize=2, label=label(method), **look
+            root(kl), reward, yerr=errors(own, "reward"), capsize=2, label=label(method), **look
         )
         for row in (own[0], own[-1]):
             left.annotate(
-                f"{row['beta']:g}", (_root([row["kl"]])[0], row["reward"]), fontsize=8,
+                f"{row['beta']:g}", (root([row["kl"]])[0], row["reward"]), fontsize=8,
                 color=look["color"], xytext=(5, 4 - 9 * i), textcoords="offset points",
             )  # fmt: skip
         right.errorbar(
             [row[x] for row in own], [row["objective"] for row in own],
-            yerr=_errors(own, "objective"), capsize=3, label=label(method), **look,
+            yerr=errors(own, "objective"), capsize=3, label=label(method), **look,
         )  # fmt: skip
     _draw_levels(left, beta)
     left.set(
@@ -161,7 +161,7 @@ def named_figure(rows: Sequence[Row]) -> Figure:
             betas = sorted({row["beta"] for row in own})
             for beta, colour in zip(betas, _shades(betas), strict=True):
                 way = [row for row in own if row["beta"] == beta]
-                x, y = _root([row["kl"] for row in way]), [row[name] for row in way]
+                x, y = root([row["kl"] for row in way]), [row[name] for row in way]
                 axes.plot(x, y, color=colour, marker="o", ms=3, lw=1.2, label=f"{beta:g}")
             axes.axhline(0, color="#888888", lw=0.8)
         what = name.removeprefix(NAMED).removesuffix("_above_start")
@@ -252,7 +252,7 @@ def _look(method: str, rows: Sequence[Row]) -> dict[str, Any]:
     return {"color": colour, "marker": _MARKERS[methods.index(method) % len(_MARKERS)], "ms": 5}
 
 
-def _errors(rows: Sequence[Row], name: str) -> list[float]:
+def errors(rows: Sequence[Row], name: str) -> list[float]:
     """Standard errors over prompts and seeds; 0 where neither is known."""
     return [float(np.nan_to_num(total_stderr(row, name))) for row in rows]
 
@@ -263,14 +263,14 @@ def _seeds(rows: Sequence[Row]) -> str:
     return f"{text} seed{'s' * (counts[-1] > 1)}"
 
 
-def _root(kl: Sequence[float] | np.ndarray) -> np.ndarray:
+def root(kl: Sequence[float] | np.ndarray) -> np.ndarray:
     """√KL; an estimate may be below 0."""
     return np.sign(kl) * np.sqrt(np.abs(kl))
 
 
 def linear_above_collapse(values: Sequence[float]) -> float | None:
-    """Up to where an axis is linear whose least value would hide all others; None where an axis
-    may be linear throughout.
+    """For values of which the least is so low that it would hide the others: up to where an axis
+    should be linear, and logarithmic below. None where it may be linear throughout.
     """
     high, low = max(map(rank, values)), min(v for v in (*values, 0.0) if math.isfinite(v))
     return _power_of_ten_above(high) if low < -4 * abs(high) else None

@@ -40,7 +40,7 @@ def rows_over_steps(curves: Sequence[Curve]) -> list[Row]:
         stderr, kl, loss = (curve.over_steps(attrgetter(x))[1] for x in ("stderr", "kl", "loss"))
         residuals = {name: curve.over_steps(attrgetter(name))[1] for name in RESIDUALS}
         loss = loss - loss[:, :1]
-        named = {name: curve.over_steps(reward_of(name))[1] for name in names_of(curve)}
+        by_name = {name: curve.over_steps(reward_of(name))[1] for name in names_of(curve)}
         for i, step in enumerate(steps):
             rows.append(
                 {
@@ -58,7 +58,7 @@ def rows_over_steps(curves: Sequence[Curve]) -> list[Row]:
                     "num_seeds": len(curve.runs),
                     **{
                         f"{NAMED}{name}_above_start": float((own[:, i] - own[:, 0]).mean())
-                        for name, own in named.items()
+                        for name, own in by_name.items()
                     },
                 }
             )
@@ -70,11 +70,13 @@ def names_of(curve: Curve) -> list[str]:
     return list(curve.runs[0].final.named)
 
 
-def _named(name: str) -> Callable[[Policy], np.ndarray]:
-    return lambda policy: policy.named[name]
+def named(name: str) -> Callable[[Policy], np.ndarray]:
+    """Of a policy the reward of this name, one number a prompt; NaN where it has none."""
+    return lambda policy: policy.named.get(name, np.full(len(policy.reward), math.nan))
 
 
 def reward_of(name: str) -> Callable[[Evaluation], float]:
+    """Of an evaluation on the way the mean reward of this name."""
     return lambda evaluation: evaluation.named.get(name, math.nan)
 
 
@@ -95,7 +97,7 @@ def rows_by_beta(curves: Sequence[Curve], *, beta: float, sd: float) -> list[Row
         }
         row: Row = {"method": curve.method, "beta": curve.beta, "beta_in_sd": curve.beta / sd}
         for name in names_of(curve):
-            found[f"{NAMED}{name}"] = above_baseline(curve, _named(name))
+            found[f"{NAMED}{name}"] = above_baseline(curve, named(name))
         for name, value in found.items():
             row |= _columns(name, value)
         row["prompts_without_reward"] = (
@@ -178,9 +180,9 @@ def to_markdown(
         num_prompts: of the runs over β.
     """
     objective = f"J = E[R] − {beta:g}·KL"
-    named = named_columns(by_beta)
+    names = named_columns(by_beta)
     heads = ["method", "β", "β / s.d. of ΔR", "reward above π_ref"]
-    heads += [f"{name.removeprefix(NAMED)} alone" for name in named]
+    heads += [f"{name.removeprefix(NAMED)} alone" for name in names]
     heads += ["KL, nats", f"{objective} above π_ref", "length", "EOS", "repeats", "seeds"]
     lines = [line([*heads, "prompts without reward"]), "|" + "---|" * (len(heads) + 1)]
     for row in by_beta:
@@ -190,7 +192,7 @@ def to_markdown(
         )
         in_sd = "" if math.isnan(row["beta_in_sd"]) else f"{row['beta_in_sd']:.3g}"
         cells = [label(row["method"]), f"{row['beta']:g}", in_sd, reward]
-        cells += [shown(row, name) for name in named]
+        cells += [shown(row, name) for name in names]
         cells += [shown(row, "kl"), objective, f"{row['length']:.1f}", f"{row['eos_rate']:.2f}"]
         cells += [f"{row['repetition']:.2f}"]
         lines.append(line([*cells, seeds(row), str(row["prompts_without_reward"])]))

@@ -51,9 +51,10 @@ def test_labels_are_turned_round_for_the_share_that_was_asked(tmp_path):
     assert 70 < turned < 130  # of 400; s.d. 8.7
 
 
-def test_parts_of_the_comparisons_are_all_of_them_once(tmp_path):
+def test_parts_of_the_comparisons_follow_each_other(tmp_path):
     sizes = {"num_examples": 40, "num_comparisons": 10, "hidden_size": 16, "num_layers": 2}
-    make_inputs(tmp_path, parts=3, **sizes)
+    make_inputs(tmp_path, **sizes)
+    make_inputs(tmp_path, parts=3, **sizes)  # asked for later
     whole = (tmp_path / "data" / "comparisons.jsonl").read_text().splitlines()
     parts = [
         (tmp_path / "data" / f"comparisons_part_{part}.jsonl").read_text().splitlines()

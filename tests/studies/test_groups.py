@@ -34,11 +34,11 @@ def test_a_change_is_paired_with_the_first_group_at_the_same_method_and_beta():
         ("b", "copg", 0.1),
         ("b", "dpo", 0.5),
     ]
-    changes = [row["reward_change"] for row in rows]
-    assert changes[2] == pytest.approx(0.5) == rows[2]["objective_change"]
+    changes = [row["change/reward"] for row in rows]
+    assert changes[2] == pytest.approx(0.5) == rows[2]["change/objective"]
     # The seeds changed alike, prompt by prompt: 0, 0.5, 1.
-    assert rows[2]["reward_change_se_prompts"] == pytest.approx(0.5 / math.sqrt(3))
-    assert rows[2]["reward_change_se_seeds"] == pytest.approx(0.0)
+    assert rows[2]["change/reward_se_prompts"] == pytest.approx(0.5 / math.sqrt(3))
+    assert rows[2]["change/reward_se_seeds"] == pytest.approx(0.0)
     assert all(map(math.isnan, [changes[0], changes[1], changes[3]]))
 
 
@@ -46,7 +46,7 @@ def test_rewards_of_another_zero_are_not_subtracted():
     other = replace(BASE, reward=BASE.reward + 1)
     runs = tuple(replace(one, baseline=other) for one in COPG.runs)
     rows = rows_by_group({"a": [COPG], "b": [replace(COPG, runs=runs)]}, beta=0.5)
-    assert math.isnan(rows[1]["reward_change"])
+    assert math.isnan(rows[1]["change/reward"])
 
 
 def test_groups_of_other_rewards_share_one_table():
@@ -56,6 +56,20 @@ def test_groups_of_other_rewards_share_one_table():
     at = header.split(",").index("reward/gold")
     assert first.split(",")[at] == "" and float(second.split(",")[at]) == pytest.approx(-3.0)
     assert "| gold alone |" in to_markdown(rows, beta=0.5)
+
+
+def test_a_reward_by_name_has_its_change_where_its_own_zero_is_the_same():
+    other = replace(BASE, reward=BASE.reward + 1, named={"gold": -BASE.reward})
+    changed = shifted(with_gold(COPG), np.full(3, 0.5))
+    runs = tuple(
+        replace(one, baseline=other, final=replace(one.final, named={"gold": 2 * BASE.reward}))
+        for one in changed.runs
+    )
+    rows = rows_by_group({"a": [with_gold(COPG)], "b": [replace(changed, runs=runs)]}, beta=0.5)
+    assert math.isnan(rows[1]["change/reward"])  # its judge has another zero
+    golds = [2 * BASE.reward + one.final.reward for one in COPG.runs]
+    assert rows[1]["change/reward/gold"] == pytest.approx(np.mean(golds))
+    assert "gold: change" in to_markdown(rows, beta=0.5)
 
 
 def test_the_table_and_the_picture_hold_the_numbers():
