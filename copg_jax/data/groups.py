@@ -187,8 +187,8 @@ def fit_group(group: TokenGroup, limits: Limits, counts: Counter[str]) -> TokenG
 
 
 def keep(group: TokenGroup, indices: np.ndarray) -> TokenGroup:
-    """The same group with some of its completions, and with what belongs to each; `indices` int [k],
-    of none the group is left without completions.
+    """The same group with the completions of these indices, int [k], perhaps of none, and with what
+    belongs to each.
     """
     numbers = {name: getattr(group, name) for name in NUMBERS}
     return replace(
