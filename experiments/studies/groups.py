@@ -19,6 +19,7 @@ from experiments.studies.pictures import errors, linear_above_collapse
 from experiments.studies.tables import Row, label, shown
 
 CHANGE = "change/"  # begins the columns of paired differences
+_FAR = 8.0  # nats; where a run is farther, the others would lie on each other
 _PANELS = ("reward", "kl", "objective")
 
 
@@ -136,8 +137,10 @@ def groups_figure(rows: Sequence[Row], *, beta: float) -> Figure:
     panels[0].set_yticks(range(len(names)), names)
     panels[0].set_ylim(len(names) - 0.5, -0.5)
     panels[0].set_xlabel("reward above π_ref")
-    panels[1].set(xlabel="KL to π_ref, nats", xscale="symlog")
-    panels[1].set_xlim(left=min(0.0, *(row["kl"] for row in rows)) - 0.1)  # none is far below 0
+    panels[1].set_xlabel("KL to π_ref, nats")
+    if max(row["kl"] for row in rows) > _FAR:
+        panels[1].set_xscale("symlog")
+        panels[1].set_xlim(left=min(0.0, *(row["kl"] for row in rows)) - 0.1)  # none is far below 0
     panels[2].set_xlabel(f"J = E[R] − {beta:g}·KL above π_ref")
     if linear := linear_above_collapse([row["objective"] for row in rows]):
         panels[2].set_xscale("symlog", linthresh=linear)

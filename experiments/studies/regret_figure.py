@@ -14,6 +14,7 @@ LABELS = {
     "sft": "SFT",
     "copg": "CoPG",
     "rloo": "RLOO (k = 2)",
+    "pg": "PG",
     "pg_none": "PG (no baseline)",
     "pg_value": "PG (value baseline)",
     "ipo": "IPO",
