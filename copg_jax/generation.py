@@ -53,8 +53,8 @@ class PromptSampler:
         batch_size: prompts at a time.
         num_samples: K.
         max_new_tokens: C.
-        shapes: where calls differ in their prompts, so that few shapes are compiled, or one; None
-            for the same prompts at every call.
+        shapes: where calls differ in their prompts, so that few shapes are compiled; or one, made
+            for prompts without completions; None for the same prompts at every call.
     """
 
     def __init__(
@@ -82,9 +82,7 @@ class PromptSampler:
             prompts: their completions do not matter.
             keys: one a prompt, [n]: its samples depend on this alone, whatever its batch.
         """
-        # They may become as long as they can, and a shape of all calls is to have room for it.
-        own = self.num_samples * self.max_new_tokens
-        lengths = [(len(prompt.prompt_tokens), own) for prompt in prompts]
+        lengths = [(len(prompt.prompt_tokens), 0) for prompt in prompts]
         num_tokens = np.array(lengths, int).reshape(-1, 2)
         if isinstance(self._shapes, OneShape):
             batches = [self._shapes.pack(num_tokens)]
@@ -96,7 +94,7 @@ class PromptSampler:
                 sizes=(self.num_samples, self.max_new_tokens),
             )
         for packed in batches:
-            shape = packed.shape.with_all_completions()
+            shape = packed.shape.with_all_completions()  # they may become as long as they can
             if isinstance(self._shapes, ReusedShapes):
                 shape = self._shapes.fit_prompts(shape)
             for rows in packed.rows:

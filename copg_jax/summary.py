@@ -60,8 +60,9 @@ def summarize(generations: Sequence[Generation], *, beta: float) -> dict[str, fl
     with its standard error, `eval/reward_stderr` and `eval/reward_stderr/NAME`, over the samples
     that have it; `eval/dropped_rewards` and `eval/dropped_rewards/NAME` count the others.
 
-    With several samples a prompt and a reference, `eval/residual` is E[(ΔR − βΔ)²] / E[ΔR²] over
-    pairs of samples of one prompt, Δ being the gap of ln π − ln π_ref: 1 at π_ref, 0 at π*.
+    With several samples a prompt and a reference, `eval/residual` is E[(ΔR − βΔ)²] over pairs of
+    samples of one prompt, squared reward units, Δ being the gap of ln π − ln π_ref: E[ΔR²] at
+    π_ref, 0 at π*. (Not as a share of its own E[ΔR²], which falls as the policy grows surer.)
 
     Args:
         generations: from `GenerationEvaluator.batches`.
@@ -104,10 +105,9 @@ def _residual(generations: Sequence[Generation], beta: float) -> dict[str, float
         for value in (lambda g: g.reward, lambda g: g.logp - g.ref_logp)
     )
     known = np.isfinite(reward) & np.isfinite(ratio)
-    squares = np.square(reward[known]).sum()
-    if not squares:
+    if not known.any():
         return {}
-    return {"eval/residual": float(np.square(reward - beta * ratio)[known].sum() / squares)}
+    return {"eval/residual": float(np.square(reward - beta * ratio)[known].mean())}
 
 
 def _mean_over_prompts(

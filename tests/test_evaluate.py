@@ -61,7 +61,7 @@ def test_averages_are_those_by_hand_with_prompts_as_observations():
             "eval/eos_rate": 0.75,
             "eval/num_prompts": 2,
             "eval/dropped_rewards": 1,
-            "eval/residual": (-2.0 - 0.5 * 2.0) ** 2 / 4.0,  # of a; b has one reward
+            "eval/residual": (-2.0 - 0.5 * 2.0) ** 2,  # of a; b has one reward
             "eval/reward/judge": 4.0,
             "eval/reward_stderr/judge": 2.0,
             "eval/dropped_rewards/judge": 1,
@@ -72,16 +72,16 @@ def test_averages_are_those_by_hand_with_prompts_as_observations():
     )
 
 
-def test_the_residual_is_1_at_the_reference_and_0_where_the_gaps_are_those_of_the_optimum():
+def test_the_residual_is_that_of_the_gaps_and_0_where_they_are_those_of_the_optimum():
     def pair(scale: float) -> list[Generation]:
         ratios = [(r, scale * r / 0.5) for r in (1.0, 4.0)]  # ln π − ln π_ref = R / β + constant
         return [generation("a", r, logp=d - 3.0, ref_logp=-5.0) for r, d in ratios]
 
     found = [summarize(pair(scale), beta=0.5)["eval/residual"] for scale in (0.0, 0.5, 1.0, 2.0)]
-    assert found == pytest.approx([1.0, 0.25, 0.0, 1.0], abs=1e-12)
+    assert found == pytest.approx([9.0, 9.0 / 4, 0.0, 9.0], abs=1e-12)
     assert "eval/residual" not in summarize(pair(1.0)[:1], beta=0.5)
-    equal = [generation("a", 1.0, logp=-x) for x in (1.0, 2.0)]
-    assert "eval/residual" not in summarize(equal, beta=0.5)  # nothing to be explained
+    equal = [generation("a", 1.0, logp=-x) for x in (1.0, 3.0)]
+    assert summarize(equal, beta=0.5)["eval/residual"] == pytest.approx(1.0)  # (0 − 0.5 · 2)²
 
 
 def test_nothing_known_gives_nan_and_no_warning():

@@ -22,6 +22,7 @@ from copg_jax.generation import PromptSampler
 from copg_jax.hf.pretrained import PretrainedModel, open_model
 from copg_jax.infer import GroupForward
 from copg_jax.models.forward import make_seq_logp
+from copg_jax.models.layout import ReusedShapes
 from copg_jax.models.one_shape import OneShape
 from copg_jax.objective import make_policy_loss
 from tests.runs import json_rows
@@ -276,9 +277,8 @@ def test_a_truncated_support_is_warned_of(place, tmp_path, setting, capfd):
     assert len(rows_of(tmp_path / "out")) == 3
 
 
-def test_prompts_longer_in_all_than_was_expected_get_more_room():
-    expected = np.array([(6, 8), (6, 8)])  # prompts, and two completions of four tokens
-    shapes = OneShape([expected], batch_size=2, num_bins=1, sizes=(16, 2, 4))
+def rooms(shapes, lengths: list[int]) -> list[int]:
+    """The room for prompts of each batch that a sampler launches; two places a batch, one bin."""
     seen = []
     sampler = PromptSampler(
         lambda params, tokens, length, layout, keys: seen.append((length, layout)),
@@ -288,9 +288,22 @@ def test_prompts_longer_in_all_than_was_expected_get_more_room():
         max_new_tokens=4,
         shapes=shapes,
     )
-    for length in (6, 9):
-        prompts = [TokenGroup("a", "a:1", "a", np.ones(length, np.int32), (), ())] * 2
-        assert len(list(sampler.launched(None, prompts, jax.random.split(jax.random.key(0))))) == 1
-    assert [own.tolist() for own, _ in seen] == [[6, 6], [9, 9]]
-    rooms = [layout.token_slots.shape[1] for _, layout in seen]
-    assert rooms == [16, 24]  # by whole sixteenths of the capacity, so that few are compiled
+    groups = [TokenGroup("a", "a:1", "a", np.ones(n, np.int32), (), ()) for n in lengths]
+    list(sampler.launched(None, groups, jax.random.split(jax.random.key(0), len(groups))))
+    assert sorted(int(n) for own, _ in seen for n in own if n) == sorted(lengths)
+    return [layout.token_slots.shape[1] for _, layout in seen]
+
+
+def test_prompts_longer_in_all_than_was_expected_get_more_room():
+    expected = np.array([(6, 0), (6, 0)])
+    shapes = OneShape([expected], batch_size=2, num_bins=1, sizes=(16, 2, 4))
+    # By whole sixteenths of the capacity, so that few are compiled.
+    assert [rooms(shapes, [length] * 2) for length in (6, 9)] == [[16], [24]]
+
+
+@pytest.mark.parametrize("kind", ["plain", "reused", "one"])
+def test_a_long_prompt_alone_in_a_batch_has_room(kind):
+    expected = np.array([(60, 0), (5, 0), (5, 0)])
+    one = OneShape([expected], batch_size=2, num_bins=1, sizes=(64, 2, 4))
+    shapes = {"plain": None, "reused": ReusedShapes(), "one": one}[kind]
+    assert min(rooms(shapes, [60, 5, 5])) >= 5

@@ -228,15 +228,18 @@ class RoundMaker:
         )
         self._forward.params = None  # another reference may take the place of this one
 
-    @cached_property
-    def _one_shape(self) -> OneShape:
-        """Of the batches that are sampled and scored, in all rounds."""
+    def _one_shape(self, completion_tokens: int) -> OneShape:
+        """Of the batches of all rounds.
+
+        Args:
+            completion_tokens: of all completions of a prompt; 0 for prompts alone, whose bins are
+                the fullest elsewhere.
+        """
         config, numbers = self._config, self._config.sampling
         expected = []
         for number, seed in product(self.expected_rounds, self.seeds):
             lengths = [len(prompt.prompt_tokens) for prompt in self.prompts_of(number, seed)]
-            own = numbers.num_samples * numbers.max_new_tokens
-            pairs = np.array([(length, own) for length in lengths])
+            pairs = np.array([(length, completion_tokens) for length in lengths])
             expected += np.split(pairs, range(config.part_size, len(pairs), config.part_size))
         return OneShape(
             expected,
@@ -250,12 +253,13 @@ class RoundMaker:
         config = self._config
         batch_size = min(config.batch_size, config.prompts_per_round)
         return generation.make_completer(
-            config.sampling, self._model, batch_size=batch_size, shapes=self._one_shape
+            config.sampling, self._model, batch_size=batch_size, shapes=self._one_shape(0)
         )
 
     @cached_property
     def _forward(self) -> GroupForward:
-        config, model, shape = self._config, self._model, self._one_shape
+        config, model, numbers = self._config, self._model, self._config.sampling
+        shape = self._one_shape(numbers.num_samples * numbers.max_new_tokens)
         arch = replace(model.arch, remat="none")
         return reuse.once(
             "reference of rounds",

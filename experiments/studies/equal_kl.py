@@ -124,7 +124,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
     lines = []
     for measure in dict.fromkeys(row["of"] for row in rows):
         own = [row for row in rows if row["of"] == measure]
-        heads = ["group", "method", "β", f"{measure} at its best step", "that step", "its KL, nats"]
+        heads = ["group", "method", "β", f"{measure} at the best step", "that step", "its KL, nats"]
         heads += [f"{measure} at {level:g} nats" for level in levels]
         lines += [tables.line(heads), "|" + "---|" * len(heads)]
         for best in (row for row in own if row["at"] == BEST):

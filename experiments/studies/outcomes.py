@@ -42,9 +42,9 @@ class Evaluation(NamedTuple):
     kl: float  # to π_ref, nats
     loss: float  # held-out; NaN without held-out data
     named: Mapping[str, float] = MappingProxyType({})  # name → that reward's mean
-    # E[(ΔR − βΔ)²] / E[ΔR²]: 1 at π_ref, 0 at π*. NaN without such pairs.
+    # E[(ΔR − βΔ)²], which is 0 at π*; NaN without such pairs.
     residual_samples: float = math.nan  # of all pairs of its own samples of a prompt
-    residual_held_out: float = math.nan  # of the best and the worst completion of a prompt
+    residual_held_out: float = math.nan  # of a prompt's best and worst, as a share of E[ΔR²]
 
 
 @dataclass(frozen=True)

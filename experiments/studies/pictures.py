@@ -177,7 +177,8 @@ def named_figure(rows: Sequence[Row]) -> Figure:
 
 def residual_figure(rows: Sequence[Row]) -> Figure:
     """How far CoPG is from π* in ΔR = βΔ, over steps: on held-out pairs, and on its own samples
-    (ours). Where the first falls and the second rises, the policy leaves the data.
+    (ours), as shares of that at step 0. Where the first falls and the second rises, the policy
+    leaves the data.
     """
     names = {
         "residual_held_out": "held-out pairs (best and worst of a prompt)",
@@ -193,7 +194,7 @@ def residual_figure(rows: Sequence[Row]) -> Figure:
                       color=colour, marker="o", ms=3, lw=1.2, label=f"{beta:g}")  # fmt: skip
         axes.set(title=title, xlabel="training step", yscale="log")
         axes.axhline(1, color="#888888", lw=0.8)
-    panels[0][0].set_ylabel("E[(ΔR − βΔ)²] / E[ΔR²]")
+    panels[0][0].set_ylabel("E[(ΔR − βΔ)²], as a share of that of π_ref")
     panels[0][0].legend(title="CoPG, β", fontsize=8, title_fontsize=8)
     figure.suptitle(f"1 at π_ref, 0 at π*; {_seeds(rows)}", fontsize=10)
     return figure

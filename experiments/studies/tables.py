@@ -39,6 +39,7 @@ def rows_over_steps(curves: Sequence[Curve]) -> list[Row]:
         gain = reward - reward[:, :1]
         stderr, kl, loss = (curve.over_steps(attrgetter(x))[1] for x in ("stderr", "kl", "loss"))
         residuals = {name: curve.over_steps(attrgetter(name))[1] for name in RESIDUALS}
+        residuals = {name: own / own[:, :1] for name, own in residuals.items()}  # 1 at π_ref
         loss = loss - loss[:, :1]
         by_name = {name: curve.over_steps(reward_of(name))[1] for name in names_of(curve)}
         for i, step in enumerate(steps):
