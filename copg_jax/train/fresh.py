@@ -32,7 +32,7 @@ from copg_jax.part_loop import is_complete
 from copg_jax.rewards.functions import WeightedRewards
 from copg_jax.runtime import make_pause
 from copg_jax.sampling import row_keys
-from copg_jax.train.engine import draw_with_engine
+from copg_jax.train.engine_round import draw_with_engine
 
 log = logging.getLogger(__name__)
 
