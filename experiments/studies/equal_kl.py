@@ -38,8 +38,8 @@ def measures(groups: Groups) -> dict[str, Measure]:
     for name in dict.fromkeys(name for run in runs for name in run.baseline.named):
         own = tables.reward_of(name)
         zeros = [run.baseline.named.get(name, np.array([math.nan])) for run in runs]
-        ways = [(own(one), one.reward) for run in runs for one in run.steps]
-        if _is_same(zeros) and not ("reward" in found and np.allclose(*zip(*ways, strict=True))):
+        ways = np.array([(own(one), one.reward) for run in runs for one in run.steps])
+        if _is_same(zeros) and not ("reward" in found and np.allclose(ways[:, 0], ways[:, 1])):
             found[name] = own
     return found
 
