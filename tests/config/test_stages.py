@@ -40,10 +40,13 @@ PUBLIC_TASKS = {"gsm8k", "mbpp", "ultrafeedback"}
 STUDIES = (
     "quickstart",
     "smollm2",
+    "smollm2_cpu",
+    "order",
     "tldr_llama2_7b",
     "arithmetic",
     "fresh",
     "fresh_arithmetic",
+    "fresh_losses",
     "reward_models",
     "low_beta",
     "conflict",
