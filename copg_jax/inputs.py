@@ -12,7 +12,6 @@ from dataclasses import replace
 from functools import partial
 
 import jax
-import numpy as np
 from etils import epath
 
 from copg_jax import distributed, reuse
@@ -186,24 +185,6 @@ def require_preferences(section: DataConfig) -> None:
             f"{len(first.completions)} without. Fix: let data.path name rows with `prompt`, "
             "`chosen` and `rejected`, or with `completions` and `rewards`."
         )
-
-
-def require_differences(where: str, dataset: Groups) -> None:
-    """Raises InputError where no group has two different rewards, from which a loss would learn.
-
-    Args:
-        where: the path of the data, or those of its sources.
-        dataset: all groups.
-    """
-    for group in dataset:
-        given = group.rewards[~np.isnan(group.rewards)] if group.rewards is not None else []
-        if len(given) and min(given) < max(given):
-            return
-    raise InputError(
-        f"{where}: wanted groups with different rewards, got {len(dataset)} in each of which "
-        "all completions are equally good: there is nothing to learn. Fix: other "
-        "data, or score with another reward function."
-    )
 
 
 def require_answers(prompts: str | None, section: DataConfig, dataset: GroupDataset) -> None:

@@ -6,8 +6,8 @@ log-ratios and rewards only (see `losses`).
 
 1. `make_nll_loss`, `make_bradley_terry_loss` and `make_policy_loss` join the two into a `LossFn`,
    which `train.step` differentiates.
-2. `find_objective` finds an objective by name or dotted path, and `find_coefficients` the numbers
-   that it takes beside β.
+2. `find_objective` finds an objective by name or dotted path, `find_coefficients` the numbers that
+   it takes beside β, and `batch_arguments` what else of a batch.
 """
 
 import inspect
@@ -53,6 +53,26 @@ def _ratio(values: Array, weight: Array) -> tuple[Array, Array]:
 
 def _present(batch: GroupBatch) -> Array:
     return batch.completion_length > 0
+
+
+_FIELDS = {"origin": "origin", "mu_log_ratio": "mu_logp"}  # argument → field of a batch
+
+
+def batch_arguments(objective: Callable[..., Array]) -> list[str]:
+    """What an objective takes of a batch beside log-ratios and rewards, by the names of its
+    parameters: `origin`, int8 [B, K], and `mu_log_ratio`, ln µ − ln π_ref in nats, [B, K].
+    """
+    return [name for name in inspect.signature(objective).parameters if name in _FIELDS]
+
+
+def _argument(name: str, batch: GroupBatch) -> Array:
+    values = getattr(batch, _FIELDS[name])
+    if values is None:
+        raise InputError(
+            f"GroupBatch.{_FIELDS[name]}: wanted [B, K], as the loss takes {name}, got None"
+        )
+    values = values - batch.ref_logp if name == "mu_log_ratio" else values
+    return jnp.where(_present(batch), values, 0)
 
 
 def make_nll_loss(seq_logp: ModelFn) -> LossFn:
@@ -111,7 +131,7 @@ def make_policy_loss(
     Args:
         seq_logp: the language model.
         objective: (log_ratio [B, K], reward [B, K], beta=, mask=, **coefficients) → loss [B], such
-            as `losses.copg_loss`; where it takes `origin`, the batch's is given to it.
+            as `losses.copg_loss`; `batch_arguments` that it takes are given to it.
         counts: (reward, mask), and origin= where the objective takes it → which groups are in the
             average [B]; None takes the attribute of that name of the objective, also below
             `functools.partial`, else `losses.has_pair` or `losses.has_cross_pair`.
@@ -119,8 +139,8 @@ def make_policy_loss(
     Returns:
         (params, batch, beta, **coefficients) → LossOutput.
     """
-    takes_origin = "origin" in inspect.signature(objective).parameters
-    default = losses.has_cross_pair if takes_origin else losses.has_pair
+    taken = batch_arguments(objective)
+    default = losses.has_cross_pair if "origin" in taken else losses.has_pair
     is_counted = counts or getattr(getattr(objective, "func", objective), "counts", default)
 
     def loss_fn(
@@ -129,10 +149,9 @@ def make_policy_loss(
         mask = _present(batch)
         logp = seq_logp(params, batch)
         log_ratio = jnp.where(mask, logp - batch.ref_logp, 0.0)
-        origin = {"origin": batch.origin} if takes_origin else {}
-        per_group = objective(
-            log_ratio, batch.reward, beta=beta, mask=mask, **origin, **coefficients
-        )
+        own = {name: _argument(name, batch) for name in taken}
+        per_group = objective(log_ratio, batch.reward, beta=beta, mask=mask, **own, **coefficients)
+        origin = {name: value for name, value in own.items() if name == "origin"}
         total, weight = _ratio(per_group, is_counted(batch.reward, mask, **origin))
         metrics = policy_metrics(logp, log_ratio, batch.reward, mask, beta=beta)
         return LossOutput(total, weight, per_group, {"loss": (total, weight), **metrics})
@@ -200,10 +219,10 @@ def find_objective(config: LossConfig) -> Callable[..., Array]:
     except ValueError as error:  # some functions of C
         raise InputError(f"loss.name {config.name!r}: wanted a Python function; {error}") from error
     try:
-        own = {"origin": None} if "origin" in signature.parameters else {}
+        own = dict.fromkeys(batch_arguments(objective))
         signature.bind(None, None, mask=None, **own, **numbers)
     except TypeError as error:
-        takes = [name for name in signature.parameters if name not in ("mask", "origin")][2:]
+        takes = [name for name in signature.parameters if name not in ("mask", *own)][2:]
         raise InputError(
             f"loss.arguments: {config.name} cannot be called as f(log_ratio, reward, mask=, "
             f"{', '.join(f'{name}=' for name in numbers)}): {error}. Beside log_ratio, reward and "

@@ -2,6 +2,7 @@
 
 1. `scored_sections` names every folder that a config reads.
 2. `open_pooled` opens them, as a pool where there are several.
+3. `require_differences` and `require_mu` refuse data from which a loss cannot learn.
 """
 
 import logging
@@ -9,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import fields
 from glob import glob, has_magic
 from typing import Any
+
+import numpy as np
 
 from copg_jax import losses
 from copg_jax.config.policy_data import PolicyDataConfig
@@ -75,6 +78,41 @@ def open_pooled(
     if joined.num_left_out:
         log.warning("%d prompts have completions of one origin only: left out", joined.num_left_out)
     return joined
+
+
+def require_differences(where: str, dataset: Groups) -> None:
+    """Raises InputError where no group has two different rewards, from which a loss would learn.
+
+    Args:
+        where: the path of the data, or those of its sources.
+        dataset: all groups.
+    """
+    for group in dataset:
+        given = group.rewards[~np.isnan(group.rewards)] if group.rewards is not None else []
+        if len(given) and min(given) < max(given):
+            return
+    raise InputError(
+        f"{where}: wanted groups with different rewards, got {len(dataset)} in each of which "
+        "all completions are equally good: there is nothing to learn. Fix: other "
+        "data, or score with another reward function."
+    )
+
+
+def require_mu(where: str, dataset: Groups) -> None:
+    """Raises InputError where a loss needs ln µ and a group has none.
+
+    Args:
+        where: the path of the data.
+        dataset: all groups.
+    """
+    for group in dataset:
+        if group.mu_logps is None:
+            raise InputError(
+                f"data.path {where}: {group.where}: wanted `logp_mu`, the log-probability of each "
+                "completion under the policy that wrote it, which loss.name asks for, got none. "
+                "Fix: data that experiments.sample wrote and experiments.score scored; or a loss "
+                "without it, such as copg."
+            )
 
 
 def _of_source(section: DataConfig, path: str) -> list[DataConfig]:

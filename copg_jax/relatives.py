@@ -3,7 +3,8 @@
 1. `regression_loss`, ½Σ(R − b − βλ)² for a given b, and with the two b in use: `opmd_loss` (the
    mean reward) and `oapl_loss` (the value of π_ref, from samples);
 2. `asymre_objective`, REINFORCE with a baseline below the mean;
-3. `topr_objective`, REINFORCE with importance weights where the reward is negative.
+3. `topr_objective`, REINFORCE with importance weights where the reward is negative, and `topr_loss`
+   with a KL.
 
 With means over the k completions of a group, every b splits the regression so:
 
@@ -153,9 +154,6 @@ def topr_objective(
 
     Returns:
         The surrogate, of which only the gradient means something; [...].
-
-    Note:
-        Scored rows may hold ln µ, but `GroupBatch` does not, so that no stage trains with this.
     """
     chex.assert_equal_shape([logp, mu_logp, reward])
     mask = losses.present(mask, logp)
@@ -163,3 +161,35 @@ def topr_objective(
     taper = jnp.where(reward < 0, jnp.exp(jnp.minimum(logp - mu_logp, 0.0)), 1.0)
     weight = jax.lax.stop_gradient(losses.masked(taper * reward, mask))
     return (weight * losses.masked(logp, mask)).sum(-1)
+
+
+def topr_loss(
+    log_ratio: Array,
+    reward: Array,
+    *,
+    beta: float | Array,
+    mu_log_ratio: Array,
+    baseline: float | Array = 0.0,
+    mask: Array | None = None,
+) -> Array:
+    """Negative `topr_objective` of the rewards R^π_β − b; minimised.
+
+    The paper's has no KL and no baseline: β = 0 and b = 0. Log-ratios do for log-probabilities,
+    since π/µ is a difference of either.
+
+    Args:
+        log_ratio: ln π − ln π_ref, nats, summed over tokens; [..., K].
+        reward: reward units; [..., K].
+        beta: KL coefficient β ≥ 0; scalar.
+        mu_log_ratio: ln µ − ln π_ref, nats, summed over tokens; [..., K].
+        baseline: b, reward units, the zero of what is good; scalar or [...].
+        mask: true where a completion is present; [..., K].
+
+    Returns:
+        The surrogate, of which only the gradient means something; [...].
+    """
+    chex.assert_equal_shape([log_ratio, mu_log_ratio, reward])
+    mask = losses.present(mask, log_ratio)
+    baseline = jnp.broadcast_to(jnp.asarray(baseline), log_ratio.shape[:-1])[..., None]
+    value = jax.lax.stop_gradient(losses.masked(reward - beta * log_ratio - baseline, mask))
+    return -topr_objective(log_ratio, mu_log_ratio, value, mask=mask)

@@ -24,7 +24,7 @@ from copg_jax.config.load import run_main
 from copg_jax.config.stages import OnlineConfig
 from copg_jax.distributed import is_main_process
 from copg_jax.files import read_json_lines
-from copg_jax.objective import find_coefficients, find_objective
+from copg_jax.objective import batch_arguments, find_coefficients, find_objective
 from copg_jax.tracking import FILE_NAME
 from copg_jax.train.online import open_online
 from copg_jax.train.run import Stage, train
@@ -54,7 +54,9 @@ def main(config: OnlineConfig) -> None:
                 (objective, config.logits_chunk),
                 lambda: partial(make_loss, objective=objective, chunk=config.logits_chunk),
             ),
-            open_feed=partial(open_online, config),
+            open_feed=partial(
+                open_online, config, needs_mu="mu_log_ratio" in batch_arguments(objective)
+            ),
             coefficients=partial(find_coefficients, config.loss),
             open_evaluation=evaluation and partial(open_own_evaluation, evaluation, config),
             best_metric="eval/reward_mean" if evaluation else None,

@@ -1,4 +1,4 @@
-"""CoPG, DPO, IPO, PG or RLOO on scored completions (paper Sec. 6, Figs. 2-6).
+"""CoPG, or DPO, IPO, PG, RLOO and others, on scored completions (paper Sec. 6, Figs. 2-6).
 
     python -m experiments.train_policy configs/tldr.yaml configs/sizes/llama2_7b.yaml \\
         configs/losses/copg.yaml
@@ -18,18 +18,26 @@ from jax import Array
 from copg_jax import reuse
 from copg_jax.config.load import run_main
 from copg_jax.config.policy_data import PolicyDataConfig
-from copg_jax.config.sections import BY_DIFFERENCES
+from copg_jax.config.sections import BY_DIFFERENCES, DataConfig
 from copg_jax.config.stages import OnlineConfig, PolicyConfig, PolicyEvaluationConfig
+from copg_jax.data.dataset import GroupDataset
+from copg_jax.data.stream import Groups
 from copg_jax.evaluate import GenerationEvaluator
 from copg_jax.hf.pretrained import PretrainedModel
 from copg_jax.inputs import (
     open_evaluation,
-    require_differences,
     require_same_reference,
     require_scored_folder,
 )
 from copg_jax.models.forward import make_seq_logp
-from copg_jax.objective import LossFn, find_coefficients, find_objective, make_policy_loss
+from copg_jax.objective import (
+    LossFn,
+    batch_arguments,
+    find_coefficients,
+    find_objective,
+    make_policy_loss,
+)
+from copg_jax.pooled import require_differences, require_mu
 from copg_jax.train.run import Stage, train
 from copg_jax.train.stored import open_stored
 
@@ -65,7 +73,15 @@ def open_own_evaluation(
 def main(config: PolicyConfig) -> None:
     """Trains the SFT model with the loss named in `loss.name`."""
     objective, evaluation = find_objective(config.loss), config.evaluation
-    learns_from_gaps = config.loss.name in BY_DIFFERENCES
+
+    def check_data(section: DataConfig, model: PretrainedModel, dataset: GroupDataset) -> None:
+        require_same_reference(section, model, dataset)
+        if "mu_log_ratio" in batch_arguments(objective):
+            require_mu(section.path, dataset)
+
+    def check_pool(groups: Groups) -> None:
+        if config.loss.name in BY_DIFFERENCES:
+            require_differences(_paths(config.data), groups)
 
     train(
         config,
@@ -80,10 +96,8 @@ def main(config: PolicyConfig) -> None:
                 open_stored,
                 config,
                 check_section=require_scored_folder,
-                check_data=require_same_reference,
-                check_pool=partial(require_differences, _paths(config.data))
-                if learns_from_gaps
-                else None,
+                check_data=check_data,
+                check_pool=check_pool,
                 cross=config.loss.pairs == "cross",
             ),
             coefficients=partial(find_coefficients, config.loss),

@@ -14,9 +14,10 @@ from copg_jax.config.sections import DataConfig
 from copg_jax.config.stages import RewardModelConfig
 from copg_jax.data.dataset import GroupDataset
 from copg_jax.hf.pretrained import PretrainedModel
-from copg_jax.inputs import require_differences, require_preferences, require_rewards
+from copg_jax.inputs import require_preferences, require_rewards
 from copg_jax.models.forward import make_score
 from copg_jax.objective import make_bradley_terry_loss
+from copg_jax.pooled import require_differences
 from copg_jax.train.run import Stage, train
 from copg_jax.train.stored import open_stored
 

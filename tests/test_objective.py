@@ -68,6 +68,7 @@ def test_absent_groups_and_completions_change_neither_loss_nor_gradient_nor_metr
         completion_length=np.pad(np.maximum(TIED.completion_length, 1), ((0, 2), (0, 1))),
         reward=np.pad(TIED.reward, ((0, 2), (0, 1)), constant_values=np.nan),
         ref_logp=np.pad(TIED.ref_logp, ((0, 2), (0, 1)), constant_values=np.nan),
+        mu_logp=np.pad(TIED.mu_logp, ((0, 2), (0, 1)), constant_values=np.nan),
     )
     padded = {"logp": jnp.pad(LOGP["logp"], ((0, 2), (0, 1)), constant_values=jnp.nan)}
     (total, output), grads = value_and_grad(LOGP, TIED)
@@ -168,7 +169,7 @@ def test_the_bradley_terry_loss_and_its_metrics_are_those_of_preferred_pairs():
 
 @pytest.mark.parametrize("name", POLICY_LOSSES)
 def test_a_short_name_is_the_loss_of_that_name(name):
-    home = relatives if name in ("opmd", "oapl", "asymre") else losses
+    home = relatives if name in ("opmd", "oapl", "asymre", "topr") else losses
     config = LossConfig(name, arguments=ARGUMENTS.get(name, {}))
     assert find_objective(config) is getattr(home, f"{name}_loss")
 
@@ -270,6 +271,20 @@ def test_a_loss_that_takes_origins_is_given_those_of_the_batch():
     assert output.weight == 2
     np.testing.assert_allclose(output.per_group[0::2], both.per_group[0::2], rtol=1e-5)
     assert not output.per_group[1::2].any()
+
+
+def test_a_loss_that_takes_the_policy_that_wrote_is_given_it_against_the_reference():
+    mu_logp, ref_logp = np.full((4, 2), -1.25, np.float32), np.full((4, 2), -0.5, np.float32)
+    batch = TIED._replace(mu_logp=mu_logp, ref_logp=ref_logp, reward=TIED.reward - 2)
+    output = jax.jit(policy_loss("topr"))(LOGP, batch, beta=0.5)
+    numbers = {"beta": 0.5, "mu_log_ratio": jnp.full((4, 2), -0.75)}
+    wanted = relatives.topr_loss(LOGP["logp"] + 0.5, batch.reward, **numbers)
+    np.testing.assert_allclose(output.per_group, wanted, rtol=1e-5)
+    other = relatives.topr_loss(LOGP["logp"] + 0.5, batch.reward, **numbers | {
+        "mu_log_ratio": jnp.full((4, 2), -1.25)})  # fmt: skip
+    assert np.abs(output.per_group - other).max() > 1e-2
+    with pytest.raises(InputError, match=r"GroupBatch\.mu_logp: wanted \[B, K\].*mu_log_ratio"):
+        policy_loss("topr")(LOGP, batch._replace(mu_logp=None), beta=0.5)
 
 
 @pytest.mark.parametrize("name", ["rloo", "dpo", "my.loss"])

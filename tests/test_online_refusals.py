@@ -61,6 +61,14 @@ REFUSED = {
         ["offline.path=SCORED", "offline.share=0.5", "model.dtype=bfloat16"],
         ["reference_dtype", "has bfloat16"],
     ),
+    "data of no known policy": (
+        ["offline.path=SCORED", "offline.share=0.5", "loss.name=topr"],
+        ["scored_comparisons", "logp_mu", "experiments.sample", "copg"],
+    ),
+    "an engine's file says no policy": (
+        ["loss.name=topr", "generator.command=[true]"],
+        ["generator", "wanted none", "topr", "copg"],
+    ),
     "too long": (["sampling.max_new_tokens=4000"], ["max_position_embeddings", "4000"]),
     "an empty command": (["generator.command=[]"], ["command must be a program"]),
 }
@@ -74,6 +82,12 @@ def test_what_no_round_can_be_made_of_is_refused_before_one_begins(place, case):
         settings = [setting.replace(name, str(path)) for setting in settings]
     names_all(place.refusal("online", *arguments(place, "refused", *settings)), words)
     assert not (place.folder / "refused" / "rounds").exists()
+
+
+def test_a_policy_of_a_loss_that_needs_ln_mu_is_not_trained_without(place):
+    own = [f"model.path={place.folder / 'base'}", "validation=null", "loss.name=topr"]
+    data = f"data.path={place.folder / 'scored_comparisons'}"
+    names_all(place.refusal("policy", *own, data), ["scored_comparisons", "logp_mu", "copg"])
 
 
 def test_scored_data_of_another_reference_is_refused(place, tmp_path):

@@ -192,6 +192,19 @@ def test_on_policy_with_two_samples_the_gradient_of_a_step_is_that_of_rloo(place
         np.testing.assert_allclose(one, other, atol=1e-3 * largest)
 
 
+def test_topr_trains_on_samples_whose_policy_is_known(place, tmp_path):
+    dataset = opened(place, "scored", tmp_path / "scored.arrow")
+    batch = collate(list(dataset), *dataset.shape())
+    np.testing.assert_array_equal(batch.mu_logp, batch.ref_logp)  # the reference drew them
+    own = [f"model.path={place.folder / 'base'}", "data.part=all", "data.holdout_fraction=0",
+           "data.max_rows=null", "validation=null", "evaluation=null", "loss.name=topr",
+           f"data.path={place.folder / 'scored'}", f"output_dir={tmp_path / 'topr'}"]  # fmt: skip
+    place.run("policy", *own, "loss.arguments={baseline: 40}")
+    rows = [row for row in json_rows(tmp_path / "topr" / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(np.isfinite(row["loss"]) and row["optim/grad_norm"] > 0 for row in rows)
+
+
 @pytest.mark.slow
 def test_a_policy_trains_on_a_pool_with_shares_and_on_pairs_across_its_origins(place, tmp_path):
     """Other samples of the same prompts are a second source; with a glob, several folders of it."""

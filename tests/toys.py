@@ -70,6 +70,7 @@ def group_batch(reward: Any, length: Any = None, ref_logp: Any = None, seed: int
         ref_logp=np.zeros((b, k), np.float32)
         if ref_logp is None
         else np.asarray(ref_logp, np.float32),
+        mu_logp=np.zeros((b, k), np.float32),
     )
 
 

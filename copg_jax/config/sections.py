@@ -25,7 +25,7 @@ DISTRIBUTED_MODES = ("auto", "on", "off")
 REMATS = ("none", "dots", "mlp", "full")
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 TEXT_FORMATS = ("auto", "tldr", "text", "chat")
-POLICY_LOSSES = ("copg", "dpo", "ipo", "pg", "rloo", "opmd", "oapl", "asymre")
+POLICY_LOSSES = ("copg", "dpo", "ipo", "pg", "rloo", "opmd", "oapl", "asymre", "topr")
 COMBINATIONS = ("sum", "min", "standardized_sum")
 BY_DIFFERENCES = ("copg", "dpo", "ipo", "rloo")
 """Losses whose gradient is 0 at the reference where all rewards of each group are equal."""

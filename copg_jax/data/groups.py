@@ -44,6 +44,7 @@ class GroupBatch(NamedTuple):
     reward: Any  # [B, K] float32, reward units
     ref_logp: Any  # [B, K] float32, nats, summed over the completion
     origin: Any = None  # [B, K] int8, which µ the completion is from; None: no loss asks
+    mu_logp: Any = None  # [B, K] float32, ln µ, nats, NaN where not known; None: no loss asks
     layout: Any = None
 
 
@@ -225,6 +226,7 @@ def collate(
         reward=np.zeros(of_completions, np.float32),
         ref_logp=np.zeros(of_completions, np.float32),
         origin=np.zeros(of_completions, np.int8),
+        mu_logp=np.full(of_completions, np.nan, np.float32),
     )
     for index, group in enumerate(groups):
         if group is None:
@@ -241,6 +243,8 @@ def collate(
             batch.ref_logp[index, : len(group.ref_logps)] = group.ref_logps
         if group.origin is not None:
             batch.origin[index, : len(group.origin)] = group.origin
+        if group.mu_logps is not None:
+            batch.mu_logp[index, : len(group.mu_logps)] = group.mu_logps
     return batch
 
 

@@ -29,6 +29,7 @@ from copg_jax.errors import InputError
 from copg_jax.files import is_remote
 from copg_jax.generation import warn_of_cuts
 from copg_jax.hf.pretrained import PretrainedModel
+from copg_jax.pooled import require_mu
 from copg_jax.rewards.functions import WeightedRewards
 from copg_jax.tracking import MetricsLogger
 from copg_jax.train.checkpoint import Checkpoints
@@ -91,23 +92,33 @@ class OnlineFeed:
         return Fed(rounds, [ReportHook(rounds, logger, self.config)], [rounds])
 
 
-def open_online(config: OnlineConfig, model: PretrainedModel, to_write: int) -> OnlineFeed:
+def open_online(
+    config: OnlineConfig, model: PretrainedModel, to_write: int, *, needs_mu: bool = False
+) -> OnlineFeed:
     """Opens prompts, rewards and scored data, and checks that they fit each other.
 
     Args:
         config: of the run.
         model: what is trained.
         to_write: bytes that the run writes beside its rounds; 0 where it is complete.
+        needs_mu: whether the loss takes ln µ.
 
     Raises:
         InputError: fewer prompts than a round wants, rewards that cannot judge them, or scored data
-            of another reference, tokenizer or dtype.
+            of another reference, tokenizer or dtype; completions without ln µ where the loss needs
+            it.
     """
     folder, numbers, offline = epath.Path(config.output_dir), config.sampling, None
     if config.generator is not None and is_remote(folder):
         raise InputError(
             f"generator: wanted an output_dir on a disk, from which the program can read, got "
             f"{folder}"
+        )
+    if config.generator is not None and needs_mu:
+        raise InputError(
+            f"generator: wanted none with loss.name={config.loss.name}, which needs the "
+            "log-probability of each completion under the policy that wrote it, got an engine, "
+            "whose file does not say it. Fix: leave generator out; or another loss, such as copg."
         )
     if config.offline is not None:
         inputs.require_scored_folder(config.offline)
@@ -123,6 +134,8 @@ def open_online(config: OnlineConfig, model: PretrainedModel, to_write: int) -> 
     if config.offline is not None:
         offline = inputs.open_data(config.offline, model, folder, "offline")
         inputs.require_same_reference(config.offline, model, offline)
+        if needs_mu:
+            require_mu(config.offline.path, offline)
         if config.loss.pairs == "cross":
             answers = _by_prompt(offline)
             keys = [row.prompt_tokens.tobytes() in answers for row in prompts]

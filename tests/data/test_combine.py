@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from etils import epath
 
-from copg_jax import inputs
+from copg_jax import pooled
 from copg_jax.config.sections import DataConfig
 from copg_jax.data import scored
 from copg_jax.data.combine import Moments, combine
@@ -220,7 +220,7 @@ def test_weights_for_data_that_was_not_scored_are_refused_before_a_row_is_read(t
 def test_ties_are_those_of_the_combined_reward(folder, plain, tmp_path):
     tied = opened(folder, plain, tmp_path / "tied.arrow", rewards={"same": 1.0})
     with pytest.raises(InputError, match="all completions are equally good"):
-        inputs.require_differences("d", tied)
+        pooled.require_differences("d", tied)
     both = opened(folder, plain, tmp_path / "both.arrow", rewards={"same": 1.0, "a": 1e-3})
-    inputs.require_differences("d", both)
+    pooled.require_differences("d", both)
     assert len(both) == 19
