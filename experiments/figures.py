@@ -140,11 +140,17 @@ def _draw_groups(groups: Mapping[str, Sequence[Curve]], folder: epath.Path, *, b
 
 
 def _add_to_cards(points: Sequence[Point], table: str) -> None:
-    for point in points:
+    """Into all that the runs exported or share; of several groups, a section of each."""
+    titles = {
+        job.config.output_dir: ": ".join(filter(None, ("The study that it is of", point.group)))
+        for point in points
+        for job in point.jobs
+    }
+    for path, title in titles.items():
         for name in ("model", "best", "adapter", "best_adapter"):
-            folder = epath.Path(point.policy.config.output_dir) / name
+            folder = epath.Path(path) / name
             if (folder / CARD_NAME).exists():
-                add_to_card(folder, "The study that it is of", table)
+                add_to_card(folder, title, table)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,13 @@ def assert_same_scores(got: Path, wanted: Path) -> None:
         assert_close(*(pq.read_table(run / part).to_pylist() for run in (got, wanted)))
 
 
+def assert_same_rounds(got: Path, wanted: Path) -> None:
+    """Training, and the scored samples of the last round."""
+    assert_same_training(got, wanted)
+    last = max(path.name for path in (wanted / "rounds").iterdir())
+    assert_same_scores(*(run / "rounds" / last / "scored" for run in (got, wanted)))
+
+
 def assert_same_evaluation(got: Path, wanted: Path) -> None:
     """Averages and generations of two evaluations."""
     for name in ("evaluation.json", "generations.jsonl"):

@@ -17,7 +17,12 @@ from copg_jax.data.tokenizer import load_tokenizer
 from copg_jax.errors import InputError
 from experiments.generated import write_generated
 from tests import worker
-from tests.runs import assert_same_evaluation, assert_same_scores, assert_same_training
+from tests.runs import (
+    assert_same_evaluation,
+    assert_same_rounds,
+    assert_same_scores,
+    assert_same_training,
+)
 from tests.toys import names_all
 from tests.workplace import DATA, tiny_model
 
@@ -110,6 +115,22 @@ class Place:
                 "training.save_every=3",
                 *evaluation,
             ],
+            "online": [
+                f"model.path={base}",
+                "model.dtype=float32",
+                f"data.path={self.folder / 'data' / 'sft.jsonl'}",
+                *(setting for setting in DATA if "max_rows" not in setting),
+                rewards,
+                "rounds=3",
+                "steps_per_round=2",
+                "prompts_per_round=8",
+                "sampling.max_new_tokens=6",
+                "part_size=4",
+                "batch_size=4",
+                "optim.learning_rate=1e-4",
+                "training.batch_size=8",
+                "training.save_every=2",
+            ],
             "evaluate": [f"model.path={base}", "model.dtype=float32", *evaluation],
         }[stage]
         return [*own, *MESH, f"output_dir={output}"]
@@ -170,6 +191,32 @@ def test_two_processes_give_the_numbers_of_one_through_termination_and_a_crash(p
     (code, _, errors), (other, _, noise) = finish(*start_pair(*[{"stages": [train]}] * 2))
     assert (code, other) == (0, 0), errors + noise
     assert_same_training(policy, place.folder / "policy")
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_rounds_of_one_through_a_termination_and_on_another_mesh(
+    place, tmp_path
+):
+    whole, rounds = place.folder / "online", tmp_path / "online"
+    place.run("online", whole)
+    stages = [["online", place.arguments("online", rounds)]]
+    # One process is told to leave while the second round is scored: the other leaves with it.
+    (code, text, errors), (other, _, noise) = finish(
+        *start_pair(
+            {"stages": stages}, {"stages": stages, "signal": ["SIGTERM", "judged a part 3"]}
+        )
+    )
+    assert (code, other) == (143, 143), errors + noise
+    assert "SIGTERM: saved step 2 of 6" in text
+    # One process goes on with it on another mesh, and two on theirs.
+    alone = tmp_path / "alone"
+    shutil.copytree(rounds, alone)
+    mesh = ["mesh.data=2", "mesh.fsdp=2"]
+    worker.main({"stages": [["online", [*place.arguments("online", alone), *mesh]]]})
+    assert_same_rounds(alone, whole)
+    (code, _, errors), (other, _, noise) = finish(*start_pair(*[{"stages": stages}] * 2))
+    assert (code, other) == (0, 0), errors + noise
+    assert_same_rounds(rounds, whole)
 
 
 @pytest.fixture

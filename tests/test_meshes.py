@@ -6,16 +6,14 @@ from pathlib import Path
 import jax
 import pytest
 
-from tests.runs import assert_same_evaluation, assert_same_scores, assert_same_training
+from tests.runs import (
+    assert_same_evaluation,
+    assert_same_rounds,
+    assert_same_scores,
+    assert_same_training,
+)
 from tests.toys import LLAMA, RELATIVES
 from tests.workplace import DATA, Workplace
-
-
-def assert_same_rounds(got: Path, wanted: Path) -> None:
-    """Training, and the scored samples of the last round."""
-    assert_same_training(got, wanted)
-    assert_same_scores(*(run / "rounds" / "00001" / "scored" for run in (got, wanted)))
-
 
 FAMILIES = {"llama": LLAMA, **RELATIVES}
 

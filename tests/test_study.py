@@ -151,6 +151,10 @@ def test_figures_tables_and_cards_come_from_what_was_measured(ran, config):
         assert f"beta: {point.policy.config.loss.beta}" in card
         assert "| eval/reward_mean |" in card and "groups, fingerprint" in card
         checksums.check(model, fix="")
+        for job in point.jobs:  # what the runs share has it too
+            exported = Path(job.config.output_dir) / "model" / "README.md"
+            if job.stage in ("sft", "reward"):
+                assert exported.read_text().count(table.strip()) == 1
 
 
 def test_a_card_may_be_corrected_by_hand(ran, config):

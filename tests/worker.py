@@ -2,7 +2,8 @@
 
     python -m tests.worker '{"stages": [["policy", [ARGUMENT, ...]]], "signal": ["SIGKILL", 5]}'
 
-The signal, if any, goes to this process itself while the batch of that step is fetched.
+The signal, if any, goes to this process itself while the batch of that step is fetched; of rounds,
+at a moment of `interrupted.watch_all`, such as ["SIGTERM", "judged a part 2"].
 """
 
 import faulthandler
@@ -11,21 +12,28 @@ import os
 import signal
 import sys
 
+import pytest
+
 from copg_jax.config.load import load_config
 from copg_jax.data.stream import GroupStream
 from copg_jax.errors import InputError
+from tests.interrupted import watch_all
 from tests.workplace import MAINS
 
 LIMIT_SEC = 200  # they need a tenth of it on an idle machine
 
 
-def break_off(name: str, step: int) -> None:
-    """Sends this process a signal when a stream yields the batch of `step`."""
+def break_off(name: str, at_moment: int | str) -> None:
+    """Sends this process a signal when a stream yields the batch of a step, or at a moment."""
+    if isinstance(at_moment, str):
+        end = lambda now: os.kill(os.getpid(), signal.Signals[name]) if now == at_moment else None
+        watch_all(pytest.MonkeyPatch(), end)
+        return
     batches = GroupStream.__iter__
 
     def interrupted(stream: GroupStream):
         for at, batch in enumerate(batches(stream), stream._start_step + 1):
-            if at == step:
+            if at == at_moment:
                 os.kill(os.getpid(), signal.Signals[name])
             yield batch
 
