@@ -15,6 +15,7 @@ import yaml
 
 from copg_jax import checksums, inputs
 from copg_jax.config.load import load_config
+from copg_jax.hf import pretrained
 from copg_jax.rewards import RewardModel
 from experiments import figures, study
 from experiments.studies.grid import Grid
@@ -88,27 +89,49 @@ class Count:
 @pytest.fixture(scope="module")
 def ran(config):
     """The study once; what was compiled, and how often models and data were read."""
+    folder, loads = "", Counter()
+    load, assemble = pretrained.PretrainedModel._load_base, pretrained.assemble
+
+    def loaded(model):
+        nonlocal folder
+        folder = str(model.folder)
+        return load(model)
+
+    def assembled(source, tensors, *args, **kwargs):
+        loads[folder] += bool(tensors)  # none: all are in memory
+        return assemble(source, tensors, *args, **kwargs)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrained.PretrainedModel, "_load_base", loaded)
+        patch.setattr(pretrained, "assemble", assembled)
         opened, prepared = Count(RewardModel.__init__), Count(inputs.prepare)
         patch.setattr(RewardModel, "__init__", lambda *a, **k: opened(*a, **k))
         patch.setattr(inputs, "prepare", prepared)
         with compilations() as found:
             assert study.main(config) == 0
-    return found, opened.calls, prepared.calls
+    return found, opened.calls, prepared.calls, loads
 
 
 def test_all_betas_and_seeds_of_a_loss_share_one_compilation(ran):
-    found, _, _ = ran
+    found, *_ = ran
     # SFT, reward model, CoPG, DPO; of their held-out losses the same; one sampler and one π_ref.
     assert found["train_step"] == 4 and found["loss_step"] == 4
     assert found["sample"] == 1
 
 
 def test_the_reward_model_and_each_data_set_are_read_once(ran):
-    _, opened, prepared = ran
+    _, opened, prepared, _ = ran
     assert opened == 2  # by score, and by all evaluations
     # Posts and comparisons with what is held out, what is scored, its two parts, prompts.
     assert prepared == 2 + 2 + 1 + 2 + 1
+
+
+def test_the_reference_is_loaded_once(ran, config):
+    *_, loads = ran
+    folder = Path(config.output_dir)
+    # By score, and by all trainings and evaluations; a policy by its evaluation.
+    assert loads[str(folder / "sft" / "model")] <= 2
+    assert loads[str(folder / "dpo-beta_0.5-seed_0" / "model")] == 1
 
 
 def test_a_second_call_does_nothing_and_says_so(ran, config, monkeypatch, capsys):

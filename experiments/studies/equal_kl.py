@@ -160,9 +160,12 @@ def _shown(row: Row) -> str:
 
 def paths_figure(groups: Groups) -> Figure:
     """Each measure against KL along training, means over seeds: a panel a method and β, a curve a
-    group.
+    group. Rewards that differ by group are each in units of the standard deviation of π_ref's.
     """
-    names = measures(groups)
+    names = {f"{name} above step 0": (value, False) for name, value in measures(groups).items()}
+    if "reward above step 0" not in names:
+        own = {"own reward above step 0, in s.d. of π_ref's": (attrgetter("reward"), True)}
+        names = own | names
     kinds = list(dict.fromkeys((c.method, c.beta) for own in groups.values() for c in own))
     shades = plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(groups)))
     colours = dict(zip(groups, shades, strict=True))
@@ -171,20 +174,21 @@ def paths_figure(groups: Groups) -> Figure:
         len(names), len(kinds), figsize=size, layout="constrained", squeeze=False
     )
     drawn = {}
-    for line, (measure, value) in zip(panels, names.items(), strict=True):
+    for line, (measure, (value, is_scaled)) in zip(panels, names.items(), strict=True):
         for axes, (method, beta) in zip(line, kinds, strict=True):
             for group, curves in groups.items():
                 for curve in (c for c in curves if (c.method, c.beta) == (method, beta)):
                     kl, reward = (curve.over_steps(one)[1] for one in (attrgetter("kl"), value))
                     x = root(kl.mean(0))
-                    y = (reward - reward[:, :1]).mean(0)
+                    unit = curve.runs[0].baseline.reward.std() if is_scaled else 1.0
+                    y = (reward - reward[:, :1]).mean(0) / unit
                     (drawn[group],) = axes.plot(x, y, color=colours[group], lw=1.3)
                     axes.plot(x[-1:], y[-1:], "o", ms=4, color=colours[group])
             axes.axhline(0, color="#888888", lw=0.8)
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
             axes.set_title(f"{label(method)}, β = {beta:g}", fontsize=10)
-        line[0].set_ylabel(f"{measure} above step 0")
+        line[0].set_ylabel(measure)
     for axes in panels[-1]:
         axes.set_xlabel("√KL to π_ref (√nats)")
     shown = [group for group in groups if group in drawn]

@@ -82,6 +82,21 @@ def test_rewards_of_another_zero_are_not_put_beside_each_other():
     runs = tuple(replace(one, baseline=other) for one in with_gold(COPG).runs)
     groups = {"a": [with_gold(COPG)], "b": [replace(with_gold(COPG), runs=runs)]}
     assert list(measures(groups)) == ["gold"]
+    # In a picture each is drawn by itself, in units of its own spread.
+    wide = replace(other, reward=10 * BASE.reward)
+    groups["b"] = [
+        replace(one, runs=tuple(replace(run, baseline=wide) for run in one.runs))
+        for one in groups["b"]
+    ]
+    figure = paths_figure(groups)
+    assert [axes.get_ylabel() for axes in figure.axes] == [
+        "own reward above step 0, in s.d. of π_ref's",
+        "gold above step 0",
+    ]
+    ways = [np.asarray(line.get_ydata()) for line in figure.axes[0].lines[0:4:2]]  # and their ends
+    assert np.abs(ways[0]).max() > 0
+    np.testing.assert_allclose(ways[0], 10 * ways[1])
+    plt.close(figure)
 
 
 def test_the_picture_has_a_panel_a_measure_method_and_beta_and_a_curve_a_group():
