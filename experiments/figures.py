@@ -80,6 +80,7 @@ def draw(
     over_steps = tables.rows_over_steps(found)
     by_beta = tables.rows_by_beta(found, beta=beta, sd=reward_gap_sd(point.policy.config))
     best = {name: best_curves(found, value) for name, value in tables.measures(beta).items()}
+    best_betas = {curve.method: curve.beta for curve in best["reward"]}
     # The second look is at the β that are best in reward, and fair once each of its runs is done.
     num_left = sum(end != DONE for _, end in second)
     if num_left:
@@ -93,7 +94,7 @@ def draw(
         "beta": lambda: (pictures.beta_figure(by_beta), by_beta),
         "best": lambda: (pictures.best_figure(best_over_steps), best_over_steps),
         "frontier": lambda: (pictures.frontier_figure(over_steps, by_beta, beta=beta), by_beta),
-        "held_out": lambda: (pictures.held_out_figure(over_steps), over_steps),
+        "held_out": lambda: (pictures.held_out_figure(over_steps, best_betas), over_steps),
         "named": lambda: (pictures.named_figure(over_steps), over_steps),
         "residual": lambda: (pictures.residual_figure(over_steps), over_steps),
     }

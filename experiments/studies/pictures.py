@@ -4,7 +4,7 @@ A method has a colour where methods are compared, and a β has one where they ar
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -124,17 +124,17 @@ def frontier_figure(over_steps: Sequence[Row], by_beta: Sequence[Row], *, beta: 
     return figure
 
 
-def held_out_figure(rows: Sequence[Row]) -> Figure:
+def held_out_figure(rows: Sequence[Row], best: Mapping[str, float]) -> Figure:
     """Reward of generations, and below it the held-out loss, of the least β of each method and of
-    its best: does the loss see that the reward drops? (ours; the paper says that it does not)
+    its `best`, where it has one: does the loss see that the reward drops? (ours; the paper says
+    that it does not)
     """
     methods = _methods(rows)
     figure, panels = _panels(2, len(methods), sharex=True)
     for column, method in enumerate(methods):
         own = [row for row in rows if row["method"] == method]
-        last = {row["beta"]: row["reward"] for row in own}  # the last step of each
-        shown = {min(last), max(last, key=lambda beta: rank(last[beta]))}
-        chosen = [row for row in own if row["beta"] in shown]
+        least = min(row["beta"] for row in own)
+        chosen = [row for row in own if row["beta"] in (least, best.get(method))]
         _draw_betas(panels[0][column], chosen, "reward")
         _draw_betas(panels[1][column], chosen, "held_out_loss")
         panels[0][column].set_title(label(method))
@@ -142,7 +142,7 @@ def held_out_figure(rows: Sequence[Row]) -> Figure:
         panels[1][column].set_xlabel("training step")
     panels[0][0].set_ylabel("reward of generations")
     panels[1][0].set_ylabel("held-out loss above step 0")
-    figure.suptitle(f"the least β, and the best of those drawn; {_seeds(rows)}", fontsize=10)
+    figure.suptitle(f"the least β, and the best; {_seeds(rows)}", fontsize=10)
     return figure
 
 

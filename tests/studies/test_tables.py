@@ -233,7 +233,7 @@ def test_every_picture_draws_its_rows_also_of_one_seed_and_of_a_loss_of_ones_own
         "beta": lambda: pictures.beta_figure(by_beta),
         "best": lambda: pictures.best_figure(over_steps),
         "frontier": lambda: pictures.frontier_figure(over_steps, by_beta, beta=0.5),
-        "held_out": lambda: pictures.held_out_figure(over_steps),
+        "held_out": lambda: pictures.held_out_figure(over_steps, {"copg": 0.1}),
         "named": lambda: pictures.named_figure(over_steps),
         "residual": lambda: pictures.residual_figure(over_steps),
     }[name]()
@@ -249,3 +249,13 @@ def test_every_picture_draws_its_rows_also_of_one_seed_and_of_a_loss_of_ones_own
     pictures.write_picture(figure, tmp_path / "it.png")
     assert (tmp_path / "it.png").read_bytes().startswith(b"\x89PNG")
     assert plt.get_fignums() == []
+
+
+def test_the_held_out_loss_is_drawn_at_the_least_beta_and_at_the_best_of_the_table():
+    rows = tables.rows_over_steps(CURVES)
+    betas = sorted({row["beta"] for row in rows if row["method"] == "copg"})
+    figure = pictures.held_out_figure(rows, {"copg": betas[-1]})
+    (legend,) = [axes.get_legend() for axes in figure.axes if axes.get_title() == "CoPG"]
+    drawn = [text.get_text() for text in legend.get_texts()]
+    assert drawn == [f"{beta:g}" for beta in (betas[0], betas[-1])] and len(betas) >= 2
+    plt.close(figure)
