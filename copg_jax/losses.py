@@ -12,7 +12,8 @@ of a group and returns one number a group. In order below:
 A policy loss carries what an average over groups needs to know of it: `counts(reward, mask)` marks
 the groups that teach it something (see `counting`). Any function of the signature of `copg_loss` is
 one; without `counts`, groups of two or more completions count. One that also takes `origin`, as
-`cross_copg_loss` does, is given it, and so are its `counts`.
+`cross_copg_loss` does, is given it, and so are its `counts`; one that takes `mu_log_ratio` is given
+ln µ − ln π_ref.
 
 A name ending in `_objective` is maximised, one ending in `_loss` is minimised. Log-ratios are
 *sums* over the tokens of a completion, in nats, never averages. `mask` marks the completions that

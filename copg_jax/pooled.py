@@ -98,17 +98,18 @@ def require_differences(where: str, dataset: Groups) -> None:
     )
 
 
-def require_mu(where: str, dataset: Groups) -> None:
+def require_mu(field: str, path: str, dataset: Groups) -> None:
     """Raises InputError where a loss needs ln µ and a group has none.
 
     Args:
-        where: the path of the data.
+        field: that names the data, e.g. `data.path`.
+        path: its value.
         dataset: all groups.
     """
     for group in dataset:
         if group.mu_logps is None:
             raise InputError(
-                f"data.path {where}: {group.where}: wanted `logp_mu`, the log-probability of each "
+                f"{field} {path}: {group.where}: wanted `logp_mu`, the log-probability of each "
                 "completion under the policy that wrote it, which loss.name asks for, got none. "
                 "Fix: data that experiments.sample wrote and experiments.score scored; or a loss "
                 "without it, such as copg."

@@ -169,20 +169,20 @@ def topr_loss(
     *,
     beta: float | Array,
     mu_log_ratio: Array,
-    baseline: float | Array = 0.0,
+    baseline: float | Array,
     mask: Array | None = None,
 ) -> Array:
     """Negative `topr_objective` of the rewards R^π_β − b; minimised.
 
-    The paper's has no KL and no baseline: β = 0 and b = 0. Log-ratios do for log-probabilities,
-    since π/µ is a difference of either.
+    The paper's has no KL: β = 0. b is the zero of what is good, a choice. Log-ratios do for
+    log-probabilities, since π/µ is a difference of either.
 
     Args:
         log_ratio: ln π − ln π_ref, nats, summed over tokens; [..., K].
         reward: reward units; [..., K].
         beta: KL coefficient β ≥ 0; scalar.
         mu_log_ratio: ln µ − ln π_ref, nats, summed over tokens; [..., K].
-        baseline: b, reward units, the zero of what is good; scalar or [...].
+        baseline: b, reward units; scalar or [...].
         mask: true where a completion is present; [..., K].
 
     Returns:

@@ -7,9 +7,9 @@ and held_out (ours), each as .png and .csv, named where there are several reward
 where evaluations have two samples a prompt; differences.csv and table.md with paired differences;
 equal_kl.csv and equal_kl.md, what all runs had given by the time that they had the same KL; where
 another setting varies, groups (.png, .csv, .md) of all its values, paths (.png, .csv) and, of two
-or more rewards that are no parts of each other, front.png. The
-table also goes into the model cards of the policies. Runs that are not done are left out, and their
-number is said.
+or more rewards that are no parts of each other, front.png. The table also goes into the model cards
+of the policies and of what they share. Runs that are not done are left out, and their number is
+said.
 """
 
 import logging

@@ -77,7 +77,8 @@ def main(config: PolicyConfig) -> None:
     def check_data(section: DataConfig, model: PretrainedModel, dataset: GroupDataset) -> None:
         require_same_reference(section, model, dataset)
         if "mu_log_ratio" in batch_arguments(objective):
-            require_mu(section.path, dataset)
+            field = "validation.path" if section is config.validation else "data.path"
+            require_mu(field, section.path, dataset)
 
     def check_pool(groups: Groups) -> None:
         if config.loss.name in BY_DIFFERENCES:

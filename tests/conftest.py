@@ -63,11 +63,10 @@ os.environ.setdefault(
 # Half the time of a first run is LLVM's, and the tests' programs are small. What XLA itself does
 # (partitioning, fusion, buffers) stays as it is.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# A third of what is left is one kind of fusion, which later compilers always use.
+# A third of what is left is a second way to make code of fusions, which later compilers always use.
 if version("jaxlib").startswith("0.10."):
-    os.environ["XLA_FLAGS"] = (
-        f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
-    )
+    flags = "--xla_cpu_use_fusion_emitters=false", os.environ.get("XLA_FLAGS", "")  # yours win
+    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
 # Small programs too, which the two workers and those scripts share.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Tests never reach a network.

@@ -38,7 +38,9 @@ LOSSES = {
     "oapl": lambda x, r, m: relatives.oapl_loss(x, r, beta=BETA, mask=m),
     "asymre": lambda x, r, m: relatives.asymre_objective(x, r, beta=BETA, delta_v=-0.1, mask=m),
     "topr": lambda x, r, m: relatives.topr_objective(x, r, r, mask=m),
-    "topr_loss": lambda x, r, m: relatives.topr_loss(x, r, beta=BETA, mu_log_ratio=r, mask=m),
+    "topr_loss": lambda x, r, m: relatives.topr_loss(
+        x, r, beta=BETA, mu_log_ratio=r, baseline=0.3, mask=m
+    ),
 }
 ALONE = {"pg", "nll", "regression", "opmd", "oapl", "asymre", "topr", "topr_loss"}
 """Those that a lone completion teaches something: what they compare with is not another one."""

@@ -29,7 +29,7 @@ def policy_loss(name: str) -> objective.LossFn:
 
 TIED = group_batch([[1.0, 1.0], [2.0, 0.5], [3.0, 3.0], [0.0, 1.0]])
 LOGP = {"logp": jnp.array([[-1.0, -2.0], [-1.5, -1.0], [-3.0, -2.5], [-0.5, -2.0]])}
-ARGUMENTS = {"pg": {"baseline": 0.3}, "asymre": {"delta_v": -0.1}}
+ARGUMENTS = {"pg": {"baseline": 0.3}, "asymre": {"delta_v": -0.1}, "topr": {"baseline": 0.0}}
 NUMBERS = {name: {"beta": 0.5, **ARGUMENTS.get(name, {})} for name in POLICY_LOSSES}
 
 
@@ -276,15 +276,15 @@ def test_a_loss_that_takes_origins_is_given_those_of_the_batch():
 def test_a_loss_that_takes_the_policy_that_wrote_is_given_it_against_the_reference():
     mu_logp, ref_logp = np.full((4, 2), -1.25, np.float32), np.full((4, 2), -0.5, np.float32)
     batch = TIED._replace(mu_logp=mu_logp, ref_logp=ref_logp, reward=TIED.reward - 2)
-    output = jax.jit(policy_loss("topr"))(LOGP, batch, beta=0.5)
-    numbers = {"beta": 0.5, "mu_log_ratio": jnp.full((4, 2), -0.75)}
+    output = jax.jit(policy_loss("topr"))(LOGP, batch, beta=0.5, baseline=0.0)
+    numbers = {"beta": 0.5, "baseline": 0.0, "mu_log_ratio": jnp.full((4, 2), -0.75)}
     wanted = relatives.topr_loss(LOGP["logp"] + 0.5, batch.reward, **numbers)
     np.testing.assert_allclose(output.per_group, wanted, rtol=1e-5)
     other = relatives.topr_loss(LOGP["logp"] + 0.5, batch.reward, **numbers | {
         "mu_log_ratio": jnp.full((4, 2), -1.25)})  # fmt: skip
     assert np.abs(output.per_group - other).max() > 1e-2
     with pytest.raises(InputError, match=r"GroupBatch\.mu_logp: wanted \[B, K\].*mu_log_ratio"):
-        policy_loss("topr")(LOGP, batch._replace(mu_logp=None), beta=0.5)
+        policy_loss("topr")(LOGP, batch._replace(mu_logp=None), beta=0.5, baseline=0.0)
 
 
 @pytest.mark.parametrize("name", ["rloo", "dpo", "my.loss"])

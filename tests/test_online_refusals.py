@@ -39,6 +39,7 @@ def offline(place: Workplace, name: str, share: float | None) -> list[str]:
     return [*own, "offline.max_prompt_tokens=192", *shares]
 
 
+ZERO = "loss.arguments={baseline: 40}"
 REFUSED = {
     "one completion": (["sampling.num_samples=1"], ["sampling.num_samples", "2 or more"]),
     "more prompts than there are": (["prompts_per_round=25"], ["at most the 24 different", "25"]),
@@ -62,11 +63,11 @@ REFUSED = {
         ["reference_dtype", "has bfloat16"],
     ),
     "data of no known policy": (
-        ["offline.path=SCORED", "offline.share=0.5", "loss.name=topr"],
-        ["scored_comparisons", "logp_mu", "experiments.sample", "copg"],
+        ["offline.path=SCORED", "offline.share=0.5", "loss.name=topr", ZERO],
+        ["offline.path", "scored_comparisons", "logp_mu", "experiments.sample", "copg"],
     ),
     "an engine's file says no policy": (
-        ["loss.name=topr", "generator.command=[true]"],
+        ["loss.name=topr", ZERO, "generator.command=[true]"],
         ["generator", "wanted none", "topr", "copg"],
     ),
     "too long": (["sampling.max_new_tokens=4000"], ["max_position_embeddings", "4000"]),
@@ -85,9 +86,9 @@ def test_what_no_round_can_be_made_of_is_refused_before_one_begins(place, case):
 
 
 def test_a_policy_of_a_loss_that_needs_ln_mu_is_not_trained_without(place):
-    own = [f"model.path={place.folder / 'base'}", "validation=null", "loss.name=topr"]
+    own = [f"model.path={place.folder / 'base'}", "validation=null", "loss.name=topr", ZERO]
     data = f"data.path={place.folder / 'scored_comparisons'}"
-    names_all(place.refusal("policy", *own, data), ["scored_comparisons", "logp_mu", "copg"])
+    names_all(place.refusal("policy", *own, data), ["data.path", "scored_comparisons", "logp_mu"])
 
 
 def test_scored_data_of_another_reference_is_refused(place, tmp_path):
@@ -133,12 +134,33 @@ def test_scored_data_has_its_share_of_every_batch_beside_the_rounds_of_the_windo
     assert [row["online/staleness"] for row in rows if "online/round" in row] == wanted
 
 
-def test_pairs_across_origins_are_those_of_a_sample_and_an_offline_completion(place):
+def test_a_loss_that_needs_ln_mu_has_that_of_each_sample(place, batches):
+    own = ["loss.name=topr", ZERO, "rounds=3", "replay_rounds=2"]
+    place.run("online", *arguments(place, "topr", *own))
+    rounds = place.folder / "topr" / "rounds"
+    drawn = {
+        group.id: group
+        for number in range(3)
+        for group in read_folder(epath.Path(rounds / f"{number:05d}" / "scored"))
+    }
+    assert len(batches) == 3 and len(drawn) == 24
+    for ids, batch in batches:
+        for row, name in enumerate(ids):
+            np.testing.assert_array_equal(batch.mu_logp[row], drawn[name].mu_logps)
+    is_reference = [np.array_equal(batch.mu_logp, batch.ref_logp) for _, batch in batches]
+    assert is_reference[0] and not is_reference[2]  # a later policy drew those
+
+
+def test_pairs_across_origins_are_those_of_a_sample_and_an_offline_completion(place, batches):
     """Of prompts that both have: those that were sampled before."""
     own = [*offline(place, "scored_sample", None), "loss.pairs=cross", "rounds=2"]
     place.run("online", *arguments(place, "across", *own, "data.max_rows=null"))
     reports = [row for row in json_rows(place.folder / "across" / "metrics.jsonl")
                if "online/round" in row]  # fmt: skip
     assert [row["online/staleness"] for row in reports] == [0, 0]
+    assert len(batches) == 2
+    for _, batch in batches:
+        for origins, lengths in zip(batch.origin, batch.completion_length, strict=True):
+            assert set(origins[lengths > 0]) == {0, 1}
     text = place.refusal("online", *arguments(place, "few", *own, "prompts_per_round=25"))
     names_all(text, ["prompts_per_round", "24 different", "that offline.path answers", "25"])

@@ -95,7 +95,7 @@ def train(loss_fn: Any, num_steps: int, **numbers: float) -> tuple[Any, list[dic
     return state, trace
 
 
-ARGUMENTS = {"pg": {"baseline": 0.5}, "asymre": {"delta_v": -0.1}}
+ARGUMENTS = {"pg": {"baseline": 0.5}, "asymre": {"delta_v": -0.1}, "topr": {"baseline": 0.5}}
 CONFIGS = {name: LossConfig(name, arguments=ARGUMENTS.get(name, {})) for name in POLICY_LOSSES}
 OBJECTIVES = {name: find_objective(config) for name, config in CONFIGS.items()}
 

@@ -271,8 +271,8 @@ class OnlineConfig(RunConfig):
         require_size(self, "batch_size")
         if self.loss.name in POLICY_LOSSES and self.sampling.num_samples < 2:
             raise InputError(
-                f"sampling.num_samples: wanted 2 or more, as loss.name={self.loss.name} compares "
-                f"the completions of a prompt, got {self.sampling.num_samples}"
+                f"sampling.num_samples: wanted 2 or more, as loss.name={self.loss.name} leaves out "
+                f"prompts with a single completion, got {self.sampling.num_samples}"
             )
         self._check_offline()
         fresh = 1 - ((self.offline and self.offline.share) or 0)

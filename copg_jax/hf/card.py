@@ -61,5 +61,7 @@ def add_to_card(folder: epath.PathLike, title: str, text: str) -> None:
     this title.
     """
     path = epath.Path(folder) / CARD_NAME
-    before, _, _ = path.read_bytes().decode().partition(f"\n## {title}\n")
-    write_text(path, f"{before.rstrip()}\n\n## {title}\n\n{text.strip()}\n")
+    before, _, old = path.read_bytes().decode().partition(f"\n## {title}\n")
+    _, is_more, after = old.partition("\n## ")
+    kept = f"{before.rstrip()}\n\n## {after}" if is_more else before
+    write_text(path, f"{kept.rstrip()}\n\n## {title}\n\n{text.strip()}\n")

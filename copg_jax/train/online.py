@@ -135,7 +135,7 @@ def open_online(
         offline = inputs.open_data(config.offline, model, folder, "offline")
         inputs.require_same_reference(config.offline, model, offline)
         if needs_mu:
-            require_mu(config.offline.path, offline)
+            require_mu("offline.path", config.offline.path, offline)
         if config.loss.pairs == "cross":
             answers = _by_prompt(offline)
             keys = [row.prompt_tokens.tobytes() in answers for row in prompts]

@@ -160,11 +160,14 @@ def _shown(row: Row) -> str:
 
 def paths_figure(groups: Groups) -> Figure:
     """Each measure against KL along training, means over seeds: a panel a method and β, a curve a
-    group. Rewards that differ by group are each in units of the standard deviation of π_ref's.
+    group. Rewards that differ by group are each in units of the standard deviation
+    of π_ref's over prompts.
     """
     names = {f"{name} above step 0": (value, False) for name, value in measures(groups).items()}
     if "reward above step 0" not in names:
-        own = {"own reward above step 0, in s.d. of π_ref's": (attrgetter("reward"), True)}
+        own = {
+            "own reward above step 0, in s.d. of π_ref's over prompts": (attrgetter("reward"), True)
+        }
         names = own | names
     kinds = list(dict.fromkeys((c.method, c.beta) for own in groups.values() for c in own))
     shades = plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(groups)))
@@ -180,8 +183,10 @@ def paths_figure(groups: Groups) -> Figure:
                 for curve in (c for c in curves if (c.method, c.beta) == (method, beta)):
                     kl, reward = (curve.over_steps(one)[1] for one in (attrgetter("kl"), value))
                     x = root(kl.mean(0))
-                    unit = curve.runs[0].baseline.reward.std() if is_scaled else 1.0
-                    y = (reward - reward[:, :1]).mean(0) / unit
+                    units = [
+                        np.nanstd(run.baseline.reward) if is_scaled else 1.0 for run in curve.runs
+                    ]
+                    y = ((reward - reward[:, :1]) / np.array(units)[:, None]).mean(0)
                     (drawn[group],) = axes.plot(x, y, color=colours[group], lw=1.3)
                     axes.plot(x[-1:], y[-1:], "o", ms=4, color=colours[group])
             axes.axhline(0, color="#888888", lw=0.8)

@@ -96,6 +96,7 @@ def test_collate_pads_on_the_right_and_fills_up_with_absent_groups(with_bos):
         tokenize_group(text_group((" a b",)), encoder, Limits(), Counter()),
     ]
     numbers = {"ref_logps": np.array([-3.0, -4.0], np.float32), "origin": np.array([1, 2], np.int8)}
+    numbers["mu_logps"] = np.array([-5.0, -6.0], np.float32)
     groups[0] = replace(groups[0], **numbers)
     batch = collate([*groups, None], prompt_size=16, num_completions=3, completion_size=8)
     *fields, layout = batch
@@ -107,9 +108,12 @@ def test_collate_pads_on_the_right_and_fills_up_with_absent_groups(with_bos):
         (3, 3),
         (3, 3),
         (3, 3),
+        (3, 3),
     ]
     assert layout is None
-    assert [x.dtype for x in fields] == [np.int32] * 4 + [np.float32] * 2 + [np.int8]
+    assert [x.dtype for x in fields] == [np.int32] * 4 + [np.float32] * 2 + [np.int8, np.float32]
+    np.testing.assert_array_equal(batch.mu_logp[0], [-5.0, -6.0, np.nan])
+    assert np.isnan(batch.mu_logp[1:]).all()
     assert batch.origin[0].tolist() == [1, 2, 0] and not batch.origin[1:].any()
     for row, group in enumerate(groups):
         length = batch.prompt_length[row]

@@ -46,6 +46,11 @@ def test_every_export_has_a_card_that_may_be_corrected(tmp_path, write):
     add_to_card(folder, "The study that it is of", "| table |")
     add_to_card(folder, "The study that it is of", "| newer |")
     assert card.read_text().endswith("By hand.\n\n## The study that it is of\n\n| newer |\n")
+    add_to_card(folder, "Another group", "| other |")
+    add_to_card(folder, "The study that it is of", "| newest |")
+    assert card.read_text().endswith(
+        "By hand.\n\n## Another group\n\n| other |\n\n## The study that it is of\n\n| newest |\n"
+    )
     checksums.check(folder, fix="")
     write(folder)  # an older export is replaced, its card too
     assert "By hand." not in card.read_text()

@@ -83,14 +83,14 @@ def test_rewards_of_another_zero_are_not_put_beside_each_other():
     groups = {"a": [with_gold(COPG)], "b": [replace(with_gold(COPG), runs=runs)]}
     assert list(measures(groups)) == ["gold"]
     # In a picture each is drawn by itself, in units of its own spread.
-    wide = replace(other, reward=10 * BASE.reward)
+    wide = replace(other, reward=np.append(10 * BASE.reward, np.nan))  # one prompt has none
     groups["b"] = [
         replace(one, runs=tuple(replace(run, baseline=wide) for run in one.runs))
         for one in groups["b"]
     ]
     figure = paths_figure(groups)
     assert [axes.get_ylabel() for axes in figure.axes] == [
-        "own reward above step 0, in s.d. of π_ref's",
+        "own reward above step 0, in s.d. of π_ref's over prompts",
         "gold above step 0",
     ]
     ways = [np.asarray(line.get_ydata()) for line in figure.axes[0].lines[0:4:2]]  # and their ends
