@@ -13,6 +13,7 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from experiments.studies.comparison import rank
 from experiments.studies.regret_figure import COLOURS
@@ -45,7 +46,7 @@ def beta_figure(rows: Sequence[Row]) -> Figure:
             x, y = ([row[key] for row in own] for key in (name, "reward"))
             look = _look(method, rows)
             axes.errorbar(x, y, yerr=errors(own, "reward"), capsize=3, label=label(method), **look)
-        axes.set_xscale("log")
+        log_scale(axes)
     panels[0][0].set(xlabel="β (reward units)", ylabel="final reward above π_ref")
     panels[0][-1].set(xlabel="β / s.d. of ΔR" if _in_sd(rows) else "β (reward units)")
     panels[0][0].legend()
@@ -109,8 +110,8 @@ def frontier_figure(over_steps: Sequence[Row], by_beta: Sequence[Row], *, beta: 
         title="markers: after training, by β (its ends are named);\n"
         f"lines: on the way; dashed: equal J = E[R] − {beta:g}·KL",
     )
+    log_scale(right)
     right.set(
-        xscale="log",
         xlabel="β of training" + " / s.d. of ΔR" * _in_sd(by_beta),
         ylabel=f"J = E[R] − {beta:g}·KL above π_ref",
         title=f"J at one β for all\n{_seeds(by_beta)}",
@@ -281,6 +282,15 @@ def _power_of_ten_above(value: float) -> float:
     """The least power of ten that is not below |value|; 1 for what is not finite, or 0."""
     is_known = math.isfinite(value) and value != 0
     return 10.0 ** max(math.ceil(math.log10(abs(value))), -3) if is_known else 1.0
+
+
+def log_scale(axes: Any) -> None:
+    """A logarithmic axis across what is drawn; a short one has 1, 2 and 5 of each decade."""
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_levels(axes: Any, beta: float) -> None:

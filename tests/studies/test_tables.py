@@ -259,3 +259,16 @@ def test_the_held_out_loss_is_drawn_at_the_least_beta_and_at_the_best_of_the_tab
     drawn = [text.get_text() for text in legend.get_texts()]
     assert drawn == [f"{beta:g}" for beta in (betas[0], betas[-1])] and len(betas) >= 2
     plt.close(figure)
+
+
+@pytest.mark.parametrize(("values", "labels"), [((0.17, 6.9), 5), ((1e-3, 5.0), 4)])
+def test_the_numbers_of_a_logarithmic_axis_have_room(values, labels):
+    figure, axes = plt.subplots()
+    axes.plot(values, (0, 1))
+    pictures.log_scale(axes)
+    figure.canvas.draw()
+    low, high = axes.get_xlim()
+    ticks = axes.xaxis.get_ticklabels() + axes.xaxis.get_ticklabels(minor=True)
+    shown = [t.get_text() for t in ticks if t.get_text() and low <= t.get_position()[0] <= high]
+    assert len(shown) == labels and "1" in shown
+    plt.close(figure)
