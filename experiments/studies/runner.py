@@ -59,9 +59,12 @@ class Runner:
         self._folder, self._mains, self._poll_sec = epath.Path(folder), mains, poll_sec
         self._failed: dict[str, Record] = {}  # here and now: not tried again for the next point
 
+    def _path(self, job: Job) -> epath.Path:
+        return self._folder / "records" / f"{job.name}.json"
+
     def record(self, job: Job) -> Record | None:
         """How a job ended; None where it has not, or was another run than this one."""
-        path = self._folder / "records" / f"{job.name}.json"
+        path = self._path(job)
         if not path.exists():
             return None
         found = read_record(path, fix="Fix: delete it, and the same command looks at the run anew.")
@@ -132,6 +135,8 @@ class Runner:
             else:
                 record = self.record(job)
                 found = found if record is None or record.status == FAILED else record
+                if found.status == _OURS:  # an older record is not of what begins now
+                    self._path(job).unlink(missing_ok=True)
         return Record(**json.loads(distributed.from_all(json.dumps(vars(found)))[0]))
 
     def _do(self, job: Job) -> Record:
@@ -151,7 +156,7 @@ class Runner:
         return Record(DONE, time.monotonic() - begin)
 
     def _write(self, job: Job, record: Record) -> None:
-        path = self._folder / "records" / f"{job.name}.json"
+        path = self._path(job)
         with distributed.main_first(path):
             if distributed.is_main_process():
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -79,6 +79,23 @@ def test_a_killed_study_does_again_only_what_had_not_ended(tmp_path, stages):
     assert stages.ran[before:] == ["p1", "e1", "p2", "e2"]
 
 
+def test_a_run_whose_folder_was_deleted_is_not_done_once_it_has_begun_again(tmp_path, stages):
+    grid = points(tmp_path, 1)
+    Runner(tmp_path, stages.mains).run_points(grid)
+    (tmp_path / "p0").rmdir()
+
+    def killed(config):
+        Path(config.output_dir).mkdir()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Runner(tmp_path, {**stages.mains, "policy": killed}).run_points(grid)
+    stages.ran.clear()
+    goes_on = {**stages.mains, "policy": lambda config: stages.ran.append("p0")}
+    Runner(tmp_path, goes_on).run_points(grid)
+    assert stages.ran == ["p0"]
+
+
 @pytest.mark.parametrize(
     ("error", "status", "tried_again"),
     [
