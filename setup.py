@@ -33,6 +33,7 @@ REQUIRES = [
     "rich>=15,<16",
     "rouge-score>=0.1.2,<0.2",
     "safetensors>=0.8,<0.9",
+    "scipy>=1.17,<2",
     "tokenizers>=0.23.3,<0.24",
     "transformers>=5.23,<6",
 ]

@@ -9,8 +9,9 @@ from operator import attrgetter
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
-from experiments.studies.comparison import TIE_STDERRS, Policy, rank
+from experiments.studies.comparison import Policy, rank
 from experiments.studies.outcomes import (
     Curve,
     Evaluation,
@@ -199,23 +200,24 @@ def to_markdown(
         lines.append(line([*cells, seeds(row), str(row["prompts_without_reward"])]))
     lines += [
         "",
-        "| of | methods at their best β | difference | prompts | seeds | told apart |",
-        "|---|---|---|---|---|---|",
+        "| of | methods at their best β | difference | 95 % | prompts | seeds | told apart |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in differences:
         names = (f"{label(row[one])} {row[f'{one}_beta']:g}" for one in ("first", "second"))
         of = "reward" if row["of"] == "reward" else "J"
-        lines.append(
-            f"| {of} | {' − '.join(names)} | {shown(row, 'difference')} | {row['num_prompts']} | "
-            f"{row['num_seeds']} | {_told(row)} |"
-        )
+        width = half_width(row, "difference")
+        cells = [of, " − ".join(names), shown(row, "difference")]
+        cells += ["" if math.isnan(width) else f"± {width:.3f}"]
+        cells += [str(row["num_prompts"]), str(row["num_seeds"])]
+        lines.append(line([*cells, _told(row["difference"], width)]))
     lines += [
         "",
         f"Over β: {num_prompts} prompts; ± standard error over prompts, then over seeds; a prompt "
         "without a reward in one seed is left out. Differences are paired: same prompts, same "
         "seeds. * the best β of a method, chosen on these same prompts, of those whose seeds are "
-        f"all done. Less than {TIE_STDERRS:g} standard errors (the root of both, squared and "
-        "added) are a tie.",
+        "all done. 95 %: half an interval, the root of both errors squared and added, each times "
+        "Student's factor for its number of prompts or seeds; a difference within it is a tie.",
         "",
     ]
     return "\n".join(lines)
@@ -276,10 +278,21 @@ def total_stderr(row: Row, name: str) -> float:
     return math.hypot(*known) if known else math.nan
 
 
-def _told(row: Row) -> str:
-    gap, stderr = abs(row["difference"]), total_stderr(row, "difference")
-    if math.isnan(gap) or math.isnan(stderr):
+def half_width(row: Row, name: str) -> float:
+    """Half of a 95 % interval, √((t s_prompts)² + (t s_seeds)²), where t is Student's factor for so
+    many prompts, or seeds: 2.0 for 300, 4.3 for 3, 12.7 for 2, which hardly know their own error.
+    NaN where neither error is known.
+    """
+    parts = [
+        float(stats.t.ppf(0.975, row[f"num_{of}"] - 1)) * row[f"{name}_se_{of}"]
+        for of in ("prompts", "seeds")
+        if not math.isnan(row[f"{name}_se_{of}"])
+    ]
+    return math.hypot(*parts) if parts else math.nan
+
+
+def _told(gap: float, width: float) -> str:
+    """Whether a difference leaves its interval."""
+    if math.isnan(gap) or math.isnan(width):
         return "not known"
-    if gap < TIE_STDERRS * stderr:
-        return "tie"
-    return f"by {gap / stderr:.1f} standard errors" if stderr else "yes"
+    return "yes" if abs(gap) > width else "tie"

@@ -148,21 +148,31 @@ def test_a_prompt_without_a_reward_is_counted_where_it_is_left_out():
     assert (row["reward"], row["prompts_without_reward"]) == (2.0, 1)
 
 
-def test_the_error_that_tells_methods_apart_is_of_prompts_and_seeds_together():
-    row = {"difference": 2.1, "difference_se_prompts": 1.0, "difference_se_seeds": 1.0}
+def test_an_error_bar_is_of_prompts_and_seeds_together():
+    row = {"difference_se_prompts": 1.0, "difference_se_seeds": 1.0}
     assert tables.total_stderr(row, "difference") == pytest.approx(math.sqrt(2))
     assert tables.total_stderr(row | {"difference_se_seeds": NAN}, "difference") == 1.0
     none = {"difference_se_prompts": NAN, "difference_se_seeds": NAN}
     assert math.isnan(tables.total_stderr(none, "difference"))
-    rest = {"of": "reward", "first": "copg", "first_beta": 0.1, "second": "dpo", "second_beta": 0.5}
-    rest |= {"num_seeds": 2, "num_prompts": 3}
-    for own, told in (
-        (row, "tie"),
-        (row | {"difference": 3.0}, "by 2.1"),
-        (row | none, "not known"),
-    ):
-        text = tables.to_markdown([], [rest | own], beta=0.5, num_prompts=3)
-        assert f"| 3 | 2 | {told}" in text
+
+
+def test_what_tells_methods_apart_knows_how_few_seeds_there_are():
+    # Student's quantiles of one and of two degrees of freedom have closed forms.
+    one, two = math.tan(math.pi * 0.475), 0.95 * math.sqrt(2 / (1 - 0.95**2))
+    row = {"of": "J", "first": "copg", "first_beta": 0.1, "second": "dpo", "second_beta": 0.5}
+    row |= {"difference_se_prompts": 0.5, "difference_se_seeds": 0.1}
+    row |= {"num_prompts": 3, "num_seeds": 2}
+    width = math.hypot(two * 0.5, one * 0.1)
+    assert tables.half_width(row, "difference") == pytest.approx(width)
+    single = {"difference_se_seeds": NAN, "num_seeds": 1}  # the error over seeds is not known
+    assert tables.half_width(row | single, "difference") == pytest.approx(two * 0.5)
+    unknown = row | single | {"difference_se_prompts": NAN}
+    assert math.isnan(tables.half_width(unknown, "difference"))
+    for gap, told in ((0.99 * width, "tie"), (-1.01 * width, "yes"), (NAN, "not known")):
+        text = tables.to_markdown([], [row | {"difference": gap}], beta=0.5, num_prompts=3)
+        assert f"| ± {width:.3f} | 3 | 2 | {told} |" in text
+    same = {"difference": 0.0, "difference_se_prompts": 0.0, "difference_se_seeds": 0.0}
+    assert "| 2 | tie |" in tables.to_markdown([], [row | same], beta=0.5, num_prompts=3)
 
 
 def test_the_sd_of_reward_gaps_is_over_all_pairs_of_all_groups(tmp_path):
@@ -216,9 +226,10 @@ def test_csv_and_markdown_hold_the_numbers():
     assert float(rows[0]["difference_se_prompts"]) == pytest.approx(math.sqrt(3.5 / 6))
     text = tables.to_markdown(by_beta, gaps, beta=0.5, num_prompts=3)
     assert "| CoPG | 0.1 | 0.25 | 3.000 ± 1.041 ± 1.000* |" in text
-    # √(0.764² + 1²) = 1.258: by each error alone the first would be told apart.
-    assert "| reward | CoPG 0.1 − DPO 0.5 | 2.000 ± 0.764 ± 1.000 | 3 | 2 | tie |" in text
-    assert "| J | CoPG 0.1 − DPO 0.5 | 1.750 ± 0.764 ± 1.000 | 3 | 2 | tie |" in text
+    # √((4.303 · 0.764)² + (12.706 · 1)²), by Student's factors of three prompts and of two seeds.
+    rest = "± 0.764 ± 1.000 | ± 13.124 | 3 | 2 | tie |"
+    assert f"| reward | CoPG 0.1 − DPO 0.5 | 2.000 {rest}" in text
+    assert f"| J | CoPG 0.1 − DPO 0.5 | 1.750 {rest}" in text
     assert tables.to_csv([]) == ""
 
 
