@@ -115,27 +115,30 @@ def _bare(name: str) -> str:
 
 
 def groups_figure(rows: Sequence[Row], *, beta: float) -> Figure:
-    """Reward, KL and J of every group at its end, a colour a method and β."""
+    """Reward, KL and J of every group at its end, a line a row and a colour a method and β."""
     names = list(dict.fromkeys(row["group"] for row in rows))
     kinds = list(dict.fromkeys((row["method"], row["beta"]) for row in rows))
+    found = {(row["group"], (row["method"], row["beta"])) for row in rows}
+    lines = [(name, kind) for name in names for kind in kinds if (name, kind) in found]
+    # A line high, and a line between two groups.
+    place = {line: i + names.index(line[0]) for i, line in enumerate(lines)}
     colours = plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(kinds)))
-    figure, panels = plt.subplots(
-        1, 3, figsize=(13, 1.6 + 0.42 * len(names)), layout="constrained", sharey=True
-    )
+    height = 1.6 + 0.14 * (len(lines) + len(names))
+    figure, panels = plt.subplots(1, 3, figsize=(13, height), layout="constrained", sharey=True)
     for axes, name in zip(panels, _PANELS, strict=True):
-        for i, (kind, colour) in enumerate(zip(kinds, colours, strict=True)):
+        for kind, colour in zip(kinds, colours, strict=True):
             own = [row for row in rows if (row["method"], row["beta"]) == kind]
-            shift = 0.6 * ((i + 0.5) / len(kinds) - 0.5)
             axes.errorbar(
                 [row[name] for row in own],
-                [names.index(row["group"]) + shift for row in own],
+                [place[row["group"], kind] for row in own],
                 xerr=errors(own, name),
                 fmt="o", ms=4, capsize=2, color=colour, label=f"{label(kind[0])} {kind[1]:g}",
             )  # fmt: skip
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yticks(range(len(names)), names)
-    panels[0].set_ylim(len(names) - 0.5, -0.5)
+    ticks = [np.mean([y for line, y in place.items() if line[0] == name]) for name in names]
+    panels[0].set_yticks(ticks, names)
+    panels[0].set_ylim(max(place.values()) + 1, -1)
     panels[0].set_xlabel("reward above π_ref")
     panels[1].set_xlabel("KL to π_ref, nats")
     if max(row["kl"] for row in rows) > _FAR:

@@ -84,6 +84,18 @@ def test_the_table_and_the_picture_hold_the_numbers():
     plt.close(figure)
 
 
+def test_each_row_of_a_picture_has_a_line_of_its_own_beside_its_group():
+    other = replace(COPG, beta=0.3)
+    rows = rows_by_group({"a": [COPG, other], "b": [COPG]}, beta=0.5)
+    figure = groups_figure(rows, beta=0.5)
+    axes = figure.axes[0]
+    drawn = sorted(float(y) for c in axes.containers for y in np.ravel(c.lines[0].get_ydata()))
+    assert drawn == [0.0, 1.0, 3.0]  # a line between two groups
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["a", "b"]
+    assert axes.get_yticks().tolist() == [0.5, 3.0]
+    plt.close(figure)
+
+
 def test_a_front_has_a_point_a_group_where_it_ends_in_both_rewards():
     rows = rows_by_group({"arm_a": [with_gold(COPG)], "arm_b": [COPG]}, beta=0.5)
     figure = front_figure(rows, "judge", "gold")
