@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from experiments.studies import tables
 from experiments.studies.comparison import Policy
-from experiments.studies.outcomes import Curve, paired
+from experiments.studies.outcomes import Curve, paired, spread
 from experiments.studies.pictures import errors, linear_above_collapse
 from experiments.studies.tables import Row, label, shown
 
@@ -64,13 +64,8 @@ def _change(
     """
     name = f"{CHANGE}{of}"
     if like is None or like is curve or not _is_same_zero(curve, like, zero):
-        return {name: math.nan, f"{name}_se_prompts": math.nan, f"{name}_se_seeds": math.nan}
-    gap = paired(curve, like, value)
-    return {
-        name: gap.mean,
-        f"{name}_se_prompts": gap.over_prompts,
-        f"{name}_se_seeds": gap.over_seeds,
-    }
+        return tables.columns(name, spread([np.array([])]))
+    return tables.columns(name, paired(curve, like, value))
 
 
 def _is_same_zero(one: Curve, other: Curve, zero: Callable[[Policy], np.ndarray]) -> bool:
@@ -99,12 +94,12 @@ def to_markdown(rows: Sequence[Row], *, beta: float) -> str:
         cells += [shown(row, name) for name in (*named, "kl", "objective")]
         cells += [f"{row['length']:.1f}", f"{row['eos_rate']:.2f}", f"{row['repetition']:.2f}"]
         cells += [tables.seeds(row)]
-        lines.append(tables.line(cells + [shown(row, name) for name in changes]))
+        lines.append(tables.line(cells + [tables.shown_difference(row, x) for x in changes]))
     lines += [
         "",
         f"± standard error over prompts, then over seeds. Changes are from {rows[0]['group']} at "
         "the same method and β, paired by prompt and seed; none where π_ref has other rewards "
-        "there.",
+        f"there. {tables.INTERVAL}",
         "",
     ]
     return "\n".join(lines)

@@ -9,7 +9,6 @@ from operator import attrgetter
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from experiments.studies.comparison import Policy, rank
 from experiments.studies.outcomes import (
@@ -26,6 +25,10 @@ from experiments.studies.regret_figure import LABELS
 Row = dict[str, Any]
 RESIDUALS = ("residual_held_out", "residual_samples")  # fields of an evaluation
 NAMED = "reward/"  # begins the columns of a reward by its name
+INTERVAL = (
+    "In brackets: half a 95 % interval, the root of both errors squared and added, each times "
+    "Student's factor for its number of prompts, or seeds."
+)
 
 
 def rows_over_steps(curves: Sequence[Curve]) -> list[Row]:
@@ -101,7 +104,7 @@ def rows_by_beta(curves: Sequence[Curve], *, beta: float, sd: float) -> list[Row
         for name in names_of(curve):
             found[f"{NAMED}{name}"] = above_baseline(curve, named(name))
         for name, value in found.items():
-            row |= _columns(name, value)
+            row |= columns(name, value)
         row["prompts_without_reward"] = (
             len(curve.runs[0].final.reward) - found["reward"].num_prompts
         )
@@ -113,11 +116,13 @@ def rows_by_beta(curves: Sequence[Curve], *, beta: float, sd: float) -> list[Row
     return rows
 
 
-def _columns(name: str, value: Spread) -> Row:
+def columns(name: str, value: Spread) -> Row:
+    """A mean, its standard errors and half its 95 % interval, as columns."""
     return {
         name: value.mean,
         f"{name}_se_prompts": value.over_prompts,
         f"{name}_se_seeds": value.over_seeds,
+        f"{name}_half_width": value.half_width,
     }
 
 
@@ -147,7 +152,7 @@ def rows_of_differences(best: Mapping[str, Sequence[Curve]], *, beta: float) -> 
                     "first_beta": first.beta,
                     "second": second.method,
                     "second_beta": second.beta,
-                    **_columns("difference", gap),
+                    **columns("difference", gap),
                     "num_seeds": gap.num_seeds,
                     "num_prompts": gap.num_prompts,
                 }
@@ -200,24 +205,21 @@ def to_markdown(
         lines.append(line([*cells, seeds(row), str(row["prompts_without_reward"])]))
     lines += [
         "",
-        "| of | methods at their best β | difference | 95 % | prompts | seeds | told apart |",
-        "|---|---|---|---|---|---|---|",
+        "| of | methods at their best β | difference (95 %) | prompts | seeds | told apart |",
+        "|---|---|---|---|---|---|",
     ]
     for row in differences:
         names = (f"{label(row[one])} {row[f'{one}_beta']:g}" for one in ("first", "second"))
         of = "reward" if row["of"] == "reward" else "J"
-        width = half_width(row, "difference")
-        cells = [of, " − ".join(names), shown(row, "difference")]
-        cells += ["" if math.isnan(width) else f"± {width:.3f}"]
-        cells += [str(row["num_prompts"]), str(row["num_seeds"])]
-        lines.append(line([*cells, _told(row["difference"], width)]))
+        cells = [of, " − ".join(names), shown_difference(row, "difference")]
+        cells += [str(row["num_prompts"]), str(row["num_seeds"]), _told(row)]
+        lines.append(line(cells))
     lines += [
         "",
         f"Over β: {num_prompts} prompts; ± standard error over prompts, then over seeds; a prompt "
         "without a reward in one seed is left out. Differences are paired: same prompts, same "
         "seeds. * the best β of a method, chosen on these same prompts, of those whose seeds are "
-        "all done. 95 %: half an interval, the root of both errors squared and added, each times "
-        "Student's factor for its number of prompts or seeds; a difference within it is a tie.",
+        f"all done. {INTERVAL} A difference within it is a tie; one seed says nothing of others.",
         "",
     ]
     return "\n".join(lines)
@@ -226,7 +228,8 @@ def to_markdown(
 def named_columns(rows: Sequence[Row]) -> list[str]:
     """The columns of rewards by their names."""
     found = dict.fromkeys(name for row in rows for name in row if name.startswith(NAMED))
-    return [name for name in found if not name.endswith(("_se_prompts", "_se_seeds"))]
+    ends = ("_se_prompts", "_se_seeds", "_half_width")
+    return [name for name in found if not name.endswith(ends)]
 
 
 def line(cells: Sequence[str]) -> str:
@@ -278,21 +281,19 @@ def total_stderr(row: Row, name: str) -> float:
     return math.hypot(*known) if known else math.nan
 
 
-def half_width(row: Row, name: str) -> float:
-    """Half of a 95 % interval, √((t s_prompts)² + (t s_seeds)²), where t is Student's factor for so
-    many prompts, or seeds: 2.0 for 300, 4.3 for 3, 12.7 for 2, which hardly know their own error.
-    NaN where neither error is known.
+def shown_difference(row: Row, name: str) -> str:
+    """A difference with its standard errors and, in brackets, half its 95 % interval; nothing for
+    NaN.
     """
-    parts = [
-        float(stats.t.ppf(0.975, row[f"num_{of}"] - 1)) * row[f"{name}_se_{of}"]
-        for of in ("prompts", "seeds")
-        if not math.isnan(row[f"{name}_se_{of}"])
-    ]
-    return math.hypot(*parts) if parts else math.nan
+    text, width = shown(row, name), row.get(f"{name}_half_width", math.nan)
+    return text if math.isnan(width) else f"{text} ({width:.3f})"
 
 
-def _told(gap: float, width: float) -> str:
+def _told(row: Row) -> str:
     """Whether a difference leaves its interval."""
+    gap, width = abs(row["difference"]), row["difference_half_width"]
     if math.isnan(gap) or math.isnan(width):
         return "not known"
-    return "yes" if abs(gap) > width else "tie"
+    if gap <= width:
+        return "tie"
+    return "yes" if row["num_seeds"] > 1 else "over prompts"

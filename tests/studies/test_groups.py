@@ -76,7 +76,7 @@ def test_the_table_and_the_picture_hold_the_numbers():
     rows = rows_by_group({"a": [COPG], "b": [shifted(COPG, np.full(3, 0.25))]}, beta=0.5)
     lines = to_markdown(rows, beta=0.5).splitlines()
     assert lines[2].startswith("| a | CoPG | 0.1 | 3.000 ±") and lines[2].endswith("| 2 |  |  |")
-    assert lines[3].endswith("| 0.250 ± 0.000 ± 0.000 | 0.250 ± 0.000 ± 0.000 |")
+    assert lines[3].endswith("| 0.250 ± 0.000 ± 0.000 (0.000) | 0.250 ± 0.000 ± 0.000 (0.000) |")
     figure = groups_figure(rows, beta=0.5)
     xs = [x for axes in figure.axes for line in axes.lines for x in np.ravel(line.get_xdata())]
     for name in ("reward", "kl", "objective"):
@@ -89,8 +89,8 @@ def test_each_row_of_a_picture_has_a_line_of_its_own_beside_its_group():
     rows = rows_by_group({"a": [COPG, other], "b": [COPG]}, beta=0.5)
     figure = groups_figure(rows, beta=0.5)
     axes = figure.axes[0]
-    drawn = sorted(float(y) for c in axes.containers for y in np.ravel(c.lines[0].get_ydata()))
-    assert drawn == [0.0, 1.0, 3.0]  # a line between two groups
+    drawn = {c.get_label(): np.ravel(c.lines[0].get_ydata()).tolist() for c in axes.containers}
+    assert drawn == {"CoPG 0.1": [0.0, 3.0], "CoPG 0.3": [1.0]}  # a line between two groups
     assert [text.get_text() for text in axes.get_yticklabels()] == ["a", "b"]
     assert axes.get_yticks().tolist() == [0.5, 3.0]
     plt.close(figure)

@@ -19,6 +19,7 @@ from experiments.studies.outcomes import (
     Curve,
     Evaluation,
     Outcome,
+    Spread,
     best_curves,
     best_values,
     curves,
@@ -159,20 +160,32 @@ def test_an_error_bar_is_of_prompts_and_seeds_together():
 def test_what_tells_methods_apart_knows_how_few_seeds_there_are():
     # Student's quantiles of one and of two degrees of freedom have closed forms.
     one, two = math.tan(math.pi * 0.475), 0.95 * math.sqrt(2 / (1 - 0.95**2))
-    row = {"of": "J", "first": "copg", "first_beta": 0.1, "second": "dpo", "second_beta": 0.5}
-    row |= {"difference_se_prompts": 0.5, "difference_se_seeds": 0.1}
-    row |= {"num_prompts": 3, "num_seeds": 2}
+    gap = Spread(3.0, over_prompts=0.5, over_seeds=0.1, num_seeds=2, num_prompts=3)
     width = math.hypot(two * 0.5, one * 0.1)
-    assert tables.half_width(row, "difference") == pytest.approx(width)
-    single = {"difference_se_seeds": NAN, "num_seeds": 1}  # the error over seeds is not known
-    assert tables.half_width(row | single, "difference") == pytest.approx(two * 0.5)
-    unknown = row | single | {"difference_se_prompts": NAN}
-    assert math.isnan(tables.half_width(unknown, "difference"))
-    for gap, told in ((0.99 * width, "tie"), (-1.01 * width, "yes"), (NAN, "not known")):
-        text = tables.to_markdown([], [row | {"difference": gap}], beta=0.5, num_prompts=3)
-        assert f"| ± {width:.3f} | 3 | 2 | {told} |" in text
-    same = {"difference": 0.0, "difference_se_prompts": 0.0, "difference_se_seeds": 0.0}
-    assert "| 2 | tie |" in tables.to_markdown([], [row | same], beta=0.5, num_prompts=3)
+    assert gap.half_width == pytest.approx(width)
+    single = gap._replace(over_seeds=NAN, num_seeds=1)  # the error over seeds is not known
+    assert single.half_width == pytest.approx(two * 0.5)
+    assert math.isnan(single._replace(over_prompts=NAN).half_width)
+
+
+@pytest.mark.parametrize(
+    ("gap", "told"),
+    [
+        (Spread(2.1, 0.0, 0.5, 3, 3), "tie"),
+        (Spread(-2.2, 0.0, 0.5, 3, 3), "yes"),
+        (Spread(2.2, 0.5, NAN, 1, 3), "over prompts"),  # says nothing of other seeds
+        (Spread(1.0, NAN, NAN, 1, 1), "not known"),
+        (Spread(NAN, NAN, NAN, 3, 0), "not known"),
+        (Spread(0.0, 0.0, 0.0, 3, 3), "tie"),
+    ],
+)
+def test_the_table_says_which_methods_are_told_apart(gap, told):
+    row = {"of": "J", "first": "copg", "first_beta": 0.1, "second": "dpo", "second_beta": 0.5}
+    row |= {"num_prompts": gap.num_prompts, "num_seeds": gap.num_seeds}
+    row |= tables.columns("difference", gap)
+    text = tables.to_markdown([], [row], beta=0.5, num_prompts=3)
+    assert f"| {gap.num_prompts} | {gap.num_seeds} | {told} |" in text
+    assert (f"({gap.half_width:.3f}) |" in text) == (told != "not known")
 
 
 def test_the_sd_of_reward_gaps_is_over_all_pairs_of_all_groups(tmp_path):
@@ -227,7 +240,7 @@ def test_csv_and_markdown_hold_the_numbers():
     text = tables.to_markdown(by_beta, gaps, beta=0.5, num_prompts=3)
     assert "| CoPG | 0.1 | 0.25 | 3.000 ± 1.041 ± 1.000* |" in text
     # √((4.303 · 0.764)² + (12.706 · 1)²), by Student's factors of three prompts and of two seeds.
-    rest = "± 0.764 ± 1.000 | ± 13.124 | 3 | 2 | tie |"
+    rest = "± 0.764 ± 1.000 (13.124) | 3 | 2 | tie |"
     assert f"| reward | CoPG 0.1 − DPO 0.5 | 2.000 {rest}" in text
     assert f"| J | CoPG 0.1 − DPO 0.5 | 1.750 {rest}" in text
     assert tables.to_csv([]) == ""
