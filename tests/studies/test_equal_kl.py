@@ -90,9 +90,12 @@ def test_rewards_of_another_zero_are_not_put_beside_each_other():
     ]
     figure = paths_figure(groups)
     assert [axes.get_ylabel() for axes in figure.axes] == [
-        "own reward above step 0, in s.d. of π_ref's over prompts",
+        "own reward above step 0,\nin s.d. of π_ref's over prompts",
         "gold above step 0",
     ]
+    figure.canvas.draw()
+    left = [axes.yaxis.label.get_window_extent() for axes in figure.axes]
+    assert all(0 <= box.y0 and box.y1 <= figure.bbox.y1 for box in left)  # none is cut off
     ways = [np.asarray(line.get_ydata()) for line in figure.axes[0].lines[0:4:2]]  # and their ends
     assert np.abs(ways[0]).max() > 0
     np.testing.assert_allclose(ways[0], 10 * ways[1])
