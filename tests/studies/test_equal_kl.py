@@ -95,7 +95,7 @@ def test_rewards_of_another_zero_are_not_put_beside_each_other():
     ]
     figure.canvas.draw()
     left = [axes.yaxis.label.get_window_extent() for axes in figure.axes]
-    assert all(0 <= box.y0 and box.y1 <= figure.bbox.y1 for box in left)  # none is cut off
+    assert all(box.y0 >= 0 and box.y1 <= figure.bbox.y1 for box in left)  # none is cut off
     ways = [np.asarray(line.get_ydata()) for line in figure.axes[0].lines[0:4:2]]  # and their ends
     assert np.abs(ways[0]).max() > 0
     np.testing.assert_allclose(ways[0], 10 * ways[1])
