@@ -57,7 +57,7 @@ def reward_and_frontier(policies: Sequence[Trained], sft: Policy, *, beta: float
     )
     right.set(
         xlabel="KL to the SFT model (nats, on a square-root scale)",
-        title=f"large: at the end, {len(sft.reward)} prompts, ± standard error; small: on the way",
+        title=f"large: at the end, {len(sft.reward)} prompts, ± s.e.; small: on the way",
     )
     for axes in (left, right):
         axes.title.set_fontsize(10)
