@@ -47,7 +47,11 @@ def main(study: StudyConfig) -> None:
     if len(done) < len(first):
         log.warning("%d of %d runs are not done: left out", len(first) - len(done), len(first))
     if not done:
-        raise InputError(f"{study.output_dir}: wanted runs of the study that are done, got none")
+        raise InputError(
+            f"{study.output_dir}: wanted runs of the study that are done, got none of {len(first)} "
+            "with the settings of this file. Fix: python -m experiments.study with the same file "
+            "and settings; --list says what is left"
+        )
     figures, groups = epath.Path(study.output_dir) / "figures", {}
     for group in dict.fromkeys(point.group for point in done):
         own, looked = ([pair for pair in x if pair[0].group == group] for x in (first, second))
