@@ -147,3 +147,12 @@ def test_a_policy_of_several_sources_is_drawn(config, tmp_path):
     text = (Path(config.output_dir) / "figures" / "beta.csv").read_text()
     (row, *_) = csv.DictReader(text.splitlines())
     assert float(row["beta_in_sd"]) == pytest.approx(0.1 / 3)
+
+
+def test_runs_of_other_settings_are_not_drawn(config):
+    config = replace(config, best=None, figures=["beta"])
+    assert study.main(config) == 0
+    other = replace(config, settings=[*config.settings, "policy.training.max_steps=1"])
+    with pytest.raises(InputError, match=r"got none of \d+ with the settings of this file. Fix:"):
+        figures.main(other)
+    figures.main(config)
