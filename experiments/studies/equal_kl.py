@@ -165,13 +165,8 @@ def paths_figure(groups: Groups) -> Figure:
     """
     names = {f"{name} above step 0": (value, False) for name, value in measures(groups).items()}
     if "reward above step 0" not in names:
-        own = {
-            "own reward above step 0,\nin s.d. of π_ref's over prompts": (
-                attrgetter("reward"),
-                True,
-            )
-        }
-        names = own | names
+        own = "own reward above step 0,\nin s.d. of π_ref's over prompts"
+        names = {own: (attrgetter("reward"), True), **names}
     kinds = list(dict.fromkeys((c.method, c.beta) for own in groups.values() for c in own))
     shades = plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(groups)))
     colours = dict(zip(groups, shades, strict=True))
